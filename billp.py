@@ -1,0 +1,489 @@
+"""BiLLP: a language model that learns to recommend for the long run without training a weight.
+
+After "Large Language Models are Learnable Planners for Long-Term Recommendation" (SIGIR 2024,
+arXiv 2403.00843). Four roles share one model: the planner thinks ahead, the actor recommends, the
+critic estimates value, the reflector draws a lesson. All that is learned lies in three memories.
+
+    state s_n      history and session as text, e.g. 10 liked films, then 3 recommended ones
+    thought t_n    the planner's line, "a comedy next, nothing like the last three films"
+    action a_n     a catalogue item; reward r_n its rating, 0 when the user leaves
+    V(s), A(s, a)  the critic's value; the advantage r + gamma V(s') - V(s)
+    M_P, M_A, M_C  planner, actor and critic memories (an `Agent`); M + x is `merge(M, x)`
+    key            (seed, phase, episode, step): names every draw, so that a run repeats itself
+
+Everything here is a pure function: the model comes in as the argument `llm`, parallelism as `map`.
+Left out on purpose: weights, gradients, schedules. Read on from small things to the training loop.
+"""
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial, reduce
+from itertools import chain, islice
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
+
+import numpy as np
+
+import envs
+import prompts
+from envs import Env
+from prompts import LLM, Ask, Embed, Malformed
+
+# --------------------------------------------------------------------------------- config
+
+
+class Config(NamedTuple):
+    """Every number and switch of the method.
+
+    thoughts: the planner is asked before each action (t_n)
+    lessons: reflections given to the planner: none, latest or nearest to the state
+    experience: the actor recalls and writes M_A, the critic M_C
+    baseline: the critic's V(s) is subtracted from the target; without it V = 0 everywhere
+    gamma: discount of later rewards, the paper's 0.5
+    k_lessons: reflections recalled, the paper's K = 2
+    k_actions: experiences recalled for the actor, enough to choose among
+    k_values: values recalled for the critic, enough to average
+    tau_actor: farthest experience recalled, squared L2 (the paper: 0.01 with OpenAI embeddings)
+    tau_critic: farthest value recalled, squared L2 (the paper: 0.1 with OpenAI embeddings)
+    titles: items in the text by which a state is remembered, the paper's 10
+    batch: episodes played with the same memories before they are updated, the paper's 10
+    temperature: of every ask, the paper's 0.5
+    max_tokens: the longest reply asked for; one line needs few
+    retries: times a malformed reply is asked for again
+    repeats: an item may be recommended twice in an episode
+    """
+    thoughts: bool = True
+    lessons: str = "nearest"
+    experience: bool = True
+    baseline: bool = True
+    gamma: float = 0.5
+    k_lessons: int = 2
+    k_actions: int = 24
+    k_values: int = 8
+    tau_actor: float = 1.2
+    tau_critic: float = 1.2
+    titles: int = 10
+    batch: int = 10
+    temperature: float = 0.5
+    max_tokens: int = 256
+    retries: int = 2
+    repeats: bool = False
+
+
+DEFAULT = Config()
+
+METHODS: dict[str, dict[str, Any]] = {          # each method is a row of switches over the same roles
+    "act": dict(thoughts=False, lessons="none", experience=False),
+    "react": dict(lessons="none", experience=False),
+    "reflexion": dict(lessons="latest", experience=False),
+    "billp": dict(),
+    "billp-no-macro": dict(lessons="none"),
+    "billp-no-micro": dict(experience=False),
+    "billp-no-critic": dict(baseline=False),
+}
+
+# --------------------------------------------------------------------------------- memory
+
+
+class Record(NamedTuple):
+    key: str                        # the text it is found by
+    action: str                     # what was done there; "" where the key alone identifies
+    value: Any                      # a reflection, an encouragement v_n or a target
+
+
+class Chunk(NamedTuple):
+    records: tuple[Record, ...]
+    vectors: np.ndarray             # float32 [n, d], unit rows, row i embeds records[i].key
+
+
+class Memory(NamedTuple):
+    """An immutable store, oldest record first, in chunks that at least halve in size.
+
+    The logarithmic method of Bentley and Saxe: appending copies O(log n) records on average, and
+    every older memory stays valid because no chunk is ever changed.
+    """
+    chunks: tuple[Chunk, ...] = ()
+
+    def __len__(self) -> int:
+        return sum(len(chunk.records) for chunk in self.chunks)
+
+
+EMPTY = Memory()
+
+
+def push(memory: Memory, chunk: Chunk) -> Memory:
+    """The memory with a chunk of newer records behind it."""
+    chunks = memory.chunks
+    while chunks and len(chunks[-1].records) < 2 * len(chunk.records):
+        last, chunks = chunks[-1], chunks[:-1]
+        chunk = Chunk(last.records + chunk.records, np.concatenate([last.vectors, chunk.vectors]))
+    return Memory(chunks + (chunk,))
+
+
+def merge(memory: Memory, newer: Memory) -> Memory:
+    """All records of both, `newer` counting as newer. Associative, with `EMPTY` as unit."""
+    return reduce(push, newer.chunks, memory)
+
+
+def remember(memory: Memory, key: str, value: Any, vector: np.ndarray, action: str = "") -> Memory:
+    """The memory and one new record; the old memory is left as it was."""
+    return push(memory, Chunk((Record(key, action, value),), np.asarray(vector)[None]))
+
+
+def records(memory: Memory) -> tuple[Record, ...]:
+    """All records, oldest first."""
+    return tuple(chain.from_iterable(chunk.records for chunk in memory.chunks))
+
+
+def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> tuple[Record, ...]:
+    """The k records nearest to a unit vector [d], nearest first, none farther than tau.
+
+    Distance is squared L2, which between unit vectors is 2 - 2 cos, rounded so that equal texts
+    tie. Newest first among equals; of records with the same (key, action) only the newest counts.
+    A zero vector is equally far from everything and so recalls the newest.
+    """
+    if not memory.chunks or k < 1:
+        return ()
+    distance = np.concatenate([2 - 2 * np.vecdot(c.vectors, vector) for c in memory.chunks]).round(5)
+    within = np.flatnonzero(distance <= tau)
+    found, size = {}, 4 * k             # the few nearest first: sorting all is seldom needed
+    while len(found) < min(k, len(within)):
+        cut = np.partition(distance[within], min(size, len(within)) - 1)[:size].max()
+        nearest = within[distance[within] <= cut]
+        for i in nearest[np.lexsort((-nearest, distance[nearest]))]:
+            record = record_at(memory, i)
+            found.setdefault(record[:2], record)
+        if size >= len(within):
+            break
+        size *= 4
+    return tuple(found.values())[:k]
+
+
+def record_at(memory: Memory, index: int) -> Record:
+    """The record at an index counted from the oldest."""
+    for chunk in memory.chunks:
+        if index < len(chunk.records):
+            return chunk.records[index]
+        index -= len(chunk.records)
+    raise IndexError(index)
+
+
+# ----------------------------------------------------------------------------------- credit
+
+
+def td_target(reward, gamma, next_value, terminated):
+    """r_n + gamma V(s_{n+1}), where V = 0 once the user has left. Floats or arrays.
+
+    >>> td_target(4.0, 0.5, 6.0, False), td_target(0.0, 0.5, 6.0, True)
+    (7.0, 0.0)
+    """
+    return reward + gamma * next_value * (1 - terminated)
+
+
+def advantage(reward, gamma, value, next_value, terminated):
+    """A(s_n, a_n) = r_n + gamma V(s_{n+1}) - V(s_n): how much better than the critic expected.
+
+    >>> advantage(4.0, 0.5, 5.0, 6.0, False)
+    2.0
+    """
+    return td_target(reward, gamma, next_value, terminated) - value
+
+
+def discounted_return(rewards: Sequence[float], gamma: float) -> float:
+    """The sum over n of gamma^n r_n.
+
+    >>> discounted_return([4, 4, 4], 0.5)
+    7.0
+    """
+    return reduce(lambda later, reward: reward + gamma * later, reversed(rewards), 0.0)
+
+
+# -------------------------------------------------------------------------------- catalogue
+
+
+class Catalog(NamedTuple):
+    """A world as language: its items as the model reads them."""
+    env: Env
+    embed: Embed
+    lines: tuple[str, ...]              # [m]
+    vectors: np.ndarray                 # float32 [m, d] embeds the lines
+    names: dict[str, tuple[int, ...]]   # folded title, with and without year -> items
+
+
+def catalog(env: Env, embed: Embed = prompts.hashed_ngrams) -> Catalog:
+    """Embeds every item's line once and indexes the titles."""
+    tags = [[c for c, member in zip(env.categories, row) if member] for row in env.belongs.tolist()]
+    lines = tuple(map(prompts.item_line, env.titles, env.years, tags))
+    names: dict[str, tuple[int, ...]] = {}
+    for item, (line, title) in enumerate(zip(lines, env.titles)):
+        for name in {title_key(line), title_key(prompts.item_line(title, None, ()))}:
+            names[name] = names.get(name, ()) + (item,)
+    return Catalog(env, embed, lines, embed(lines), names)
+
+
+def title_key(line: str) -> str:
+    """A title without its categories, case and accents."""
+    return prompts.fold(line.partition(" [")[0]).strip()
+
+
+def ground(text: str, catalog: Catalog, exclude: Iterable[int] = ()) -> tuple[int, bool]:
+    """The item a text names, and whether it named one: by exact title, else the nearest in L2.
+
+    Case, accents and the year do not matter. Never an item in `exclude`, unless all are in it.
+    """
+    taken = set(exclude)
+    exact = [i for i in catalog.names.get(title_key(text), ()) if i not in taken]
+    if exact:
+        return exact[0], True
+    closeness = np.vecdot(catalog.vectors, catalog.embed([text])[0])
+    closeness[list(taken)] -= 4                 # below any cosine
+    return int(np.argmax(closeness)), False
+
+
+# ------------------------------------------------------------------------------------ roles
+
+
+class State(NamedTuple):
+    """All that a role may know of an episode at step n."""
+    key: tuple                      # (seed, phase, episode, step), step from 0
+    history: tuple[str, ...]        # item lines liked before
+    session: str                    # the transcript so far
+    text: str                       # the last `titles` item lines: the key of the memories
+    vector: np.ndarray              # embeds the text
+    taken: tuple[int, ...]          # items that may not be recommended
+    hint: str                       # the category analysis of the history
+    top: float                      # no value is above it: every rating still to come is 5
+    thought: str = ""
+
+
+class Answer(NamedTuple):
+    """A role's output: the value and how it came about."""
+    value: Any                      # thought, item, value or reflection
+    said: str                       # the model's words for it
+    recalled: tuple = ()            # what the memory contributed, nearest first
+    malformed: int = 0              # replies that could not be parsed
+    fallback: bool = False          # none could
+    exact: bool = True              # the actor named a catalogue item
+
+
+class Agent(NamedTuple):
+    planner: Memory = EMPTY         # M_P: state -> reflection
+    actor: Memory = EMPTY           # M_A: state, action -> 1 encouraged or 0 discouraged
+    critic: Memory = EMPTY          # M_C: state -> target
+
+
+def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, config: Config,
+            fallback: Any) -> Answer:
+    """Ask, parse, and ask again while the reply is malformed; then the fallback."""
+    prompt = prompts.shared(state.history, state.session) + question
+    messages: tuple = (("system", prompts.SYSTEM), ("user", prompt))
+    for attempt in range(config.retries + 1):
+        ask = Ask(role, state.key + (attempt,), messages, config.max_tokens, config.temperature)
+        text = llm(ask).text
+        value = parse(text)
+        if not isinstance(value, Malformed):
+            return Answer(value, str(value), malformed=attempt)
+        messages += (("assistant", prompts.clean(text) or "(nothing)"),
+                     ("user", f"Not usable: {value.reason}. Reply with the one line asked for."))
+    return Answer(fallback, "", malformed=config.retries + 1, fallback=True)
+
+
+def planner(state: State, memory: Memory, llm: LLM,
+            config: Config = DEFAULT) -> tuple[Answer, Memory]:
+    """Macro level: the thought t_n, given the state and K reflections. Fallback: no thought."""
+    vector = state.vector * (config.lessons != "latest")
+    found = recall(memory, vector, config.k_lessons * (config.lessons != "none"))
+    lessons = tuple(record.value for record in found)
+    question = prompts.render_planner(state.key[-1] + 1, lessons)
+    answer = consult(llm, "planner", state, question, prompts.parse_planner, config, "")
+    return answer._replace(recalled=lessons), memory
+
+
+def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
+          config: Config = DEFAULT) -> tuple[Answer, Memory]:
+    """Micro level: the item a_n, given state, thought and what was tried in states like this.
+
+    Fallback: the item nearest to the thought, or to the state where there is none.
+    """
+    found = recall(memory, state.vector, config.k_actions * config.experience, config.tau_actor)
+    tried = tuple((record.action, record.value) for record in found)
+    question = prompts.render_actor(state.key[-1] + 1, state.thought, state.hint, tried)
+    fallback = state.thought or state.text
+    answer = consult(llm, "actor", state, question, prompts.parse_actor, config, fallback)
+    item, exact = ground(answer.value, catalog, () if config.repeats else state.taken)
+    return answer._replace(value=item, recalled=tried, exact=exact), memory
+
+
+def critic(state: State, memory: Memory, llm: LLM,
+           config: Config = DEFAULT) -> tuple[Answer, Memory]:
+    """Micro level: V(s_n) in [0, top], given targets of states like this. Fallback: their mean."""
+    found = recall(memory, state.vector, config.k_values, config.tau_critic)
+    values = tuple(record.value for record in found)
+    question = prompts.render_critic(values, config.gamma, state.top)
+    fallback = sum(values) / max(len(values), 1)
+    answer = consult(llm, "critic", state, question, prompts.parse_critic, config, fallback)
+    return answer._replace(value=min(max(answer.value, 0.0), state.top), recalled=values), memory
+
+
+def reflector(trajectory: Trajectory, memory: Memory, llm: LLM,
+              config: Config = DEFAULT) -> tuple[Answer, Memory]:
+    """Macro level: a principle drawn from a finished episode, and the memory with it.
+
+    It is kept under the state at which the episode began. Fallback: nothing is remembered.
+    """
+    first = trajectory.steps[0].state
+    question = prompts.render_reflector()
+    answer = consult(llm, "reflector", trajectory.last, question, prompts.parse_reflector, config, "")
+    if answer.fallback:
+        return answer, memory
+    return answer, remember(memory, first.text, answer.value, first.vector)
+
+
+# ---------------------------------------------------------------------------------- episode
+
+
+class Step(NamedTuple):
+    state: State
+    plan: Answer | None             # None where the method has no thoughts
+    act: Answer
+    line: str                       # the recommended item as the model reads it
+    reward: float
+
+
+class Lesson(NamedTuple):
+    """What one episode teaches: numbers for the reader, and three small memories to merge."""
+    values: tuple[float, ...]       # V(s_1) .. V(s_{N+1}), the last 0 if the user left
+    advantages: tuple[float, ...]   # A(s_n, a_n)
+    answers: tuple[Answer, ...]     # of critic and reflector
+    reflection: str                 # "" where there is none
+    gained: Agent
+
+
+class Trajectory(NamedTuple):
+    user: int
+    steps: tuple[Step, ...]         # at least one; the last is the leaving step if terminated
+    last: State                     # s_{N+1}
+    terminated: bool                # the user left
+    lesson: Lesson | None = None    # None until it was studied
+
+
+def score(trajectory: Trajectory) -> tuple[int, float]:
+    """Len and return of an episode; the leaving step counts in neither."""
+    return (len(trajectory.steps) - trajectory.terminated,
+            sum(step.reward for step in trajectory.steps))
+
+
+def opening(catalog: Catalog, user: int, key: tuple, config: Config = DEFAULT) -> State:
+    """The state before the first step of a session; key is (seed, phase, episode)."""
+    items = catalog.env.histories[user].tolist()
+    history = tuple(catalog.lines[i] for i in items[-config.titles:])
+    counts = Counter(chain.from_iterable(map(prompts.line_tags, history)))
+    hint = ", ".join(f"{name} {count}" for name, count in counts.most_common()) or "nothing yet"
+    top = discounted_return([5.0] * catalog.env.max_steps, config.gamma)
+    text = "\n".join(history)
+    return State(key + (0,), history, "", text, catalog.embed([text])[0], tuple(items), hint, top)
+
+
+def advance(state: State, catalog: Catalog, step: Step, left: bool, cut: bool,
+            config: Config = DEFAULT) -> State:
+    """The state after one more step: the transcript grown by one turn, nothing rewritten."""
+    n = state.key[-1] + 1
+    text = "\n".join((state.text.split("\n") + [step.line])[-config.titles:])
+    thought = step.plan.value if step.plan else ""
+    return state._replace(
+        key=state.key[:-1] + (n,), text=text, vector=catalog.embed([text])[0],
+        session=state.session + prompts.turn(n, thought, step.line, step.reward, left, cut),
+        taken=state.taken + (step.act.value,))
+
+
+def episode(catalog: Catalog, user: int, key: tuple, agent: Agent, llm: LLM,
+            config: Config = DEFAULT) -> Trajectory:
+    """One session with one user: think, act, observe, until the user leaves or the cap is reached.
+
+    The agent is read, never changed. key = (seed, phase, episode) names every draw.
+    """
+    world, state = envs.reset(catalog.env, user), opening(catalog, user, key, config)
+    steps, left, cut = (), False, False
+    while not (left or cut):
+        plan = planner(state, agent.planner, llm, config)[0] if config.thoughts else None
+        aware = state._replace(thought=plan.value) if plan else state
+        act, _ = actor(aware, agent.actor, llm, catalog, config)
+        world, reward, *ends = envs.step(catalog.env, world, act.value)
+        left, cut = map(bool, ends)
+        steps += (Step(state, plan, act, catalog.lines[act.value], float(reward)),)
+        state = advance(state, catalog, steps[-1], left, cut, config)
+    return Trajectory(user, steps, state, left)
+
+
+# --------------------------------------------------------------------------------- learning
+
+
+def homework(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config) -> list[Callable]:
+    """The questions one episode leaves: its reflection, and the value of each state it needs."""
+    states = [step.state for step in trajectory.steps] + [trajectory.last]
+    needed = states[:-1] if trajectory.terminated else states
+    return ([partial(reflector, trajectory, EMPTY, llm, config)] * (config.lessons != "none")
+            + [partial(critic, state, agent.critic, llm, config) for state in needed]
+            * (config.experience and config.baseline))
+
+
+def conclude(trajectory: Trajectory, answers: Sequence[tuple[Answer, Memory]],
+             config: Config) -> Lesson:
+    """The lesson of one episode, from the answers to its homework: (s, a, v) and (s, target)."""
+    steps, reflections = trajectory.steps, int(config.lessons != "none")
+    values = [answer.value for answer, _ in answers[reflections:]]
+    values = np.array((values or [0.0] * len(steps)) + [0.0])[:len(steps) + 1]
+    ended = np.arange(1, len(steps) + 1) == len(steps) * trajectory.terminated
+    rewards = np.array([step.reward for step in steps])
+    targets = td_target(rewards, config.gamma, values[1:], ended)
+    advantages = advantage(rewards, config.gamma, values[:-1], values[1:], ended)
+    vectors = np.stack([step.state.vector for step in steps])
+    tried, valued = [], []
+    for step, target, better in zip(steps, targets.tolist(), (advantages >= 0).tolist()):
+        tried.append(Record(step.state.text, step.line, int(better)))
+        valued.append(Record(step.state.text, "", target))
+    gained = Agent(answers[0][1] if reflections else EMPTY,
+                   Memory((Chunk(tuple(tried), vectors),)) if config.experience else EMPTY,
+                   Memory((Chunk(tuple(valued), vectors),)) if len(answers) > reflections else EMPTY)
+    return Lesson(tuple(values.tolist()), tuple(advantages.tolist()),
+                  tuple(answer for answer, _ in answers),
+                  answers[0][0].value if reflections else "", gained)
+
+
+def study(trajectories: Sequence[Trajectory], agent: Agent, llm: LLM, config: Config = DEFAULT,
+          map: Callable = map) -> tuple[Trajectory, ...]:
+    """The batch with its lessons. All questions of the batch are asked side by side."""
+    jobs = [homework(trajectory, agent, llm, config) for trajectory in trajectories]
+    answers = iter(map(call, list(chain.from_iterable(jobs))))
+    return tuple(t._replace(lesson=conclude(t, list(islice(answers, len(asked))), config))
+                 for t, asked in zip(trajectories, jobs))
+
+
+def call(job: Callable) -> Any:
+    return job()
+
+
+def absorb(agent: Agent, gained: Agent) -> Agent:
+    """M <- M + what an episode taught, for each of the three memories."""
+    return Agent(*map(merge, agent, gained))
+
+
+def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, seed: int, phase: str,
+             config: Config = DEFAULT, map: Callable = map, first: int = 0) -> tuple[Trajectory, ...]:
+    """One episode a user with a frozen agent: nothing is learned, the critic is not asked."""
+    play = partial(episode, catalog, agent=agent, llm=llm, config=config)
+    return tuple(map(play, users, [(seed, phase, first + i) for i in range(len(users))]))
+
+
+def train(catalog: Catalog, users: Sequence[int], llm: LLM, seed: int = 0, agent: Agent = Agent(),
+          config: Config = DEFAULT, map: Callable = map) -> Iterator[tuple[Agent, tuple]]:
+    """The algorithm of the paper: play a batch, study it, absorb it; yields (agent, trajectories).
+
+    Learning is a left fold over batches. `map` may be any map: built-in, a thread pool's, a
+    cluster's; the results are the same.
+    """
+    for first in range(0, len(users), config.batch):
+        batch = users[first:first + config.batch]
+        played = evaluate(catalog, batch, agent, llm, seed, "learn", config, map, first)
+        studied = study(played, agent, llm, config, map)
+        agent = reduce(absorb, (t.lesson.gained for t in studied), agent)
+        yield agent, studied
