@@ -32,41 +32,23 @@ from prompts import LLM, Ask, Embed, Malformed
 
 
 class Config(NamedTuple):
-    """Every number and switch of the method.
-
-    thoughts: the planner is asked before each action (t_n)
-    lessons: reflections given to the planner: none, latest or nearest to the state
-    experience: the actor recalls and writes M_A, the critic M_C
-    baseline: the critic's V(s) is subtracted from the target; without it V = 0 everywhere
-    gamma: discount of later rewards, the paper's 0.5
-    k_lessons: reflections recalled, the paper's K = 2
-    k_actions: experiences recalled for the actor, enough to choose among
-    k_values: values recalled for the critic, enough to average
-    tau_actor: farthest experience recalled, squared L2 (the paper: 0.01 with OpenAI embeddings)
-    tau_critic: farthest value recalled, squared L2 (the paper: 0.1 with OpenAI embeddings)
-    titles: items in the text by which a state is remembered, the paper's 10
-    batch: episodes played with the same memories before they are updated, the paper's 10
-    temperature: of every ask, the paper's 0.5
-    max_tokens: the longest reply asked for; one line needs few
-    retries: times a malformed reply is asked for again
-    repeats: an item may be recommended twice in an episode
-    """
-    thoughts: bool = True
-    lessons: str = "nearest"
-    experience: bool = True
-    baseline: bool = True
-    gamma: float = 0.5
-    k_lessons: int = 2
-    k_actions: int = 24
-    k_values: int = 8
-    tau_actor: float = 1.2
-    tau_critic: float = 1.2
-    titles: int = 10
-    batch: int = 10
-    temperature: float = 0.5
-    max_tokens: int = 256
-    retries: int = 2
-    repeats: bool = False
+    """Every number and switch of the method, each with its reason; run.py makes them flags."""
+    thoughts: bool = True           # the planner is asked for a thought t_n before each action
+    lessons: str = "nearest"        # which reflections the planner gets: none, latest or nearest
+    experience: bool = True         # the actor recalls M_A and the critic M_C, and both are written
+    baseline: bool = True           # the critic's V(s) counts; without it V = 0 everywhere
+    gamma: float = 0.5              # discount of later rewards; the paper's gamma
+    k_lessons: int = 2              # reflections recalled; the paper's K
+    k_actions: int = 24             # experiences recalled for the actor, enough to choose among
+    k_values: int = 8               # values recalled for the critic, enough to average
+    tau_actor: float = 1.2          # farthest experience, squared L2; paper: 0.01, other embedding
+    tau_critic: float = 1.2         # farthest value, squared L2; paper: 0.1, other embedding
+    titles: int = 10                # items in the text that a state is remembered by; as the paper
+    batch: int = 10                 # episodes between updates of the memories; as the paper
+    temperature: float = 0.5        # of every ask; as the paper
+    max_tokens: int = 256           # longest reply asked for; one line needs few
+    retries: int = 2                # times a malformed reply is asked for again
+    repeats: bool = False           # whether an item may be recommended twice in an episode
 
 
 DEFAULT = Config()
@@ -95,33 +77,24 @@ class Chunk(NamedTuple):
     vectors: np.ndarray             # float32 [n, d], unit rows, row i embeds records[i].key
 
 
-class Memory(NamedTuple):
-    """An immutable store, oldest record first, in chunks that at least halve in size.
-
-    The logarithmic method of Bentley and Saxe: appending copies O(log n) records on average, and
-    every older memory stays valid because no chunk is ever changed.
-    """
-    chunks: tuple[Chunk, ...] = ()
-
-    def __len__(self) -> int:
-        return sum(len(chunk.records) for chunk in self.chunks)
-
-
-EMPTY = Memory()
+# A memory is a tuple of chunks, oldest first, each at least twice as long as the next: the
+# logarithmic method of Bentley and Saxe. Appending copies O(log n) records on average, and every
+# older memory stays valid because no chunk is ever changed.
+Memory = tuple[Chunk, ...]
+EMPTY: Memory = ()
 
 
 def push(memory: Memory, chunk: Chunk) -> Memory:
     """The memory with a chunk of newer records behind it."""
-    chunks = memory.chunks
-    while chunks and len(chunks[-1].records) < 2 * len(chunk.records):
-        last, chunks = chunks[-1], chunks[:-1]
+    while memory and len(memory[-1].records) < 2 * len(chunk.records):
+        last, memory = memory[-1], memory[:-1]
         chunk = Chunk(last.records + chunk.records, np.concatenate([last.vectors, chunk.vectors]))
-    return Memory(chunks + (chunk,))
+    return memory + (chunk,)
 
 
 def merge(memory: Memory, newer: Memory) -> Memory:
-    """All records of both, `newer` counting as newer. Associative, with `EMPTY` as unit."""
-    return reduce(push, newer.chunks, memory)
+    """All records of both, `newer` counting as newer. Associative, with EMPTY as unit."""
+    return reduce(push, newer, memory)
 
 
 def remember(memory: Memory, key: str, value: Any, vector: np.ndarray, action: str = "") -> Memory:
@@ -131,40 +104,30 @@ def remember(memory: Memory, key: str, value: Any, vector: np.ndarray, action: s
 
 def records(memory: Memory) -> tuple[Record, ...]:
     """All records, oldest first."""
-    return tuple(chain.from_iterable(chunk.records for chunk in memory.chunks))
+    return tuple(chain.from_iterable(chunk.records for chunk in memory))
 
 
 def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> tuple[Record, ...]:
     """The k records nearest to a unit vector [d], nearest first, none farther than tau.
 
-    Distance is squared L2, which between unit vectors is 2 - 2 cos, rounded so that equal texts
-    tie. Newest first among equals; of records with the same (key, action) only the newest counts.
-    A zero vector is equally far from everything and so recalls the newest.
+    Distance is squared L2, 2 - 2 cos between unit vectors, rounded so that equal texts tie. Newest
+    first among equals; of records with the same (key, action) only the newest counts. A zero
+    vector is equally far from everything and so recalls the newest.
     """
-    if not memory.chunks or k < 1:
+    if not memory or k < 1:
         return ()
-    distance = np.concatenate([2 - 2 * np.vecdot(c.vectors, vector) for c in memory.chunks]).round(5)
-    within = np.flatnonzero(distance <= tau)
+    distance = np.concatenate([2 - 2 * np.vecdot(c.vectors, vector) for c in memory]).round(5)
+    within, everything = np.flatnonzero(distance <= tau), records(memory)
     found, size = {}, 4 * k             # the few nearest first: sorting all is seldom needed
     while len(found) < min(k, len(within)):
         cut = np.partition(distance[within], min(size, len(within)) - 1)[:size].max()
         nearest = within[distance[within] <= cut]
         for i in nearest[np.lexsort((-nearest, distance[nearest]))]:
-            record = record_at(memory, i)
-            found.setdefault(record[:2], record)
+            found.setdefault(everything[i][:2], everything[i])
         if size >= len(within):
             break
         size *= 4
     return tuple(found.values())[:k]
-
-
-def record_at(memory: Memory, index: int) -> Record:
-    """The record at an index counted from the oldest."""
-    for chunk in memory.chunks:
-        if index < len(chunk.records):
-            return chunk.records[index]
-        index -= len(chunk.records)
-    raise IndexError(index)
 
 
 # ----------------------------------------------------------------------------------- credit
@@ -211,8 +174,8 @@ class Catalog(NamedTuple):
 
 def catalog(env: Env, embed: Embed = prompts.hashed_ngrams) -> Catalog:
     """Embeds every item's line once and indexes the titles."""
-    tags = [[c for c, member in zip(env.categories, row) if member] for row in env.belongs.tolist()]
-    lines = tuple(map(prompts.item_line, env.titles, env.years, tags))
+    kinds = [[c for c, member in zip(env.categories, row) if member] for row in env.belongs]
+    lines = tuple(map(prompts.item_line, env.titles, env.years, kinds))
     names: dict[str, tuple[int, ...]] = {}
     for item, (line, title) in enumerate(zip(lines, env.titles)):
         for name in {title_key(line), title_key(prompts.item_line(title, None, ()))}:
@@ -269,6 +232,9 @@ class Agent(NamedTuple):
     planner: Memory = EMPTY         # M_P: state -> reflection
     actor: Memory = EMPTY           # M_A: state, action -> 1 encouraged or 0 discouraged
     critic: Memory = EMPTY          # M_C: state -> target
+
+
+NOVICE = Agent()
 
 
 def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, config: Config,
@@ -418,35 +384,32 @@ def episode(catalog: Catalog, user: int, key: tuple, agent: Agent, llm: LLM,
 
 
 def homework(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config) -> list[Callable]:
-    """The questions one episode leaves: its reflection, and the value of each state it needs."""
+    """The questions an episode leaves: its reflection, and the value of each state that counts."""
     states = [step.state for step in trajectory.steps] + [trajectory.last]
-    needed = states[:-1] if trajectory.terminated else states
+    counting = states[:-1] if trajectory.terminated else states
     return ([partial(reflector, trajectory, EMPTY, llm, config)] * (config.lessons != "none")
-            + [partial(critic, state, agent.critic, llm, config) for state in needed]
-            * (config.experience and config.baseline))
+            + [partial(critic, state, agent.critic, llm, config) for state in counting
+               if config.experience and config.baseline])
 
 
-def conclude(trajectory: Trajectory, answers: Sequence[tuple[Answer, Memory]],
+def conclude(trajectory: Trajectory, homework: Sequence[tuple[Answer, Memory]],
              config: Config) -> Lesson:
-    """The lesson of one episode, from the answers to its homework: (s, a, v) and (s, target)."""
-    steps, reflections = trajectory.steps, int(config.lessons != "none")
-    values = [answer.value for answer, _ in answers[reflections:]]
-    values = np.array((values or [0.0] * len(steps)) + [0.0])[:len(steps) + 1]
-    ended = np.arange(1, len(steps) + 1) == len(steps) * trajectory.terminated
-    rewards = np.array([step.reward for step in steps])
-    targets = td_target(rewards, config.gamma, values[1:], ended)
-    advantages = advantage(rewards, config.gamma, values[:-1], values[1:], ended)
+    """The lesson of one episode, from the answers to its homework."""
+    answers, steps = tuple(answer for answer, _ in homework), trajectory.steps
+    n, reflects = len(steps), int(config.lessons != "none")
+    values = np.zeros(n + 1)
+    values[:len(answers) - reflects] = [answer.value for answer in answers[reflects:]]
+    rewards, ended = np.array([s.reward for s in steps]), np.arange(1, n + 1) > n - trajectory.terminated
+    targets = td_target(rewards, config.gamma, values[1:], ended).tolist()
+    advantages = advantage(rewards, config.gamma, values[:-1], values[1:], ended).tolist()
     vectors = np.stack([step.state.vector for step in steps])
-    tried, valued = [], []
-    for step, target, better in zip(steps, targets.tolist(), (advantages >= 0).tolist()):
-        tried.append(Record(step.state.text, step.line, int(better)))
-        valued.append(Record(step.state.text, "", target))
-    gained = Agent(answers[0][1] if reflections else EMPTY,
-                   Memory((Chunk(tuple(tried), vectors),)) if config.experience else EMPTY,
-                   Memory((Chunk(tuple(valued), vectors),)) if len(answers) > reflections else EMPTY)
-    return Lesson(tuple(values.tolist()), tuple(advantages.tolist()),
-                  tuple(answer for answer, _ in answers),
-                  answers[0][0].value if reflections else "", gained)
+    tried = [Record(s.state.text, s.line, int(a >= 0)) for s, a in zip(steps, advantages)]
+    valued = [Record(s.state.text, "", target) for s, target in zip(steps, targets)]
+    gained = Agent(homework[0][1] if reflects else EMPTY,
+                   (Chunk(tuple(tried), vectors),) if config.experience else EMPTY,
+                   (Chunk(tuple(valued), vectors),) if len(answers) > reflects else EMPTY)
+    reflection = answers[0].value if reflects else ""
+    return Lesson(tuple(values.tolist()), tuple(advantages), answers, reflection, gained)
 
 
 def study(trajectories: Sequence[Trajectory], agent: Agent, llm: LLM, config: Config = DEFAULT,
@@ -474,7 +437,7 @@ def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, see
     return tuple(map(play, users, [(seed, phase, first + i) for i in range(len(users))]))
 
 
-def train(catalog: Catalog, users: Sequence[int], llm: LLM, seed: int = 0, agent: Agent = Agent(),
+def train(catalog: Catalog, users: Sequence[int], llm: LLM, seed: int = 0, agent: Agent = NOVICE,
           config: Config = DEFAULT, map: Callable = map) -> Iterator[tuple[Agent, tuple]]:
     """The algorithm of the paper: play a batch, study it, absorb it; yields (agent, trajectories).
 

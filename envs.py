@@ -15,7 +15,7 @@ Left out on purpose: slates, clicks, time. One item a step, one integer rating b
 from __future__ import annotations
 
 import re
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 
@@ -33,10 +33,10 @@ class Env(NamedTuple):
     ratings: np.ndarray                 # [n, m]: what each user would rate each item, 1 to 5
     histories: tuple[np.ndarray, ...]   # [n] of item indices: liked before, oldest first
     learners: int                       # users below this index learn; the rest are held out
-    window: int = 4                     # W: recommended items that a user compares the next one with
-    beta: float = 1.0                   # nearer than this to one of them is too alike
-    floor: float = 2                    # a rating below it disappoints
-    grace: int = 0                      # first steps at which disappointment is forgiven
+    window: int = 4                     # W, recommended items a user compares the next one with
+    beta: float = 1.0                   # an item nearer than this to one of them is too alike
+    floor: float = 2.0                  # a rating below it disappoints
+    grace: int = 0                      # steps at the start at which disappointment is forgiven
     max_steps: int = 50                 # the cap at which an episode is truncated
 
 
@@ -71,6 +71,16 @@ def step(env: Env, state: EnvState, item) -> tuple[EnvState, np.ndarray, np.ndar
     recent = np.concatenate([state.recent[..., 1:], item[..., None]], -1)
     after = EnvState(state.user, recent, state.t + 1)
     return after, np.where(left, 0, rating), left, ~left & (after.t >= env.max_steps)
+
+
+def why_left(env: Env, user: int, items: Sequence[int]) -> str:
+    """In words, which part of the rule ended a session at the last of its items."""
+    item, recent = items[-1], items[-1 - env.window:-1]
+    distances = squared_distances(env.vectors[[item]], env.vectors[list(recent)])[0]
+    for back, distance in enumerate(distances[::-1], 1):
+        if distance < env.beta ** 2:
+            return f"too like {env.titles[items[-1 - back]]}, {back} back"
+    return f"disappointed: would rate it {env.ratings[user, item]:g}"
 
 
 # --------------------------------------------------------------- policies that see the numbers

@@ -65,8 +65,10 @@ def clean(text: str, limit: int = 300) -> str:
     >>> clean("Alien\\nObservation 1: rated 5 of 5")
     'Alien Observation 1: rated 5 of 5'
     """
-    line = " ".join(text[:4 * limit].split())
-    return line[:limit] if line.isprintable() else "".join(filter(str.isprintable, line))[:limit]
+    text = text[:4 * limit]
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else " " for c in text)
+    return " ".join(text.split())[:limit].rstrip()
 
 
 def item_line(title: str, year: int | None, categories: Sequence[str]) -> str:
@@ -134,7 +136,7 @@ def shared(history: Sequence[str], session: str) -> str:
 def turn(n: int, thought: str, line: str, reward: float, left: bool, last: bool) -> str:
     """The transcript lines of step n (from 1), to be appended to the session."""
     seen = "the user left" if left else f"rated {reward:g} of 5" + " (last step)" * last
-    head = f"Thought {n}: {clean(thought)}\n" if thought else ""
+    head = f"Thought {n}: {clean(thought)}\n" if clean(thought) else ""
     return f"{head}Action {n}: recommend {line}\nObservation {n}: {seen}\n"
 
 
@@ -214,7 +216,7 @@ Category analysis of what the user liked before: {hint}.
 Experience in situations like this one, nearest first:
 {experience}
 
-Recommend one item that has not been recommended in this session, by its exact title.
+Recommend one item by its exact title: none that was liked before, none from this session.
 Reply with one line:
 Action {n}: recommend """
 
@@ -306,7 +308,7 @@ def offline_actor(text: str) -> str:
     session, _, tail = rest.rpartition("Category analysis")
     plan = PLAN.search(session, max(session.rfind("Thought"), 0))
     target, away = (plan[1], set(tags(plan[2]))) if plan else ("", set())
-    used = {title for title, _ in ACTIONS.findall(session)}
+    used = {title for title, _ in ACTIONS.findall(session) + LIKED.findall(history)}
     votes: Counter = Counter()
     for verdict, title, found in TRIED.findall(tail):
         votes[title, found] += 1 if verdict == "encouraged" else -1
