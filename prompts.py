@@ -19,7 +19,7 @@ import re
 import unicodedata
 from collections import Counter
 from functools import lru_cache
-from typing import Callable, NamedTuple, Sequence, Union
+from typing import Any, Callable, NamedTuple, Sequence
 from zlib import crc32
 
 import numpy as np
@@ -51,6 +51,11 @@ class Reply(NamedTuple):
 class Malformed(NamedTuple):
     """What a parser returns for a reply it cannot use; `reason` is shown to the model."""
     reason: str
+
+
+def seed_of(key: tuple) -> int:
+    """The 31-bit seed a model draws with: the only trace of an ask's key that a model gets."""
+    return crc32(repr(key).encode()) >> 1
 
 
 LLM = Callable[[Ask], Reply]
@@ -262,12 +267,14 @@ def parse_critic(text: str) -> float | Malformed:
 
 
 def offline(ask: Ask) -> Reply:
-    """A rule-based stand-in for a model: reads the prompt's text and nothing else.
+    """A rule-based stand-in for a model: reads what an endpoint would be sent and nothing else.
 
-    It shows the mechanism at work with no key and no network. Its numbers are no evidence about
-    real models.
+    That is the prompt's text, and where the temperature is above 0 a seed, by which it chooses
+    among options that its rules find equally good. It shows the mechanism at work with no key and
+    no network. Its numbers are no evidence about real models.
     """
-    return Reply(READERS[ask.role](ask.messages[1][1]))
+    seed = seed_of(ask.key) if ask.temperature else 0
+    return Reply(READERS[ask.role](ask.messages[1][1], seed))
 
 
 ACTIONS = re.compile(r"^Action \d+: recommend (.*) \[(.*)\]$", re.M)
@@ -279,12 +286,12 @@ AVOID = re.compile(r"Avoid (.*?)\.")
 PLAN = re.compile(r"Next: (.*?)\. Keep away from: (.*?)\.")
 
 
-def pick(options: Sequence[str], text: str) -> str:
-    """One of the options, chosen by the text itself, as a sampled model varies its answers."""
-    return options[crc32(text.encode("utf-8", "replace")) % len(options)] if options else "anything"
+def pick(options: Sequence, text: str, seed: int) -> Any:
+    """One of the options, chosen by text and seed, as a sampled model varies its answers."""
+    return options[(crc32(text.encode("utf-8", "replace")) ^ seed) % len(options)]
 
 
-def offline_planner(text: str) -> str:
+def offline_planner(text: str, seed: int) -> str:
     """A liked category, away from the last items and from what the lessons warn of."""
     history, _, rest = text.partition("\n\nSession so far:\n")
     session, _, lessons = rest.rpartition("\nLessons from sessions")
@@ -298,11 +305,11 @@ def offline_planner(text: str) -> str:
         if options:
             break
     avoided = f" Avoid {', '.join(sorted(warned))}." if warned else ""
-    return (f"Thought: Like items {apart} steps apart.{avoided} Next: {pick(options, text)}. "
+    return (f"Thought: Like items {apart} steps apart.{avoided} Next: {pick(options or ['anything'], text, seed)}. "
             f"Keep away from: {', '.join(sorted(away)) or 'nothing'}.")
 
 
-def offline_actor(text: str) -> str:
+def offline_actor(text: str, seed: int) -> str:
     """The encouraged item that fits the plan best, or else categories and something liked."""
     history, _, rest = text.partition("\n\nSession so far:\n")
     session, _, tail = rest.rpartition("Category analysis")
@@ -320,20 +327,21 @@ def offline_actor(text: str) -> str:
     liked = LIKED.findall(history)
     last = ACTIONS.findall(session)[-1:]
     fresh = sorted({c for _, found in liked for c in tags(found)}.difference(*(tags(c) for _, c in last)))
-    target = target or pick(fresh, text)
-    like, found = pick([item for item in liked if target in item[1]] or liked, text)
+    target = target or pick(fresh or ["anything"], text, seed)
+    liked = [item for item in liked if target in item[1]] or liked or [("it", target)]
+    like, found = pick(liked, text, seed)
     kind = ", ".join(c for c in tags(found) if c not in away) or target
     return f"Action: recommend {kind} like {like}"
 
 
-def offline_critic(text: str) -> str:
+def offline_critic(text: str, seed: int) -> str:
     """The mean of the recalled values; with none, the middle of the scale."""
     values = [float(v) for v in NUMBERS.findall(text.rpartition("\nValues of situations")[2])]
     top = float(re.search(r"at most ([\d.]+)\.", text)[1])
     return f"Value: {sum(values) / len(values) if values else top / 2:.2f}"
 
 
-def offline_reflector(text: str) -> str:
+def offline_reflector(text: str, seed: int) -> str:
     """Reads off the transcript why the user left: like items too close, or a disappointment."""
     history, _, session = text.partition("\n\nSession so far:\n")
     liked = Counter(c for _, found in LIKED.findall(history) for c in tags(found))

@@ -336,13 +336,14 @@ def test_any_map_gives_the_same_run_and_an_ask_is_named_once():
     assert len(asks) == len(set(asks))
 
 
-@given(st.tuples(st.integers(), st.text(), st.integers(), st.integers(), st.integers()), st.floats(0, 2))
+@given(st.tuples(st.integers(), st.text(), st.integers(), st.integers(), st.integers()))
 @settings(max_examples=20)
-def test_the_offline_reader_reads_the_prompt_and_nothing_else(key, temperature):
+def test_the_offline_reader_gets_what_an_endpoint_gets_text_and_seed(key):
     asks = []
     learn(episodes=10, llm=lambda ask: asks.append(ask) or prompts.offline(ask))
     for ask in asks[::40]:
-        assert prompts.offline(ask._replace(key=key, temperature=temperature)) == prompts.offline(ask)
+        cold = ask._replace(temperature=0.0)
+        assert prompts.offline(cold._replace(key=key)) == prompts.offline(cold)
 
 
 def test_malformed_replies_are_asked_again_then_fall_back_and_are_counted():
@@ -401,10 +402,10 @@ def test_golden_run():
     assert billp.records(agent.planner)[-1].value == GOLDEN_REFLECTION
 
 
-GOLDEN = [(8, 37), (5, 25), (5, 23), (5, 24), (9, 43), (5, 21), (10, 44), (6, 29), (6, 26), (5, 25)]
+GOLDEN = [(4, 18), (10, 46), (4, 20), (4, 18), (10, 45), (4, 17), (6, 26), (6, 28), (4, 17), (6, 30)]
 GOLDEN_REFLECTION = (
-    "The user left because The Magnificent Seven (1960) came 4 steps after Rio Bravo (1959), its like. "
-    "Keep like items 5 steps apart for those who like Drama, Musical, Romance.")
+    "The user left because Frankenstein (1931) came 5 steps after The Sixth Sense (1999), its like. "
+    "Keep like items 6 steps apart for those who like Drama, Musical, Romance.")
 
 # ------------------------------------------------------------------------------------ purity
 
