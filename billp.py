@@ -46,7 +46,7 @@ class Config(NamedTuple):
     titles: int = 10                # items in the text that a state is remembered by; as the paper
     batch: int = 10                 # episodes between updates of the memories; as the paper
     temperature: float = 0.5        # of every ask; as the paper
-    max_tokens: int = 256           # longest reply asked for; one line needs few
+    reply_tokens: int = 256         # longest reply asked for; reasoning models need thousands
     retries: int = 2                # times a malformed reply is asked for again
     repeats: bool = False           # whether an item may be recommended twice in an episode
 
@@ -243,7 +243,7 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
     prompt = prompts.shared(state.history, state.session) + question
     messages: tuple = (("system", prompts.SYSTEM), ("user", prompt))
     for attempt in range(config.retries + 1):
-        ask = Ask(role, state.key + (attempt,), messages, config.max_tokens, config.temperature)
+        ask = Ask(role, state.key + (attempt,), messages, config.reply_tokens, config.temperature)
         text = llm(ask).text
         value = parse(text)
         if not isinstance(value, Malformed):

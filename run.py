@@ -1,14 +1,14 @@
-"""The shell: flags, files, threads, progress, tables. All effects of the project live here, but
-for the ruled section of prompts.py that speaks HTTP.
+"""The shell: flags, files, threads, progress, tables.
 
-    python run.py --episodes 50                 learn, then evaluate before and after
-    python run.py --method reflexion            the same with another row of switches
-    python run.py --show RUN                    one episode of a finished run, step by step
+    python run.py --episodes 50             learn; evaluate the same users before and after
+    python run.py --method reflexion        the same with another row of switches
+    python run.py --show RUN                one episode of a finished run, step by step
 
-Results go to stdout, progress and errors to stderr. A run directory holds config.json (what
-determines the result), episodes.jsonl, memory.json and summary.json. Running the same command
-again gives the same bytes; a directory of another configuration is never written to.
-Exit codes: 0 done, 2 a mistake in the input, 130 interrupted.
+Every effect of the project is here, but for the part of prompts.py that speaks HTTP. Results go to
+stdout, progress and errors to stderr. A run directory holds config.json (what determines the
+result), calls.jsonl (a real model's answers), episodes.jsonl, memory.json and summary.json. The same
+command again continues or repeats the run; a directory of another configuration is never touched.
+Exit codes: 0 done, 2 a mistake that can be mended, 3 the budget is spent, 130 interrupted.
 """
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
@@ -31,25 +32,51 @@ import numpy as np
 import billp
 import envs
 import prompts
-from billp import Agent, Catalog, Config, Trajectory
+from billp import Agent, Config, Trajectory
 
-STAND_IN = ("offline (a rule-based stand-in: it shows the mechanism at work and is no evidence "
-            "about real models)")
+STAND_IN = ("offline, a rule-based stand-in: it shows the mechanism at work and is no evidence about "
+            "real models")
+ROLES = ("planner", "actor", "critic", "reflector")
+COLUMNS = ("calls", "prompt", "cached", "completion")
 WORLD_FIELDS = ("window", "beta", "floor", "grace", "max_steps")
 BOUNDS = {"gamma": (0, 1), "batch": (1, 10**6), "titles": (1, 1000), "window": (1, 1000),
-          "max_steps": (1, 10**6), "max_tokens": (1, 10**6), "temperature": (0, 2),
-          "retries": (0, 100), "workers": (1, 1000), "episodes": (0, 10**9), "users": (1, 10**9)}
+          "max_steps": (1, 10**6), "reply_tokens": (1, 10**6), "temperature": (0, 2),
+          "retries": (0, 100), "workers": (1, 1000), "episodes": (0, 10**9), "users": (1, 10**9),
+          "timeout": (0.001, 10**6), "max_calls": (0, 10**12), "max_tokens": (0, 10**12)}
 
 
 class UserError(Exception):
-    """A mistake that the person at the keyboard can mend; shown as one line, exit code 2."""
+    """A mistake that the person at the keyboard can mend: one line, exit code 2."""
 
 
 # ------------------------------------------------------------------------------------ flags
 
+FLAGS: dict[str, dict[str, Any]] = {
+    "--episodes": dict(type=int, default=50, help="learning episodes (default 50)"),
+    "--users": dict(type=int, default=50, help="held-out users to evaluate on (default 50)"),
+    "--method": dict(default="billp", help=" ".join((*envs.POLICIES, *billp.METHODS))),
+    "--world": dict(default="films", help="films"),
+    "--seed": dict(type=int, default=0, help="names every random draw (default 0)"),
+    "--workers": dict(type=int, help="episodes played at once (default: 1 offline, else a batch)"),
+    "--out": dict(type=Path, help="run directory (default: one of its own under runs/)"),
+    "--load": dict(type=Path, help="start from another run's memory.json"),
+    "--show": dict(type=Path, metavar="RUN", help="print one episode of a run"),
+    "--pick": dict(default="", metavar="PHASE:N", help="which one: before, learn or after, and its number"),
+    "--model": dict(help="model name, or offline (default: OPENAI_MODEL)"),
+    "--base-url": dict(help="endpoint (default: OPENAI_BASE_URL; the key is read from OPENAI_API_KEY)"),
+    "--embed-model": dict(help="embedding model (default: OPENAI_EMBED_MODEL, or character n-grams)"),
+    "--timeout": dict(type=float, default=300.0, help="seconds for one answer (default 300)"),
+    "--header": dict(action="append", default=[], metavar="K=V", help="one more request header"),
+    "--extra-body": dict(default="{}", metavar="JSON", help="more fields for each request"),
+    "--max-calls": dict(type=int, help="stop cleanly after so many live calls"),
+    "--max-tokens": dict(type=int, help="stop cleanly after so many tokens"),
+    "--replay": dict(action="store_true", help="answer from the run's log alone"),
+    "--dry-run": dict(action="store_true", help="expected calls and tokens; sends nothing"),
+}
 
-def knobs(record: type) -> dict[str, str]:
-    """The reason that the comment beside each field with a default gives."""
+
+def reasons(record: type) -> dict[str, str]:
+    """The comment beside each field that has a default."""
     found = re.findall(r"^    (\w+): .*?= .*?# (.*)$", inspect.getsource(record), re.M)
     return {name: why for name, why in found if name in record._field_defaults}
 
@@ -66,27 +93,21 @@ def add_field(parser: Any, record: type, name: str, why: str) -> None:
         parser.add_argument(flag, type=type(default), metavar=type(default).__name__, help=text)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:      # argparse would print its whole usage first
+        raise UserError(f"{message}; --help lists the flags")
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], allow_abbrev=False,
-        epilog="The default model is " + STAND_IN + ".")
-    parser.add_argument("--episodes", type=int, default=50, help="learning episodes (default 50)")
-    parser.add_argument("--users", type=int, default=50, help="held-out users (default 50)")
-    parser.add_argument("--method", default="billp", help=" ".join((*envs.POLICIES, *billp.METHODS)))
-    parser.add_argument("--world", default="films", help="films")
-    parser.add_argument("--seed", type=int, default=0, help="names every random draw (default 0)")
-    parser.add_argument("--workers", type=int, default=1, help="episodes played at once")
-    parser.add_argument("--out", type=Path, help="run directory (default: under runs/)")
-    parser.add_argument("--load", type=Path, help="start from the memory.json of another run")
-    parser.add_argument("--show", metavar="RUN", type=Path, help="print one episode of a run")
-    parser.add_argument("--pick", default="", metavar="PHASE:N",
-                        help="which one: learn, before or after, and its number (default: the last learnt)")
-    method = parser.add_argument_group("method (default: the row of --method)")
-    for name, why in knobs(Config).items():
-        add_field(method, Config, name, why)
-    world = parser.add_argument_group("world (default: the world's own)")
-    for name, why in knobs(envs.Env).items():
-        add_field(world, envs.Env, name, why)
+    parser = Parser(description="BiLLP learns, then is evaluated. The built-in model is " + STAND_IN,
+                    allow_abbrev=False)
+    for flag, how in FLAGS.items():
+        parser.add_argument(flag, **how)
+    for title, record in (("method (default: the row of --method)", Config),
+                          ("world (default: the world's own)", envs.Env)):
+        group = parser.add_argument_group(title)
+        for name, why in reasons(record).items():
+            add_field(group, record, name, why)
     args = parser.parse_args(argv)
     for name, (low, high) in BOUNDS.items():
         value = getattr(args, name)
@@ -108,27 +129,45 @@ class Settings(NamedTuple):
     world: str
     method: str
     model: str
+    embedding: str
     seed: int
     episodes: int
     users: int
     load: str                   # digest of the memory started from, "" for none
+    extra: str                  # digest of --extra-body, "" for none
     config: dict[str, Any]      # of the method
-    rule: dict[str, Any]        # the world's fields as far as they were set by flag
+    rule: dict[str, Any]        # the world's fields as far as flags set them
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def settings(args: argparse.Namespace) -> Settings:
-    if args.method not in billp.METHODS and args.method not in envs.POLICIES:
-        raise UserError(f"no method {args.method!r}; there are "
-                        + " ".join((*envs.POLICIES, *billp.METHODS)))
-    row = billp.METHODS.get(args.method, {})
-    config = Config()._replace(**row)._replace(**chosen(args, Config._fields))
-    load = hashlib.sha256(read(args.load).encode()).hexdigest()[:16] if args.load else ""
-    return Settings(args.world, args.method, "offline", args.seed, args.episodes, args.users, load,
-                    config._asdict(), chosen(args, WORLD_FIELDS))
+    known = (*envs.POLICIES, *billp.METHODS)
+    if args.method not in known:
+        raise UserError(f"no method {args.method!r}; there are {' '.join(known)}")
+    live = bool(args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY"))
+    model = args.model or (variable("OPENAI_MODEL") if live else "offline")
+    if not model or (model != "offline" and not live):
+        raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
+                        "or give --base-url and --model; --model offline is the built-in reader")
+    embedding = args.embed_model or (live and variable("OPENAI_EMBED_MODEL")) or "hashed_ngrams"
+    config = Config()._replace(**billp.METHODS.get(args.method, {}))
+    return Settings(args.world, args.method, model, embedding, args.seed, args.episodes, args.users,
+                    digest(read(args.load)) if args.load else "",
+                    digest(args.extra_body) if args.extra_body != "{}" else "",
+                    config._replace(**chosen(args, Config._fields))._asdict(),
+                    chosen(args, WORLD_FIELDS))
+
+
+def variable(*names: str) -> str:
+    """The first of these environment variables that is set."""
+    return next((os.environ[name] for name in names if os.environ.get(name)), "")
 
 
 def build_world(wanted: Settings) -> envs.Env:
-    """The world a run asks for, with the run's own rule of leaving."""
+    """The world a run asks for, under the run's own rule of leaving."""
     if wanted.world != "films":
         raise UserError(f"no world {wanted.world!r}; there is films")
     env = envs.films(wanted.seed)._replace(**wanted.rule)
@@ -167,81 +206,81 @@ def write(path: Path, text: str) -> None:
     os.replace(draft, path)
 
 
-def dumps(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+dumps = partial(json.dumps, ensure_ascii=False)
 
 
 def run_directory(out: Path | None, wanted: Settings) -> Path:
-    """The directory of this run, made if need be; refused when it holds anything else."""
-    text = dumps(wanted._asdict(), 1) + "\n"
-    name = f"{wanted.world.partition(':')[0]}-{wanted.method}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    path = out or Path("runs") / name
+    """The directory of this run, made if need be; refused if it holds anything else."""
+    text = dumps(wanted._asdict(), indent=1) + "\n"
+    path = out or Path("runs") / f"{wanted.world.partition(':')[0]}-{wanted.method}-{digest(text)[:8]}"
+    held = path / "config.json"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        held = path / "config.json"
         if not held.exists() and any(path.iterdir()):
             raise UserError(f"{path} is not empty and holds no run; choose another --out")
         if held.exists() and held.read_text("utf-8") != text:
             raise UserError(f"{path} holds a run of another configuration "
-                            f"({differing(held, wanted)}); choose another --out")
+                            f"({differing(read(held), wanted)}); choose another --out")
         write(held, text)
     except OSError as error:
         raise UserError(f"cannot use {path} as run directory: {error.strerror}")
     return path
 
 
-def differing(held: Path, wanted: Settings) -> str:
+def differing(held: str, wanted: Settings) -> str:
     """The names of the settings in which a config.json differs."""
     try:
-        old, new = json.loads(held.read_text("utf-8")), wanted._asdict()
-        flat_old, flat_new = ({**d, **d["config"], **d["rule"]} for d in (old, new))
-        return ", ".join(k for k in flat_new if k not in ("config", "rule")
-                         and flat_old.get(k) != flat_new[k]) or "other fields"
+        old, new = ({**d, **d["config"], **d["rule"]} for d in (json.loads(held), wanted._asdict()))
+        return ", ".join(k for k in {**old, **new} if k not in ("config", "rule")
+                         and old.get(k) != new.get(k))
     except (ValueError, KeyError, TypeError):
-        return "unreadable config.json"
+        return "config.json is damaged"
 
 
-def save_memory(agent: Agent) -> str:
-    """The agent's memories as JSON lines within one object; vectors are made again on loading."""
+def save_memory(agent: Agent, embedding: str) -> str:
+    """The memories as JSON, a record a line; vectors are left out and made again on loading."""
     parts = [f'"{name}": [\n' + ",\n".join(map(dumps, billp.records(memory))) + "\n]"
              for name, memory in agent._asdict().items()]
-    return '{"billp": 1, "embedding": "hashed_ngrams",\n' + ",\n".join(parts) + "}\n"
+    return f'{{"billp": 1, "embedding": {dumps(embedding)},\n' + ",\n".join(parts) + "}\n"
 
 
-def load_memory(path: Path, embed: prompts.Embed) -> Agent:
-    """The agent that `save_memory` wrote; each text is embedded once."""
+def load_memory(path: Path, embedding: str) -> dict[str, list[billp.Record]]:
+    """The records that `save_memory` wrote, per role; anything else is refused."""
+    kinds = {"planner": str, "actor": int, "critic": (int, float)}
     try:
         held = json.loads(read(path))
-        assert held["billp"] == 1 and held["embedding"] == "hashed_ngrams"
-        kinds = {"planner": str, "actor": int, "critic": (int, float)}
-        rows = {name: [billp.Record(*row) for row in held[name]] for name in Agent._fields}
-        assert all(isinstance(r.key, str) and isinstance(r.action, str) and isinstance(r.value, kinds[name])
-                   for name in rows for r in rows[name])
-    except (ValueError, KeyError, TypeError, AssertionError):
+        rows = {name: [billp.Record(*row) for row in held[name]] for name in kinds}
+        if held["billp"] != 1 or not all(isinstance(r.key + r.action, str) and isinstance(
+                r.value, kinds[name]) for name in kinds for r in rows[name]):
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a memory.json of this program")
-    texts = list(dict.fromkeys(record.key for records in rows.values() for record in records))
-    vectors = dict(zip(texts, embed(texts)))
-    chunk = {name: billp.Chunk(tuple(r), np.stack([vectors[x.key] for x in r]))
-             for name, r in rows.items() if r}
-    return Agent(**{name: (c,) for name, c in chunk.items()})
+    if held["embedding"] != embedding:
+        raise UserError(f"{path} was made with the embedding {held['embedding']}, not {embedding}")
+    return rows
 
 
-def describe(env: envs.Env, phase: str, trajectory: Trajectory) -> dict[str, Any]:
+def embed_memory(rows: dict[str, list[billp.Record]], embed: prompts.Embed) -> Agent:
+    """An agent from records; each text is embedded once."""
+    texts = list(dict.fromkeys(record.key for held in rows.values() for record in held))
+    vectors = dict(zip(texts, embed(texts))) if texts else {}
+    return Agent(**{name: (billp.Chunk(tuple(held), np.stack([vectors[r.key] for r in held])),)
+                    for name, held in rows.items() if held})
+
+
+def describe(env: envs.Env, phase: str, t: Trajectory) -> dict[str, Any]:
     """One episode as a line of episodes.jsonl: all that --show needs."""
-    lesson, items = trajectory.lesson, [step.act.value for step in trajectory.steps]
-    return {
-        "phase": phase, "episode": trajectory.last.key[2], "user": trajectory.user,
-        "history": trajectory.last.history,
-        "steps": [{"lessons": step.plan.recalled if step.plan else [],
-                   "thought": step.plan.value if step.plan else "",
-                   "experience": step.act.recalled, "said": step.act.said, "exact": step.act.exact,
-                   "item": step.line, "reward": step.reward} for step in trajectory.steps],
-        "left": envs.why_left(env, trajectory.user, items) if trajectory.terminated else "",
-        "values": lesson and lesson.values, "advantages": lesson and lesson.advantages,
-        "reflection": lesson.reflection if lesson else ""}
+    steps = [{"lessons": s.plan.recalled if s.plan else (), "thought": s.plan.value if s.plan else "",
+              "experience": s.act.recalled, "said": s.act.said, "exact": s.act.exact, "item": s.line,
+              "reward": s.reward} for s in t.steps]
+    left = envs.why_left(env, t.user, [s.act.value for s in t.steps]) if t.terminated else ""
+    values, advantages, _, reflection, _ = t.lesson or ((), (), (), "", ())
+    return {"phase": phase, "episode": t.last.key[2], "user": t.user, "history": t.last.history,
+            "steps": steps, "left": left, "values": values, "advantages": advantages,
+            "reflection": reflection}
 
 
-# --------------------------------------------------------------------------------- running
+# ----------------------------------------------------------------------------------- models
 
 
 def counted(llm: prompts.LLM, tally: dict[str, list]) -> prompts.LLM:
@@ -252,11 +291,20 @@ def counted(llm: prompts.LLM, tally: dict[str, list]) -> prompts.LLM:
         reply = llm(question)
         with lock:
             row = tally.setdefault(question.role, [0, None, None, None])
-            row[0] += 1
-            for i, tokens in enumerate(reply.usage, 1):
-                row[i] = row[i] if tokens is None else (row[i] or 0) + tokens
+            for i, count in enumerate((1, *reply.usage)):
+                row[i] = row[i] if count is None else (row[i] or 0) + count
         return reply
     return ask
+
+
+def estimated(ask: prompts.Ask) -> prompts.Reply:
+    """The offline reader, with the tokens that a model would be paid for: 4 characters each."""
+    reply = prompts.offline(ask)
+    sent = sum(len(text) for _, text in ask.messages)
+    return reply._replace(usage=prompts.Usage(sent // 4, None, len(reply.text) // 4))
+
+
+# ---------------------------------------------------------------------------------- running
 
 
 @contextmanager
@@ -280,10 +328,10 @@ def progress(batches: Iterable, total: int, size: int) -> Iterator:
         yield from tqdm(batches, "learning", total=-(-total // size), unit="batch", file=sys.stderr)
     except ImportError:
         for agent, trajectories in batches:
-            yield agent, trajectories
             done = trajectories[-1].last.key[2] + 1
             print(f"learning: {done} of {total} episodes, mean Len "
                   f"{mean_length(trajectories):.1f}", file=sys.stderr)
+            yield agent, trajectories
 
 
 def mean_length(trajectories: Sequence[Trajectory]) -> float:
@@ -291,17 +339,18 @@ def mean_length(trajectories: Sequence[Trajectory]) -> float:
 
 
 class Outcome(NamedTuple):
-    """What a run gives: the episodes of each phase and the agent it ended with."""
-    before: np.ndarray          # scores [1, users, 2] of the held-out users
+    """What a run gives: scores [1, users, 2] of the held-out users, and how it came to them."""
+    before: np.ndarray
     after: np.ndarray
-    agent: Agent = Agent()
+    agent: Agent = billp.NOVICE
     learning: tuple[float, ...] = ()
     episodes: dict[str, tuple[Trajectory, ...]] = {}
 
 
-def learn(wanted: Settings, env: envs.Env, agent: Agent, llm: prompts.LLM, map: Callable) -> Outcome:
+def learn(wanted: Settings, env: envs.Env, agent: Agent, llm: prompts.LLM, embed: prompts.Embed,
+          map: Callable) -> Outcome:
     """Evaluate, learn, evaluate the same users again."""
-    config, catalog = Config(**wanted.config), billp.catalog(env)
+    config, catalog = Config(**wanted.config), billp.catalog(env, embed)
     learners, held_out = choose_users(env, wanted)
 
     def evaluate(agent: Agent, phase: str) -> tuple[Trajectory, ...]:
@@ -331,7 +380,6 @@ def summarize(wanted: Settings, outcome: Outcome, tally: dict[str, list], second
     acts = [step.act for t in everything for step in t.steps]
     answers = acts + [step.plan for t in everything for step in t.steps if step.plan] + [
         answer for t in everything if t.lesson for answer in t.lesson.answers]
-    columns = ("calls", "prompt", "cached", "completion")
     return {**{k: v for k, v in wanted._asdict().items() if k != "rule"},
             "config": {**wanted.config, **wanted.rule}, "learning": outcome.learning,
             "before": envs.metrics(outcome.before), "after": envs.metrics(outcome.after),
@@ -339,52 +387,60 @@ def summarize(wanted: Settings, outcome: Outcome, tally: dict[str, list], second
             "reflections": len(billp.records(outcome.agent.planner)),
             "malformed": sum(a.malformed for a in answers), "fallbacks": sum(a.fallback for a in answers),
             "ungrounded": round(float(np.mean([not a.exact for a in acts])), 4) if acts else 0.0,
-            "calls": {role: dict(zip(columns, tally.get(role, [0, None, None, None])))
-                      for role in ("planner", "actor", "critic", "reflector")},
+            "calls": {role: dict(zip(COLUMNS, tally.get(role, (0, None, None, None)))) for role in ROLES},
             "seconds": round(seconds, 2)}
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, tally: dict[str, list]) -> None:
     """The default flow: learn, evaluate, write the run directory, print the results."""
-    began, wanted, tally = time.perf_counter(), settings(args), {}
+    began, wanted = time.perf_counter(), settings(args)
     env = build_world(wanted)
-    agent = load_memory(args.load, prompts.hashed_ngrams) if args.load else Agent()
+    rows = load_memory(args.load, wanted.embedding) if args.load else {}
     path = run_directory(args.out, wanted)
+    llm, embed = prompts.offline, prompts.hashed_ngrams
     if wanted.method in envs.POLICIES:
         outcome = roll(wanted, env)
     else:
-        with workers(args.workers) as pool_map:
-            outcome = learn(wanted, env, agent, counted(prompts.offline, tally), pool_map)
+        with workers(args.workers or 1) as pool_map:
+            outcome = learn(wanted, env, embed_memory(rows, embed), counted(llm, tally), embed, pool_map)
     lines = [dumps(describe(env, phase, t)) + "\n" for phase, ts in outcome.episodes.items() for t in ts]
     summary = summarize(wanted, outcome, tally, time.perf_counter() - began)
     write(path / "episodes.jsonl", "".join(lines))
-    write(path / "memory.json", save_memory(outcome.agent))
-    write(path / "summary.json", dumps(summary, 1) + "\n")
+    write(path / "memory.json", save_memory(outcome.agent, wanted.embedding))
+    write(path / "summary.json", dumps(summary, indent=1) + "\n")
     print(report(summary, [r.value for r in billp.records(outcome.agent.planner)[-2:]]))
     print(f"run       {path}")
 
 
-# ---------------------------------------------------------------------------------- tables
+# ----------------------------------------------------------------------------------- tables
 
 
-def report(summary: dict[str, Any], reflections: Sequence[str]) -> str:
+def row_of(label: str, figures: dict[str, Sequence[float]]) -> str:
+    """A table's line: Len, R_each and R_traj, each with its interval."""
+    return f"{label:16}" + "".join(f"{f'{mean:.2f} [{low:.2f}, {high:.2f}]':>25}"
+                                   for mean, low, high in figures.values())
+
+
+HEADER = f"{'':16}" + "".join(f"{name + ' [95 %]':>25}" for name in envs.METRICS)
+
+
+def call_table(tally: dict[str, Sequence]) -> list[str]:
+    """Calls and tokens per role; ? where the server does not say."""
+    return [f"{role:10}{row[0]} calls, tokens: " + ", ".join(
+        f"{name} {'?' if count is None else count}" for name, count in zip(COLUMNS[1:], row[1:]))
+        for role, row in tally.items() if row[0]]
+
+
+def report(s: dict[str, Any], reflections: Sequence[str]) -> str:
     """The results as a person reads them, from summary.json."""
-    s = summary
-    model = STAND_IN if s["model"] == "offline" else s["model"]
-    lines = [f"{s['method']} on {s['world']}, {s['episodes']} learning episodes, then {s['users']} "
-             f"held-out users, seed {s['seed']}", f"model     {model}", "",
-             f"{'':10}" + "".join(f"{name + ', 95 %':>24}" for name in envs.METRICS)]
-    for row in ("before", "after", "difference"):
-        cells = (f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in s[row].values())
-        lines.append(f"{row:10}" + "".join(f"{cell:>24}" for cell in cells))
-    lines.append("")
+    lines = [f"{s['method']} on {s['world']}, seed {s['seed']}: {s['episodes']} learning episodes, then "
+             f"{s['users']} held-out users", f"model     {STAND_IN if s['model'] == 'offline' else s['model']}",
+             "", HEADER, *(row_of(row, s[row]) for row in ("before", "after", "difference")), ""]
     if s["learning"]:
-        lines.append(f"learning  {sparkline(s['learning'])}  mean Len a batch, "
+        lines.append(f"learning  {sparkline(s['learning'])}  mean Len of each batch, "
                      f"{min(s['learning']):.1f} to {max(s['learning']):.1f}")
     lines += [f"lesson    {text}" for text in reflections]
-    lines += [f"{role:10}{c['calls']} calls, tokens: prompt {c['prompt'] or '?'}, cached "
-              f"{c['cached'] or '?'}, completion {c['completion'] or '?'}"
-              for role, c in s["calls"].items() if c["calls"]]
+    lines += call_table({role: tuple(row.values()) for role, row in s["calls"].items()})
     if s["calls"]["actor"]["calls"]:
         lines.append(f"replies   malformed {s['malformed']}, fallbacks {s['fallbacks']}, "
                      f"actions that named no item {s['ungrounded']:.0%}")
@@ -402,16 +458,15 @@ def sparkline(numbers: Sequence[float]) -> str:
 
 
 def show(path: Path, pick: str) -> None:
-    """Print one episode of a finished run, as a person would follow it."""
+    """Print one episode of a finished run: by default the last one learnt from."""
+    phase, _, number = pick.partition(":")
     try:
         episodes = [json.loads(line) for line in read(path / "episodes.jsonl").splitlines()]
-        phase, _, number = pick.partition(":")
-        wanted = [e for e in episodes if (not phase or e["phase"] == phase)
-                  and (not number or e["episode"] == int(number))]
-        learnt = [e for e in wanted if e["phase"] == "learn"]
-        print(story((learnt or wanted)[-1]))
+        wanted = [e for e in episodes if e["phase"] == (phase or "learn")
+                  and e["episode"] == int(number or e["episode"])] or episodes * (not pick)
+        print(story(wanted[-1]))
     except (ValueError, KeyError, IndexError, TypeError):
-        raise UserError(f"{path} holds no episode {pick or 'at all'}")
+        raise UserError(f"{path} holds no episode {pick}".rstrip())
 
 
 def story(e: dict[str, Any]) -> str:
@@ -419,33 +474,31 @@ def story(e: dict[str, Any]) -> str:
     lines = [f"{e['phase']} episode {e['episode']}, user {e['user']}", "", "liked before"]
     lines += [f"    {line}" for line in e["history"]]
     for n, step in enumerate(e["steps"]):
-        left = n == len(e["steps"]) - 1 and e["left"]
-        grounded = step["item"] if step["exact"] else f"{step['item']} (nearest item)"
-        lines += ["", f"step {n + 1}"]
-        lines += [f"    recalled    {lesson}" for lesson in step["lessons"]]
-        lines += [f"    thought     {step['thought']}"] * bool(step["thought"])
-        lines += [f"    {prompts.VERDICT[v]:12}{line}" for line, v in step["experience"][:5]]
-        more = len(step["experience"]) - 5
-        lines += [f"                and {more} more experiences"] * (more > 0)
-        lines += [f"    said        {step['said']}", f"    item        {grounded}",
-                  f"    reward      {step['reward']:g}" + (f", the user left: {left}" if left else "")]
+        more, left = len(step["experience"]) - 5, e["left"] if n == len(e["steps"]) - 1 else ""
+        rows = [("recalled", lesson) for lesson in step["lessons"]] + [("thought", step["thought"])]
+        rows += [(prompts.VERDICT[v], line) for line, v in step["experience"][:5]]
+        rows += [("", f"and {more} more experiences" if more > 0 else ""), ("said", step["said"]),
+                 ("item", step["item"] + " (the nearest; no title was named)" * (not step["exact"])),
+                 ("reward", f"{step['reward']:g}" + (f", the user left: {left}" if left else ""))]
         if e["advantages"]:
-            lines.append(f"    value       {e['values'][n]:.2f}, advantage {e['advantages'][n]:+.2f}: "
-                         f"{prompts.VERDICT[e['advantages'][n] >= 0]}")
-    ended = "" if e["left"] else "\nthe user stayed to the last step"
-    return "\n".join(lines) + ended + (f"\n\nreflection {e['reflection']}" if e["reflection"] else "")
+            a = e["advantages"][n]
+            rows.append(("value", f"{e['values'][n]:.2f}, advantage {a:+.2f}: {prompts.VERDICT[a >= 0]}"))
+        lines += ["", f"step {n + 1}"] + [f"    {label:12}{text}" for label, text in rows if text]
+    lines += [] if e["left"] else ["", "the user stayed to the last step"]
+    return "\n".join(lines + (["", f"reflection  {e['reflection']}"] if e["reflection"] else []))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    tally: dict[str, list] = {}
     try:
         args = parse(argv)
-        show(args.show, args.pick) if args.show else run(args)
+        show(args.show, args.pick) if args.show else run(args, tally)
         return 0
     except UserError as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command starts it again", file=sys.stderr)
+        print("\n".join(["interrupted; the same command continues it", *call_table(tally)]), file=sys.stderr)
         return 130
 
 
