@@ -15,11 +15,21 @@ Left out on purpose: streaming, tool calls, JSON modes, token counting.
 """
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
+import random
 import re
+import threading
+import time
 import unicodedata
+import warnings
 from collections import Counter
 from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace as Wire
 from typing import Any, Callable, NamedTuple, Sequence
+from urllib.parse import urlsplit
 from zlib import crc32
 
 import numpy as np
@@ -380,4 +390,404 @@ def scripted(replies: dict[str, Sequence[str]]) -> LLM:
     def answer(ask: Ask) -> Reply:
         texts = replies[ask.role]
         return Reply(texts[min(ask.key[-2] + ask.key[-1], len(texts) - 1)])
+    return answer
+
+
+# ------------------------------------------------------------------------- the outside world
+# Endpoints over HTTP, the log of a run and its budget: the only effects outside run.py. What has
+# broken other clients is handled here, each where it happens.
+
+AGAIN = "wait, then run the same command: it resumes"
+CURES = {400: "mend the request (--model, --extra-body), then run the same command: it resumes",
+         401: "check OPENAI_API_KEY", 402: "top up the account, then run the same command",
+         403: "use a key that may use this model", 404: "check --base-url and --model",
+         "context": "allow the prompt fewer tokens, or the server more (-c, num_ctx, n_ctx)"}
+# A kind of fault that a repeat rarely cures is tried again this often, any other `retries` times.
+LIMITS = {"fatal": 0, "page": 1, "slow": 1, "silent": 1, "connect": 2}
+INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
+           "temperature": None, "seed": None, "encoding_format": None,
+           "system": "user"}
+REFUSED = re.compile(r"(?i)unsupported|not (support|permit|allow)|unrecognized|unknown|unexpected")
+NO_SYSTEM = re.compile(r"(?i)(system|developer) (role|message|prompt|instruction)s?.{0,40}(not|n't)"
+                       r"|not support '(system|developer)'|roles must alternate")
+OVERFLOW = re.compile(r"(?i)context.{0,20}(length|size|window|limit)|prompt is too long")
+LOOPBACK = re.compile(r"(localhost|[\w-]+\.localhost|127\.[\d.]+|0\.0\.0\.0|\[::1?\])([:/?]|$)")
+
+
+class EndpointError(Exception):
+    """Ends a run with one clear line."""
+
+
+class BudgetSpent(EndpointError):
+    """The calls or tokens allowed are used up: the shell's exit code 3."""
+
+
+class Fault(NamedTuple):
+    """A failed attempt, as a value; `reply` stands in for the answer if no repeat mends it."""
+    kind: str
+    reason: str
+    cure: str = AGAIN
+    status: int | None = None
+    wait: float | None = None
+    reply: Reply | None = None
+
+
+def one_line(text: str, secrets: tuple = ()) -> str:
+    """Printable text on one line, any part of a secret longer than 6 characters starred out."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    parts = {s[i:i + 7] for s in secrets for i in range(len(s) - 6)}
+    hits = {i + j for i in range(len(text)) if text[i:i + 7] in parts for j in range(7)}
+    return re.sub("\0+", "***", "".join("\0" if i in hits else c for i, c in enumerate(text)))
+
+
+def checked(name: str, value: str, allowed: str = "[ -~]*") -> str:
+    """A header's value, stripped; refused unseen where httpx would raise with it in the text."""
+    if re.fullmatch(allowed, value := value.strip()):
+        return value
+    raise EndpointError(f"{name} holds a space, a control character or one outside ASCII (often "
+                        "a curly quote from a web page): copy it again")
+
+
+def address(base: str, route: str) -> str:
+    """The full URL of a route, from a base URL in any form people paste.
+
+    >>> address("localhost:8080", "chat/completions")
+    'http://localhost:8080/v1/chat/completions'
+    """
+    if "://" not in (base := base.strip()):
+        base = f"http{'' if LOOPBACK.match(base) else 's'}://{base}"
+    host = r"([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?"
+    if not re.fullmatch(rf"(?a)https?://([!-~]*@)?{host}([/?][!-~]*)?", base):
+        raise EndpointError("the base URL should look like http://localhost:8080/v1, not like "
+                            + one_line(re.sub(r"(?s)^.*@|[?#].*", "", base))[:200])
+    parts = urlsplit(base)
+    path = re.sub(r"(/chat/completions|/embeddings)?/*$", "", parts.path) or "/v1"
+    return parts._replace(path=f"{path}/{route}", fragment="").geturl()
+
+
+def dial(base_url: str, route: str, key: str | None, *, workers: int = 8, timeout: float = 300.0,
+         extra: dict | None = None, headers: dict | None = None, retries: int = 6,
+         notice=warnings.warn, sleep=time.sleep, transport=None, stats: dict | None = None) -> Wire:
+    """Check what a user can get wrong, then make the one client that all threads share.
+
+    `timeout` bounds one attempt; `stats` gathers retries and the system fingerprint; what the
+    server turns out to refuse is `learnt`. `url` is fit to be shown: no credentials, no query.
+    """
+    import httpx
+    parts = urlsplit(url := address(base_url, route))
+    user, _, host = parts.netloc.rpartition("@")
+    shown = f"{parts.scheme}://{host}{parts.path}{'?***' if parts.query else ''}"
+    sent = {k: checked("a header", v) for k, v in (headers or {}).items()}
+    if key := checked("the API key", key or "", "[!-~]*"):  # Azure has a header of its own for it
+        sent |= ({"api-key": key} if "api-version" in parts.query else
+                 {"Authorization": f"Bearer {key}"})
+    secrets = (user, parts.query, *sent.values())
+    limits = httpx.Limits(max_connections=workers, max_keepalive_connections=workers)
+    if LOOPBACK.match(host):  # a transport of its own keeps the environment's proxies out
+        transport = transport or httpx.HTTPTransport(limits=limits)
+    try:
+        target, _ = httpx.URL(url), parts.port  # the latter raises beyond 65535
+        client = httpx.Client(headers={"Content-Type": "application/json"} | sent, limits=limits,
+                              timeout=httpx.Timeout(timeout, connect=10.0), transport=transport)
+        return Wire(post=lambda body: client.stream("POST", target, content=body), url=shown,
+                    scrub=lambda text: one_line(text, secrets), extra=extra or {}, learnt={},
+                    stats={} if stats is None else stats, timeout=timeout, retries=retries,
+                    notice=notice, sleep=sleep)
+    except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
+        trouble = type(error).__name__  # no more: the text may quote a proxy's password
+    raise EndpointError(f"no client for {shown} ({trouble}): check its port, HTTP_PROXY, ALL_PROXY "
+                        "(socks needs httpx[socks]) and SSL_CERT_FILE")
+
+
+def attempt(wire: Wire, body: dict, read: Any) -> Any:
+    """One request: what `read` makes of the answer, or a Fault (httpx's errors may quote headers).
+
+    Bytes that trickle in (blank keep-alive lines) reset httpx's clock, so a second one runs here.
+    """
+    import httpx
+    end, raw = time.monotonic() + wire.timeout, b""
+    try:
+        with wire.post(json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")) as response:
+            response.request.extensions["timeout"]["read"] = max(end - time.monotonic(), 0.001)
+            for part in response.iter_bytes():
+                raw += part
+                if time.monotonic() > end:
+                    raise httpx.ReadTimeout("bytes trickled in until the deadline")
+    except (httpx.LocalProtocolError, httpx.UnsupportedProtocol) as error:
+        return Fault("fatal", f"{type(error).__name__} {error}", CURES[400])
+    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
+        return Fault("connect", str(error), "start the server, or check --base-url")
+    except httpx.TimeoutException:
+        return Fault("slow", f"no answer in {wire.timeout:g} s", "raise --timeout")
+    except httpx.HTTPError as error:
+        return Fault("broken", f"{type(error).__name__} {error}")
+    try:
+        data = json.loads(raw)
+        if response.status_code < 300 and not data.get("error"):
+            return read(data)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        data = None  # not JSON, or not in the shape of an answer
+    return judged(response.status_code, response.headers, data, raw.decode("utf-8", "replace"))
+
+
+def asked_wait(headers: Any) -> float | None:
+    """Seconds the server asks us to wait, at most 60; None where it does not say."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        if re.fullmatch(r"\d+(\.\d*)?", text := headers.get(name, "").strip()):
+            return min(float(text) * unit, 60.0)
+    from email.utils import mktime_tz, parsedate_tz
+    date = parsedate_tz(headers.get("retry-after", ""))
+    return min(max(mktime_tz(date) - time.time(), 0.0), 60.0) if date else None
+
+
+def judged(status: int, headers: Any, data: Any, text: str) -> Fault:
+    """The Fault in a response that is no answer: what the provider said, and what may be done."""
+    data = data if isinstance(data, dict) else {}
+    if status < 300 and not data.get("error"):
+        return Fault("page", text[:999] or "an empty body", "does --base-url lack its /v1?", status)
+    error = data.get("error") or data
+    error = error if isinstance(error, dict) else {"message": error}
+    said, code = str(error.get("message") or text), str(error.get("code"))
+    said += f" [{error['param']}: {code}]" if error.get("param") else ""
+    if status < 300:
+        status = int(code) if re.fullmatch(r"[45]\d\d", code) else 500
+    again = status in (408, 409, 429) or status >= 500 and status != 501
+    again = {"true": True, "false": False}.get(headers.get("x-should-retry"), again)
+    cure = ("context" if status in (400, 413, 422, 500) and OVERFLOW.search(said) else
+            402 if "insufficient_quota" in (code, error.get("type")) else status)
+    if not again or cure in CURES and cure != 400:
+        return Fault("fatal", said, CURES.get(cure, CURES[400]), status)
+    return Fault("busy", said, AGAIN, status, asked_wait(headers))
+
+
+def healed(wire: Wire, body: dict, fault: Fault) -> bool:
+    """Whether the server refused what we can do without: learnt for this client, and said once."""
+    said, messages = fault.reason, body.get("messages", [])
+    if fault.status not in (400, 422, 500) or OVERFLOW.search(said):
+        return False
+    if NO_SYSTEM.search(said) and folded(messages) != messages:
+        names = ["system"]
+    else:
+        names = [n for n in INSTEAD if n in body and n not in wire.extra
+                 and REFUSED.search(said) and re.search(rf"\b{n}\b", said)]
+    for name in names[:1]:
+        ours = next((n for n, now in dict(wire.learnt).items() if now == name), name)
+        if ours not in wire.learnt or ours != name:
+            wire.learnt[ours] = INSTEAD[name]
+            wire.notice(f"{wire.url} refuses {name}: {INSTEAD[name] or 'nothing'} is sent instead"
+                        + " (the paper: 0.5)" * (name == "temperature"))
+    return bool(names)
+
+
+def folded(messages: list[dict]) -> list[dict]:
+    """The same text with the system's in the user's mouth and roles that alternate."""
+    out = []
+    for role, content in ((m["role"].replace("system", "user"), m["content"]) for m in messages):
+        if out and out[-1]["role"] == role:
+            content = f"{out.pop()['content']}\n\n{content}"
+        out.append({"role": role, "content": content})
+    return out
+
+
+def accepted(wire: Wire, body: dict) -> dict:
+    """A body in the form this server takes, with the user's own fields on top."""
+    body = {new: value for n, value in body.items() if (new := wire.learnt.get(n, n))}
+    if "system" in wire.learnt:
+        body["messages"] = folded(body["messages"])
+    return body | wire.extra
+
+
+def persist(wire: Wire, body: dict, read: Any) -> Any:
+    """Post until `read` makes something of the answer; a fault is a value until it is the last."""
+    tried = Counter()
+    while isinstance(got := attempt(wire, ours := accepted(wire, body), read), Fault):
+        if healed(wire, ours, got):
+            continue
+        tried[got.kind] += 1
+        if max(tried.total() - wire.retries, tried[got.kind] - LIMITS.get(got.kind, 99)) > 0:
+            if got.reply:
+                return got.reply
+            # Raised outside any `except`: nothing of httpx's hangs on it.
+            raise EndpointError(wire.scrub(f"{got.status or 'no answer'} from {wire.url}: "
+                                           f"{one_line(got.reason)[:200]}; {got.cure}"))
+        wire.stats.setdefault("retries", []).append(got.status or got.kind)  # atomic, unlike +=
+        backoff = min(0.5 * 2 ** (tried.total() - 1), 8.0) * random.uniform(0.75, 1.0)
+        wire.sleep(backoff if got.wait is None else got.wait)
+    return got
+
+
+def spoken(text: str) -> str:
+    """What a reply says once its thinking is taken out, whichever of the two tags is missing.
+
+    >>> spoken("<think>hm</think>A"), spoken("hm</think>A"), spoken("A<think>hm")
+    ('A', 'A', 'A')
+    """
+    text = re.split(r"(?i)</think(?:ing)?>", text)[-1]
+    return re.split(r"(?i)<think(?:ing)?>", text)[0].strip()
+
+
+def counted(usage: Any) -> Usage:
+    """Token counts; what is absent, null or not a count is None, never 0."""
+    usage = usage if isinstance(usage, dict) else {}
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+    return Usage(*(n if type(n) is int else None for n in
+                   (usage.get("prompt_tokens"), cached, usage.get("completion_tokens"))))
+
+
+def read_chat(wire: Wire, ask: Ask, data: dict) -> Reply | Fault:
+    """The first choice's text without its thinking; an empty one is a Fault that says why."""
+    choice, usage = data["choices"][0], counted(data.get("usage"))
+    content = choice["message"].get("content") or ""
+    if isinstance(content, list):
+        content = "".join(p["text"] for p in content if p.get("type") == "text")
+    text = spoken(content).encode("utf-8", "replace").decode()  # half an emoji is no text
+    wire.stats["system_fingerprint"] = data.get("system_fingerprint")
+    sent = sum(len(said) for _, said in ask.messages)
+    if usage.prompt and sent > 8 * usage.prompt + 1000 and "cut" not in wire.learnt:
+        wire.learnt["cut"] = None
+        wire.notice(f"{wire.url} counts {usage.prompt} tokens in a prompt of {sent} characters: "
+                    "it may cut prompts silently (Ollama: raise num_ctx)")
+    if not text and choice.get("finish_reason") == "length":
+        return Fault("fatal", f"reasoning used up the reply's {ask.max_tokens} tokens",
+                     "raise --reply-tokens, or switch reasoning off by --extra-body", 200)
+    return Reply(text, usage) if text else Fault("silent", "", reply=Reply("", usage))
+
+
+def openai(base_url: str, model: str, key: str | None = None, **options) -> LLM:
+    """A model behind any OpenAI-compatible endpoint; the options and their defaults are dial's.
+
+    The ask's key is sent as its seed, which is a hint: under load servers vary even so, and only
+    a recorded log repeats a run. `stop` is never sent; parsers cut the reply on our side.
+    """
+    wire = dial(base_url, "chat/completions", key, **options)
+
+    def answer(ask):
+        messages = [{"role": role, "content": content} for role, content in ask.messages]
+        body = {"model": model, "messages": messages, "max_tokens": ask.max_tokens,
+                "temperature": ask.temperature, "seed": seed_of(ask.key)}
+        return persist(wire, body, lambda data: read_chat(wire, ask, data))
+    return answer
+
+
+def stacked(rows: list, size: list) -> np.ndarray:
+    """Vectors as float32 rows; `size` remembers the first one's, for other models never mix in."""
+    size += [len(row) for row in rows[:1] if not size]
+    if sizes := {len(row) for row in rows} - set(size):
+        raise EndpointError(f"embeddings of sizes {size[0]} and {min(sizes)} do not mix: keep to "
+                            "the model this run began with, or use another --out")
+    return np.array(rows, np.float32).reshape(len(rows), *size)
+
+
+def embeddings(base_url: str, model: str, key: str | None = None, *, batch: int = 64,
+               **options) -> Embed:
+    """Unit vectors from an endpoint, `batch` texts a request; the other options are dial's."""
+    wire, size = dial(base_url, "embeddings", key, **options), []
+
+    def part(texts):
+        body = {"model": model, "input": [t or " " for t in texts], "encoding_format": "float"}
+        return persist(wire, body, lambda data: read_vectors(len(texts), data))
+    return lambda texts: stacked([row for i in range(0, len(texts), batch)
+                                  for row in part(texts[i:i + batch])], size)
+
+
+def read_vectors(count: int, data: dict) -> Any:
+    """Unit rows in the order of the texts; one of zeros, or not of numbers, is a Fault."""
+    rows = {d["index"]: d["embedding"] for d in data["data"]}
+    if sorted(d["index"] for d in data["data"]) != list(range(count)):
+        return Fault("page", f"{len(data['data'])} embeddings for {count} texts", status=200)
+    matrix = stacked([rows[i] for i in range(count)], [])
+    norms = np.linalg.norm(matrix, axis=1, keepdims=True)
+    if not (norms > 0).all() or not np.isfinite(norms).all():
+        return Fault("page", "an embedding is zero or not finite", status=200)
+    return matrix / norms
+
+
+class Log(NamedTuple):
+    """A run's calls: the model they were put to, and each answer under the hash of its ask."""
+    model_id: Any
+    known: dict[str, Reply]
+    file: Any  # None where only replay is allowed
+    lock: Any
+
+
+def open_log(path: str | Path, model_id: Any, *, replay: bool = False, notice=warnings.warn) -> Log:
+    """Read a log or begin one; model_id (JSON) is whatever shapes an answer besides the ask."""
+    header = json.dumps({"log": 1, "model": model_id}).encode() + b"\n"
+    raw = Path(path).read_bytes() if Path(path).exists() else b""
+    whole, known = raw[:raw.rfind(b"\n") + 1], {}
+    if whole != raw:
+        notice(f"{path}: dropped a torn last line")
+    if (whole or replay) and not whole.startswith(header):
+        raise EndpointError(f"{path} is no log of this model and configuration: use the flags it "
+                            "was begun with, or another --out")
+    for number, line in enumerate(whole.split(b"\n")[1:-1], 2):
+        try:
+            record = json.loads(line)
+            known.setdefault(record["ask"], Reply(record["text"], Usage(*record["usage"])))
+        except (ValueError, TypeError, LookupError):
+            raise EndpointError(f"{path}: line {number} is damaged: delete it") from None
+    file = None if replay else open(path, "ab", buffering=0)
+    if file:
+        file.truncate(len(whole))
+        file.write(b"" if whole else header)
+    return Log(model_id, known, file, threading.Lock())
+
+
+def logged(log: Log, ask: Ask, reply: Reply | None = None) -> Reply | None:
+    """The log's answer to an ask; `reply` is appended if it has none. A miss ends a replay.
+
+    One write a line, so that a kill tears the last one at most; in ASCII, so no text can end it.
+    """
+    name = hashlib.sha256(json.dumps([log.model_id, ask]).encode()).hexdigest()
+    if log.file is None and name not in log.known:
+        raise EndpointError(f"the log has no answer for {ask.role} {list(ask.key)}: run without "
+                            "--replay, or with the flags it was recorded with")
+    if reply is not None:
+        line = {"ask": name, "role": ask.role, "key": ask.key, **reply._asdict()}
+        with log.lock:
+            if name not in log.known:
+                log.file.write(json.dumps(line).encode() + b"\n")
+                log.known[name] = reply
+    return log.known.get(name)
+
+
+def recorded(llm: LLM, log: Log) -> LLM:
+    """The same model, answering from its log where it can: cache, resume and replay in one."""
+    return lambda ask: logged(log, ask) or logged(log, ask, llm(ask))
+
+
+def recorded_embed(embed: Embed, log: Log) -> Embed:
+    """The same embedding, each text put to it once and its row kept in the log to the bit."""
+    size = []
+
+    def answer(texts):
+        asks = {t: Ask("embed", (), (("text", t),)) for t in texts}
+        missing = [t for t, ask in asks.items() if logged(log, ask) is None]
+        for text, row in zip(missing, embed(missing) if missing else (), strict=True):
+            logged(log, asks[text], Reply(base64.b64encode(row.tobytes()).decode()))
+        return stacked([np.frombuffer(base64.b64decode(logged(log, asks[t]).text), np.float32)
+                        for t in texts], size)
+    return answer
+
+
+def limited(llm: LLM, max_calls: int | None = None, max_tokens: int | None = None) -> LLM:
+    """The same model within a budget; it stands inside `recorded`, so replayed answers are free.
+
+    Unknown usage counts four characters a token; calls under way when it runs out are finished.
+    """
+    spent, lock = Counter(), threading.Lock()
+
+    def answer(ask):
+        with lock:
+            for name, most in (("calls", max_calls), ("tokens", max_tokens)):
+                if most is not None and spent[name] >= most:
+                    raise BudgetSpent(f"the {most} {name} allowed are used up: raise --max-{name} "
+                                      "and run the same command: it resumes")
+            spent["calls"] += 1
+        reply = llm(ask)
+        texts = "".join(content for _, content in ask.messages), reply.text
+        with lock:
+            spent["tokens"] += sum(len(text) // 4 if n is None else n for text, n in
+                                   zip(texts, (reply.usage.prompt, reply.usage.completion)))
+        return reply
     return answer

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
@@ -147,7 +147,8 @@ def settings(args: argparse.Namespace) -> Settings:
     known = (*envs.POLICIES, *billp.METHODS)
     if args.method not in known:
         raise UserError(f"no method {args.method!r}; there are {' '.join(known)}")
-    live = bool(args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY"))
+    live = bool(args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY")
+                or args.replay)
     model = args.model or (variable("OPENAI_MODEL") if live else "offline")
     if not model or (model != "offline" and not live):
         raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
@@ -283,11 +284,13 @@ def describe(env: envs.Env, phase: str, t: Trajectory) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------- models
 
 
-def counted(llm: prompts.LLM, tally: dict[str, list]) -> prompts.LLM:
-    """The same model; calls and tokens are added up in `tally`, per role."""
+def counted(llm: prompts.LLM, tally: dict[str, list], stop: Event) -> prompts.LLM:
+    """The same model until `stop` is set; calls and tokens are added up in `tally`, per role."""
     lock = Lock()
 
     def ask(question: prompts.Ask) -> prompts.Reply:
+        if stop.is_set():
+            raise prompts.EndpointError("stopped")
         reply = llm(question)
         with lock:
             row = tally.setdefault(question.role, [0, None, None, None])
@@ -304,21 +307,58 @@ def estimated(ask: prompts.Ask) -> prompts.Reply:
     return reply._replace(usage=prompts.Usage(sent // 4, None, len(reply.text) // 4))
 
 
+def json_object(text: str) -> dict[str, Any]:
+    """What --extra-body holds; anything but a JSON object is a mistake."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError("--extra-body takes a JSON object, such as '{\"top_p\": 0.9}'")
+    return value
+
+
+def connect(args: argparse.Namespace, wanted: Settings, path: Path, stats: dict,
+            stop: Event) -> tuple[prompts.LLM, prompts.Embed]:
+    """The model and the embedding of a run; those of an endpoint are recorded in its directory."""
+    if wanted.model == "offline":
+        return prompts.offline, prompts.hashed_ngrams
+    url = args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE") or "https://api.openai.com/v1"
+    if not all("=" in header for header in args.header):
+        raise UserError("--header takes NAME=VALUE")
+    options = dict(key=variable("OPENAI_API_KEY"), workers=args.workers or wanted.config["batch"],
+                   timeout=args.timeout, extra=json_object(args.extra_body), notice=say, stats=stats,
+                   headers=dict(header.split("=", 1) for header in args.header), sleep=stop.wait)
+    log = prompts.open_log(path / "calls.jsonl", [wanted.model, wanted.embedding, wanted.extra],
+                           replay=args.replay, notice=say)
+    live = prompts.limited(prompts.openai(url, wanted.model, **options), args.max_calls, args.max_tokens)
+    embed = prompts.hashed_ngrams
+    if wanted.embedding != "hashed_ngrams":
+        embed = prompts.recorded_embed(prompts.embeddings(url, wanted.embedding, **options), log)
+    return prompts.recorded(live, log), embed
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 # ---------------------------------------------------------------------------------- running
 
 
 @contextmanager
-def workers(count: int) -> Iterator[Callable]:
-    """A map: the built-in one, or a thread pool's."""
+def workers(count: int, stop: Event) -> Iterator[Callable]:
+    """A map: the built-in one, or a thread pool's. An error or Ctrl-C also stops what is under way."""
     if count == 1:
         yield map
         return
-    with ThreadPoolExecutor(count) as pool:
-        try:
-            yield pool.map
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool.map
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        pool.shutdown(wait=not stop.is_set(), cancel_futures=True)
 
 
 def progress(batches: Iterable, total: int, size: int) -> Iterator:
@@ -391,18 +431,30 @@ def summarize(wanted: Settings, outcome: Outcome, tally: dict[str, list], second
             "seconds": round(seconds, 2)}
 
 
+def perform(args: argparse.Namespace, wanted: Settings, env: envs.Env, models: tuple, tally: dict,
+            stop: Event) -> Outcome:
+    """One run in memory: from a world and a model to an outcome."""
+    if wanted.method in envs.POLICIES:
+        return roll(wanted, env)
+    llm, embed = models
+    rows = load_memory(args.load, wanted.embedding) if args.load else {}
+    with workers(args.workers or (1 if wanted.model == "offline" else wanted.config["batch"]), stop) as map:
+        return learn(wanted, env, embed_memory(rows, embed), counted(llm, tally, stop), embed, map)
+
+
 def run(args: argparse.Namespace, tally: dict[str, list]) -> None:
     """The default flow: learn, evaluate, write the run directory, print the results."""
-    began, wanted = time.perf_counter(), settings(args)
+    began, wanted, stats, stop = time.perf_counter(), settings(args), {}, Event()
     env = build_world(wanted)
-    rows = load_memory(args.load, wanted.embedding) if args.load else {}
+    if args.load:
+        load_memory(args.load, wanted.embedding)        # a bad file is found before anything is made
+    if args.dry_run:
+        perform(args, wanted._replace(model="offline"), env, (estimated, prompts.hashed_ngrams), tally, stop)
+        print("\n".join(["expected, from a run of the offline reader (4 characters a token):",
+                         *call_table(tally)]))
+        return
     path = run_directory(args.out, wanted)
-    llm, embed = prompts.offline, prompts.hashed_ngrams
-    if wanted.method in envs.POLICIES:
-        outcome = roll(wanted, env)
-    else:
-        with workers(args.workers or 1) as pool_map:
-            outcome = learn(wanted, env, embed_memory(rows, embed), counted(llm, tally), embed, pool_map)
+    outcome = perform(args, wanted, env, connect(args, wanted, path, stats, stop), tally, stop)
     lines = [dumps(describe(env, phase, t)) + "\n" for phase, ts in outcome.episodes.items() for t in ts]
     summary = summarize(wanted, outcome, tally, time.perf_counter() - began)
     write(path / "episodes.jsonl", "".join(lines))
@@ -410,6 +462,8 @@ def run(args: argparse.Namespace, tally: dict[str, list]) -> None:
     write(path / "summary.json", dumps(summary, indent=1) + "\n")
     print(report(summary, [r.value for r in billp.records(outcome.agent.planner)[-2:]]))
     print(f"run       {path}")
+    if stats:
+        say(f"retries {len(stats.get('retries', ()))}, system {stats.get('system_fingerprint') or '?'}")
 
 
 # ----------------------------------------------------------------------------------- tables
@@ -494,13 +548,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(argv)
         show(args.show, args.pick) if args.show else run(args, tally)
         return 0
-    except UserError as error:
-        print(f"run.py: {error}", file=sys.stderr)
+    except prompts.BudgetSpent as error:
+        say("\n".join([*call_table(tally), f"run.py: {error}"]))
+        return 3
+    except (UserError, prompts.EndpointError) as error:
+        say(f"run.py: {error}")
         return 2
     except KeyboardInterrupt:
-        print("\n".join(["interrupted; the same command continues it", *call_table(tally)]), file=sys.stderr)
+        say("\n".join([*call_table(tally), "interrupted; the same command continues it"]))
         return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)              # threads that still wait for an answer must not hold up the end
