@@ -174,13 +174,21 @@ def bullets(lines: Sequence[str]) -> str:
     return "\n".join(f"- {clean(line, 600)}" for line in lines) or "- none yet"
 
 
-def line_after(label: str, text: str) -> str:
-    """What stands behind the first `label` (as "Thought", "Thought 3:") in a reply, one clean line.
+LABELLED = re.compile(r"(?i)[\s*#>_-]*(thought|action|observation|value|reflection)\b[\s*\d]*:[\s*]*")
+
+
+def said(label: str, text: str) -> str:
+    """What a reply says behind its first `label`, as "**Thought 3:** ...", or in a line without any.
 
     Models often play several turns in one reply: only the first counts.
+
+    >>> said("Thought", "Thought 3: a comedy\\nAction 3: recommend Up"), said("Thought", "Action: x")
+    ('a comedy', '')
     """
-    match = re.search(rf"(?im)^[\s*#>_-]*{label}\b[\s*]*\d*[\s*]*:[\s*]*(\S.*)$", text)
-    return clean(match[1].strip("* "), 600) if match else ""
+    lines = [(LABELLED.match(line), line) for line in text.splitlines()]
+    named = (line[head.end():] for head, line in lines if head and head[1].lower() == label.lower())
+    plain = (line for head, line in lines if not head)
+    return next(filter(None, (clean(line.strip(" *"), 600) for line in (*named, *plain))), "")
 
 
 # ------------------------------------------------------------------------- planner and reflector
@@ -199,11 +207,7 @@ def render_planner(n: int, lessons: Sequence[str]) -> str:
 
 
 def parse_planner(text: str) -> str | Malformed:
-    """The thought: the line after "Thought", or else the first line that says anything."""
-    first = next((clean(line) for line in text.splitlines() if clean(line)), "")
-    label = re.match(r"(?i)[\s*]*(action|observation)\b", first)
-    thought = line_after("Thought", text) or ("" if label else first)
-    return thought or Malformed("the reply held no line 'Thought: ...'")
+    return said("Thought", text) or Malformed("the reply held no line 'Thought: ...'")
 
 
 REFLECTOR = """
@@ -218,9 +222,7 @@ def render_reflector() -> str:
 
 
 def parse_reflector(text: str) -> str | Malformed:
-    first = next((clean(line, 600) for line in text.splitlines() if clean(line)), "")
-    return line_after("Reflection", text) or first or Malformed(
-        "the reply held no line 'Reflection: ...'")
+    return said("Reflection", text) or Malformed("the reply held no line 'Reflection: ...'")
 
 
 # ----------------------------------------------------------------------------- actor and critic
@@ -245,11 +247,9 @@ def render_actor(n: int, thought: str, hint: str, experience: Sequence[tuple[str
 
 
 def parse_actor(text: str) -> str | Malformed:
-    """The item's name as the model put it: after "Action: recommend", or the first line at all."""
-    first = next((clean(line) for line in text.splitlines() if clean(line)), "")
-    said = line_after("Action", text) or ("" if re.match(r"(?i)[\s*]*thought\b", first) else first)
-    name = re.sub(r"(?i)^(i )?(would )?recommend(ing)?\b[\s:]*", "", said).strip(" \"'“”*[]")
-    return name or Malformed("the reply named no item after 'Action: recommend'")
+    """The item's name as the model put it, without "recommend" and quotation marks."""
+    name = re.sub(r"(?i)^(i )?(would )?recommend(ing)?\b[\s:]*", "", said("Action", text))
+    return name.strip(" \"'“”*[]") or Malformed("the reply named no item after 'Action: recommend'")
 
 
 CRITIC = """
