@@ -477,7 +477,8 @@ def dial(base_url: str, route: str, key: str | None, *, workers: int = 8, timeou
     parts = urlsplit(url := address(base_url, route))
     user, _, host = parts.netloc.rpartition("@")
     shown = f"{parts.scheme}://{host}{parts.path}{'?***' if parts.query else ''}"
-    sent = {k: checked("a header", v) for k, v in (headers or {}).items()}
+    sent = {checked("a header's name", k, r"(?a)[\w-]+"): checked("a header", v)
+            for k, v in (headers or {}).items()}
     if key := checked("the API key", key or "", "[!-~]*"):  # Azure has a header of its own for it
         sent |= ({"api-key": key} if "api-version" in parts.query else
                  {"Authorization": f"Bearer {key}"})
@@ -612,7 +613,8 @@ def persist(wire: Wire, body: dict, read: Any) -> Any:
                                            f"{one_line(got.reason)[:200]}; {got.cure}"))
         wire.stats.setdefault("retries", []).append(got.status or got.kind)  # atomic, unlike +=
         backoff = min(0.5 * 2 ** (tried.total() - 1), 8.0) * random.uniform(0.75, 1.0)
-        wire.sleep(backoff if got.wait is None else got.wait)
+        if wire.sleep(backoff if got.wait is None else got.wait):  # as Event.wait tells a stop
+            raise EndpointError("stopped")
     return got
 
 

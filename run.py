@@ -275,6 +275,7 @@ def describe(env: envs.Env, phase: str, t: Trajectory) -> dict[str, Any]:
               "experience": s.act.recalled, "said": s.act.said, "exact": s.act.exact, "item": s.line,
               "reward": s.reward} for s in t.steps]
     left = envs.why_left(env, t.user, [s.act.value for s in t.steps]) if t.terminated else ""
+    left = prompts.clean(left)          # it names titles, which are data
     values, advantages, _, reflection, _ = t.lesson or ((), (), (), "", ())
     return {"phase": phase, "episode": t.last.key[2], "user": t.user, "history": t.last.history,
             "steps": steps, "left": left, "values": values, "advantages": advantages,
@@ -354,6 +355,8 @@ def workers(count: int, stop: Event) -> Iterator[Callable]:
     pool = ThreadPoolExecutor(count)
     try:
         yield pool.map
+    except prompts.BudgetSpent:         # what is under way is paid for: it is finished and recorded
+        raise
     except BaseException:
         stop.set()
         raise
