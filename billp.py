@@ -362,12 +362,17 @@ def advance(state: State, catalog: Catalog, step: Step, left: bool, cut: bool,
 
 
 def episode(catalog: Catalog, user: int, key: tuple, agent: Agent, llm: LLM,
-            config: Config = DEFAULT) -> Trajectory:
+            config: Config = DEFAULT, start: Trajectory | None = None) -> Trajectory:
     """One session with one user: think, act, observe, until the user leaves or the cap is reached.
 
-    The agent is read, never changed. key = (seed, phase, episode) names every draw.
+    The agent is read, never changed. key = (seed, phase, episode) names every draw. With `start`,
+    a session not yet over goes on from its last state; the steps given back are the new ones.
     """
     world, state = envs.reset(catalog.env, user), opening(catalog, user, key, config)
+    if start:
+        for step in start.steps:
+            world, *_ = envs.step(catalog.env, world, step.act.value)
+        state = start.last._replace(key=key + start.last.key[-1:])
     steps, left, cut = (), False, False
     while not (left or cut):
         plan = planner(state, agent.planner, llm, config)[0] if config.thoughts else None

@@ -9,35 +9,63 @@ millions of steps.
     window, W    how many recommended items a user remembers
     terminated   the user left; truncated: the step cap was reached. Never both.
     Len, R_each, R_traj   steps an episode, reward a step, reward an episode (leaving step excluded)
+    free         bool [B, m]: items that a policy may still recommend to each of B users
 
 Left out on purpose: slates, clicks, time. One item a step, one integer rating back.
 """
 from __future__ import annotations
 
+import ast
+import csv
+import html
+import json
+import pickle
 import re
-from typing import Callable, NamedTuple, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
 # ---------------------------------------------------------------------------------- records
 
 
+class Factors(NamedTuple):
+    """Ratings worked out when asked for: offset + users . items, rounded and clipped to 1..5."""
+    users: np.ndarray                   # float32 [n, k]
+    items: np.ndarray                   # float32 [m, k]
+    offset: float
+
+
+class Halves(NamedTuple):
+    """Ratings of learners and held-out in a table each, which may stay on disk (memory-mapped)."""
+    rows: np.ndarray                    # int [n]: each user's row in its table
+    learners: np.ndarray                # [., m]
+    held: np.ndarray                    # [., m]
+
+
 class Env(NamedTuple):
-    """A world with n users, m items and c categories."""
+    """A world with n users, m items and c categories.
+
+    `apart`: two distance matrices [m, m], for learners and for held-out; without, vectors tell.
+    `about`: what is worth knowing of how the world was made.
+    """
     name: str
     titles: tuple[str, ...]             # [m], without the year
     years: tuple[int | None, ...]       # [m]
     categories: tuple[str, ...]         # [c]
     belongs: np.ndarray                 # bool [m, c]: the categories of each item
     vectors: np.ndarray                 # float32 [m, d]: items that feel alike lie near each other
-    ratings: np.ndarray                 # [n, m]: what each user would rate each item, 1 to 5
-    histories: tuple[np.ndarray, ...]   # [n] of item indices: liked before, oldest first
+    ratings: np.ndarray | Factors | Halves   # [n, m]: what users would rate items: see `rate`
+    histories: Sequence[np.ndarray]     # [n] of item indices: liked before, oldest first
     learners: int                       # users below this index learn; the rest are held out
     window: int = 4                     # W, recommended items a user compares the next one with
     beta: float = 1.0                   # an item nearer than this to one of them is too alike
     floor: float = 2.0                  # a rating below it disappoints
     grace: int = 0                      # steps at the start at which disappointment is forgiven
     max_steps: int = 50                 # the cap at which an episode is truncated
+    apart: tuple[np.ndarray, ...] = ()
+    about: str = ""
 
 
 class EnvState(NamedTuple):
@@ -47,6 +75,31 @@ class EnvState(NamedTuple):
     t: np.ndarray                       # [...] int: steps taken
 
 # -------------------------------------------------------------------------------- the quit rule
+
+
+def rate(env: Env, users, items) -> np.ndarray:
+    """What users would rate items, 1 to 5; both int [...], broadcast together."""
+    table = env.ratings
+    if isinstance(table, Factors):
+        guess = np.einsum("...k,...k->...", table.users.take(users, 0), table.items.take(items, 0))
+        return np.clip(np.rint(table.offset + guess), 1, 5)
+    if isinstance(table, Halves):
+        row = table.rows[users]
+        return np.where(users < env.learners, table.learners[row % len(table.learners), items],
+                        table.held[row % len(table.held), items])
+    return table[users, items]
+
+
+def distance(env: Env, users, a, b) -> np.ndarray:
+    """How far apart users feel items a and b to be; all int [...], users and b broadcast to a.
+
+    Euclidean between vectors; where the world has matrices, the one of the user's half.
+    """
+    if env.apart:
+        return np.where(users < env.learners, env.apart[0][a, b], env.apart[1][a, b])
+    away = env.vectors.take(a, 0)
+    away -= env.vectors.take(b, 0)      # in place: half the memory traffic
+    return np.sqrt(np.einsum("...d,...d->...", away, away))
 
 
 def reset(env: Env, user) -> EnvState:
@@ -63,9 +116,8 @@ def step(env: Env, state: EnvState, item) -> tuple[EnvState, np.ndarray, np.ndar
     has not left after `max_steps` steps is truncated.
     """
     item = np.asarray(item)
-    rating = env.ratings[state.user, item]
-    away = env.vectors[state.recent] - env.vectors[item][..., None, :]
-    near = np.einsum("...d,...d->...", away, away) < env.beta ** 2
+    rating = rate(env, state.user, item)
+    near = distance(env, state.user[..., None], state.recent, item[..., None]) < env.beta
     left = (near & (state.recent >= 0)).any(-1)
     left |= (rating < env.floor) & (state.t >= env.grace)
     recent = np.concatenate([state.recent[..., 1:], item[..., None]], -1)
@@ -76,11 +128,10 @@ def step(env: Env, state: EnvState, item) -> tuple[EnvState, np.ndarray, np.ndar
 def why_left(env: Env, user: int, items: Sequence[int]) -> str:
     """In words, which part of the rule ended a session at the last of its items."""
     item, recent = items[-1], items[-1 - env.window:-1]
-    distances = squared_distances(env.vectors[[item]], env.vectors[list(recent)])[0]
-    for back, distance in enumerate(distances[::-1], 1):
-        if distance < env.beta ** 2:
-            return f"too like {env.titles[items[-1 - back]]}, {back} back"
-    return f"disappointed: would rate it {env.ratings[user, item]:g}"
+    for back, past in enumerate(recent[::-1], 1):
+        if distance(env, user, past, item) < env.beta:
+            return f"too like {env.titles[past]}, {back} back"
+    return f"disappointed: would rate it {rate(env, user, item):g}"
 
 
 # --------------------------------------------------------------- policies that see the numbers
@@ -104,37 +155,78 @@ def random(env: Env, state: EnvState, free: np.ndarray, rng: np.random.Generator
 
 def greedy(env: Env, state: EnvState, free: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The best rating now, the first such item: no thought of what comes after."""
-    return np.argmax(np.where(free, env.ratings[state.user], -1), -1)
+    ratings = rate(env, state.user[:, None], np.arange(free.shape[1]))
+    return np.argmax(np.where(free, ratings, -1), -1)
+
+
+def popularity(env: Env) -> np.ndarray:
+    """float [m]: each item's mean rating over the learners (of factors: before rounding)."""
+    table = env.ratings
+    if isinstance(table, Factors):
+        return table.items @ table.users[:env.learners].mean(0)
+    if isinstance(table, Halves):
+        return table.learners[table.rows[:env.learners]].mean(0)
+    return table[:env.learners].mean(0)
+
+
+def popular(env: Env, state: EnvState, free: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The most popular free item, for everyone alike."""
+    return np.argmax(np.where(free, popularity(env), -np.inf), -1)
 
 
 def oracle(env: Env, state: EnvState, free: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The best rating among items that do not make the user leave, scarce kinds of item last.
+    """The best rating among items that do not make the user leave, keeping most of them open.
 
-    Knows the quit rule and every rating: an upper bound in practice, though not proven optimal.
+    Among equals it takes the item that rules out the fewest of those the user would stay for at the
+    next step. It knows every rating and the quit rule: an upper bound in practice, not proven so.
     """
-    ratings = env.ratings[state.user]
+    every = np.arange(free.shape[1])
+    some = every[::1 + len(every) ** 2 // CELLS]
+    ratings = rate(env, state.user[:, None], every)
     good = free & (ratings >= env.floor)
-    close = squared_distances(env.vectors, env.vectors) < env.beta ** 2
-    safe = good & ~(close[state.recent] & (state.recent >= 0)[..., None]).any(-2)
-    plenty = good @ close.astype(np.float32) / len(close)
-    return np.argmax(np.where(safe, 6 + ratings + plenty, free), -1)
+    safe = good & (nearest(env, state, every) >= env.beta)
+    later = state._replace(recent=state.recent[..., 1:])
+    still = good[:, some] & (nearest(env, later, some) >= env.beta)
+    close = distances(env, env.learners, some, every) < env.beta
+    lost = still @ close.astype(np.float32) / np.maximum(still.sum(-1, keepdims=True), 1)
+    return np.argmax(np.where(safe, 6 + ratings - lost, free), -1)
+
+
+def distances(env: Env, users, items: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """[..., c]: how far each item [...] is from each of c others; users as for `distance`."""
+    if env.apart:
+        return distance(env, np.expand_dims(users, -1), items[..., None], among)
+    return np.sqrt(np.maximum(squared_distances(env.vectors[items], env.vectors[among]), 0))
+
+
+def nearest(env: Env, state: EnvState, among: np.ndarray) -> np.ndarray:
+    """[B, c]: how far each of c items is from the nearest of the last W; infinite without any."""
+    far = distances(env, state.user[:, None], state.recent, among)
+    return np.where(state.recent[..., None] < 0, np.inf, far).min(-2, initial=np.inf)
 
 
 def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """[n, d], [m, d] -> squared Euclidean distances [n, m]."""
-    return (a * a).sum(-1)[:, None] + (b * b).sum(-1) - 2 * a @ b.T
+    """[..., d], [m, d] -> squared Euclidean distances [..., m]."""
+    return (a * a).sum(-1)[..., None] + (b * b).sum(-1) - 2 * a @ b.T
 
 
-POLICIES: dict[str, Policy] = {"random": random, "greedy": greedy, "oracle": oracle}
+CELLS = 2 ** 22         # users x items looked at in one go: bounds the memory of large worlds
 
 
 def rollout(env: Env, users: np.ndarray, policy: Policy, rng: np.random.Generator) -> Rollout:
     """One episode for each of B users, all stepped at once; no item is recommended twice.
 
-    items and rewards are [B, max_steps]; -1 and 0 from the leaving step on.
+    items and rewards are [B, max_steps]; -1 and 0 from the leaving step on. In large worlds the
+    users come in blocks, one after another.
     """
+    size = max(CELLS // len(env.titles), 1)
+    if len(users) > size:
+        blocks = np.split(users, range(size, len(users), size))
+        parts = [rollout(env, block, policy, rng) for block in blocks]
+        return Rollout(*map(np.concatenate, zip(*parts)))
     state, free, rows = reset(env, users), unseen(env, users), np.arange(len(users))
-    items, rewards = np.full((2, len(users), env.max_steps), -1)
+    items = np.full((len(users), env.max_steps), -1)
+    rewards = np.zeros(items.shape)
     active = np.ones(len(users), bool)
     for t in range(env.max_steps):
         item = policy(env, state, free, rng)
@@ -144,8 +236,119 @@ def rollout(env: Env, users: np.ndarray, policy: Policy, rng: np.random.Generato
         items[:, t], rewards[:, t] = np.where(active, item, -1), np.where(active, reward, 0)
         if not active.any():
             break
-    return Rollout(items, np.where(items < 0, 0, rewards))
+    return Rollout(items, rewards)
 
+
+# ------------------------------------------------------- a policy that learns: actor-critic
+
+CHOICES = 64                # items that the learner chooses among at a time
+
+
+class Weights(NamedTuple):
+    """What the actor-critic learns. A state is x = [mean of the history, sum of the last W, 1]."""
+    match: np.ndarray                   # [2d + 1, d]: x @ match is the kind of item wanted now
+    appeal: np.ndarray                  # [m]: of each item, to anyone
+    value: np.ndarray                   # [2d + 1]: V(s) = x @ value
+
+
+def advantage(reward, gamma, value, next_value, terminated):
+    """A = r + gamma V(s') - V(s), V(s') = 0 once the user has left: the formula of billp.py."""
+    return reward + gamma * next_value * (1 - terminated) - value
+
+
+def means(env: Env, users: np.ndarray) -> np.ndarray:
+    """float32 [B, d]: the mean item vector of each user's history, zero without one."""
+    liked = (env.vectors[env.histories[user]] for user in users)
+    return np.stack([vectors.sum(0) / np.float32(max(len(vectors), 1)) for vectors in liked])
+
+
+def observe(env: Env, state: EnvState, past: np.ndarray) -> np.ndarray:
+    """float32 [B, 2d + 1]: x of each session, given the mean of its user's history [B, d]."""
+    recent = (env.vectors[state.recent] * (state.recent >= 0)[..., None]).sum(-2)
+    return np.concatenate([past, recent, np.ones((len(past), 1), np.float32)], -1)
+
+
+def log_softmax(env: Env, weights: Weights, x: np.ndarray, free: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """float32 [B, c]: the logarithms of the policy's chances of c items; next to none if not free."""
+    logits = x @ weights.match @ env.vectors[among].T
+    logits += weights.appeal[among]
+    logits[~free] -= np.float32(1e6)
+    logits -= logits.max(-1, keepdims=True)
+    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+    return logits
+
+
+def a2c(weights: Weights, env: Env, state: EnvState, free: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The likeliest item of a learned softmax; a `Policy` once the weights are filled in."""
+    x = observe(env, state, means(env, state.user))
+    return np.argmax(log_softmax(env, weights, x, free, np.arange(free.shape[1])), -1)
+
+
+def slopes(env: Env, x: np.ndarray, among: np.ndarray, log: np.ndarray, chance: np.ndarray,
+           pick: np.ndarray, credit: np.ndarray, entropy: float) -> Weights:
+    """Uphill for mean(credit log chance[pick] + entropy bonus), and for the critic's fit."""
+    surprise = np.einsum("bc,bc->b", chance, log)
+    push = (np.float32(-entropy) * log + (np.float32(entropy) * surprise - credit)[:, None]) * chance
+    push[np.arange(len(pick)), pick] += credit
+    push /= np.float32(len(pick))
+    appeal = np.zeros(len(env.titles), np.float32)
+    appeal[among] = push.sum(0)
+    return Weights(x.T @ (push @ env.vectors[among]), appeal, credit @ x / len(pick))
+
+
+def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: float = 0.3,
+              entropy: float = 0.05) -> Policy:
+    """Advantage actor-critic in one pass over `episodes` episodes of learners, taken in turn.
+
+    As many sessions as sqrt(episodes), at most 256, run side by side; every step of theirs is one
+    step of Adagrad at `pace`. In large worlds each step chooses among a random sample of items.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(3,)))
+    m, d = env.vectors.shape
+    shapes = (2 * d + 1, d), m, 2 * d + 1
+    weights = Weights(*(np.zeros(shape, np.float32) for shape in shapes))
+    squares = [np.full(shape, 1e-6, np.float32) for shape in shapes]
+    lanes = np.arange(max(1, min(int(episodes ** 0.5), 256, CELLS // m)))
+    order, ended, among = rng.permutation(env.learners), 0, np.arange(m)
+    state = reset(env, order[lanes % len(order)])
+    free, past = unseen(env, state.user), means(env, state.user)
+    while ended < episodes:
+        if m > CHOICES:
+            among = rng.choice(m, CHOICES, replace=False)
+        x = observe(env, state, past)
+        log = log_softmax(env, weights, x, free[:, among], among)
+        chance = np.exp(log)
+        spot = rng.random((len(lanes), 1), np.float32) * chance.sum(-1, keepdims=True)
+        pick = np.minimum((chance.cumsum(-1) <= spot).sum(-1), len(among) - 1)
+        after, reward, left, cut = step(env, state, among[pick])
+        free[lanes, among[pick]] = False
+        values = x @ weights.value, observe(env, after, past) @ weights.value
+        credit = advantage(reward, gamma, *values, left).astype(np.float32)
+        slope = slopes(env, x, among, log, chance, pick, credit, entropy)
+        squares = [s + g * g for s, g in zip(squares, slope)]
+        moves = (pace * g / np.sqrt(s) for g, s in zip(slope, squares))
+        weights = Weights(*((w + move).astype(np.float32) for w, move in zip(weights, moves)))
+        over = left | cut
+        fresh = order[(len(lanes) + ended + over.cumsum() - 1) % len(order)]
+        state, ended = begin(after, over, fresh), ended + over.sum()
+        if over.any():
+            free[over], past[over] = unseen(env, fresh[over]), means(env, fresh[over])
+    return partial(a2c, weights)
+
+
+def begin(state: EnvState, over: np.ndarray, users: np.ndarray) -> EnvState:
+    """The sessions, with a fresh one for another user [B] wherever one is over (bool [B])."""
+    return EnvState(np.where(over, users, state.user),
+                    np.where(over[:, None], -1, state.recent), np.where(over, 0, state.t))
+
+
+def ready(policy: Policy, env: Env, episodes: int, seed: int) -> Policy:
+    """A policy that has nothing to learn."""
+    return policy
+
+
+POLICIES: dict[str, Callable[[Env, int, int], Policy]] = {      # (env, episodes, seed) -> policy
+    **{p.__name__: partial(ready, p) for p in (random, popular, greedy, oracle)}, "a2c": learn_a2c}
 
 # ------------------------------------------------------------------------------------ metrics
 
@@ -155,31 +358,44 @@ def scores(lengths, returns) -> np.ndarray:
     return np.stack([lengths, returns], -1).astype(float)[None]
 
 
-def summarize(samples: np.ndarray) -> np.ndarray:
-    """[..., S, N, 2] -> [..., 3]: Len, R_each, R_traj over all seeds S and episodes N."""
-    total = samples.sum((-3, -2))
-    steps, reward, count = total[..., 0], total[..., 1], samples.shape[-3] * samples.shape[-2]
+def totals(samples: np.ndarray) -> np.ndarray:
+    """Scores [..., S, N, 2] -> [..., 3]: Len, R_each, R_traj over all seeds S and episodes N."""
+    steps, reward = np.moveaxis(samples.sum((-3, -2)), -1, 0)
+    count = samples.shape[-3] * samples.shape[-2]
     return np.stack([steps / count, reward / np.maximum(steps, 1), reward / count], -1)
 
 
-def metrics(after: np.ndarray, before: np.ndarray | None = None, draws: int = 1000) -> dict:
-    """Len, R_each and R_traj as [mean, low, high], the interval of 95 % by bootstrap.
+def bootstrap(figure: Callable, *samples: np.ndarray, draws: int = 1000) -> list[list[float]]:
+    """[mean, low, high] with the interval of 95 % for each of the numbers that `figure` makes.
 
-    Scores are [S, N, 2] as `scores` makes them: S seeds, N users each. A draw resamples seeds and,
-    within each, users. With `before` (same seeds, same users) the figures are the paired
-    differences after - before: one draw takes the same users from both.
+    Samples are [S, N, ...]: S seeds with N users each, the same users at the same places in all.
+    One draw takes seeds with replacement and, within each, users with replacement, alike from
+    every sample: so differences between samples are paired. Nothing is called better when the
+    interval of its difference holds 0.
     """
-    rng = np.random.default_rng(0)
-    seeds, users = after.shape[:2]
+    rng, (seeds, users) = np.random.default_rng(0), samples[0].shape[:2]
     s = rng.integers(seeds, size=(draws, seeds, 1))
     u = rng.integers(users, size=(draws, seeds, users))
+    low, high = np.quantile(figure(*(sample[s, u] for sample in samples)), [0.025, 0.975], axis=0)
+    return np.stack([figure(*samples), low, high], -1).round(4).tolist()
 
-    def figure(pick):
-        return summarize(after[pick]) - (0 if before is None else summarize(before[pick]))
 
-    low, high = np.quantile(figure((s, u)), [0.025, 0.975], axis=0)
-    rows = zip(figure(...), low, high)
-    return {name: [round(float(x), 4) for x in row] for name, row in zip(METRICS, rows)}
+def metrics(after: np.ndarray, before: np.ndarray | None = None) -> dict[str, list[float]]:
+    """Len, R_each and R_traj of scores [S, N, 2], or their paired differences after - before."""
+    if before is None:
+        return dict(zip(METRICS, bootstrap(totals, after)))
+    return dict(zip(METRICS, bootstrap(lambda a, b: totals(a) - totals(b), after, before)))
+
+
+def gini(counts: np.ndarray) -> float:
+    """How unequally counts [m] are spread: 0 all equal, towards 1 all in one place.
+
+    >>> gini(np.array([1, 1, 1, 1])), gini(np.array([0, 0, 0, 4]))
+    (0.0, 0.75)
+    """
+    ranked = np.sort(counts)
+    ranks = np.arange(1, len(counts) + 1)
+    return float((2 * ranks - len(counts) - 1) @ ranked / max(len(counts) * ranked.sum(), 1))
 
 
 METRICS = ("Len", "R_each", "R_traj")
@@ -276,3 +492,266 @@ def films(seed: int = 0, users: int = 1000) -> Env:
     return Env("films", titles, tuple(map(int, years)), tuple(CODES.values()), belongs,
                vectors.astype(np.float32), ratings.astype(np.int8), tuple(watched), users // 2,
                beta=1.1)
+
+
+def synthetic(users: int, items: int, seed: int = 0, kinds: int = 12, size: int = 32) -> Env:
+    """A made-up world of any size, every rating computed from factors when it is asked for.
+
+    Item i is of kind i % kinds; its vector lies around the kind's centre. A user favours one kind,
+    has a history of 10 of its items, and likes others by chance. Memory grows with users + items.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(4,)))
+    kinds = min(kinds, items)
+    kind, favourite = np.arange(items) % kinds, rng.integers(kinds, size=users)
+    centres = rng.standard_normal((kinds, size), np.float32)
+    centres = centres / np.linalg.norm(centres, axis=1, keepdims=True)
+    vectors = centres[kind] + 0.6 / size ** 0.5 * rng.standard_normal((items, size), np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    taste = 1.5 * centres[favourite] + 0.9 * rng.standard_normal((users, size), np.float32)
+    watched = favourite[:, None] + kinds * rng.integers(items // kinds, size=(users, 10))
+    return Env(f"synthetic:{users}x{items}", tuple(f"Item {i}" for i in range(items)),
+               (None,) * items, tuple(f"Kind {k}" for k in range(kinds)),
+               np.eye(kinds, dtype=bool)[kind], vectors, Factors(taste, vectors, 3.2),
+               watched.astype(np.int32), users // 2)
+
+
+# ------------------------------------------------------------- the outside world: data files
+
+GROUPLENS = "grouplens.org/datasets/movielens"
+AUTHORS = "the authors' repository, github.com/jizhi-zhang/BiLLP"
+ARTICLE = r"^([^(]*), (The|A|An|Les?|La|L'|Il|El|Los|Las|Das|Der|Die|Une?)(?= \(|$)"
+GENRES = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy "
+          "Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western").split()
+LAYOUTS = (("movies.csv", "ratings.csv", ",", "utf-8-sig"),
+           ("movies.dat", "ratings.dat", "::", "latin-1"),
+           ("u.item", "u.data", "|", "latin-1"))
+
+
+class BadData(ValueError):
+    """A data file is missing or malformed; one line names the file, the place and a source."""
+
+
+def find(path: str | Path, name: str, source: str, world: str = "") -> Path:
+    """The file of that name at or below path, rather in a folder named as the world."""
+    found = [file for file in Path(path).rglob(name) if file.is_file()]
+    if not found:
+        raise BadData(f"{path}: no file {name} there or below; it can be had from {source}")
+    return min(found, key=lambda file: (world not in file.parts, len(file.parts), file))
+
+
+def table(file: Path, separator: str, encoding: str, read: Callable[[list[str]], Any]) -> Iterator:
+    """read(fields) of every row of a text table but a csv file's header and empty lines."""
+    number = 0
+    try:
+        with file.open(encoding=encoding, newline="") as lines:
+            split = (line.rstrip("\r\n").split(separator) for line in lines)
+            rows = csv.reader(lines, strict=True) if separator == "," else split
+            for number, fields in enumerate(rows, 1):
+                if any(fields) and not (separator == "," and number == 1):
+                    yield read(fields)
+    except (ValueError, OSError, csv.Error) as error:
+        raise BadData(f"{file}:{number or 1}: {error}; whole copies are at {GROUPLENS}") from None
+
+
+def read_movie(fields: list[str]) -> tuple[int, str, int | None, list[str]]:
+    """(id, title, year, genres) of a row: three fields, or the 24 of u.item.
+
+    >>> read_movie(["2571", "Matrix, The (1999)", "Action|Sci-Fi"])
+    (2571, 'The Matrix', 1999, ['Action', 'Sci-Fi'])
+    """
+    if len(fields) not in (3, 24):
+        raise ValueError(f"{len(fields)} fields where 3 or 24 belong")
+    tags = fields[2].split("|") if len(fields) == 3 else [
+        genre for genre, flag in zip(GENRES, fields[5:]) if flag == "1"]
+    title, year = re.fullmatch(r"(.*?)\s*(?:\((\d{4})(?:[-–]\d*)?\))?\s*", fields[1]).groups()
+    title = re.sub(ARTICLE, r"\2 \1", title or fields[1]).replace("L' ", "L'")
+    known = [tag for tag in tags if tag not in ("", "unknown", "(no genres listed)")]
+    return int(fields[0]), title, year and int(year), known
+
+
+def read_rating(fields: list[str]) -> tuple[float, float, float, float]:
+    """(user, item, rating, time) of a row."""
+    if len(fields) != 4:
+        raise ValueError(f"{len(fields)} fields where 4 belong")
+    if not 0.5 <= float(fields[2]) <= 5:
+        raise ValueError(f"the rating {fields[2]} is not between 0.5 and 5")
+    return int(fields[0]), int(fields[1]), float(fields[2]), float(fields[3])
+
+
+def movielens(path: str | Path, seed: int = 0) -> Env:
+    """A folder as GroupLens ships it: ml-latest and newer, ml-1m or ml-100k.
+
+    Ratings are those that `als` predicts, fitted to nine tenths of the file's; `about` has its
+    error on the last tenth. Item vectors are its item factors scaled to length 1; `beta` is the
+    0.2 quantile of their distances. Histories are the last 20 items a user rated 4 or more, or
+    else best. The first half of the users, shuffled by `seed`, learn.
+    """
+    for name, rated, separator, encoding in LAYOUTS:
+        if any(Path(path).rglob(name)):
+            break
+    else:
+        raise BadData(f"{path}: no movies.csv, movies.dat or u.item there or below; "
+                      f"they can be had from {GROUPLENS}")
+    listed = find(path, name, GROUPLENS)
+    movies = sorted(table(listed, separator, encoding, read_movie), key=lambda movie: movie[0])
+    file = find(listed.parent, rated, GROUPLENS)
+    rows = table(file, "\t" if rated == "u.data" else separator, encoding, read_rating)
+    return from_ratings(file, movies, np.fromiter(rows, np.dtype((float, 4))), seed)
+
+
+def from_ratings(file: Path, movies: list[tuple], log: np.ndarray, seed: int) -> Env:
+    """The world of sorted (id, title, year, genres) and of rows (user, item, rating, time)."""
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(5,)))
+    ids, titles, years, tags = zip(*movies) if movies else ((), (), (), ())
+    log = log[np.lexsort((log[:, 3], log[:, 0]))]
+    names, users = np.unique(log[:, 0], return_inverse=True)
+    items = np.searchsorted(ids, log[:, 1])
+    strange = ~np.isin(log[:, 1], ids)
+    if strange.any() or len(names) < 2:
+        what = f"item {log[strange][0, 1]:.0f} is not in the list" if strange.any() else "few users"
+        raise BadData(f"{file}: {what}; whole copies are at {GROUPLENS}")
+    users, ratings = rng.permutation(len(names))[users], log[:, 2].astype(np.float32)
+    held, shape = rng.permutation(len(log)) < len(log) // 10, (len(names), len(ids))
+    factors, plain = (als(users[~held], items[~held], ratings[~held], shape, rank)
+                      for rank in (12, 0))
+    errors = [rmse(model, users[held], items[held], ratings[held]) for model in (factors, plain)]
+    vectors = factors.items[:, :-2]
+    vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+    pairs = vectors[rng.integers(len(ids), size=(2, 100_000))]
+    best = np.zeros(len(names), np.float32)
+    np.maximum.at(best, users, ratings)
+    liked = np.flatnonzero(ratings >= np.minimum(best, 4)[users])
+    liked = liked[np.argsort(users[liked], kind="stable")]
+    parts = np.split(items[liked], np.cumsum(np.bincount(users[liked], minlength=len(names)))[:-1])
+    genres = tuple(sorted({genre for own in tags for genre in own}))
+    return Env("movielens", titles, years, genres,
+               np.array([[genre in own for genre in genres] for own in tags], bool),
+               vectors, factors, tuple(part[-20:] for part in parts), len(names) // 2,
+               beta=float(np.quantile(np.linalg.norm(pairs[0] - pairs[1], axis=1), 0.2)),
+               about=f"{len(log)} ratings; RMSE on the tenth held out: {errors[0]:.4f} predicted "
+                     f"by factors, {errors[1]:.4f} by biases alone")
+
+
+def als(users: np.ndarray, items: np.ndarray, ratings: np.ndarray, shape: tuple[int, int],
+        rank: int, sweeps: int = 10) -> Factors:
+    """Alternating least squares: rating = mean + user bias + item bias + p . q, q [rank]."""
+    mean = ratings.mean()
+    q = 0.1 * np.random.default_rng(0).standard_normal((shape[1], rank + 1), np.float32)
+    q[:, -1] = 0
+    for _ in range(sweeps):
+        p = ridge(users, items, ratings - mean - q[items, -1], q[:, :-1], shape[0])
+        q = ridge(items, users, ratings - mean - p[users, -1], p[:, :-1], shape[1])
+    one_p, one_q = np.ones((shape[0], 1), np.float32), np.ones((shape[1], 1), np.float32)
+    return Factors(np.hstack([p, one_p]), np.hstack([q[:, :-1], one_q, q[:, -1:]]), float(mean))
+
+
+def ridge(rows: np.ndarray, columns: np.ndarray, targets: np.ndarray, basis: np.ndarray,
+          count: int) -> np.ndarray:
+    """Each row's own regression of targets on [basis of the column, 1]: float32 [count, k + 1].
+
+    The penalty of a row with n targets is 3 on its bias, 3 + n / 10 on its factors.
+    """
+    order, k = np.argsort(rows, kind="stable"), basis.shape[1] + 1
+    sums = np.zeros((count, k, k + 1), np.float32)
+    for block in np.split(order, range(16384, len(order), 16384)):
+        one, row = np.ones((len(block), 1), np.float32), rows[block]
+        x = np.hstack([basis[columns[block]], one])
+        y = np.hstack([x, targets[block, None]])
+        starts = np.flatnonzero(np.diff(row, prepend=-1))
+        sums[row[starts]] += np.add.reduceat(x[:, :, None] * y[:, None, :], starts)
+    factor = np.arange(k) < k - 1
+    penalty = 3 + np.bincount(rows, minlength=count)[:, None] / 10 * factor
+    gram = sums[..., :-1] + np.eye(k, dtype=np.float32) * penalty[:, None].astype(np.float32)
+    return np.linalg.solve(gram, sums[..., -1:])[..., 0]
+
+
+def rmse(model: Factors, users: np.ndarray, items: np.ndarray, ratings: np.ndarray) -> float:
+    """The root mean square error of unrounded predictions; 0 where there is nothing to predict."""
+    guess = model.offset + np.einsum("nk,nk->n", model.users[users], model.items[items])
+    return float(np.sqrt(np.square(guess - ratings).sum() / max(len(ratings), 1)))
+
+
+class ArraysOnly(pickle.Unpickler):
+    """An unpickler that admits what a pickled numpy array is made of, and calls nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The constructor so named; UnpicklingError for any other."""
+        short = module.replace("numpy._core", "numpy.core")
+        if (short, name) in {("numpy", "ndarray"), ("numpy", "dtype"),
+                             ("numpy.core.multiarray", "_reconstruct"),
+                             ("numpy.core.numeric", "_frombuffer")}:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is refused")
+
+
+def fetch(path: str | Path, world: str, name: str, read: Callable[[Path], Any]) -> Any:
+    """read(file) of the released file so named; any failure of it in one line."""
+    file = find(path, name, AUTHORS, world)
+    try:
+        return read(file)
+    except Exception as error:      # damaged files make json, numpy and pickle raise all sorts
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        key = "no key " if isinstance(error, KeyError) else ""
+        raise BadData(f"{file}: {key}{reason}; whole copies are in {AUTHORS}") from None
+
+
+def read_matrix(file: Path) -> np.ndarray:
+    """One matrix of numbers: .npy memory-mapped, a pickle through `ArraysOnly`."""
+    if file.suffix == ".npy":
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    else:
+        with file.open("rb") as stream:
+            array = ArraysOnly(stream).load()
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iuf":
+        raise ValueError("it does not hold one matrix of numbers")
+    return array
+
+
+def read_titles(count: int, file: Path) -> tuple[str, ...]:
+    """The titles of items 0 to count - 1 of datamaps.json, "&amp;" and the like undone."""
+    titles = json.loads(file.read_text("utf-8"))["id2item_dict"]
+    return tuple(html.unescape(titles[str(item)]) for item in range(count))
+
+
+def read_tags(titles: Sequence[str], file: Path) -> list[list[str]]:
+    """The genres of each title, none where list_genre.json has none."""
+    tags = {html.unescape(k): v for k, v in json.loads(file.read_text("utf-8")).items()}
+    return [list(ast.literal_eval(tags.get(title, "[]"))) for title in titles]
+
+
+def read_users(titles: Sequence[str], file: Path) -> list[tuple[int, np.ndarray]]:
+    """(row, history) of each record: the last 20 distinct items among the titles that exist."""
+    index = {title: item for item, title in enumerate(titles)}
+    users = []
+    for record in json.loads(file.read_text("utf-8")):
+        names = map(html.unescape, reversed(record["pos_seq_name"]))
+        items = list(dict.fromkeys(index[name] for name in names if name in index))[:20]
+        users.append((int(record["userid_encoded"]), np.array(items[::-1], int)))
+    return users
+
+
+def released(path: str | Path, name: str) -> Env:
+    """The authors' world "steam" or "amazon", from their files wherever they lie below path.
+
+    The users of train.json learn, those of test.json are held out, each with the ratings and the
+    distances of its half. Vectors, which only `a2c` looks at, are genres scaled to length 1.
+    """
+    get = partial(fetch, path, name)
+    tables = [get(f"{name}_{half}.npy", read_matrix) for half in ("train", "test")]
+    apart = tuple(get(f"{half}_distance_mat.pickle", read_matrix) for half in ("train", "test"))
+    sizes = {table.shape[1] for table in tables} | {size for a in apart for size in a.shape}
+    titles = get("datamaps.json", partial(read_titles, max(sizes)))
+    tags = get("list_genre.json", partial(read_tags, titles))
+    users = [get(f"{half}.json", partial(read_users, titles)) for half in ("train", "test")]
+    rows, histories = zip(*users[0], *users[1])
+    learners, beta = len(users[0]), {"steam": 50.0, "amazon": 15.0}[name]
+    if len(sizes) > 1 or not all(0 <= row < len(tables[user >= learners])
+                                 for user, row in enumerate(rows)):
+        raise BadData(f"{path}: the matrices of {name} do not fit each other or the users; "
+                      f"whole copies are in {AUTHORS}")
+    genres = tuple(sorted({genre for own in tags for genre in own}))
+    belongs = np.array([[genre in own for genre in genres] for own in tags], bool)
+    vectors = belongs / np.sqrt(np.maximum(belongs.sum(1, keepdims=True), 1))
+    return Env(name, titles, (None,) * len(titles), genres, belongs, vectors.astype(np.float32),
+               Halves(np.array(rows), *tables), histories, learners, beta=beta, grace=1,
+               apart=apart)

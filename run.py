@@ -20,10 +20,11 @@ import os
 import re
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from signal import SIG_IGN, SIGINT, signal
 from threading import Event, Lock
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
@@ -38,11 +39,23 @@ STAND_IN = ("offline, a rule-based stand-in: it shows the mechanism at work and 
             "real models")
 ROLES = ("planner", "actor", "critic", "reflector")
 COLUMNS = ("calls", "prompt", "cached", "completion")
+WORLDS = "films, synthetic:USERSxITEMS, movielens:DIR, steam:DIR, amazon:DIR"
 WORLD_FIELDS = ("window", "beta", "floor", "grace", "max_steps")
 BOUNDS = {"gamma": (0, 1), "batch": (1, 10**6), "titles": (1, 1000), "window": (1, 1000),
           "max_steps": (1, 10**6), "reply_tokens": (1, 10**6), "temperature": (0, 2),
-          "retries": (0, 100), "workers": (1, 1000), "episodes": (0, 10**9), "users": (1, 10**9),
+          "retries": (0, 100), "workers": (1, 1000), "episodes": (0, 10**9), "seeds": (1, 1000), "users": (1, 10**9),
           "timeout": (0.001, 10**6), "max_calls": (0, 10**12), "max_tokens": (0, 10**12)}
+
+
+BUDGET, RL_BUDGET = 100, 100_000        # learning episodes of the paper: language models, RL
+SIZES, WINDOWS = (10, 50, 100, 200), (1, 2, 4, 6, 8)
+EXPERIMENTS = {                         # what each measures, and on which axes it is drawn
+    "table3": ("R_traj", "reward an episode"), "table5": ("R_traj", "reward an episode"),
+    "fig3": ("share", "share of recommendations", "popularity group of items (1: least popular fifth)"),
+    "fig4": ("MSE", "mean squared error of the value", "learning episodes"),
+    "fig5": ("R_traj", "reward an episode", "window W (items a user remembers)"),
+    "table6": ("R_traj", "reward an episode"),
+    "curve": ("R_traj", "reward an episode", "learning episodes")}
 
 
 class UserError(Exception):
@@ -52,16 +65,19 @@ class UserError(Exception):
 # ------------------------------------------------------------------------------------ flags
 
 FLAGS: dict[str, dict[str, Any]] = {
-    "--episodes": dict(type=int, default=50, help="learning episodes (default 50)"),
+    "--episodes": dict(type=int, help=f"learning episodes (default 50; {BUDGET} in experiments)"),
     "--users": dict(type=int, default=50, help="held-out users to evaluate on (default 50)"),
     "--method": dict(default="billp", help=" ".join((*envs.POLICIES, *billp.METHODS))),
-    "--world": dict(default="films", help="films"),
+    "--world": dict(default="films", help=WORLDS + " (default films)"),
     "--seed": dict(type=int, default=0, help="names every random draw (default 0)"),
     "--workers": dict(type=int, help="episodes played at once (default: 1 offline, else a batch)"),
     "--out": dict(type=Path, help="run directory (default: one of its own under runs/)"),
     "--load": dict(type=Path, help="start from another run's memory.json"),
     "--show": dict(type=Path, metavar="RUN", help="print one episode of a run"),
     "--pick": dict(default="", metavar="PHASE:N", help="which one: before, learn or after, and its number"),
+    "--experiment": dict(choices=EXPERIMENTS, help="one of the paper's tables or figures, over --seeds"),
+    "--seeds": dict(type=int, default=5, help="seeds of an experiment, from --seed on (default 5)"),
+    "--models": dict(metavar="A,B", help="the models that table6 compares"),
     "--model": dict(help="model name, or offline (default: OPENAI_MODEL)"),
     "--base-url": dict(help="endpoint (default: OPENAI_BASE_URL; the key is read from OPENAI_API_KEY)"),
     "--embed-model": dict(help="embedding model (default: OPENAI_EMBED_MODEL, or character n-grams)"),
@@ -109,6 +125,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         for name, why in reasons(record).items():
             add_field(group, record, name, why)
     args = parser.parse_args(argv)
+    if args.episodes is None:
+        args.episodes = BUDGET if args.experiment else 50
     for name, (low, high) in BOUNDS.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
@@ -155,7 +173,8 @@ def settings(args: argparse.Namespace) -> Settings:
                         "or give --base-url and --model; --model offline is the built-in reader")
     embedding = args.embed_model or (live and variable("OPENAI_EMBED_MODEL")) or "hashed_ngrams"
     config = Config()._replace(**billp.METHODS.get(args.method, {}))
-    return Settings(args.world, args.method, model, embedding, args.seed, args.episodes, args.users,
+    return Settings(args.world, args.method, model, embedding, args.seed, args.episodes,
+                    args.users,
                     digest(read(args.load)) if args.load else "",
                     digest(args.extra_body) if args.extra_body != "{}" else "",
                     config._replace(**chosen(args, Config._fields))._asdict(),
@@ -167,11 +186,28 @@ def variable(*names: str) -> str:
     return next((os.environ[name] for name in names if os.environ.get(name)), "")
 
 
+@lru_cache(4)
+def load_world(name: str, seed: int) -> envs.Env:
+    """A world by its name on the command line."""
+    kind, _, rest = name.partition(":")
+    size = re.fullmatch(r"(\d{1,9})x(\d{1,9})", rest)
+    try:
+        if name == "films":
+            return envs.films(seed)
+        if kind == "synthetic" and size and min(int(size[1]), int(size[2])) > 1:
+            return envs.synthetic(int(size[1]), int(size[2]), seed)
+        if kind == "movielens" and rest:
+            return envs.movielens(rest, seed)
+        if kind in ("steam", "amazon") and rest:
+            return envs.released(rest, kind)
+    except envs.BadData as error:
+        raise UserError(str(error))
+    raise UserError(f"no world {name!r}; there are {WORLDS}")
+
+
 def build_world(wanted: Settings) -> envs.Env:
     """The world a run asks for, under the run's own rule of leaving."""
-    if wanted.world != "films":
-        raise UserError(f"no world {wanted.world!r}; there is films")
-    env = envs.films(wanted.seed)._replace(**wanted.rule)
+    env = load_world(wanted.world, wanted.seed)._replace(**wanted.rule)
     held_out = len(env.histories) - env.learners
     if wanted.episodes > env.learners and wanted.method in billp.METHODS:
         raise UserError(f"--episodes {wanted.episodes}: {wanted.world} has {env.learners} learning users")
@@ -210,10 +246,12 @@ def write(path: Path, text: str) -> None:
 dumps = partial(json.dumps, ensure_ascii=False)
 
 
-def run_directory(out: Path | None, wanted: Settings) -> Path:
+def run_directory(out: Path | None, wanted: Settings, also: dict[str, Any] = {}) -> Path:
     """The directory of this run, made if need be; refused if it holds anything else."""
-    text = dumps(wanted._asdict(), indent=1) + "\n"
-    path = out or Path("runs") / f"{wanted.world.partition(':')[0]}-{wanted.method}-{digest(text)[:8]}"
+    settings = {**wanted._asdict(), **also}
+    text = dumps(settings, indent=1) + "\n"
+    what = f"{wanted.world.partition(':')[0]}-{also.get('experiment', wanted.method)}"
+    path = out or Path("runs") / f"{what}-{digest(text)[:8]}"
     held = path / "config.json"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -221,17 +259,17 @@ def run_directory(out: Path | None, wanted: Settings) -> Path:
             raise UserError(f"{path} is not empty and holds no run; choose another --out")
         if held.exists() and held.read_text("utf-8") != text:
             raise UserError(f"{path} holds a run of another configuration "
-                            f"({differing(read(held), wanted)}); choose another --out")
+                            f"({differing(read(held), settings)}); choose another --out")
         write(held, text)
     except OSError as error:
         raise UserError(f"cannot use {path} as run directory: {error.strerror}")
     return path
 
 
-def differing(held: str, wanted: Settings) -> str:
+def differing(held: str, wanted: dict[str, Any]) -> str:
     """The names of the settings in which a config.json differs."""
     try:
-        old, new = ({**d, **d["config"], **d["rule"]} for d in (json.loads(held), wanted._asdict()))
+        old, new = ({**d, **d["config"], **d["rule"]} for d in (json.loads(held), wanted))
         return ", ".join(k for k in {**old, **new} if k not in ("config", "rule")
                          and old.get(k) != new.get(k))
     except (ValueError, KeyError, TypeError):
@@ -385,13 +423,14 @@ class Outcome(NamedTuple):
     """What a run gives: scores [1, users, 2] of the held-out users, and how it came to them."""
     before: np.ndarray
     after: np.ndarray
+    items: np.ndarray                   # int [users, steps]: recommended after learning, -1: over
     agent: Agent = billp.NOVICE
     learning: tuple[float, ...] = ()
     episodes: dict[str, tuple[Trajectory, ...]] = {}
 
 
 def learn(wanted: Settings, env: envs.Env, agent: Agent, llm: prompts.LLM, embed: prompts.Embed,
-          map: Callable) -> Outcome:
+          map: Callable, watch: Callable) -> Outcome:
     """Evaluate, learn, evaluate the same users again."""
     config, catalog = Config(**wanted.config), billp.catalog(env, embed)
     learners, held_out = choose_users(env, wanted)
@@ -400,21 +439,26 @@ def learn(wanted: Settings, env: envs.Env, agent: Agent, llm: prompts.LLM, embed
         return billp.evaluate(catalog, held_out, agent, llm, wanted.seed, phase, config, map)
     before, learnt, lengths = evaluate(agent, "before"), (), ()
     batches = billp.train(catalog, learners, llm, wanted.seed, agent, config, map)
-    for agent, trajectories in progress(batches, len(learners), config.batch):
+    for agent, trajectories in watch(batches, len(learners), config.batch):
         learnt += trajectories
         lengths += (mean_length(trajectories),)
     after = evaluate(agent, "after")
-    first, last = (envs.scores(*zip(*(billp.score(t) for t in ts))) for ts in (before, after))
-    return Outcome(first, last, agent, lengths, {"before": before, "learn": learnt, "after": after})
+    first, last = (envs.scores(*zip(*map(billp.score, ts))) for ts in (before, after))
+    items = np.full((len(after), env.max_steps), -1)
+    for row, t in zip(items, after):
+        row[:billp.score(t)[0]] = [step.act.value for step in t.steps][:billp.score(t)[0]]
+    return Outcome(first, last, items, agent, lengths, {"before": before, "learn": learnt, "after": after})
 
 
 def roll(wanted: Settings, env: envs.Env) -> Outcome:
-    """The same flow for a policy that sees the numbers and learns nothing."""
-    rng = np.random.default_rng(np.random.SeedSequence(wanted.seed, spawn_key=(2,)))
-    users = np.array(choose_users(env, wanted)[1])
-    played = envs.rollout(env, users, envs.POLICIES[wanted.method], rng)
-    after = envs.scores((played.items >= 0).sum(1), played.rewards.sum(1))
-    return Outcome(after, after)
+    """The same flow for a policy that sees the numbers; only a2c learns."""
+    users, scores = np.array(choose_users(env, wanted)[1]), []
+    for episodes in (0, wanted.episodes):
+        policy = envs.POLICIES[wanted.method](env, episodes, wanted.seed)
+        rng = np.random.default_rng(np.random.SeedSequence(wanted.seed, spawn_key=(2,)))
+        played = envs.rollout(env, users, policy, rng)
+        scores.append(envs.scores((played.items >= 0).sum(1), played.rewards.sum(1)))
+    return Outcome(*scores, played.items)
 
 
 def summarize(wanted: Settings, outcome: Outcome, tally: dict[str, list], seconds: float) -> dict:
@@ -434,15 +478,15 @@ def summarize(wanted: Settings, outcome: Outcome, tally: dict[str, list], second
             "seconds": round(seconds, 2)}
 
 
-def perform(args: argparse.Namespace, wanted: Settings, env: envs.Env, models: tuple, tally: dict,
-            stop: Event) -> Outcome:
-    """One run in memory: from a world and a model to an outcome."""
+def perform(args: argparse.Namespace, wanted: Settings, models: tuple, tally: dict, stop: Event,
+            watch: Callable) -> Outcome:
+    """One run in memory: from a model to an outcome."""
+    env, (llm, embed) = build_world(wanted), models
     if wanted.method in envs.POLICIES:
         return roll(wanted, env)
-    llm, embed = models
     rows = load_memory(args.load, wanted.embedding) if args.load else {}
     with workers(args.workers or (1 if wanted.model == "offline" else wanted.config["batch"]), stop) as map:
-        return learn(wanted, env, embed_memory(rows, embed), counted(llm, tally, stop), embed, map)
+        return learn(wanted, env, embed_memory(rows, embed), counted(llm, tally, stop), embed, map, watch)
 
 
 def run(args: argparse.Namespace, tally: dict[str, list]) -> None:
@@ -452,33 +496,35 @@ def run(args: argparse.Namespace, tally: dict[str, list]) -> None:
     if args.load:
         load_memory(args.load, wanted.embedding)        # a bad file is found before anything is made
     if args.dry_run:
-        perform(args, wanted._replace(model="offline"), env, (estimated, prompts.hashed_ngrams), tally, stop)
-        print("\n".join(["expected, from a run of the offline reader (4 characters a token):",
-                         *call_table(tally)]))
+        perform(args, wanted._replace(model="offline"), pretended(wanted), tally, stop, progress)
+        print("\n".join([EXPECTED, *call_table(tally)]))
         return
     path = run_directory(args.out, wanted)
-    outcome = perform(args, wanted, env, connect(args, wanted, path, stats, stop), tally, stop)
+    outcome = perform(args, wanted, connect(args, wanted, path, stats, stop), tally, stop, progress)
     lines = [dumps(describe(env, phase, t)) + "\n" for phase, ts in outcome.episodes.items() for t in ts]
     summary = summarize(wanted, outcome, tally, time.perf_counter() - began)
     write(path / "episodes.jsonl", "".join(lines))
     write(path / "memory.json", save_memory(outcome.agent, wanted.embedding))
     write(path / "summary.json", dumps(summary, indent=1) + "\n")
-    print(report(summary, [r.value for r in billp.records(outcome.agent.planner)[-2:]]))
+    print(report(summary, env.about, [r.value for r in billp.records(outcome.agent.planner)[-2:]]))
     print(f"run       {path}")
     if stats:
         say(f"retries {len(stats.get('retries', ()))}, system {stats.get('system_fingerprint') or '?'}")
 
 
+EXPECTED = "expected, by a run of the offline reader at 4 characters a token:"
+
 # ----------------------------------------------------------------------------------- tables
 
 
-def row_of(label: str, figures: dict[str, Sequence[float]]) -> str:
-    """A table's line: Len, R_each and R_traj, each with its interval."""
-    return f"{label:16}" + "".join(f"{f'{mean:.2f} [{low:.2f}, {high:.2f}]':>25}"
-                                   for mean, low, high in figures.values())
+def header_of(names: Iterable[str], width: int) -> str:
+    return " " * width + "".join(f"{name + ' [95 %]':>24}" for name in names)
 
 
-HEADER = f"{'':16}" + "".join(f"{name + ' [95 %]':>25}" for name in envs.METRICS)
+def row_of(label: str, figures: dict[str, Sequence[float]], width: int) -> str:
+    """A table's line: each figure with its interval."""
+    return f"{label:{width}}" + "".join(f"{f'{mean:.2f} [{low:.2f}, {high:.2f}]':>24}"
+                                        for mean, low, high in figures.values())
 
 
 def call_table(tally: dict[str, Sequence]) -> list[str]:
@@ -488,11 +534,18 @@ def call_table(tally: dict[str, Sequence]) -> list[str]:
         for role, row in tally.items() if row[0]]
 
 
-def report(s: dict[str, Any], reflections: Sequence[str]) -> str:
+def model_named(model: str, method: str = "") -> str:
+    """The model as tables name it: what is no language model never passes for one."""
+    if method in envs.POLICIES:
+        return "none: this policy sees the numbers"
+    return STAND_IN if model == "offline" else model
+
+
+def report(s: dict[str, Any], about: str, reflections: Sequence[str]) -> str:
     """The results as a person reads them, from summary.json."""
     lines = [f"{s['method']} on {s['world']}, seed {s['seed']}: {s['episodes']} learning episodes, then "
-             f"{s['users']} held-out users", f"model     {STAND_IN if s['model'] == 'offline' else s['model']}",
-             "", HEADER, *(row_of(row, s[row]) for row in ("before", "after", "difference")), ""]
+             f"{s['users']} held-out users", *([f"world     {about}"] if about else []),
+             f"model     {model_named(s['model'], s['method'])}", "", header_of(envs.METRICS, 10), *(row_of(row, s[row], 10) for row in ("before", "after", "difference")), ""]
     if s["learning"]:
         lines.append(f"learning  {sparkline(s['learning'])}  mean Len of each batch, "
                      f"{min(s['learning']):.1f} to {max(s['learning']):.1f}")
@@ -545,11 +598,251 @@ def story(e: dict[str, Any]) -> str:
     return "\n".join(lines + (["", f"reflection  {e['reflection']}"] if e["reflection"] else []))
 
 
+# -------------------------------------------------------------------------------- experiments
+
+class Cell(NamedTuple):
+    """One run of an experiment, repeated over seeds."""
+    series: str
+    x: Any                      # its place on the horizontal axis, None in a plain table
+    changes: dict[str, Any]     # of the settings; those of `rule` and `config` are merged
+
+
+def by_method(*methods: str) -> list[Cell]:
+    return [Cell(method, None, {"method": method}) for method in methods]
+
+
+def cells(name: str, models: Sequence[str]) -> list[Cell]:
+    """The experiments of the paper, each a table of runs over one and the same path."""
+    rl = Cell(f"a2c, {RL_BUDGET:,}", None, {"method": "a2c", "episodes": RL_BUDGET})
+    return {
+        "table3": [*by_method("random", "popular", "greedy", "a2c"), rl,
+                   *by_method("act", "react", "reflexion", "billp", "oracle")],
+        "table5": by_method("billp-no-macro", "billp-no-micro", "billp-no-critic", "billp"),
+        "fig3": [*by_method("billp"), rl],
+        "fig4": [Cell("billp", size, {"episodes": size}) for size in SIZES],
+        "fig5": [Cell(method, width, {"method": method, "rule": {"window": width}})
+                 for method in ("react", "a2c", "reflexion", "billp") for width in WINDOWS],
+        "table6": [Cell(model, None, {"model": model}) for model in models],
+        "curve": [Cell(method, size, {"method": method, "episodes": size})
+                  for method in ("a2c", "billp") for size in (0, *SIZES[:1], 20, *SIZES[1:])]}[name]
+
+
+def change(base: Settings, cell: Cell, seed: int) -> Settings:
+    """The settings of one cell for one seed."""
+    wanted = base._replace(seed=seed)._replace(**cell.changes)
+    config = {**base.config, **billp.METHODS.get(wanted.method, {})}
+    idle = config["lessons"] == "none" and not config["experience"]         # nothing to learn
+    return wanted._replace(rule={**base.rule, **wanted.rule}, config=config,
+                           episodes=0 if idle else wanted.episodes)
+
+
+def run_cell(args: argparse.Namespace, name: str, models_for: Callable, job: tuple[Cell, Settings]) -> dict:
+    """One cell for one seed: the default run, and what this experiment reads off it."""
+    (cell, wanted), began, tally = job, time.perf_counter(), {}
+    models = models_for(wanted)
+    outcome = perform(args, wanted, models, tally, Event(), lambda batches, *_: batches)
+    summary, env = summarize(wanted, outcome, tally, time.perf_counter() - began), build_world(wanted)
+    counts = np.bincount(outcome.items[outcome.items >= 0], minlength=len(env.titles))
+    extra = {"fig3": lambda: {"shares": popularity_shares(env, outcome.items), "gini": envs.gini(counts),
+                              "coverage": float((counts > 0).mean())},
+             "fig4": lambda: {"values": values_of(wanted, env, outcome, models)}}.get(name, dict)()
+    kept = ("malformed", "fallbacks", "ungrounded", "calls", "seconds")
+    return {"series": cell.series, "x": cell.x, "seed": wanted.seed, "scores": outcome.after[0].tolist(),
+            **{key: summary[key] for key in kept}, **extra}
+
+
+def popularity_shares(env: envs.Env, items: np.ndarray) -> list[list[int]]:
+    """How often each user was given items of each fifth by popularity, the least popular first."""
+    rank = np.argsort(np.argsort(envs.popularity(env), kind="stable"))
+    group = np.append(rank * 5 // len(rank), 5)                     # the last is for item -1
+    return np.stack([np.bincount(row, minlength=6)[:5] for row in group[items]]).tolist()
+
+
+def values_of(wanted: Settings, env: envs.Env, outcome: Outcome, models: tuple,
+              states: int = 40, draws: int = 16) -> list[list[float]]:
+    """[states, 3]: for states of held-out episodes the Monte-Carlo value, one return, the critic's V.
+
+    Monte-Carlo: the mean discounted return of `draws` continuations with the frozen agent.
+    """
+    config, catalog = Config(**wanted.config), billp.catalog(env, models[1])
+    played = [(t, n) for t in outcome.episodes["after"] for n in range(len(t.steps))]
+    rng, rows = np.random.default_rng(np.random.SeedSequence(wanted.seed, spawn_key=(3,))), []
+    for t, n in (played[i] for i in rng.integers(len(played), size=states)):
+        start = Trajectory(t.user, t.steps[:n], t.steps[n].state, False)
+        runs = [billp.episode(catalog, t.user, (wanted.seed, "continue", draw), outcome.agent, models[0],
+                              config, start) for draw in range(draws)]
+        value, _ = billp.critic(start.last, outcome.agent.critic, models[0], config)
+        returns = [billp.discounted_return([s.reward for s in r.steps], config.gamma)
+                   for r in (*runs, t._replace(steps=t.steps[n:]))]
+        rows.append([float(np.mean(returns[:-1])), returns[-1], value.value])
+    return rows
+
+
+def errors(samples: np.ndarray) -> np.ndarray:
+    """[..., S, N, 2] of (truth, estimate) -> [..., 3]: bias, variance and mean squared error."""
+    error = (samples[..., 1] - samples[..., 0]).reshape(*samples.shape[:-3], -1)
+    return np.stack([error.mean(-1), error.var(-1), (error ** 2).mean(-1)], -1)
+
+
+def tabulate(name: str, found: list[list[dict]]) -> list[dict[str, Any]]:
+    """The rows of an experiment's table, from each cell's results over seeds."""
+    rows = []
+    for results in found:
+        def stack(key: str) -> np.ndarray:
+            return np.array([result[key] for result in results], float)
+        head, before = {k: results[0][k] for k in ("series", "x")}, rows[-1:] and rows[-1].get("scores")
+        if name == "fig3":
+            spread = {k: envs.bootstrap(lambda s: s.mean((-3, -2)), stack(k)[:, None, None])[0]
+                      for k in ("gini", "coverage")}
+            shares = envs.bootstrap(lambda s: s.sum((-3, -2)) / s.sum((-3, -2, -1))[..., None], stack("shares"))
+            rows += [{**head, "x": n, "figures": {"share": share, **spread}} for n, share in enumerate(shares, 1)]
+        elif name == "fig4":
+            rows += [{**head, "series": series, "figures": dict(zip(("bias", "variance", "MSE"), envs.bootstrap(
+                errors, stack("values")[..., [0, column]])))}
+                for column, series in ((1, "one return"), (2, "critic"))]
+        else:
+            scores = stack("scores")
+            rows.append({**head, "scores": scores, "figures": envs.metrics(scores), "paper": PAPER.get(head["series"], ""),
+                         "gain": envs.metrics(scores, before)["R_traj"] if before is not None else None})
+    return rows
+
+
+PAPER = {                               # R_traj on Steam and on Amazon-Book, as the paper reports it
+    "billp": "69.19, 42.44", "reflexion": "57.42, 40.67", "billp-no-macro": "64.96, -",
+    "billp-no-micro": "64.72, -"}
+ORIENTATION = ("paper: R_traj on Steam and Amazon-Book with gpt-3.5-turbo. Its worlds and models differ from "
+               "these; the figures are for orientation, not for comparison.")
+
+
+def title(row: dict[str, Any]) -> str:
+    return row["series"] + ("" if row["x"] is None else f", {row['x']}")
+
+
+def show_table(rows: list[dict[str, Any]]) -> str:
+    """An experiment's table. A row is called higher than the one above only if the interval says so."""
+    lines = [header_of(rows[0]["figures"], 24)]
+    for row in rows:
+        line = row_of(title(row), row["figures"], 24)
+        if row.get("gain"):
+            mean, low, high = row["gain"]
+            verdict = "higher" if low > 0 else "lower" if high < 0 else "not told apart"
+            line += f"   R_traj {mean:+.2f} [{low:.2f}, {high:.2f}] on the row above: {verdict}"
+        lines.append(line + (f"   paper {row['paper']}" if row.get("paper") else ""))
+    return "\n".join(lines + [ORIENTATION] * any(row.get("paper") for row in rows))
+
+
+def plot(name: str, rows: list[dict[str, Any]], path: Path) -> None:
+    """One figure with its intervals: lines over x, or one point a row where there is no x."""
+    try:
+        import matplotlib
+    except ImportError:
+        say("no picture: pip install 'billp[plot]' draws it")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    what, label, *axis = EXPERIMENTS[name]
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=100, layout="constrained")
+    for i, series in enumerate(dict.fromkeys(row["series"] for row in rows)):
+        mine = [row for row in rows if row["series"] == series]
+        mean, low, high = np.array([row["figures"][what] for row in mine]).T
+        style = dict(color=COLOURS[i % len(COLOURS)], marker="osD^vPX*"[i % 8], capsize=3)
+        if axis:
+            axes.errorbar([row["x"] for row in mine], mean, [mean - low, high - mean], label=series, **style)
+        else:
+            axes.errorbar(mean, [i], xerr=[mean - low, high - mean], **style)
+    if axis:
+        axes.set(xlabel=axis[0], ylabel=f"{label}, mean and 95 % interval")
+        axes.legend(frameon=False)
+    else:
+        names = list(dict.fromkeys(row["series"] for row in rows))
+        axes.set(xlabel=f"{label}, mean and 95 % interval", yticks=range(len(names)), yticklabels=names)
+        axes.invert_yaxis()
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")   # Okabe and Ito
+
+
+def costs(results: list[dict]) -> str:
+    """What one cell cost over all its seeds: calls, tokens, replies that were of no use, seconds."""
+    calls = [role for result in results for role in result["calls"].values()]
+    counts = [sum(role[column] or 0 for role in calls) for column in COLUMNS]
+    means = [np.mean([result[key] for result in results]) for key in ("malformed", "fallbacks", "ungrounded")]
+    return (f"{title(results[0]):24}" + ", ".join(f"{name} {count:,}" for name, count in zip(COLUMNS, counts))
+            + f"; a run: malformed {means[0]:.1f}, fallbacks {means[1]:.1f}, named no item {means[2]:.0%}, "
+            + f"{np.mean([result['seconds'] for result in results]):.1f} s")
+
+
+@contextmanager
+def processes(count: int) -> Iterator[Callable]:
+    """A map over processes, for cells that keep a core busy; Ctrl-C is left to the parent."""
+    if count == 1:
+        yield map
+        return
+    pool = ProcessPoolExecutor(count, initializer=signal, initargs=(SIGINT, SIG_IGN))
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def built_in(wanted: Settings) -> tuple[prompts.LLM, prompts.Embed]:
+    return prompts.offline, prompts.hashed_ngrams
+
+
+def pretended(wanted: Settings) -> tuple[prompts.LLM, prompts.Embed]:
+    return estimated, prompts.hashed_ngrams
+
+
+def experiment(args: argparse.Namespace) -> None:
+    """All cells of one experiment over all seeds: a table, a JSON file and a picture."""
+    name, base, began, known = args.experiment, settings(args), time.perf_counter(), {}
+    table = cells(name, (args.models or base.model).split(","))
+    if args.dry_run:
+        table = [cell for cell in table if cell.changes.get("method", "billp") in billp.METHODS]
+    jobs = [(cell, change(base, cell, base.seed + s)) for cell in table for s in range(args.seeds)]
+    for _, wanted in jobs[::args.seeds]:
+        build_world(wanted)                             # a mistake is found before anything runs
+    also = {"experiment": name, "seeds": args.seeds, "models": args.models}
+    path = None if args.dry_run else run_directory(args.out, base, also)
+
+    def connected(wanted: Settings) -> tuple[prompts.LLM, prompts.Embed]:
+        if wanted.model not in known:                   # one client and one log a model
+            log = path / re.sub(r"\W+", "-", wanted.model)
+            log.mkdir(exist_ok=True)
+            known[wanted.model] = connect(args, wanted, log, {}, Event())
+        return known[wanted.model]
+    local = args.dry_run or all(wanted.model == "offline" for _, wanted in jobs)
+    models_for = pretended if args.dry_run else built_in if local else connected
+    results: list[dict] = []
+    with processes((args.workers or os.cpu_count() or 1) if local else 1) as map:
+        for result in map(partial(run_cell, args, name, models_for), jobs):
+            results.append(result)
+            say(f"{name}: {len(results)} of {len(jobs)}, {title(result)}, seed {result['seed']}")
+    found = [results[i:i + args.seeds] for i in range(0, len(results), args.seeds)]
+    if args.dry_run:
+        print("\n".join([EXPECTED, *map(costs, found)]))
+        return
+    rows = tabulate(name, found)
+    cost = [costs(cell) for cell in found if cell[0]["calls"]["actor"]["calls"]]
+    print(f"{name} on {base.world}, seeds {base.seed} to {base.seed + args.seeds - 1}, {base.users} held-out users "
+          f"each\nmodel {model_named(base.model)}\n\n{show_table(rows)}\n")
+    print("\n".join(cost) + f"\n\nseconds   {time.perf_counter() - began:.1f}\nrun       {path}")
+    for row in rows:
+        row.pop("scores", None)
+    seconds = [result.pop("seconds") for result in results]
+    held = {**also, "settings": base._asdict(), "rows": rows, "cells": results, "seconds": seconds}
+    write(path / "results.json", dumps(held) + "\n")
+    plot(name, rows, path / f"{name}.png")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     tally: dict[str, list] = {}
     try:
         args = parse(argv)
-        show(args.show, args.pick) if args.show else run(args, tally)
+        show(args.show, args.pick) if args.show else experiment(args) if args.experiment else run(args, tally)
         return 0
     except prompts.BudgetSpent as error:
         say("\n".join([*call_table(tally), f"run.py: {error}"]))

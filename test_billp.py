@@ -217,8 +217,8 @@ def test_films_are_real_and_planning_matters_in_their_world():
     assert len(FILMS.titles) == 200 == len(set(FILMS.titles)) and FILMS.belongs.any(1).all()
     assert 3.8 < FILMS.ratings.mean() < 4.2 and set(np.unique(FILMS.ratings)) == {1, 2, 3, 4, 5}
     users, lengths = np.arange(500, 700), {}
-    for name, policy in envs.POLICIES.items():
-        played = envs.rollout(FILMS, users, policy, np.random.default_rng(0))
+    for name, make in envs.POLICIES.items():
+        played = envs.rollout(FILMS, users, make(FILMS, 0, 0), np.random.default_rng(0))
         lengths[name] = (played.items >= 0).sum(1)
         for row in played.items:                                        # nothing twice
             assert len(set(row[row >= 0])) == (row >= 0).sum()
