@@ -58,6 +58,13 @@ EXPERIMENTS = {                         # what each measures, and on which axes 
     "curve": ("R_traj", "reward an episode", "learning episodes")}
 
 
+PAPER = {                               # R_traj on Steam and on Amazon-Book, as the paper reports it
+    "billp": "69.19, 42.44", "reflexion": "57.42, 40.67", "billp-no-macro": "64.96, -",
+    "billp-no-micro": "64.72, -"}
+ORIENTATION = ("paper: R_traj on Steam and Amazon-Book with gpt-3.5-turbo; its worlds and models differ from "
+               "these, the figures are for orientation only")
+
+
 class UserError(Exception):
     """A mistake that the person at the keyboard can mend: one line, exit code 2."""
 
@@ -685,33 +692,37 @@ def errors(samples: np.ndarray) -> np.ndarray:
 
 
 def tabulate(name: str, found: list[list[dict]]) -> list[dict[str, Any]]:
-    """The rows of an experiment's table, from each cell's results over seeds."""
+    """The rows of an experiment's table, from each cell's results over seeds.
+
+    What a row's R_traj is compared with: the row above in table3 and table6, elsewhere billp at the
+    same place.
+    """
+    stacks = [{key: np.array([result[key] for result in results], float) for key in
+               ("scores", "shares", "gini", "coverage", "values") if key in results[0]} for results in found]
+    heads = [{key: results[0][key] for key in ("series", "x")} for results in found]
+    if name == "fig3":
+        return [{**head, "x": group, "figures": figures} for head, stack in zip(heads, stacks)
+                for group, figures in enumerate(spread(stack), 1)]
+    if name == "fig4":
+        return [{**head, "series": series, "figures": dict(zip(("bias", "variance", "MSE"), envs.bootstrap(
+            errors, stack["values"][..., [0, column]])))} for head, stack in zip(heads, stacks)
+            for column, series in ((1, "one return"), (2, "critic"))]
     rows = []
-    for results in found:
-        def stack(key: str) -> np.ndarray:
-            return np.array([result[key] for result in results], float)
-        head, before = {k: results[0][k] for k in ("series", "x")}, rows[-1:] and rows[-1].get("scores")
-        if name == "fig3":
-            spread = {k: envs.bootstrap(lambda s: s.mean((-3, -2)), stack(k)[:, None, None])[0]
-                      for k in ("gini", "coverage")}
-            shares = envs.bootstrap(lambda s: s.sum((-3, -2)) / s.sum((-3, -2, -1))[..., None], stack("shares"))
-            rows += [{**head, "x": n, "figures": {"share": share, **spread}} for n, share in enumerate(shares, 1)]
-        elif name == "fig4":
-            rows += [{**head, "series": series, "figures": dict(zip(("bias", "variance", "MSE"), envs.bootstrap(
-                errors, stack("values")[..., [0, column]])))}
-                for column, series in ((1, "one return"), (2, "critic"))]
-        else:
-            scores = stack("scores")
-            rows.append({**head, "scores": scores, "figures": envs.metrics(scores), "paper": PAPER.get(head["series"], ""),
-                         "gain": envs.metrics(scores, before)["R_traj"] if before is not None else None})
+    for i, (head, stack) in enumerate(zip(heads, stacks)):
+        twin = next((j for j, other in enumerate(heads) if other == {**head, "series": "billp"}), i)
+        other = max(i - 1, 0) if name in ("table3", "table6") else twin
+        gain = envs.metrics(stack["scores"], stacks[other]["scores"])["R_traj"] if other != i else None
+        rows.append({**head, "figures": envs.metrics(stack["scores"]), "against": title(heads[other]),
+                     "gain": gain, "paper": "" if head["x"] else PAPER.get(head["series"], "")})
     return rows
 
 
-PAPER = {                               # R_traj on Steam and on Amazon-Book, as the paper reports it
-    "billp": "69.19, 42.44", "reflexion": "57.42, 40.67", "billp-no-macro": "64.96, -",
-    "billp-no-micro": "64.72, -"}
-ORIENTATION = ("paper: R_traj on Steam and Amazon-Book with gpt-3.5-turbo. Its worlds and models differ from "
-               "these; the figures are for orientation, not for comparison.")
+def spread(stack: dict[str, np.ndarray]) -> list[dict[str, list[float]]]:
+    """How recommendations are spread over popularity groups; Gini and coverage are of all items."""
+    shares = envs.bootstrap(lambda s: s.sum((-3, -2)) / s.sum((-3, -2, -1))[..., None], stack["shares"])
+    whole = {key: envs.bootstrap(lambda s: s.mean((-3, -2)), stack[key][:, None, None])[0]
+             for key in ("gini", "coverage")}
+    return [{"share": share, **whole} for share in shares]
 
 
 def title(row: dict[str, Any]) -> str:
@@ -719,14 +730,14 @@ def title(row: dict[str, Any]) -> str:
 
 
 def show_table(rows: list[dict[str, Any]]) -> str:
-    """An experiment's table. A row is called higher than the one above only if the interval says so."""
+    """An experiment's table. A row is called higher or lower only if the interval holds no 0."""
     lines = [header_of(rows[0]["figures"], 24)]
     for row in rows:
         line = row_of(title(row), row["figures"], 24)
         if row.get("gain"):
             mean, low, high = row["gain"]
             verdict = "higher" if low > 0 else "lower" if high < 0 else "not told apart"
-            line += f"   R_traj {mean:+.2f} [{low:.2f}, {high:.2f}] on the row above: {verdict}"
+            line += f"   R_traj {mean:+.2f} [{low:.2f}, {high:.2f}] against {row['against']}: {verdict}"
         lines.append(line + (f"   paper {row['paper']}" if row.get("paper") else ""))
     return "\n".join(lines + [ORIENTATION] * any(row.get("paper") for row in rows))
 
@@ -768,9 +779,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 def costs(results: list[dict]) -> str:
     """What one cell cost over all its seeds: calls, tokens, replies that were of no use, seconds."""
     calls = [role for result in results for role in result["calls"].values()]
-    counts = [sum(role[column] or 0 for role in calls) for column in COLUMNS]
+    counts = [sum(role[column] or 0 for role in calls) or "?" for column in COLUMNS]
     means = [np.mean([result[key] for result in results]) for key in ("malformed", "fallbacks", "ungrounded")]
-    return (f"{title(results[0]):24}" + ", ".join(f"{name} {count:,}" for name, count in zip(COLUMNS, counts))
+    return (f"{title(results[0]):24}" + ", ".join(f"{name} {count}" for name, count in zip(COLUMNS, counts))
             + f"; a run: malformed {means[0]:.1f}, fallbacks {means[1]:.1f}, named no item {means[2]:.0%}, "
             + f"{np.mean([result['seconds'] for result in results]):.1f} s")
 
@@ -830,8 +841,6 @@ def experiment(args: argparse.Namespace) -> None:
     print(f"{name} on {base.world}, seeds {base.seed} to {base.seed + args.seeds - 1}, {base.users} held-out users "
           f"each\nmodel {model_named(base.model)}\n\n{show_table(rows)}\n")
     print("\n".join(cost) + f"\n\nseconds   {time.perf_counter() - began:.1f}\nrun       {path}")
-    for row in rows:
-        row.pop("scores", None)
     seconds = [result.pop("seconds") for result in results]
     held = {**also, "settings": base._asdict(), "rows": rows, "cells": results, "seconds": seconds}
     write(path / "results.json", dumps(held) + "\n")
