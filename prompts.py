@@ -465,10 +465,10 @@ def address(base: str, route: str) -> str:
     return parts._replace(path=f"{path}/{route}", fragment="").geturl()
 
 
-def dial(base_url: str, route: str, key: str | None, *, workers: int = 8, timeout: float = 300.0,
+def dial(base_url: str, route: str, key: str | None, *, timeout: float = 300.0,
          extra: dict | None = None, headers: dict | None = None, retries: int = 6,
-         notice=warnings.warn, sleep=time.sleep, transport=None, stats: dict | None = None) -> Wire:
-    """Check what a user can get wrong, then make the one client that all threads share.
+         notice=warnings.warn, sleep=time.sleep, stats: dict | None = None) -> Wire:
+    """Check what a user can get wrong, then make the clients, one a thread.
 
     `timeout` bounds one attempt; `stats` gathers retries and the system fingerprint; what the
     server turns out to refuse is `learnt`. `url` is fit to be shown: no credentials, no query.
@@ -483,14 +483,19 @@ def dial(base_url: str, route: str, key: str | None, *, workers: int = 8, timeou
         sent |= ({"api-key": key} if "api-version" in parts.query else
                  {"Authorization": f"Bearer {key}"})
     secrets = (user, parts.query, *sent.values())
-    limits = httpx.Limits(max_connections=workers, max_keepalive_connections=workers)
-    if LOOPBACK.match(host):  # a transport of its own keeps the environment's proxies out
-        transport = transport or httpx.HTTPTransport(limits=limits)
+    own = threading.local()  # a shared one looks through all its connections at every call
+
+    def client():
+        if not hasattr(own, "client"):
+            own.client = httpx.Client(
+                headers={"Content-Type": "application/json"} | sent, verify=trusted,
+                trust_env=not LOOPBACK.match(host), timeout=httpx.Timeout(timeout, connect=10.0))
+        return own.client
     try:
         target, _ = httpx.URL(url), parts.port  # the latter raises beyond 65535
-        client = httpx.Client(headers={"Content-Type": "application/json"} | sent, limits=limits,
-                              timeout=httpx.Timeout(timeout, connect=10.0), transport=transport)
-        return Wire(post=lambda body: client.stream("POST", target, content=body), url=shown,
+        trusted = httpx.create_ssl_context()  # slow to make, so once; honours SSL_CERT_FILE
+        client()
+        return Wire(post=lambda body: client().stream("POST", target, content=body), url=shown,
                     scrub=lambda text: one_line(text, secrets), extra=extra or {}, learnt={},
                     stats={} if stats is None else stats, timeout=timeout, retries=retries,
                     notice=notice, sleep=sleep)
@@ -643,7 +648,8 @@ def read_chat(wire: Wire, ask: Ask, data: dict) -> Reply | Fault:
     if isinstance(content, list):
         content = "".join(p["text"] for p in content if p.get("type") == "text")
     text = spoken(content).encode("utf-8", "replace").decode()  # half an emoji is no text
-    wire.stats["system_fingerprint"] = data.get("system_fingerprint")
+    if mark := data.get("system_fingerprint"):
+        wire.stats["system_fingerprint"] = wire.scrub(str(mark))[:200]
     sent = sum(len(said) for _, said in ask.messages)
     if usage.prompt and sent > 8 * usage.prompt + 1000 and "cut" not in wire.learnt:
         wire.learnt["cut"] = None

@@ -372,9 +372,9 @@ def connect(args: argparse.Namespace, wanted: Settings, path: Path, stats: dict,
     url = args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE") or "https://api.openai.com/v1"
     if not all("=" in header for header in args.header):
         raise UserError("--header takes NAME=VALUE")
-    options = dict(key=variable("OPENAI_API_KEY"), workers=args.workers or wanted.config["batch"],
-                   timeout=args.timeout, extra=json_object(args.extra_body), notice=say, stats=stats,
-                   headers=dict(header.split("=", 1) for header in args.header), sleep=stop.wait)
+    options = dict(key=variable("OPENAI_API_KEY"), timeout=args.timeout, notice=say,
+                   extra=json_object(args.extra_body), stats=stats, sleep=stop.wait,
+                   headers=dict(header.split("=", 1) for header in args.header))
     log = prompts.open_log(path / "calls.jsonl", [wanted.model, wanted.embedding, wanted.extra],
                            replay=args.replay, notice=say)
     live = prompts.limited(prompts.openai(url, wanted.model, **options), args.max_calls, args.max_tokens)

@@ -955,9 +955,9 @@ def test_a_log_resumes_refuses_strangers_and_loses_only_a_torn_line(tmp_path):
         open_log(path, "m")
 
 
-def test_threads_write_whole_records_share_one_client_and_the_first_answer_counts(tmp_path):
+def test_threads_write_whole_records_share_connections_and_the_first_answer_counts(tmp_path):
     log = prompts.open_log(tmp_path / "calls.jsonl", "m")
-    llm, _, _ = play(*[lambda body: time.sleep(0.02)] * 200, timeout=5, workers=40)
+    llm, _, _ = play(*[lambda body: time.sleep(0.02)] * 200, timeout=5)
     asks, before = [ASK._replace(key=(i,)) for i in range(200)], server().connections
     with ThreadPoolExecutor(40) as pool:
         assert set(pool.map(prompts.recorded(llm, log), asks)) == {GOOD}
