@@ -437,20 +437,20 @@ class Outcome(NamedTuple):
 
 
 def learn(wanted: Settings, env: envs.Env, agent: Agent, llm: prompts.LLM, embed: prompts.Embed,
-          map: Callable, watch: Callable) -> Outcome:
-    """Evaluate, learn, evaluate the same users again."""
+          map: Callable, watch: Callable | None) -> Outcome:
+    """Evaluate, learn, evaluate the same users again; unwatched, only learn and evaluate."""
     config, catalog = Config(**wanted.config), billp.catalog(env, embed)
     learners, held_out = choose_users(env, wanted)
 
     def evaluate(agent: Agent, phase: str) -> tuple[Trajectory, ...]:
         return billp.evaluate(catalog, held_out, agent, llm, wanted.seed, phase, config, map)
-    before, learnt, lengths = evaluate(agent, "before"), (), ()
+    before, learnt, lengths = evaluate(agent, "before") if watch else (), (), ()
     batches = billp.train(catalog, learners, llm, wanted.seed, agent, config, map)
-    for agent, trajectories in watch(batches, len(learners), config.batch):
+    for agent, trajectories in watch(batches, len(learners), config.batch) if watch else batches:
         learnt += trajectories
         lengths += (mean_length(trajectories),)
     after = evaluate(agent, "after")
-    first, last = (envs.scores(*zip(*map(billp.score, ts))) for ts in (before, after))
+    first, last = (envs.scores(*zip(*map(billp.score, ts))) for ts in (before or after, after))
     items = np.full((len(after), env.max_steps), -1)
     for row, t in zip(items, after):
         row[:billp.score(t)[0]] = [step.act.value for step in t.steps][:billp.score(t)[0]]
@@ -486,7 +486,7 @@ def summarize(wanted: Settings, outcome: Outcome, tally: dict[str, list], second
 
 
 def perform(args: argparse.Namespace, wanted: Settings, models: tuple, tally: dict, stop: Event,
-            watch: Callable) -> Outcome:
+            watch: Callable | None = None) -> Outcome:
     """One run in memory: from a model to an outcome."""
     env, (llm, embed) = build_world(wanted), models
     if wanted.method in envs.POLICIES:
@@ -620,12 +620,13 @@ def by_method(*methods: str) -> list[Cell]:
 
 def cells(name: str, models: Sequence[str]) -> list[Cell]:
     """The experiments of the paper, each a table of runs over one and the same path."""
-    rl = Cell(f"a2c, {RL_BUDGET:,}", None, {"method": "a2c", "episodes": RL_BUDGET})
+    def rl(episodes: int) -> Cell:
+        return Cell(f"a2c, {episodes:,}", None, {"method": "a2c", "episodes": episodes})
     return {
-        "table3": [*by_method("random", "popular", "greedy", "a2c"), rl,
+        "table3": [*by_method("random", "popular", "greedy", "a2c"), rl(RL_BUDGET),
                    *by_method("act", "react", "reflexion", "billp", "oracle")],
         "table5": by_method("billp-no-macro", "billp-no-micro", "billp-no-critic", "billp"),
-        "fig3": [*by_method("billp"), rl],
+        "fig3": [*by_method("billp"), rl(RL_BUDGET // 10)],     # a tenth already gives the picture
         "fig4": [Cell("billp", size, {"episodes": size}) for size in SIZES],
         "fig5": [Cell(method, width, {"method": method, "rule": {"window": width}})
                  for method in ("react", "a2c", "reflexion", "billp") for width in WINDOWS],
@@ -647,7 +648,7 @@ def run_cell(args: argparse.Namespace, name: str, models_for: Callable, job: tup
     """One cell for one seed: the default run, and what this experiment reads off it."""
     (cell, wanted), began, tally = job, time.perf_counter(), {}
     models = models_for(wanted)
-    outcome = perform(args, wanted, models, tally, Event(), lambda batches, *_: batches)
+    outcome = perform(args, wanted, models, tally, Event())
     summary, env = summarize(wanted, outcome, tally, time.perf_counter() - began), build_world(wanted)
     counts = np.bincount(outcome.items[outcome.items >= 0], minlength=len(env.titles))
     extra = {"fig3": lambda: {"shares": popularity_shares(env, outcome.items), "gini": envs.gini(counts),
@@ -666,17 +667,20 @@ def popularity_shares(env: envs.Env, items: np.ndarray) -> list[list[int]]:
 
 
 def values_of(wanted: Settings, env: envs.Env, outcome: Outcome, models: tuple,
-              states: int = 40, draws: int = 16) -> list[list[float]]:
+              states: int = 40, draws: int = 8) -> list[list[float]]:
     """[states, 3]: for states of held-out episodes the Monte-Carlo value, one return, the critic's V.
 
-    Monte-Carlo: the mean discounted return of `draws` continuations with the frozen agent.
+    Monte-Carlo: the mean discounted return of `draws` continuations with the frozen agent, each
+    followed until what may still come is discounted below a thousandth.
     """
     config, catalog = Config(**wanted.config), billp.catalog(env, models[1])
+    far = next((n for n in range(env.max_steps) if config.gamma ** n < 0.001), env.max_steps)
     played = [(t, n) for t in outcome.episodes["after"] for n in range(len(t.steps))]
     rng, rows = np.random.default_rng(np.random.SeedSequence(wanted.seed, spawn_key=(3,))), []
     for t, n in (played[i] for i in rng.integers(len(played), size=states)):
         start = Trajectory(t.user, t.steps[:n], t.steps[n].state, False)
-        runs = [billp.episode(catalog, t.user, (wanted.seed, "continue", draw), outcome.agent, models[0],
+        near = catalog._replace(env=env._replace(max_steps=min(n + far, env.max_steps)))
+        runs = [billp.episode(near, t.user, (wanted.seed, "continue", draw), outcome.agent, models[0],
                               config, start) for draw in range(draws)]
         value, _ = billp.critic(start.last, outcome.agent.critic, models[0], config)
         returns = [billp.discounted_return([s.reward for s in r.steps], config.gamma)
