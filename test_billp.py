@@ -620,7 +620,7 @@ FATAL = {  # what one line must name, and how many requests it takes to be sure
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version, timeout, disable_nagle_algorithm = "HTTP/1.1", 5, True
+    protocol_version, timeout, disable_nagle_algorithm, log_message = "HTTP/1.1", 5, True, lambda *args: None
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -633,31 +633,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if act == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             return self.connection.close()
-        if act in ("hang", "late"):
-            time.sleep(0.4 if act == "hang" else 0.7)
+        time.sleep({"hang": 0.4, "late": 0.7}.get(act, 0))
         self.send_response(status)
         for item in ({"Content-Length": len(data) + 99 * (act == "cut")} | headers).items():
             act in ("blank", "drip", "late") or self.send_header(*item)
         self.end_headers()
-        time.sleep(act == "late")
-        for _ in range({"drip": 60, "blank": 3}.get(act, 0)):
-            self.wfile.write(b"\n")
+        for _ in range({"drip": 60, "blank": 3, "late": 50}.get(act, 0)):
+            act == "late" or self.wfile.write(b"\n")
             time.sleep(0.02)
         act == "hang" or self.wfile.write(data)
 
-    def log_message(self, *args):
-        pass
-
 
 class Server(http.server.ThreadingHTTPServer):
-    daemon_threads, connections, request_queue_size = True, 0, 128
+    daemon_threads, connections, request_queue_size, handle_error = True, 0, 128, lambda *args: None
 
     def process_request(self, *args):
         self.connections += 1
         super().process_request(*args)
-
-    def handle_error(self, *args):
-        pass  # clients that hang up are the point
 
 
 @cache
@@ -703,16 +695,10 @@ def failure(act, *arguments):
 
 
 @st.composite
-def bearable(draw, refused, length=4):
+def bearable(draw, refused):
     """A sequence of faults that the six retries of an ask suffice for."""
-    faults = draw(st.lists(st.sampled_from(MENDED + [REFUSED[name] for name in refused]), max_size=length))
+    faults = draw(st.lists(st.sampled_from(MENDED + [REFUSED[name] for name in refused]), max_size=4))
     return draw(st.permutations(faults + [ONCE[len(faults) % 2], ONCE[2]]))
-
-
-@settings(max_examples=40, deadline=None)
-@given(bearable(REFUSED), st.sampled_from(READ + [None]))
-def test_no_sequence_of_faults_changes_the_reply(faults, last):
-    assert play(*faults, last)[0](ASK) == GOOD
 
 
 @pytest.mark.parametrize("act", [*MENDED, *ONCE, *REFUSED.values(), *READ])
@@ -746,8 +732,7 @@ def test_refusals_of_other_kinds():
     assert "seed" in failure(play(*[REFUSED["seed"]] * 3, extra={"seed": 1})[0], ASK)   # insisted on
     llm, notes, _ = play(*[lambda body: time.sleep(0.05) or REFUSED["max_tokens"](body)] * 8, timeout=5)
     with ThreadPoolExecutor(8) as pool:                     # all refused at once: one cure, told once
-        assert list(pool.map(llm, [ASK] * 8)) == [GOOD] * 8 and len(bodies()) == 16
-    assert len(notes) == 1 and "max_completion_tokens" in bodies()[-1]
+        assert list(pool.map(llm, [ASK] * 8)) == [GOOD] * 8 and len(bodies()) == 16 and len(notes) == 1
 
 
 def test_what_is_asked():
@@ -803,14 +788,6 @@ def test_bad_urls_are_refused(base):
     failure(lambda: play(base=base))
 
 
-def test_secrets_in_the_url_are_not_shown():
-    for query in ("sig=HiddenSig77", "a=b1"):
-        base = server().url.replace("//", "//me:TopSecret99@") + "/v1?" + query
-        line = failure(play(error(404, f"TopSecret99 {query[4:]}"), base=base)[0], ASK)
-        assert not any(word in line for word in ("Secret", "Hidden", "b1"))
-        assert server().url + "/v1/chat/completions?***" in line
-
-
 @pytest.mark.parametrize("headers, low, high", [
     ({"Retry-After": "7"}, 7, 7), ({"retry-after-ms": "1500", "Retry-After": "9"}, 1.5, 1.5),
     ({"Retry-After": "9999"}, 60, 60), ({"Retry-After": "soon"}, 0.37, 0.5), ({}, 0.37, 0.5),
@@ -820,10 +797,8 @@ def test_waits_are_what_the_server_asks_or_back_off(headers, low, high):
     llm, _, slept = play(error(429, headers=headers), told, stats=(stats := {}))
     assert llm(ASK) == GOOD and low <= slept[0] <= high and 0.75 <= slept[1] <= 1
     assert stats["retries"] == [429, 400]
-
-
-def test_a_client_told_to_stop_while_it_waits_asks_no_more():
-    assert "stopped" in failure(play(*MENDED, sleep=lambda seconds: True)[0], ASK) and len(bodies()) == 1
+    stopped, _, _ = play(*MENDED, sleep=lambda seconds: True)           # told to stop while it waits
+    assert "stopped" in failure(stopped, ASK) and len(bodies()) == 1
 
 
 @pytest.mark.parametrize("key", [KEY + "\n" + KEY, f"\u201c{KEY}\u201d", KEY[:9] + " " + KEY[9:],
@@ -849,16 +824,11 @@ def closed_port():
         return f"http://127.0.0.1:{free.getsockname()[1]}"
 
 
-def test_a_refused_connection_ends_after_two_more_tries():
-    llm, _, slept = play(base=closed_port())
-    assert "start the server" in failure(llm, ASK) and len(slept) == 2 and sum(slept) < 2
-
-
 def test_embeddings_are_batched_ordered_unit_rows_each_asked_once(tmp_path):
     play(refuses("encoding_format"))
     texts = ["a" * n for n in range(1, 8)] + ["aa", ""]
     notes, log = [], prompts.open_log(tmp_path / "calls.jsonl", "m")
-    plain = prompts.embeddings(server().url, "e", KEY, batch=3, notice=notes.append)
+    plain = prompts.embeddings(server().url, "e", KEY, batch=3, notice=notes.append, sleep=lambda s: None)
     embed = prompts.recorded_embed(plain, log)
     rows, again = embed(texts), embed(texts[::-1])
     assert bodies()[0]["encoding_format"] == "float" and len(notes) == 1
@@ -920,19 +890,6 @@ def test_no_text_forges_a_line_an_action_a_message_or_a_record(titles, categorie
             assert all(len(text.splitlines()) == 1 for _, text in ask.messages[2:])
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(NASTY, min_size=1, max_size=5, unique=True))
-def test_replay_is_exact_for_any_text(texts):
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "calls.jsonl"
-        asks = [ASK._replace(messages=(("user", t),), key=(t,)) for t in texts]
-        log = prompts.open_log(path, {"model": "m"})
-        live = [prompts.recorded(lambda ask: Reply(ask.key[0], Usage(1)), log)(a) for a in asks]
-        log.file.close()
-        again = prompts.recorded(None, prompts.open_log(path, {"model": "m"}, replay=True))
-        assert [again(a) for a in asks] == live == [Reply(t, Usage(1)) for t in texts]
-
-
 def test_a_log_resumes_refuses_strangers_and_loses_only_a_torn_line(tmp_path):
     path, notes, open_log, recorded = tmp_path / "calls.jsonl", [], prompts.open_log, prompts.recorded
     llm = recorded(lambda ask: GOOD, open_log(path, "m"))
@@ -969,21 +926,14 @@ def test_threads_write_whole_records_share_connections_and_the_first_answer_coun
     assert (tmp_path / "two.jsonl").read_bytes().count(b"\n") == 2
 
 
-@pytest.mark.parametrize("budget, usage", [({"max_calls": 5}, USAGE), ({"max_tokens": 50}, USAGE),
-                                           ({"max_tokens": 15}, None)])
-def test_a_budget_stops_live_calls_and_never_replayed_ones(budget, usage, tmp_path):
-    llm, _, _ = play(*[said(usage=usage)] * 20, timeout=5)
-    log = prompts.open_log(tmp_path / "calls.jsonl", "m")
-    for start in (0, 5):
-        model = prompts.recorded(prompts.limited(llm, **budget), log)
-        answered = [model(ASK._replace(key=(i,))) for i in range(start + 5)]
-        assert len(answered) == start + 5 == len(bodies())
-        with pytest.raises(prompts.BudgetSpent, match="resumes"):
-            model(ASK._replace(key=(99,)))
-    with ThreadPoolExecutor(8) as pool:
-        few = prompts.limited(lambda ask: GOOD, max_calls=99)
-        done = [pool.submit(few, ASK) for _ in range(400)]
-    assert sum(d.exception() is None for d in done) == 99
+def test_a_budget_is_exact_among_threads_and_guesses_tokens_that_are_not_told():
+    def passed(llm, **budget):
+        some = prompts.limited(llm, **budget)
+        with ThreadPoolExecutor(8) as pool:
+            return sum(d.exception() is None for d in [pool.submit(some, ASK) for _ in range(400)])
+    assert passed(lambda ask: GOOD, max_calls=99) == 99
+    for reply, most in ((GOOD, 11 * 40), (Reply("hello"), 3 * 40)):     # told, and 4 characters a token
+        assert 40 <= passed(lambda ask: reply, max_tokens=most) < 48    # calls under way are finished
 
 
 # ------------------------------------------------------------------------ runs over HTTP
@@ -1003,6 +953,13 @@ def undisturbed(temperature=0.5):
     with tempfile.TemporaryDirectory() as folder:
         assert cli(*SMALL, temperature, "--out", folder)[0] == 0
         return result(Path(folder))
+
+
+def child(out, *flags):
+    """The same run in a process of its own."""
+    flags = *SMALL, 0.5, "--base-url", server().url, "--model", "m", "--workers", 4, "--out", out, *flags
+    return subprocess.Popen([sys.executable, run.__file__, *map(str, flags)], env=quiet(), text=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def asked():
@@ -1038,15 +995,17 @@ def test_no_sequences_of_faults_change_a_run(temperature, slow, data):
         row["calls"] for row in summary["calls"].values())
 
 
-def test_a_run_over_http_is_the_offline_run_and_is_replayed_with_the_server_gone(tmp_path):
+def test_a_run_over_http_is_the_offline_run_foretold_and_replayed_with_the_server_gone(tmp_path):
     cast()
+    code, expected, _ = live(tmp_path / "a", "--dry-run")
+    assert code == 0 and not bodies() and not (tmp_path / "a").exists()      # it sends and makes nothing
     code, out, err = live(tmp_path / "a")
     files, summary = result(tmp_path / "a")
     assert code == 0 and files == undisturbed()[0] and "no evidence" not in out
+    foretold = [line for line in expected.splitlines() if " calls, tokens" in line]
+    assert len(foretold) == 4 and all(line in out for line in foretold)
     offline = undisturbed()[1]
     assert {k for k in summary if summary[k] != offline[k]} == {"model", "calls"}
-    assert {r: row["calls"] for r, row in summary["calls"].items()} == {
-        r: row["calls"] for r, row in offline["calls"].items()}
     asks = len(bodies())
     assert asks == len(set(asked())) == sum(row["calls"] for row in summary["calls"].values())
     assert live(tmp_path / "a")[0] == 0 and result(tmp_path / "a") == (files, summary)     # all from the log
@@ -1077,69 +1036,49 @@ def test_embeddings_over_http_are_recorded_too_and_never_mixed(tmp_path):
     assert code == 2 and "embedding e" in err
 
 
-def test_a_dry_run_sends_nothing_and_foretells_calls_and_tokens(tmp_path):
-    cast()
-    code, expected, _ = live(tmp_path / "a", "--dry-run")
-    assert code == 0 and not bodies() and not (tmp_path / "a").exists()
-    _, out, _ = live(tmp_path / "a")
-    lines = [line for line in expected.splitlines() if " calls, tokens" in line]
-    assert len(lines) == 4 and all(line in out for line in lines)
-
-
-@pytest.mark.parametrize("budget", ["--max-calls", "--max-tokens"])
-def test_a_spent_budget_ends_with_3_and_what_was_answered_is_never_asked_again(budget, tmp_path):
+@pytest.mark.parametrize("budget, amounts", [("--max-calls", (9, 30)), ("--max-tokens", (2000, 9999))])
+def test_a_spent_budget_ends_with_3_and_what_was_answered_is_never_asked_again(budget, amounts, tmp_path):
     cast().plan = lambda body: time.sleep(0.005)            # so that some calls are under way at the end
-    command = [sys.executable, run.__file__, *map(str, SMALL), "0.5", "--base-url", server().url,
-               "--model", "m", "--workers", "4", "--out", tmp_path, budget]
-    codes = [subprocess.run(command + [most], env=quiet(), capture_output=True, text=True)
-             for most in (("9", "30") if budget == "--max-calls" else ("2000", "9999"))]
-    assert [c.returncode for c in codes] == [3, 3] and all("raise " + budget in c.stderr for c in codes)
-    assert codes[0].stderr.count("\n") < 9 and "actor" in codes[0].stderr    # what it came to, per role
-    assert budget == "--max-tokens" or len(bodies()) == 39
+    for most in amounts:
+        run_ = child(tmp_path, budget, most)
+        _, err = run_.communicate(timeout=20)
+        assert run_.returncode == 3 and "raise " + budget in err and "actor" in err, err
+    assert budget == "--max-tokens" or len(bodies()) == sum(amounts)
     assert live(tmp_path)[0] == 0 and result(tmp_path)[0] == undisturbed()[0]
     assert len(asked()) == len(set(asked()))
 
 
 def test_a_run_that_is_killed_or_interrupted_resumes_and_asks_nothing_answered_twice(tmp_path):
     cast().plan = lambda body: time.sleep(0.002)
-    command = [sys.executable, run.__file__, *map(str, SMALL), "0.5", "--base-url", server().url,
-               "--model", "m", "--workers", "4", "--out", tmp_path]
-    for sent, code, more in (("SIGKILL", -9, 7), ("SIGINT", 130, 12), ("SIGKILL", -9, random.randrange(1, 30))):
-        before, start = answered(tmp_path / "calls.jsonl"), len(bodies())
-        child = subprocess.Popen(command, env=quiet(), stderr=subprocess.PIPE, text=True)
-        while child.poll() is None and len(bodies()) < start + more:
+    for sent, code, more in (("SIGKILL", -9, 7), ("SIGINT", 130, 12), ("SIGKILL", -9, random.randrange(1, 30)),
+                             ("", 0, 999)):
+        before, start, run_ = answered(tmp_path / "calls.jsonl"), len(bodies()), child(tmp_path)
+        while run_.poll() is None and len(bodies()) < start + more:
             time.sleep(0.0005)
-        child.send_signal(getattr(signal, sent))
-        _, err = child.communicate(timeout=20)
-        assert child.returncode == code and ("the same command continues" in err) == (code == 130), err
+        sent and run_.send_signal(getattr(signal, sent))
+        _, err = run_.communicate(timeout=20)
+        assert run_.returncode == code and ("the same command continues" in err) == (code == 130), err
         assert not set(before) & set(asked()[start:])
-    before, start = answered(tmp_path / "calls.jsonl"), len(bodies())
-    assert live(tmp_path)[0] == 0 and result(tmp_path)[0] == undisturbed()[0]
-    assert before and not set(before) & set(asked()[start:])
+    assert before and result(tmp_path)[0] == undisturbed()[0]
 
 
-CURABLE = {**{name: FATAL[name][:2] for name in ("401", "403", "404", "quota")},
-           "unknown model": (error(400, "model 'm' does not exist", code="model_not_found"), "400 exist --model"),
-           "refused": (None, "answer --base-url"), "bad URL": (None, "http://localhost:8080/v1")}
+CURABLE = {**{name: (*FATAL[name][:2], None) for name in ("401", "403", "404", "quota")},
+           "model": (error(400, "model 'm' does not exist", code="model_not_found"), "400 exist --model", None),
+           "refused": (None, "answer from http:// start --base-url", closed_port),
+           "bad URL": (None, "htp://nowhere http://localhost:8080/v1", "htp://nowhere".strip)}
 
 
-@pytest.mark.parametrize("act, words", CURABLE.values(), ids=CURABLE)
-def test_fatal_faults_end_a_run_in_seconds_with_one_line_and_it_resumes_after_the_cure(act, words, tmp_path):
-    first = iter([None] * (20 if act else 0))
+@pytest.mark.parametrize("act, words, base", CURABLE.values(), ids=CURABLE)
+def test_fatal_faults_end_a_run_in_seconds_and_one_line_and_it_resumes_after_the_cure(act, words, base, tmp_path):
+    first, start = iter([None] * 20), time.monotonic()
     cast().plan = lambda body: next(first, act)
-    base = {True: None, "refused" in str(words): None}.get(True)
-    if act is None:
-        base = closed_port() if "answer" in words else "htp://nowhere"
-    start = time.monotonic()
-    code, out, err = live(tmp_path, base=base, OPENAI_API_KEY=KEY)
+    code, out, err = live(tmp_path, base=base and base(), OPENAI_API_KEY=KEY)
     assert code == 2 and out == "" and time.monotonic() - start < 3
-    line = err.splitlines()[-1]
-    assert all(word in line for word in words.split()), err
-    assert all(text.startswith("learning") for text in err.splitlines()[:-1]) and not leaks(err)
-    before, start = answered(tmp_path / "calls.jsonl"), len(bodies())
+    assert err.count("\n") == 1 and all(word in err for word in words.split()) and not leaks(err), err
+    before = answered(tmp_path / "calls.jsonl")
     cast()
     assert live(tmp_path)[0] == 0 and result(tmp_path)[0] == undisturbed()[0]
-    assert not set(before) & set(asked())
+    assert len(before) == (0 if base else 20) and not set(before) & set(asked())
 
 
 @pytest.mark.parametrize("key", [f" {KEY}\n", f"{KEY}\n{KEY}", f"\u201c{KEY}\u201d", f"{KEY[:9]} {KEY[9:]}"])
