@@ -84,6 +84,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--pick": dict(default="", metavar="PHASE:N", help="which one: before, learn or after, and its number"),
     "--experiment": dict(choices=EXPERIMENTS, help="one of the paper's tables or figures, over --seeds"),
     "--seeds": dict(type=int, default=5, help="seeds of an experiment, from --seed on (default 5)"),
+    "--rows": dict(metavar="A,B", help="only these rows of an experiment, as react,reflexion,billp"),
     "--models": dict(metavar="A,B", help="the models that table6 compares"),
     "--model": dict(help="model name, or offline (default: OPENAI_MODEL)"),
     "--base-url": dict(help="endpoint (default: OPENAI_BASE_URL; the key is read from OPENAI_API_KEY)"),
@@ -746,7 +747,7 @@ def show_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines + [ORIENTATION] * any(row.get("paper") for row in rows))
 
 
-def plot(name: str, rows: list[dict[str, Any]], path: Path) -> None:
+def plot(name: str, heading: str, rows: list[dict[str, Any]], path: Path) -> None:
     """One figure with its intervals: lines over x, or one point a row where there is no x."""
     try:
         import matplotlib
@@ -765,13 +766,14 @@ def plot(name: str, rows: list[dict[str, Any]], path: Path) -> None:
             axes.errorbar([row["x"] for row in mine], mean, [mean - low, high - mean], label=series, **style)
         else:
             axes.errorbar(mean, [i], xerr=[mean - low, high - mean], **style)
+    names, measured = list(dict.fromkeys(row["series"] for row in rows)), f"{label}\n(mean, 95 % interval)"
     if axis:
-        axes.set(xlabel=axis[0], ylabel=f"{label}, mean and 95 % interval")
+        axes.set(xlabel=axis[0], ylabel=measured, xticks=sorted({row["x"] for row in rows}))
         axes.legend(frameon=False)
     else:
-        names = list(dict.fromkeys(row["series"] for row in rows))
-        axes.set(xlabel=f"{label}, mean and 95 % interval", yticks=range(len(names)), yticklabels=names)
+        axes.set(xlabel=measured, yticks=range(len(names)), yticklabels=names)
         axes.invert_yaxis()
+    axes.set_title(heading, fontsize=9)
     axes.grid(alpha=0.3)
     figure.savefig(path)
     plt.close(figure)
@@ -815,12 +817,16 @@ def experiment(args: argparse.Namespace) -> None:
     """All cells of one experiment over all seeds: a table, a JSON file and a picture."""
     name, base, began, known = args.experiment, settings(args), time.perf_counter(), {}
     table = cells(name, (args.models or base.model).split(","))
+    if args.rows:
+        table = [cell for cell in table if cell.series in args.rows.split(",")]
+    if not table:
+        raise UserError(f"--rows {args.rows}: {name} has no such rows")
     if args.dry_run:
         table = [cell for cell in table if cell.changes.get("method", "billp") in billp.METHODS]
     jobs = [(cell, change(base, cell, base.seed + s)) for cell in table for s in range(args.seeds)]
     for _, wanted in jobs[::args.seeds]:
         build_world(wanted)                             # a mistake is found before anything runs
-    also = {"experiment": name, "seeds": args.seeds, "models": args.models}
+    also = {"experiment": name, "seeds": args.seeds, "models": args.models, "rows": args.rows}
     path = None if args.dry_run else run_directory(args.out, base, also)
 
     def connected(wanted: Settings) -> tuple[prompts.LLM, prompts.Embed]:
@@ -842,13 +848,14 @@ def experiment(args: argparse.Namespace) -> None:
         return
     rows = tabulate(name, found)
     cost = [costs(cell) for cell in found if cell[0]["calls"]["actor"]["calls"]]
-    print(f"{name} on {base.world}, seeds {base.seed} to {base.seed + args.seeds - 1}, {base.users} held-out users "
-          f"each\nmodel {model_named(base.model)}\n\n{show_table(rows)}\n")
+    heading = (f"{name} on {base.world}, seeds {base.seed} to {base.seed + args.seeds - 1}, {base.users} held-out "
+               f"users each\nmodel {model_named(base.model)}")
+    print(f"{heading}\n\n{show_table(rows)}\n")
     print("\n".join(cost) + f"\n\nseconds   {time.perf_counter() - began:.1f}\nrun       {path}")
     seconds = [result.pop("seconds") for result in results]
     held = {**also, "settings": base._asdict(), "rows": rows, "cells": results, "seconds": seconds}
     write(path / "results.json", dumps(held) + "\n")
-    plot(name, rows, path / f"{name}.png")
+    plot(name, heading, rows, path / f"{name}.png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
