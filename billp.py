@@ -45,6 +45,7 @@ class Config(NamedTuple):
     tau_critic: float = 1.2         # farthest value, squared L2; paper: 0.1, other embedding
     titles: int = 10                # items in the text that a state is remembered by; as the paper
     batch: int = 10                 # episodes between updates of the memories; as the paper
+    transcript: int = 24000         # characters of a session that a prompt shows; a context is finite
     temperature: float = 0.5        # of every ask; as the paper
     reply_tokens: int = 256         # longest reply asked for; reasoning models need thousands
     retries: int = 2                # times a malformed reply is asked for again
@@ -240,7 +241,8 @@ NOVICE = Agent()
 def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, config: Config,
             fallback: Any) -> Answer:
     """Ask, parse, and ask again while the reply is malformed; then the fallback."""
-    prompt = prompts.shared(state.history, state.session) + question
+    session = prompts.bounded(state.session, config.transcript)
+    prompt = prompts.shared(state.history, session) + question
     messages: tuple = (("system", prompts.SYSTEM), ("user", prompt))
     for attempt in range(config.retries + 1):
         ask = Ask(role, state.key + (attempt,), messages, config.reply_tokens, config.temperature)

@@ -148,6 +148,18 @@ def shared(history: Sequence[str], session: str) -> str:
     return SHARED.format(history="\n".join(f"- {line}" for line in history), session=session)
 
 
+def bounded(session: str, limit: int) -> str:
+    """The session cut to its newest turns, at most `limit` characters, so that no context overflows.
+
+    It is cut by half a limit at a time, so that most prompts still extend the one before.
+    """
+    if len(session) <= limit:
+        return session
+    half = max(limit // 2, 1)
+    end = session.find("\nObservation", -(-(len(session) - limit) // half) * half)
+    return session[session.find("\n", end + 1) + 1:] if end >= 0 else ""
+
+
 def turn(n: int, thought: str, line: str, reward: float, left: bool, last: bool) -> str:
     """The transcript lines of step n (from 1), to be appended to the session."""
     seen = "the user left" if left else f"rated {reward:g} of 5" + " (last step)" * last

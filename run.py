@@ -41,12 +41,13 @@ ROLES = ("planner", "actor", "critic", "reflector")
 COLUMNS = ("calls", "prompt", "cached", "completion")
 WORLDS = "films, synthetic:USERSxITEMS, movielens:DIR, steam:DIR, amazon:DIR"
 WORLD_FIELDS = ("window", "beta", "floor", "grace", "max_steps")
-BOUNDS = {"gamma": (0, 1), "batch": (1, 10**6), "titles": (1, 1000), "window": (1, 1000),
-          "max_steps": (1, 10**6), "reply_tokens": (1, 10**6), "temperature": (0, 2),
-          "retries": (0, 100), "workers": (1, 1000), "episodes": (0, 10**9), "seeds": (1, 1000), "users": (1, 10**9),
-          "timeout": (0.001, 10**6), "max_calls": (0, 10**12), "max_tokens": (0, 10**12)}
-
-
+MANY = 10**9
+BOUNDS = {
+    "gamma": (0, 1), "temperature": (0, 2), "tau_actor": (0, 4), "tau_critic": (0, 4), "timeout": (0.001, 10**6),
+    "workers": (1, 1000), "seeds": (1, 1000), "titles": (1, 1000), "window": (1, 1000), "retries": (0, 100),
+    **{name: (1, MANY) for name in ("users", "batch", "max_steps", "reply_tokens")},
+    **{name: (0, MANY) for name in ("episodes", "k_lessons", "k_actions", "k_values", "beta", "floor", "grace",
+                                    "max_calls", "max_tokens")}, "transcript": (1000, MANY)}
 BUDGET, RL_BUDGET = 100, 100_000        # learning episodes of the paper: language models, RL
 SIZES, WINDOWS = (10, 50, 100, 200), (1, 2, 4, 6, 8)
 EXPERIMENTS = {                         # what each measures, and on which axes it is drawn
@@ -254,8 +255,9 @@ def write(path: Path, text: str) -> None:
 dumps = partial(json.dumps, ensure_ascii=False)
 
 
-def run_directory(out: Path | None, wanted: Settings, also: dict[str, Any] = {}) -> Path:
+def run_directory(out: Path | None, wanted: Settings, also: dict[str, Any] | None = None) -> Path:
     """The directory of this run, made if need be; refused if it holds anything else."""
+    also = also or {}
     settings = {**wanted._asdict(), **also}
     text = dumps(settings, indent=1) + "\n"
     what = f"{wanted.world.partition(':')[0]}-{also.get('experiment', wanted.method)}"
