@@ -824,6 +824,11 @@ def closed_port():
         return f"http://127.0.0.1:{free.getsockname()[1]}"
 
 
+def test_a_refused_connection_ends_after_two_more_tries():
+    llm, _, slept = play(base=closed_port())
+    assert "start the server" in failure(llm, ASK) and len(slept) == 2 and sum(slept) < 2
+
+
 def test_embeddings_are_batched_ordered_unit_rows_each_asked_once(tmp_path):
     play(refuses("encoding_format"))
     texts = ["a" * n for n in range(1, 8)] + ["aa", ""]
@@ -863,8 +868,12 @@ def test_no_text_forges_a_line_an_action_a_message_or_a_record(titles, categorie
         asks.append(ask)
         return Reply(replies[prompts.seed_of(ask.key) % len(replies)], Usage(1))
 
+    vector, config = catalog.vectors[0], Config(batch=1, tau_actor=4)
+    lesson, action = (text.encode("utf-8", "replace").decode() for text in (replies[0], titles[0]))
+    agent = Agent(remember(EMPTY, "k", lesson, vector), remember(EMPTY, "k", 1, vector, action))
+
     def sessions(llm):
-        return [t for _, ts in billp.train(catalog, [0, 0], llm, config=Config(batch=1)) for t in ts]
+        return [t for _, ts in billp.train(catalog, [0, 0], llm, agent=agent, config=config) for t in ts]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "calls.jsonl"
         log = prompts.open_log(path, "m")
@@ -1060,6 +1069,7 @@ def test_a_run_that_is_killed_or_interrupted_resumes_and_asks_nothing_answered_t
         assert run_.returncode == code and ("the same command continues" in err) == (code == 130), err
         assert not set(before) & set(asked()[start:])
     assert before and result(tmp_path)[0] == undisturbed()[0]
+    assert len(asked()) - len(set(asked())) <= 3 * 4        # what was in flight, one a worker
 
 
 CURABLE = {**{name: (*FATAL[name][:2], None) for name in ("401", "403", "404", "quota")},
