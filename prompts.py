@@ -375,6 +375,7 @@ def offline_reflector(text: str, seed: int) -> str:
     title, last = shown[-1]
     borne = min((gap for gap, n in pairs if n < len(shown) - 1), default=9)
     gap = min((gap for gap, n in pairs if n == len(shown) - 1), default=9)
+    apart = min(apart, borne)               # like items this close have done no harm
     fans = ", ".join(c for c, _ in liked.most_common(3))
     if "the user left" not in session:
         why = f"The user stayed for all {len(shown)} steps"
