@@ -39,13 +39,20 @@ import prompts
 from billp import Agent, Config, Trajectory
 from prompts import LLM, Embed, Usage
 
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend: one line, exit code 2."""
+
+
 STAND_IN = ("offline, a rule-based stand-in: it shows the mechanism at work and is no evidence about "
             "real models")
+MENDABLE = (UserError, prompts.EndpointError, envs.BadData, OSError, MemoryError, futures.BrokenExecutor)
+NAMES = {"offline": STAND_IN}           # what is no language model never passes for one
 EXPECTED = "expected, by a run of the offline reader at 4 characters a token:"
 ROLES = ("planner", "actor", "critic", "reflector")
 WORLDS = "films, synthetic:USERSxITEMS, movielens:DIR, steam:DIR, amazon:DIR"
 METHODS = (*envs.POLICIES, *billp.METHODS)
-BUDGET, RL_BUDGET = 100, 100_000        # learning episodes of the paper: language models, RL
+BUDGET = 100                            # learning episodes of language models in the paper
 SIZES, WINDOWS = (10, 50, 100, 200), (1, 2, 4, 6, 8)
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()     # Okabe and Ito
 EXPERIMENTS = {                         # what each measures, and on which axes it is drawn
@@ -61,13 +68,13 @@ ORIENTATION = ("paper: R_traj on Steam and Amazon-Book with gpt-3.5-turbo; its w
                "these, the figures are for orientation only")
 
 
-class UserError(Exception):
-    """A mistake that the person at the keyboard can mend: one line, exit code 2."""
+Counts = dict[str, "int | None"]        # calls and tokens; None where the server does not say
+NO_CALLS: Counts = {"calls": 0, **Usage()._asdict()}
 
 
 class Live(NamedTuple):
     """What is known of a run's calls at any moment, however it ends."""
-    tally: dict[str, list[Usage]]       # of each call answered, per role
+    tally: dict[str, list[Counts]]      # of each call answered, per role
     stats: dict[str, Any]               # what an endpoint's client saw: retries, fingerprint
     stop: Event                         # set when calls under way shall give up
 
@@ -101,6 +108,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--dry-run": dict(action="store_true", help="expected calls and tokens; sends nothing"),
 }
 GROUPS = {"method (default: the row of --method)": Config, "world (default: the world's own)": envs.Env}
+KINDS = {bool: dict(action=argparse.BooleanOptionalAction), str: dict(choices=("none", "latest", "nearest"))}
 BOUNDS = [                              # lowest, highest, and the flags that must lie between
     (0, 1, "gamma"), (0, 2, "temperature"), (0, 4, "tau_actor tau_critic"), (0.001, 10**6, "timeout"),
     (1, 1000, "workers seeds titles window"), (0, 100, "retries"), (1, 10**5, "max_steps"),
@@ -111,16 +119,6 @@ BOUNDS = [                              # lowest, highest, and the flags that mu
 def reasons(record: type) -> dict[str, str]:
     """The comment beside each field that has a default."""
     return dict(re.findall(r"^    (\w+): .*?= .*?# (.*)$", inspect.getsource(record), re.M))
-
-
-def field_flag(default: Any, why: str) -> dict[str, Any]:
-    """How the flag of a field is read; left out, the method's or world's own value stands."""
-    if isinstance(default, bool):
-        return dict(action=argparse.BooleanOptionalAction, help=why)
-    text = f"{why} (default {default})".replace("%", "%%")
-    if isinstance(default, str):
-        return dict(choices=("none", "latest", "nearest"), help=text)
-    return dict(type=type(default), metavar=type(default).__name__, help=text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -136,8 +134,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(flag, **how)
     for title, record in GROUPS.items():
         group = parser.add_argument_group(title)
-        for name, why in reasons(record).items():
-            group.add_argument("--" + name.replace("_", "-"), **field_flag(record._field_defaults[name], why))
+        for name, why in reasons(record).items():       # left out, the method's or world's own value stands
+            default = record._field_defaults[name]
+            kind = type(default)
+            how = KINDS.get(kind, dict(type=kind, metavar=kind.__name__))
+            text = why if kind is bool else f"{why} (default {default})".replace("%", "%%")
+            group.add_argument("--" + name.replace("_", "-"), help=text, **how)
     args = parser.parse_args(argv)
     if args.episodes is None:
         args.episodes = BUDGET if args.experiment else 50
@@ -256,14 +258,17 @@ def write(path: Path, content: str | bytes) -> None:
 
 def run_directory(args: argparse.Namespace, wanted: dict[str, Any]) -> Path:
     """The directory of this run, made if need be; refused if it holds anything else."""
-    text = dumps(wanted, indent=1) + "\n"
+    text = (dumps(wanted, indent=1) + "\n").encode()
     what = f"{wanted['world'].partition(':')[0]}-{args.experiment or wanted['method']}"
-    path = args.out or Path("runs") / f"{what}-{digest(text.encode())[:8]}"
+    path = args.out or Path("runs") / f"{what}-{digest(text)[:8]}"
     held = path / "config.json"
     if held.exists():
-        if held.read_bytes() != text.encode():
-            raise UserError(f"{path} holds a run of another configuration "
-                            f"({differing(held.read_bytes(), wanted)}); choose another --out")
+        if held.read_bytes() != text:
+            old, new = (re.findall(r'^ *"(\w+)": ([^{].*?),?\r?$', content.decode("utf-8", "replace"), re.M)
+                        for content in (held.read_bytes(), text))
+            changed = dict.fromkeys(pair[0] for pair in old + new if pair not in old or pair not in new)
+            names = ", ".join(changed) or "config.json is damaged"
+            raise UserError(f"{path} holds a run of another configuration ({names}); choose another --out")
     elif path.exists() and any(file.suffix != ".part" for file in path.iterdir()):
         raise UserError(f"{path} is not empty and holds no run; choose another --out")
     elif args.replay:
@@ -271,16 +276,6 @@ def run_directory(args: argparse.Namespace, wanted: dict[str, Any]) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     write(held, text)
     return path
-
-
-def differing(held: bytes, wanted: dict[str, Any]) -> str:
-    """The names of the settings in which a config.json differs."""
-    try:
-        old, new = ({**d, **d["config"], **d["rule"]} for d in (json.loads(held), wanted))
-        return ", ".join(k for k in {**old, **new} if k not in ("config", "rule")
-                         and old.get(k) != new.get(k))
-    except (ValueError, KeyError, TypeError):
-        return "config.json is damaged"
 
 
 def save_memory(agent: Agent, embedding: str) -> str:
@@ -336,15 +331,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def counted(llm: LLM, live: Live) -> LLM:
-    """The same model until it shall stop; what each call used is noted (appending is atomic)."""
-    def ask(question: prompts.Ask) -> prompts.Reply:
-        if live.stop.is_set():
-            raise prompts.EndpointError("stopped")
-        reply = llm(question)
-        live.tally.setdefault(question.role, []).append(reply.usage)
-        return reply
-    return ask
+def counted(llm: LLM, live: Live, ask: prompts.Ask) -> prompts.Reply:
+    """The model's answer, unless it shall stop; what the call used is noted (appending is atomic)."""
+    if live.stop.is_set():
+        raise prompts.EndpointError("stopped")
+    reply = llm(ask)
+    live.tally.setdefault(ask.role, []).append({"calls": 1, **reply.usage._asdict()})
+    return reply
 
 
 def estimated(ask: prompts.Ask) -> prompts.Reply:
@@ -402,22 +395,19 @@ def progress(batches: Iterable, total: int, size: int) -> Iterator:
         from tqdm import tqdm
     except ImportError:
         for agent, trajectories in batches:
-            done, length = trajectories[-1].last.key[2] + 1, mean_length(trajectories)
-            say(f"learning: {done} of {total} episodes, mean Len {length:.1f}")
+            lengths = [billp.score(t)[0] for t in trajectories]
+            done = trajectories[-1].last.key[2] + 1
+            say(f"learning: {done} of {total} episodes, mean Len {np.mean(lengths):.1f}")
             yield agent, trajectories
     else:
         yield from tqdm(batches, "learning", total=-(-total // size), unit="batch", file=sys.stderr)
-
-
-def mean_length(trajectories: Sequence[Trajectory]) -> float:
-    return float(np.mean([billp.score(t)[0] for t in trajectories]))
 
 
 class Outcome(NamedTuple):
     """What a run gives: scores [1, users, 2] of the held-out users, and how it came to them."""
     before: np.ndarray
     after: np.ndarray
-    items: np.ndarray                   # int [users, steps]: recommended after learning, -1: over
+    items: list[np.ndarray]             # of each user: what was recommended after learning
     agent: Agent = billp.NOVICE
     learning: tuple[float, ...] = ()
     episodes: dict[str, tuple[Trajectory, ...]] = {}
@@ -435,13 +425,10 @@ def learn(wanted: Settings, env: envs.Env, agent: Agent, llm: LLM, embed: Embed,
     batches = billp.train(catalog, learners, llm, wanted.seed, agent, config, map)
     for agent, trajectories in progress(batches, len(learners), config.batch) if watched else batches:
         learnt += trajectories
-        lengths += (mean_length(trajectories),)
+        lengths += (float(np.mean([billp.score(t)[0] for t in trajectories])),)
     after = evaluate(agent, "after")
     first, last = (envs.scores(*zip(*map(billp.score, ts))) for ts in (before or after, after))
-    items = np.full((len(after), env.max_steps), -1)
-    for row, t in zip(items, after):
-        length = billp.score(t)[0]
-        row[:length] = [step.act.value for step in t.steps[:length]]
+    items = [np.array([step.act.value for step in t.steps[:billp.score(t)[0]]], int) for t in after]
     return Outcome(first, last, items, agent, lengths, {"before": before, "learn": learnt, "after": after})
 
 
@@ -452,7 +439,7 @@ def roll(wanted: Settings, env: envs.Env) -> Outcome:
         policy = envs.POLICIES[wanted.method](env, episodes, wanted.seed)
         played = envs.rollout(env, users, policy, generator(wanted, 2))
         scores.append(envs.scores((played.items >= 0).sum(1), played.rewards.sum(1)))
-    return Outcome(*scores, played.items)
+    return Outcome(*scores, [row[row >= 0] for row in played.items])
 
 
 def perform(wanted: Settings, rows: dict, models: tuple[LLM, Embed], workers: int, live: Live,
@@ -462,20 +449,22 @@ def perform(wanted: Settings, rows: dict, models: tuple[LLM, Embed], workers: in
     if wanted.method in envs.POLICIES:
         return roll(wanted, env)
     with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
-        return learn(wanted, env, embed_memory(rows, embed), counted(llm, live), embed, map, watched)
+        return learn(wanted, env, embed_memory(rows, embed), partial(counted, llm, live), embed, map, watched)
 
 
-def total(counts: Iterable[int | None]) -> int | None:
-    """The sum of the counts that are known; None where none is."""
-    known = [count for count in counts if count is not None]
-    return sum(known) if known else None
+def added(rows: Sequence[Counts]) -> Counts:
+    """Their sum; None where none of them is known.
+
+    >>> added([{"calls": 1, "cached": None}, {"calls": 1, "cached": None}])
+    {'calls': 2, 'cached': None}
+    """
+    known = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0]}
+    return {name: sum(counts) if counts else None for name, counts in known.items()}
 
 
-def calls(tally: dict[str, list[Usage]]) -> dict[str, dict[str, int | None]]:
-    """Calls and tokens per role; None where the server does not say."""
-    return {role: {"calls": len(used), **{name: total(getattr(usage, name) for usage in used)
-                                          for name in Usage._fields}}
-            for role in ROLES for used in [tally.get(role, ())]}
+def calls(live: Live) -> dict[str, Counts]:
+    """Calls and tokens per role."""
+    return {role: added([NO_CALLS, *live.tally.get(role, ())]) for role in ROLES}
 
 
 def cost(outcome: Outcome, live: Live, began: float) -> dict[str, Any]:
@@ -486,7 +475,7 @@ def cost(outcome: Outcome, live: Live, began: float) -> dict[str, Any]:
         answer for t in everything if t.lesson for answer in t.lesson.answers]
     return {"malformed": sum(a.malformed for a in answers), "fallbacks": sum(a.fallback for a in answers),
             "ungrounded": round(float(np.mean([not a.exact for a in acts])), 4) if acts else 0.0,
-            "calls": calls(live.tally), "seconds": round(time.perf_counter() - began, 2)}
+            "calls": calls(live), "seconds": round(time.perf_counter() - began, 2)}
 
 
 def run(args: argparse.Namespace, live: Live) -> None:
@@ -495,8 +484,8 @@ def run(args: argparse.Namespace, live: Live) -> None:
     env, rows = build_world(wanted), load_memory(args.load, wanted.embedding)
     path = None if args.dry_run else run_directory(args, wanted._asdict())
     models = connect(args, wanted, path, live)
-    local = args.dry_run or wanted.model == "offline"
-    outcome = perform(wanted, rows, models, args.workers or (1 if local else wanted.config["batch"]), live, True)
+    workers = args.workers or (1 if args.dry_run or wanted.model == "offline" else wanted.config["batch"])
+    outcome = perform(wanted, rows, models, workers, live, watched=True)
     if args.dry_run:
         print("\n".join([EXPECTED, *ledger(live)]))
         return
@@ -527,11 +516,11 @@ def grid(rows: Iterable[tuple[str, dict[str, Sequence[float]]]], width: int) -> 
                                      for mean, low, high in figures.values()) for label, figures in rows]
 
 
-def spelled(counts: Iterable[tuple[str, int | None]]) -> str:
+def spelled(counts: Iterable[tuple[str, Any]]) -> str:
     return ", ".join(f"{name} {'?' if count is None else count}" for name, count in counts)
 
 
-def call_table(calls: dict[str, dict[str, int | None]]) -> list[str]:
+def call_table(calls: dict[str, Counts]) -> list[str]:
     """Calls and tokens per role; ? where the server does not say."""
     return [f"{role:10}{row['calls']} calls, tokens: {spelled(list(row.items())[1:])}"
             for role, row in calls.items() if row["calls"]]
@@ -540,21 +529,16 @@ def call_table(calls: dict[str, dict[str, int | None]]) -> list[str]:
 def ledger(live: Live) -> list[str]:
     """All that is known of a run's calls, however it ended; last, what an endpoint's client saw."""
     retried, system = len(live.stats.get("retries", ())), live.stats.get("system_fingerprint") or "?"
-    return call_table(calls(live.tally)) + [f"retries {retried}, system {system}"] * bool(live.stats)
-
-
-def model_named(model: str, method: str = "") -> str:
-    """The model as tables name it: what is no language model never passes for one."""
-    if method in envs.POLICIES:
-        return "none: this policy sees the numbers"
-    return STAND_IN if model == "offline" else model
+    return call_table(calls(live)) + [f"retries {retried}, system {system}"] * bool(live.stats)
 
 
 def report(s: dict[str, Any], about: str, lessons: Sequence[str]) -> list[str]:
     """The results as a person reads them, from summary.json."""
+    policy = s["method"] in envs.POLICIES
+    model = "none: this policy sees the numbers" if policy else NAMES.get(s["model"], s["model"])
     lines = [f"{s['method']} on {s['world']}, seed {s['seed']}: {s['episodes']} learning episodes, then "
              f"{s['users']} held-out users", *([f"world     {about}"] if about else []),
-             f"model     {model_named(s['model'], s['method'])}", "",
+             f"model     {model}", "",
              *grid(((row, s[row]) for row in ("before", "after", "difference")), 10), ""]
     if s["learning"]:
         lines.append(f"learning  {sparkline(s['learning'])}  mean Len of each batch, "
@@ -617,21 +601,19 @@ class Cell(NamedTuple):
     changes: dict[str, Any]     # of the settings; those of `rule` are merged
 
 
-def by_method(*methods: str) -> list[Cell]:
-    return [Cell(method, None, {"method": method}) for method in methods]
-
-
-def rl(episodes: int) -> Cell:
-    return Cell(f"a2c, {episodes:,}", None, {"method": "a2c", "episodes": episodes})
+def by_method(names: str) -> list[Cell]:
+    """A cell for each name, which is a method or a method:episodes."""
+    pairs = [name.partition(":")[::2] for name in names.split()]
+    return [Cell(f"{method}, {int(n):,}", None, {"method": method, "episodes": int(n)}) if n else
+            Cell(method, None, {"method": method}) for method, n in pairs]
 
 
 def cells(name: str, models: Sequence[str]) -> list[Cell]:
     """The experiments of the paper, each a table of runs over one and the same path."""
     return {
-        "table3": [*by_method("random", "popular", "greedy", "a2c"), rl(RL_BUDGET),
-                   *by_method("act", "react", "reflexion", "billp", "oracle")],
-        "table5": by_method("billp-no-macro", "billp-no-micro", "billp-no-critic", "billp"),
-        "fig3": [*by_method("billp"), rl(RL_BUDGET // 10)],     # a tenth already gives the picture
+        "table3": by_method("random popular greedy a2c a2c:100000 act react reflexion billp oracle"),
+        "table5": by_method("billp-no-macro billp-no-micro billp-no-critic billp"),
+        "fig3": by_method("billp a2c:10000"),           # a tenth of what RL gets already gives the picture
         "fig4": [Cell("billp", size, {"episodes": size}) for size in SIZES],
         "fig5": [Cell(method, width, {"method": method, "rule": {"window": width}})
                  for method in ("react", "a2c", "reflexion", "billp") for width in WINDOWS],
@@ -652,14 +634,14 @@ def change(base: Settings, cell: Cell, seed: int) -> Settings:
 def plan(args: argparse.Namespace, base: Settings) -> list[tuple[Cell, Settings]]:
     """The runs of an experiment, cell by cell; a mistake is found before any of them begins."""
     table = cells(args.experiment, (args.models or base.model).split(","))
-    rows = dict.fromkeys(cell.series for cell in table)
-    if args.rows:
-        table = [cell for cell in table if cell.series in args.rows.split(",")]
-        if not set(args.rows.split(",")) <= set(rows):
-            raise UserError(f"--rows {args.rows}: {args.experiment} has no such rows; it has {', '.join(rows)}")
+    known = list(dict.fromkeys(cell.series for cell in table))
+    rows = args.rows.split(",") if args.rows else known
+    if not set(rows) <= set(known):
+        raise UserError(f"--rows {args.rows}: {args.experiment} has no such rows, only {' '.join(known)}")
     if args.experiment == "fig4" and base.method in envs.POLICIES:
         raise UserError(f"--method {base.method}: it has no Critic, which is what fig4 is about")
-    jobs = [(cell, change(base, cell, base.seed + s)) for cell in table for s in range(args.seeds)]
+    jobs = [(cell, change(base, cell, base.seed + s)) for cell in table if cell.series in rows
+            for s in range(args.seeds)]
     for _, wanted in jobs[::args.seeds]:
         build_world(wanted)
     return [job for job in jobs if not (args.dry_run and job[1].method in envs.POLICIES)]
@@ -673,7 +655,7 @@ def run_cell(name: str, rows: dict, models: dict[str, tuple[LLM, Embed]], worker
     found = {"series": cell.series, "x": cell.x, "seed": wanted.seed, "scores": outcome.after[0].tolist(),
              **cost(outcome, live, began)}
     if name == "fig3":
-        counts = np.bincount(outcome.items[outcome.items >= 0], minlength=len(env.titles))
+        counts = np.bincount(np.concatenate(outcome.items), minlength=len(env.titles))
         found |= {"shares": popularity_shares(env, outcome.items), "gini": envs.gini(counts),
                   "coverage": float((counts > 0).mean())}
     if name == "fig4":
@@ -681,11 +663,10 @@ def run_cell(name: str, rows: dict, models: dict[str, tuple[LLM, Embed]], worker
     return found
 
 
-def popularity_shares(env: envs.Env, items: np.ndarray) -> list[list[int]]:
+def popularity_shares(env: envs.Env, items: list[np.ndarray]) -> list[list[int]]:
     """How often each user was given items of each fifth by popularity, the least popular first."""
     rank = np.argsort(np.argsort(envs.popularity(env), kind="stable"))
-    group = np.append(rank * 5 // len(rank), 5)                     # the last is for item -1
-    return np.stack([np.bincount(row, minlength=6)[:5] for row in group[items]]).tolist()
+    return [np.bincount(rank[row] * 5 // len(rank), minlength=5).tolist() for row in items]
 
 
 def values_of(wanted: Settings, env: envs.Env, outcome: Outcome, models: tuple[LLM, Embed],
@@ -702,8 +683,8 @@ def values_of(wanted: Settings, env: envs.Env, outcome: Outcome, models: tuple[L
     for t, n in (played[i] for i in rng.integers(len(played), size=states)):
         start = Trajectory(t.user, t.steps[:n], t.steps[n].state, False)
         near = catalog._replace(env=env._replace(max_steps=min(n + far, env.max_steps)))
-        runs = [billp.episode(near, t.user, (wanted.seed, "continue", draw), outcome.agent, llm, config, start)
-                for draw in range(draws)]
+        keys = [(wanted.seed, "continue", draw) for draw in range(draws)]
+        runs = [billp.episode(near, t.user, key, outcome.agent, llm, config, start) for key in keys]
         *sampled, single = (billp.discounted_return([s.reward for s in steps], config.gamma)
                             for steps in (*(r.steps for r in runs), t.steps[n:]))
         value, _ = billp.critic(start.last, outcome.agent.critic, llm, config)
@@ -717,13 +698,23 @@ def errors(samples: np.ndarray) -> np.ndarray:
     return np.stack([error.mean(-1), error.var(-1), (error ** 2).mean(-1)], -1)
 
 
-def spread(results: list[dict]) -> list[dict[str, list[float]]]:
-    """How recommendations are spread over popularity groups; Gini and coverage are of all items."""
+def spread(results: list[dict], head: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows by popularity group: its share of recommendations; Gini and coverage are of all items."""
     def share(counts: np.ndarray) -> np.ndarray:
         return counts.sum((-3, -2)) / np.maximum(counts.sum((-3, -2, -1)), 1)[..., None]
     whole = {key: envs.bootstrap(lambda s: s.mean((-3, -2)), column(results, key)[:, None, None])[0]
              for key in ("gini", "coverage")}
-    return [{"share": figure, **whole} for figure in envs.bootstrap(share, column(results, "shares"))]
+    shares = envs.bootstrap(share, column(results, "shares"))
+    return [{**head, "x": x, "figures": {"share": figure, **whole}} for x, figure in enumerate(shares, 1)]
+
+
+def misses(results: list[dict], head: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of errors against Monte-Carlo: those of a single episode's return and of the Critic."""
+    values, rows = column(results, "values"), []
+    for place, series in ((1, "one return"), (2, "critic")):
+        figures = zip(("bias", "variance", "MSE"), envs.bootstrap(errors, values[..., [0, place]]))
+        rows.append({**head, "series": series, "figures": dict(figures)})
+    return rows
 
 
 def column(results: list[dict], key: str) -> np.ndarray:
@@ -739,12 +730,8 @@ def tabulate(name: str, found: list[list[dict]]) -> list[dict[str, Any]]:
     """
     rows, heads = [], [{key: results[0][key] for key in ("series", "x")} for results in found]
     for i, (head, results) in enumerate(zip(heads, found)):
-        if name == "fig3":
-            rows += [{**head, "x": group, "figures": figures} for group, figures in enumerate(spread(results), 1)]
-        elif name == "fig4":
-            rows += [{**head, "series": series, "figures": dict(zip(("bias", "variance", "MSE"), envs.bootstrap(
-                errors, column(results, "values")[..., [0, place]])))}
-                for place, series in ((1, "one return"), (2, "critic"))]
+        if name in ("fig3", "fig4"):
+            rows += (spread if name == "fig3" else misses)(results, head)
         else:
             twin = next((j for j, other in enumerate(heads) if other == {**head, "series": "billp"}), i)
             other = max(i - 1, 0) if name in ("table3", "table6") else twin
@@ -784,11 +771,9 @@ def plot(name: str, heading: str, rows: list[dict[str, Any]], path: Path) -> Non
         mine = [row for row in rows if row["series"] == series]
         mean, low, high = np.array([row["figures"][what] for row in mine]).T
         span = np.maximum([mean - low, high - mean], 0)
-        style = dict(color=COLOURS[i % len(COLOURS)], marker="osD^vPX*"[i % 8], capsize=3)
-        if axis:
-            axes.errorbar([row["x"] for row in mine], mean, span, label=series, **style)
-        else:
-            axes.errorbar(mean, [i], xerr=span, **style)
+        place = (dict(x=[row["x"] for row in mine], y=mean, yerr=span, label=series) if axis else
+                 dict(x=mean, y=[i], xerr=span))
+        axes.errorbar(**place, color=COLOURS[i % len(COLOURS)], marker="osD^vPX*"[i % 8], capsize=3)
     if axis:
         axes.set(xlabel=axis[0], ylabel=measured, xticks=sorted({row["x"] for row in rows}))
         axes.legend(frameon=False)
@@ -803,8 +788,7 @@ def plot(name: str, heading: str, rows: list[dict[str, Any]], path: Path) -> Non
 
 def bill(results: list[dict]) -> str:
     """What one cell cost over all its seeds: calls, tokens, replies that were of no use, seconds."""
-    roles = [role for result in results for role in result["calls"].values()]
-    counts = {name: total(role[name] for role in roles) for name in roles[0]}
+    counts = added([role for result in results for role in result["calls"].values()])
     malformed, fallbacks, ungrounded, seconds = (
         column(results, key).mean() for key in ("malformed", "fallbacks", "ungrounded", "seconds"))
     return (f"{title(results[0]):24}{spelled(counts.items())}; a run: malformed {malformed:.1f}, fallbacks "
@@ -824,7 +808,7 @@ def gather(args: argparse.Namespace, base: Settings, jobs: list[tuple[Cell, Sett
         count, workers = min(args.workers or os.cpu_count() or 1, len(jobs), 60), 1
     else:
         count, workers = 1, args.workers or base.config["batch"]
-        models = {model: (counted(llm, live), embed) for model, (llm, embed) in models.items()}
+        models = {model: (partial(counted, llm, live), embed) for model, (llm, embed) in models.items()}
     pool = partial(futures.ProcessPoolExecutor, initializer=signal, initargs=(SIGINT, SIG_IGN))
     with mapping(pool, count, live.stop) as map:
         for result in map(partial(run_cell, args.experiment, start, models, workers), jobs):
@@ -836,7 +820,8 @@ def gather(args: argparse.Namespace, base: Settings, jobs: list[tuple[Cell, Sett
 def experiment(args: argparse.Namespace, live: Live) -> None:
     """All cells of one experiment over all seeds: a table, a JSON file and a picture."""
     name, began, base = args.experiment, time.perf_counter(), settings(args)
-    jobs, also = plan(args, base), {key: getattr(args, key) for key in ("experiment", "seeds", "models", "rows")}
+    jobs = plan(args, base)
+    also = {key: getattr(args, key) for key in ("experiment", "seeds", "models", "rows")}
     path = None if args.dry_run else run_directory(args, {**base._asdict(), **also})
     found = gather(args, base, jobs, path, live)
     if args.dry_run:
@@ -845,7 +830,7 @@ def experiment(args: argparse.Namespace, live: Live) -> None:
     rows = tabulate(name, found)
     bills = [bill(results) for results in found if results[0]["calls"]["actor"]["calls"]]
     heading = (f"{name} on {base.world}, seeds {base.seed} to {base.seed + args.seeds - 1}, {base.users} "
-               f"held-out users each\nmodel {model_named(base.model)}")
+               f"held-out users each\nmodel {NAMES.get(base.model, base.model)}")
     lines = grid([(title(row), row["figures"]) for row in rows], 24)
     table = [lines[0], *(line + remark(row) for line, row in zip(lines[1:], rows))]
     print("\n".join([heading, "", *table, *[ORIENTATION] * any(row.get("paper") for row in rows), "",
@@ -858,24 +843,21 @@ def experiment(args: argparse.Namespace, live: Live) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the flags say; the exit code."""
+    """Does what the flags say; the exit code."""
     live = Live({}, {}, Event())
     try:
         args = parse(argv)
         show(args.show, args.pick) if args.show else (experiment if args.experiment else run)(args, live)
         sys.stdout.flush()
         return 0
-    except prompts.BudgetSpent as error:
-        say("\n".join([*ledger(live), f"run.py: {error}"]))
-        return 3
-    except (UserError, prompts.EndpointError, envs.BadData, MemoryError, futures.BrokenExecutor) as error:
+    except (KeyboardInterrupt, prompts.BudgetSpent) as error:
+        spent = isinstance(error, prompts.BudgetSpent)
+        last = f"run.py: {error}" if spent else "interrupted; the same command continues it"
+        say("\n".join([*ledger(live), last]))
+        return 3 if spent else 130
+    except MENDABLE as error:
         say(f"run.py: {error}")
-    except OSError as error:
-        say(f"run.py: {error.filename or 'output'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        say("\n".join([*ledger(live), "interrupted; the same command continues it"]))
-        return 130
-    return 2
+        return 2
 
 
 if __name__ == "__main__":
