@@ -60,14 +60,11 @@ EXPERIMENTS = {                         # what each measures, and on which axes 
     "fig3": ("share", "share of recommendations", "popularity group of items (1: least popular fifth)"),
     "fig4": ("MSE", "mean squared error of the value", "learning episodes"),
     "fig5": ("R_traj", "reward an episode", "window W (items a user remembers)"),
-    "table6": ("R_traj", "reward an episode"),
-    "curve": ("R_traj", "reward an episode", "learning episodes")}
+    "table6": ("R_traj", "reward an episode"), "curve": ("R_traj", "reward an episode", "learning episodes")}
 PAPER = {"billp": "69.19, 42.44", "reflexion": "57.42, 40.67", "billp-no-macro": "64.96, -",
          "billp-no-micro": "64.72, -"}
 ORIENTATION = ("paper: R_traj on Steam and Amazon-Book with gpt-3.5-turbo; its worlds and models differ from "
                "these, the figures are for orientation only")
-
-
 Counts = dict[str, "int | None"]        # calls and tokens; None where the server does not say
 NO_CALLS: Counts = {"calls": 0, **Usage()._asdict()}
 
@@ -206,7 +203,7 @@ def settings(args: argparse.Namespace) -> Settings:
                     chosen(args, reasons(envs.Env)))
 
 
-@lru_cache(4)
+@lru_cache(8)
 def load_world(name: str, seed: int) -> envs.Env:
     """A world by its name on the command line."""
     kind, _, rest = name.partition(":")
@@ -218,7 +215,7 @@ def load_world(name: str, seed: int) -> envs.Env:
     if kind == "movielens" and rest:
         return envs.movielens(rest, seed)
     if kind in ("steam", "amazon") and rest:
-        return envs.released(rest, kind)
+        return load_world(name, 0) if seed else envs.released(rest, kind)  # nothing in it is drawn
     raise UserError(f"no world {name!r}; there are {WORLDS}")
 
 
@@ -285,10 +282,8 @@ def save_memory(agent: Agent, embedding: str) -> str:
     return f'{{"billp": 1, "embedding": {dumps(embedding)},\n' + ",\n".join(parts) + "}\n"
 
 
-def load_memory(path: Path | None, embedding: str) -> dict[str, list[billp.Record]]:
+def load_memory(path: Path, embedding: str) -> dict[str, list[billp.Record]]:
     """The records that `save_memory` wrote, per role; anything else is refused."""
-    if path is None:
-        return {}
     usable = {"planner": lambda v: isinstance(v, str), "actor": (0, 1).__contains__,
               "critic": lambda v: np.isfinite(v + 0.0)}
     try:
@@ -481,7 +476,7 @@ def cost(outcome: Outcome, live: Live, began: float) -> dict[str, Any]:
 def run(args: argparse.Namespace, live: Live) -> None:
     """The default flow: learn, evaluate, write the run directory, print the results."""
     began, wanted = time.perf_counter(), settings(args)
-    env, rows = build_world(wanted), load_memory(args.load, wanted.embedding)
+    env, rows = build_world(wanted), load_memory(args.load, wanted.embedding) if args.load else {}
     path = None if args.dry_run else run_directory(args, wanted._asdict())
     models = connect(args, wanted, path, live)
     workers = args.workers or (1 if args.dry_run or wanted.model == "offline" else wanted.config["batch"])
@@ -795,13 +790,13 @@ def bill(results: list[dict]) -> str:
             f"{fallbacks:.1f}, named no item {ungrounded:.0%}, {seconds:.1f} s")
 
 
-def gather(args: argparse.Namespace, base: Settings, jobs: list[tuple[Cell, Settings]], path: Path | None,
-           live: Live) -> list[list[dict]]:
+def gather(args: argparse.Namespace, base: Settings, start: dict, jobs: list[tuple[Cell, Settings]],
+           path: Path | None, live: Live) -> list[list[dict]]:
     """The results of an experiment's runs, those of one cell together.
 
     Offline there is a process for each run, else run follows run and each has threads of its own.
     """
-    start, results = load_memory(args.load, base.embedding), []
+    results: list[dict] = []
     models = {model: connect(args, base._replace(model=model), path and path / quote(model, ""), live)
               for model in dict.fromkeys(wanted.model for _, wanted in jobs)}      # one client and log each
     if args.dry_run or set(models) == {"offline"}:
@@ -820,17 +815,17 @@ def gather(args: argparse.Namespace, base: Settings, jobs: list[tuple[Cell, Sett
 def experiment(args: argparse.Namespace, live: Live) -> None:
     """All cells of one experiment over all seeds: a table, a JSON file and a picture."""
     name, began, base = args.experiment, time.perf_counter(), settings(args)
-    jobs = plan(args, base)
+    jobs, start = plan(args, base), load_memory(args.load, base.embedding) if args.load else {}
     also = {key: getattr(args, key) for key in ("experiment", "seeds", "models", "rows")}
     path = None if args.dry_run else run_directory(args, {**base._asdict(), **also})
-    found = gather(args, base, jobs, path, live)
+    found = gather(args, base, start, jobs, path, live)
     if args.dry_run:
         print("\n".join([EXPECTED, *map(bill, found)]))
         return
-    rows = tabulate(name, found)
+    rows, models = tabulate(name, found), dict.fromkeys(wanted.model for _, wanted in jobs)
     bills = [bill(results) for results in found if results[0]["calls"]["actor"]["calls"]]
     heading = (f"{name} on {base.world}, seeds {base.seed} to {base.seed + args.seeds - 1}, {base.users} "
-               f"held-out users each\nmodel {NAMES.get(base.model, base.model)}")
+               f"held-out users each\nmodel {', '.join(NAMES.get(m, m) for m in models)}")
     lines = grid([(title(row), row["figures"]) for row in rows], 24)
     table = [lines[0], *(line + remark(row) for line, row in zip(lines[1:], rows))]
     print("\n".join([heading, "", *table, *[ORIENTATION] * any(row.get("paper") for row in rows), "",
