@@ -176,6 +176,7 @@ class Settings(NamedTuple):
 
 
 def digest(content: bytes) -> str:
+    """A short name for the content."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -231,6 +232,7 @@ def build_world(wanted: Settings) -> envs.Env:
 
 
 def generator(wanted: Settings, branch: int) -> np.random.Generator:
+    """The random draws of one purpose, as the run's seed names them."""
     return np.random.default_rng(np.random.SeedSequence(wanted.seed, spawn_key=(branch,)))
 
 
@@ -323,6 +325,7 @@ def describe(env: envs.Env, phase: str, t: Trajectory) -> dict[str, Any]:
 
 
 def say(text: str) -> None:
+    """What is no result goes to stderr."""
     print(text, file=sys.stderr)
 
 
@@ -512,6 +515,7 @@ def grid(rows: Iterable[tuple[str, dict[str, Sequence[float]]]], width: int) -> 
 
 
 def spelled(counts: Iterable[tuple[str, Any]]) -> str:
+    """Counts with their names."""
     return ", ".join(f"{name} {'?' if count is None else count}" for name, count in counts)
 
 
@@ -738,6 +742,7 @@ def tabulate(name: str, found: list[list[dict]]) -> list[dict[str, Any]]:
 
 
 def title(row: dict[str, Any]) -> str:
+    """A row's or a cell's name in tables."""
     return row["series"] + ("" if row["x"] is None else f", {row['x']}")
 
 
