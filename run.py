@@ -3,6 +3,7 @@
     python run.py --episodes 50             learn; evaluate the same users before and after
     python run.py --method reflexion        the same with another row of switches
     python run.py --show RUN                one episode of a finished run, step by step
+    python run.py --experiment table5       one of the paper's tables or figures, over several seeds
 
 Every effect of the project is here, but for the part of prompts.py that speaks HTTP. Results go to
 stdout, progress and errors to stderr. A run directory holds config.json (what determines the
@@ -20,13 +21,15 @@ import os
 import re
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent import futures
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
+from io import BytesIO
 from pathlib import Path
 from signal import SIG_IGN, SIGINT, signal
-from threading import Event, Lock
+from threading import Event
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
+from urllib.parse import quote
 
 import numpy as np
 
@@ -34,40 +37,43 @@ import billp
 import envs
 import prompts
 from billp import Agent, Config, Trajectory
+from prompts import LLM, Embed, Usage
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend: one line, exit code 2."""
+
 
 STAND_IN = ("offline, a rule-based stand-in: it shows the mechanism at work and is no evidence about "
             "real models")
+MENDABLE = (UserError, prompts.EndpointError, envs.BadData, OSError, MemoryError, futures.BrokenExecutor)
+NAMES = {"offline": STAND_IN}           # what is no language model never passes for one
+EXPECTED = "expected, by a run of the offline reader at 4 characters a token:"
 ROLES = ("planner", "actor", "critic", "reflector")
-COLUMNS = ("calls", "prompt", "cached", "completion")
 WORLDS = "films, synthetic:USERSxITEMS, movielens:DIR, steam:DIR, amazon:DIR"
-WORLD_FIELDS = ("window", "beta", "floor", "grace", "max_steps")
-MANY = 10**9
-BOUNDS = {
-    "gamma": (0, 1), "temperature": (0, 2), "tau_actor": (0, 4), "tau_critic": (0, 4), "timeout": (0.001, 10**6),
-    "workers": (1, 1000), "seeds": (1, 1000), "titles": (1, 1000), "window": (1, 1000), "retries": (0, 100),
-    **{name: (1, MANY) for name in ("users", "batch", "max_steps", "reply_tokens")},
-    **{name: (0, MANY) for name in ("episodes", "k_lessons", "k_actions", "k_values", "beta", "floor", "grace",
-                                    "max_calls", "max_tokens")}, "transcript": (1000, MANY)}
-BUDGET, RL_BUDGET = 100, 100_000        # learning episodes of the paper: language models, RL
+METHODS = (*envs.POLICIES, *billp.METHODS)
+BUDGET = 100                            # learning episodes of language models in the paper
 SIZES, WINDOWS = (10, 50, 100, 200), (1, 2, 4, 6, 8)
+COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()     # Okabe and Ito
 EXPERIMENTS = {                         # what each measures, and on which axes it is drawn
     "table3": ("R_traj", "reward an episode"), "table5": ("R_traj", "reward an episode"),
     "fig3": ("share", "share of recommendations", "popularity group of items (1: least popular fifth)"),
     "fig4": ("MSE", "mean squared error of the value", "learning episodes"),
     "fig5": ("R_traj", "reward an episode", "window W (items a user remembers)"),
-    "table6": ("R_traj", "reward an episode"),
-    "curve": ("R_traj", "reward an episode", "learning episodes")}
-
-
-PAPER = {                               # R_traj on Steam and on Amazon-Book, as the paper reports it
-    "billp": "69.19, 42.44", "reflexion": "57.42, 40.67", "billp-no-macro": "64.96, -",
-    "billp-no-micro": "64.72, -"}
+    "table6": ("R_traj", "reward an episode"), "curve": ("R_traj", "reward an episode", "learning episodes")}
+PAPER = {"billp": "69.19, 42.44", "reflexion": "57.42, 40.67", "billp-no-macro": "64.96, -",
+         "billp-no-micro": "64.72, -"}
 ORIENTATION = ("paper: R_traj on Steam and Amazon-Book with gpt-3.5-turbo; its worlds and models differ from "
                "these, the figures are for orientation only")
+Counts = dict[str, "int | None"]        # calls and tokens; None where the server does not say
+NO_CALLS: Counts = {"calls": 0, **Usage()._asdict()}
 
 
-class UserError(Exception):
-    """A mistake that the person at the keyboard can mend: one line, exit code 2."""
+class Live(NamedTuple):
+    """What is known of a run's calls at any moment, however it ends."""
+    tally: dict[str, list[Counts]]      # of each call answered, per role
+    stats: dict[str, Any]               # what an endpoint's client saw: retries, fingerprint
+    stop: Event                         # set when calls under way shall give up
 
 
 # ------------------------------------------------------------------------------------ flags
@@ -75,7 +81,7 @@ class UserError(Exception):
 FLAGS: dict[str, dict[str, Any]] = {
     "--episodes": dict(type=int, help=f"learning episodes (default 50; {BUDGET} in experiments)"),
     "--users": dict(type=int, default=50, help="held-out users to evaluate on (default 50)"),
-    "--method": dict(default="billp", help=" ".join((*envs.POLICIES, *billp.METHODS))),
+    "--method": dict(default="billp", choices=METHODS, metavar="METHOD", help=" ".join(METHODS)),
     "--world": dict(default="films", help=WORLDS + " (default films)"),
     "--seed": dict(type=int, default=0, help="names every random draw (default 0)"),
     "--workers": dict(type=int, help="episodes played at once (default: 1 offline, else a batch)"),
@@ -98,24 +104,18 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--replay": dict(action="store_true", help="answer from the run's log alone"),
     "--dry-run": dict(action="store_true", help="expected calls and tokens; sends nothing"),
 }
+GROUPS = {"method (default: the row of --method)": Config, "world (default: the world's own)": envs.Env}
+KINDS = {bool: dict(action=argparse.BooleanOptionalAction), str: dict(choices=("none", "latest", "nearest"))}
+BOUNDS = [                              # lowest, highest, and the flags that must lie between
+    (0, 1, "gamma"), (0, 2, "temperature"), (0, 4, "tau_actor tau_critic"), (0.001, 10**6, "timeout"),
+    (1, 1000, "workers seeds titles window"), (0, 100, "retries"), (1, 10**5, "max_steps"),
+    (1, 10**9, "users batch reply_tokens"), (1000, 10**9, "transcript"), (0, 10**18, "seed"),
+    (0, 10**9, "episodes k_lessons k_actions k_values beta floor grace max_calls max_tokens")]
 
 
 def reasons(record: type) -> dict[str, str]:
     """The comment beside each field that has a default."""
-    found = re.findall(r"^    (\w+): .*?= .*?# (.*)$", inspect.getsource(record), re.M)
-    return {name: why for name, why in found if name in record._field_defaults}
-
-
-def add_field(parser: Any, record: type, name: str, why: str) -> None:
-    """One flag for one field; left out, the method's or world's own value stands."""
-    default = record._field_defaults[name]
-    flag, text = "--" + name.replace("_", "-"), f"{why} (default {default})".replace("%", "%%")
-    if isinstance(default, bool):
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=why)
-    elif name == "lessons":
-        parser.add_argument(flag, choices=("none", "latest", "nearest"), help=text)
-    else:
-        parser.add_argument(flag, type=type(default), metavar=type(default).__name__, help=text)
+    return dict(re.findall(r"^    (\w+): .*?= .*?# (.*)$", inspect.getsource(record), re.M))
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,23 +124,32 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags, each within its bounds."""
     parser = Parser(description="BiLLP learns, then is evaluated. The built-in model is " + STAND_IN,
                     allow_abbrev=False)
     for flag, how in FLAGS.items():
         parser.add_argument(flag, **how)
-    for title, record in (("method (default: the row of --method)", Config),
-                          ("world (default: the world's own)", envs.Env)):
+    for title, record in GROUPS.items():
         group = parser.add_argument_group(title)
-        for name, why in reasons(record).items():
-            add_field(group, record, name, why)
+        for name, why in reasons(record).items():       # left out, the method's or world's own value stands
+            default = record._field_defaults[name]
+            kind = type(default)
+            how = KINDS.get(kind, dict(type=kind, metavar=kind.__name__))
+            text = why if kind is bool else f"{why} (default {default})".replace("%", "%%")
+            group.add_argument("--" + name.replace("_", "-"), help=text, **how)
     args = parser.parse_args(argv)
     if args.episodes is None:
         args.episodes = BUDGET if args.experiment else 50
-    for name, (low, high) in BOUNDS.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must lie from {low} to {high}")
-    return args
+    for low, high, names in BOUNDS:
+        for name, value in chosen(args, names.split()).items():
+            if not low <= value <= high:
+                raise UserError(f"--{name.replace('_', '-')} is {value}; it must lie from {low} to {high}")
+    if not all("=" in header for header in args.header):
+        raise UserError("--header takes NAME=VALUE")
+    with suppress(ValueError):
+        if isinstance(json.loads(args.extra_body), dict):
+            return args
+    raise UserError("--extra-body takes a JSON object, such as '{\"top_p\": 0.9}'")
 
 
 def chosen(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
@@ -166,28 +175,9 @@ class Settings(NamedTuple):
     rule: dict[str, Any]        # the world's fields as far as flags set them
 
 
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def settings(args: argparse.Namespace) -> Settings:
-    known = (*envs.POLICIES, *billp.METHODS)
-    if args.method not in known:
-        raise UserError(f"no method {args.method!r}; there are {' '.join(known)}")
-    live = bool(args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY")
-                or args.replay)
-    model = args.model or (variable("OPENAI_MODEL") if live else "offline")
-    if not model or (model != "offline" and not live):
-        raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
-                        "or give --base-url and --model; --model offline is the built-in reader")
-    embedding = args.embed_model or (live and variable("OPENAI_EMBED_MODEL")) or "hashed_ngrams"
-    config = Config()._replace(**billp.METHODS.get(args.method, {}))
-    return Settings(args.world, args.method, model, embedding, args.seed, args.episodes,
-                    args.users,
-                    digest(read(args.load)) if args.load else "",
-                    digest(args.extra_body) if args.extra_body != "{}" else "",
-                    config._replace(**chosen(args, Config._fields))._asdict(),
-                    chosen(args, WORLD_FIELDS))
+def digest(content: bytes) -> str:
+    """A short name for the content."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def variable(*names: str) -> str:
@@ -195,22 +185,38 @@ def variable(*names: str) -> str:
     return next((os.environ[name] for name in names if os.environ.get(name)), "")
 
 
-@lru_cache(4)
+def settings(args: argparse.Namespace) -> Settings:
+    """What the flags and the environment ask for; an experiment's cells add their own method's row."""
+    live = bool(args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY")
+                or args.replay)
+    model = (args.model or (live and variable("OPENAI_MODEL")) or (args.models or "").partition(",")[0]
+             or ("" if live else "offline"))
+    models = {model, *(args.models or model).split(",")}
+    if "" in models or not (live or models == {"offline"}):
+        raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
+                        "or give --base-url and --model; --model offline is the built-in reader")
+    embedding = args.embed_model or (live and variable("OPENAI_EMBED_MODEL")) or "hashed_ngrams"
+    row = {} if args.experiment else billp.METHODS.get(args.method, {})
+    return Settings(args.world, args.method, model, embedding, args.seed, args.episodes, args.users,
+                    digest(args.load.read_bytes()) if args.load else "",
+                    digest(args.extra_body.encode()) if args.extra_body != "{}" else "",
+                    {**Config()._asdict(), **row, **chosen(args, Config._fields)},
+                    chosen(args, reasons(envs.Env)))
+
+
+@lru_cache(8)
 def load_world(name: str, seed: int) -> envs.Env:
     """A world by its name on the command line."""
     kind, _, rest = name.partition(":")
     size = re.fullmatch(r"(\d{1,9})x(\d{1,9})", rest)
-    try:
-        if name == "films":
-            return envs.films(seed)
-        if kind == "synthetic" and size and min(int(size[1]), int(size[2])) > 1:
-            return envs.synthetic(int(size[1]), int(size[2]), seed)
-        if kind == "movielens" and rest:
-            return envs.movielens(rest, seed)
-        if kind in ("steam", "amazon") and rest:
-            return envs.released(rest, kind)
-    except envs.BadData as error:
-        raise UserError(str(error))
+    if name == "films":
+        return envs.films(seed)
+    if kind == "synthetic" and size and min(map(int, size.groups())) > 1:
+        return envs.synthetic(*map(int, size.groups()), seed)
+    if kind == "movielens" and rest:
+        return envs.movielens(rest, seed)
+    if kind in ("steam", "amazon") and rest:
+        return load_world(name, 0) if seed else envs.released(rest, kind)  # nothing in it is drawn
     raise UserError(f"no world {name!r}; there are {WORLDS}")
 
 
@@ -225,65 +231,50 @@ def build_world(wanted: Settings) -> envs.Env:
     return env
 
 
+def generator(wanted: Settings, branch: int) -> np.random.Generator:
+    """The random draws of one purpose, as the run's seed names them."""
+    return np.random.default_rng(np.random.SeedSequence(wanted.seed, spawn_key=(branch,)))
+
+
 def choose_users(env: envs.Env, wanted: Settings) -> tuple[list[int], list[int]]:
     """Learning and held-out users in an order drawn from the seed; a longer list extends a shorter."""
-    def draw(branch: int, users: np.ndarray) -> list[int]:
-        sequence = np.random.SeedSequence(wanted.seed, spawn_key=(branch,))
-        return np.random.default_rng(sequence).permutation(users).tolist()
-    everyone = np.arange(len(env.histories))
-    return (draw(0, everyone[:env.learners])[:wanted.episodes],
-            draw(1, everyone[env.learners:])[:wanted.users])
+    parts = np.split(np.arange(len(env.histories)), [env.learners])
+    learners, held_out = (generator(wanted, i).permutation(part).tolist() for i, part in enumerate(parts))
+    return learners[:wanted.episodes], held_out[:wanted.users]
 
 
 # ------------------------------------------------------------------------------------ files
 
-
-def read(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}")
-
-
-def write(path: Path, text: str) -> None:
-    """Write, then rename: the file is whole or not there."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(text, "utf-8")
-    os.replace(draft, path)
-
-
 dumps = partial(json.dumps, ensure_ascii=False)
 
 
-def run_directory(out: Path | None, wanted: Settings, also: dict[str, Any] | None = None) -> Path:
+def write(path: Path, content: str | bytes) -> None:
+    """Write, then rename: the file is whole or not there."""
+    draft = path.with_name(path.name + ".part")
+    draft.write_bytes(content if isinstance(content, bytes) else content.encode())
+    os.replace(draft, path)
+
+
+def run_directory(args: argparse.Namespace, wanted: dict[str, Any]) -> Path:
     """The directory of this run, made if need be; refused if it holds anything else."""
-    also = also or {}
-    settings = {**wanted._asdict(), **also}
-    text = dumps(settings, indent=1) + "\n"
-    what = f"{wanted.world.partition(':')[0]}-{also.get('experiment', wanted.method)}"
-    path = out or Path("runs") / f"{what}-{digest(text)[:8]}"
+    text = (dumps(wanted, indent=1) + "\n").encode()
+    what = f"{wanted['world'].partition(':')[0]}-{args.experiment or wanted['method']}"
+    path = args.out or Path("runs") / f"{what}-{digest(text)[:8]}"
     held = path / "config.json"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not held.exists() and any(path.iterdir()):
-            raise UserError(f"{path} is not empty and holds no run; choose another --out")
-        if held.exists() and held.read_text("utf-8") != text:
-            raise UserError(f"{path} holds a run of another configuration "
-                            f"({differing(read(held), settings)}); choose another --out")
-        write(held, text)
-    except OSError as error:
-        raise UserError(f"cannot use {path} as run directory: {error.strerror}")
+    if held.exists():
+        if held.read_bytes() != text:
+            old, new = (re.findall(r'^ *"(\w+)": ([^{].*?),?\r?$', content.decode("utf-8", "replace"), re.M)
+                        for content in (held.read_bytes(), text))
+            changed = dict.fromkeys(pair[0] for pair in old + new if pair not in old or pair not in new)
+            names = ", ".join(changed) or "config.json is damaged"
+            raise UserError(f"{path} holds a run of another configuration ({names}); choose another --out")
+    elif path.exists() and any(file.suffix != ".part" for file in path.iterdir()):
+        raise UserError(f"{path} is not empty and holds no run; choose another --out")
+    elif args.replay:
+        raise UserError(f"{path} holds no run to replay: run without --replay, or give its --out")
+    path.mkdir(parents=True, exist_ok=True)
+    write(held, text)
     return path
-
-
-def differing(held: str, wanted: dict[str, Any]) -> str:
-    """The names of the settings in which a config.json differs."""
-    try:
-        old, new = ({**d, **d["config"], **d["rule"]} for d in (json.loads(held), wanted))
-        return ", ".join(k for k in {**old, **new} if k not in ("config", "rule")
-                         and old.get(k) != new.get(k))
-    except (ValueError, KeyError, TypeError):
-        return "config.json is damaged"
 
 
 def save_memory(agent: Agent, embedding: str) -> str:
@@ -295,21 +286,22 @@ def save_memory(agent: Agent, embedding: str) -> str:
 
 def load_memory(path: Path, embedding: str) -> dict[str, list[billp.Record]]:
     """The records that `save_memory` wrote, per role; anything else is refused."""
-    kinds = {"planner": str, "actor": int, "critic": (int, float)}
+    usable = {"planner": lambda v: isinstance(v, str), "actor": (0, 1).__contains__,
+              "critic": lambda v: np.isfinite(v + 0.0)}
     try:
-        held = json.loads(read(path))
-        rows = {name: [billp.Record(*row) for row in held[name]] for name in kinds}
-        if held["billp"] != 1 or not all(isinstance(r.key + r.action, str) and isinstance(
-                r.value, kinds[name]) for name in kinds for r in rows[name]):
+        held = json.loads(path.read_bytes())
+        rows = {name: [billp.Record(*row) for row in held[name]] for name in usable}
+        if held["billp"] != 1 or not all(isinstance(r.key + r.action, str) and usable[name](r.value)
+                                         for name in rows for r in rows[name]):
             raise ValueError
+        if held["embedding"] != embedding:
+            raise UserError(f"{path} was made with the embedding {held['embedding']}, not {embedding}")
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not a memory.json of this program")
-    if held["embedding"] != embedding:
-        raise UserError(f"{path} was made with the embedding {held['embedding']}, not {embedding}")
+        raise UserError(f"{path} is not a memory.json of this program, which is JSON in UTF-8")
     return rows
 
 
-def embed_memory(rows: dict[str, list[billp.Record]], embed: prompts.Embed) -> Agent:
+def embed_memory(rows: dict[str, list[billp.Record]], embed: Embed) -> Agent:
     """An agent from records; each text is embedded once."""
     texts = list(dict.fromkeys(record.key for held in rows.values() for record in held))
     vectors = dict(zip(texts, embed(texts))) if texts else {}
@@ -323,90 +315,73 @@ def describe(env: envs.Env, phase: str, t: Trajectory) -> dict[str, Any]:
               "experience": s.act.recalled, "said": s.act.said, "exact": s.act.exact, "item": s.line,
               "reward": s.reward} for s in t.steps]
     left = envs.why_left(env, t.user, [s.act.value for s in t.steps]) if t.terminated else ""
-    left = prompts.clean(left)          # it names titles, which are data
     values, advantages, _, reflection, _ = t.lesson or ((), (), (), "", ())
     return {"phase": phase, "episode": t.last.key[2], "user": t.user, "history": t.last.history,
-            "steps": steps, "left": left, "values": values, "advantages": advantages,
-            "reflection": reflection}
+            "steps": steps, "left": prompts.clean(left),        # it names titles, which are data
+            "values": values, "advantages": advantages, "reflection": reflection}
 
 
 # ----------------------------------------------------------------------------------- models
 
 
-def counted(llm: prompts.LLM, tally: dict[str, list], stop: Event) -> prompts.LLM:
-    """The same model until `stop` is set; calls and tokens are added up in `tally`, per role."""
-    lock = Lock()
+def say(text: str) -> None:
+    """What is no result goes to stderr."""
+    print(text, file=sys.stderr)
 
-    def ask(question: prompts.Ask) -> prompts.Reply:
-        if stop.is_set():
-            raise prompts.EndpointError("stopped")
-        reply = llm(question)
-        with lock:
-            row = tally.setdefault(question.role, [0, None, None, None])
-            for i, count in enumerate((1, *reply.usage)):
-                row[i] = row[i] if count is None else (row[i] or 0) + count
-        return reply
-    return ask
+
+def counted(llm: LLM, live: Live, ask: prompts.Ask) -> prompts.Reply:
+    """The model's answer, unless it shall stop; what the call used is noted (appending is atomic)."""
+    if live.stop.is_set():
+        raise prompts.EndpointError("stopped")
+    reply = llm(ask)
+    live.tally.setdefault(ask.role, []).append({"calls": 1, **reply.usage._asdict()})
+    return reply
 
 
 def estimated(ask: prompts.Ask) -> prompts.Reply:
     """The offline reader, with the tokens that a model would be paid for: 4 characters each."""
     reply = prompts.offline(ask)
     sent = sum(len(text) for _, text in ask.messages)
-    return reply._replace(usage=prompts.Usage(sent // 4, None, len(reply.text) // 4))
+    return reply._replace(usage=Usage(sent // 4, None, len(reply.text) // 4))
 
 
-def json_object(text: str) -> dict[str, Any]:
-    """What --extra-body holds; anything but a JSON object is a mistake."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise UserError("--extra-body takes a JSON object, such as '{\"top_p\": 0.9}'")
-    return value
-
-
-def connect(args: argparse.Namespace, wanted: Settings, path: Path, stats: dict,
-            stop: Event) -> tuple[prompts.LLM, prompts.Embed]:
+def connect(args: argparse.Namespace, wanted: Settings, path: Path | None, live: Live) -> tuple[LLM, Embed]:
     """The model and the embedding of a run; those of an endpoint are recorded in its directory."""
-    if wanted.model == "offline":
-        return prompts.offline, prompts.hashed_ngrams
+    if args.dry_run or wanted.model == "offline":
+        return estimated if args.dry_run else prompts.offline, prompts.hashed_ngrams
     url = args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE") or "https://api.openai.com/v1"
-    if not all("=" in header for header in args.header):
-        raise UserError("--header takes NAME=VALUE")
     options = dict(key=variable("OPENAI_API_KEY"), timeout=args.timeout, notice=say,
-                   extra=json_object(args.extra_body), stats=stats, sleep=stop.wait,
+                   extra=json.loads(args.extra_body), stats=live.stats, sleep=live.stop.wait,
                    headers=dict(header.split("=", 1) for header in args.header))
+    path.mkdir(exist_ok=True)
     log = prompts.open_log(path / "calls.jsonl", [wanted.model, wanted.embedding, wanted.extra],
                            replay=args.replay, notice=say)
-    live = prompts.limited(prompts.openai(url, wanted.model, **options), args.max_calls, args.max_tokens)
+    llm = prompts.limited(prompts.openai(url, wanted.model, **options), args.max_calls, args.max_tokens)
     embed = prompts.hashed_ngrams
     if wanted.embedding != "hashed_ngrams":
         embed = prompts.recorded_embed(prompts.embeddings(url, wanted.embedding, **options), log)
-    return prompts.recorded(live, log), embed
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr)
+    return prompts.recorded(llm, log), embed
 
 
 # ---------------------------------------------------------------------------------- running
 
 
 @contextmanager
-def workers(count: int, stop: Event) -> Iterator[Callable]:
-    """A map: the built-in one, or a thread pool's. An error or Ctrl-C also stops what is under way."""
+def mapping(executor: Callable, count: int, stop: Event) -> Iterator[Callable]:
+    """A map: the built-in one, or a pool's. An error or Ctrl-C also stops what is under way."""
     if count == 1:
         yield map
         return
-    pool = ThreadPoolExecutor(count)
+    pool = executor(count)
     try:
         yield pool.map
     except prompts.BudgetSpent:         # what is under way is paid for: it is finished and recorded
         raise
     except BaseException:
+        from multiprocessing import active_children
         stop.set()
+        for process in active_children():
+            process.terminate()         # it would go on, and then wait for its parent for ever
         raise
     finally:
         pool.shutdown(wait=not stop.is_set(), cancel_futures=True)
@@ -416,47 +391,42 @@ def progress(batches: Iterable, total: int, size: int) -> Iterator:
     """The batches as they come, with a bar on stderr (tqdm) or a line each."""
     try:
         from tqdm import tqdm
-        yield from tqdm(batches, "learning", total=-(-total // size), unit="batch", file=sys.stderr)
     except ImportError:
         for agent, trajectories in batches:
+            lengths = [billp.score(t)[0] for t in trajectories]
             done = trajectories[-1].last.key[2] + 1
-            print(f"learning: {done} of {total} episodes, mean Len "
-                  f"{mean_length(trajectories):.1f}", file=sys.stderr)
+            say(f"learning: {done} of {total} episodes, mean Len {np.mean(lengths):.1f}")
             yield agent, trajectories
-
-
-def mean_length(trajectories: Sequence[Trajectory]) -> float:
-    return float(np.mean([billp.score(t)[0] for t in trajectories]))
+    else:
+        yield from tqdm(batches, "learning", total=-(-total // size), unit="batch", file=sys.stderr)
 
 
 class Outcome(NamedTuple):
     """What a run gives: scores [1, users, 2] of the held-out users, and how it came to them."""
     before: np.ndarray
     after: np.ndarray
-    items: np.ndarray                   # int [users, steps]: recommended after learning, -1: over
+    items: list[np.ndarray]             # of each user: what was recommended after learning
     agent: Agent = billp.NOVICE
     learning: tuple[float, ...] = ()
     episodes: dict[str, tuple[Trajectory, ...]] = {}
 
 
-def learn(wanted: Settings, env: envs.Env, agent: Agent, llm: prompts.LLM, embed: prompts.Embed,
-          map: Callable, watch: Callable | None) -> Outcome:
+def learn(wanted: Settings, env: envs.Env, agent: Agent, llm: LLM, embed: Embed, map: Callable,
+          watched: bool) -> Outcome:
     """Evaluate, learn, evaluate the same users again; unwatched, only learn and evaluate."""
     config, catalog = Config(**wanted.config), billp.catalog(env, embed)
     learners, held_out = choose_users(env, wanted)
 
     def evaluate(agent: Agent, phase: str) -> tuple[Trajectory, ...]:
         return billp.evaluate(catalog, held_out, agent, llm, wanted.seed, phase, config, map)
-    before, learnt, lengths = evaluate(agent, "before") if watch else (), (), ()
+    before, learnt, lengths = evaluate(agent, "before") if watched else (), (), ()
     batches = billp.train(catalog, learners, llm, wanted.seed, agent, config, map)
-    for agent, trajectories in watch(batches, len(learners), config.batch) if watch else batches:
+    for agent, trajectories in progress(batches, len(learners), config.batch) if watched else batches:
         learnt += trajectories
-        lengths += (mean_length(trajectories),)
+        lengths += (float(np.mean([billp.score(t)[0] for t in trajectories])),)
     after = evaluate(agent, "after")
     first, last = (envs.scores(*zip(*map(billp.score, ts))) for ts in (before or after, after))
-    items = np.full((len(after), env.max_steps), -1)
-    for row, t in zip(items, after):
-        row[:billp.score(t)[0]] = [step.act.value for step in t.steps][:billp.score(t)[0]]
+    items = [np.array([step.act.value for step in t.steps[:billp.score(t)[0]]], int) for t in after]
     return Outcome(first, last, items, agent, lengths, {"before": before, "learn": learnt, "after": after})
 
 
@@ -465,106 +435,118 @@ def roll(wanted: Settings, env: envs.Env) -> Outcome:
     users, scores = np.array(choose_users(env, wanted)[1]), []
     for episodes in (0, wanted.episodes):
         policy = envs.POLICIES[wanted.method](env, episodes, wanted.seed)
-        rng = np.random.default_rng(np.random.SeedSequence(wanted.seed, spawn_key=(2,)))
-        played = envs.rollout(env, users, policy, rng)
+        played = envs.rollout(env, users, policy, generator(wanted, 2))
         scores.append(envs.scores((played.items >= 0).sum(1), played.rewards.sum(1)))
-    return Outcome(*scores, played.items)
+    return Outcome(*scores, [row[row >= 0] for row in played.items])
 
 
-def summarize(wanted: Settings, outcome: Outcome, tally: dict[str, list], seconds: float) -> dict:
-    """summary.json, the contract that scripts read."""
+def perform(wanted: Settings, rows: dict, models: tuple[LLM, Embed], workers: int, live: Live,
+            watched: bool = False) -> Outcome:
+    """One run in memory: from a model, and memory records to start from, to an outcome."""
+    env, (llm, embed) = build_world(wanted), models
+    if wanted.method in envs.POLICIES:
+        return roll(wanted, env)
+    with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
+        return learn(wanted, env, embed_memory(rows, embed), partial(counted, llm, live), embed, map, watched)
+
+
+def added(rows: Sequence[Counts]) -> Counts:
+    """Their sum; None where none of them is known.
+
+    >>> added([{"calls": 1, "cached": None}, {"calls": 1, "cached": None}])
+    {'calls': 2, 'cached': None}
+    """
+    known = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0]}
+    return {name: sum(counts) if counts else None for name, counts in known.items()}
+
+
+def calls(live: Live) -> dict[str, Counts]:
+    """Calls and tokens per role."""
+    return {role: added([NO_CALLS, *live.tally.get(role, ())]) for role in ROLES}
+
+
+def cost(outcome: Outcome, live: Live, began: float) -> dict[str, Any]:
+    """What a run cost: replies that were of no use, calls and tokens, seconds."""
     everything = [t for ts in outcome.episodes.values() for t in ts]
     acts = [step.act for t in everything for step in t.steps]
     answers = acts + [step.plan for t in everything for step in t.steps if step.plan] + [
         answer for t in everything if t.lesson for answer in t.lesson.answers]
-    return {**{k: v for k, v in wanted._asdict().items() if k != "rule"},
-            "config": {**wanted.config, **wanted.rule}, "learning": outcome.learning,
-            "before": envs.metrics(outcome.before), "after": envs.metrics(outcome.after),
-            "difference": envs.metrics(outcome.after, outcome.before),
-            "reflections": len(billp.records(outcome.agent.planner)),
-            "malformed": sum(a.malformed for a in answers), "fallbacks": sum(a.fallback for a in answers),
+    return {"malformed": sum(a.malformed for a in answers), "fallbacks": sum(a.fallback for a in answers),
             "ungrounded": round(float(np.mean([not a.exact for a in acts])), 4) if acts else 0.0,
-            "calls": {role: dict(zip(COLUMNS, tally.get(role, (0, None, None, None)))) for role in ROLES},
-            "seconds": round(seconds, 2)}
+            "calls": calls(live), "seconds": round(time.perf_counter() - began, 2)}
 
 
-def perform(args: argparse.Namespace, wanted: Settings, models: tuple, tally: dict, stop: Event,
-            watch: Callable | None = None) -> Outcome:
-    """One run in memory: from a model to an outcome."""
-    env, (llm, embed) = build_world(wanted), models
-    if wanted.method in envs.POLICIES:
-        return roll(wanted, env)
-    rows = load_memory(args.load, wanted.embedding) if args.load else {}
-    with workers(args.workers or (1 if wanted.model == "offline" else wanted.config["batch"]), stop) as map:
-        return learn(wanted, env, embed_memory(rows, embed), counted(llm, tally, stop), embed, map, watch)
-
-
-def run(args: argparse.Namespace, tally: dict[str, list]) -> None:
+def run(args: argparse.Namespace, live: Live) -> None:
     """The default flow: learn, evaluate, write the run directory, print the results."""
-    began, wanted, stats, stop = time.perf_counter(), settings(args), {}, Event()
-    env = build_world(wanted)
-    if args.load:
-        load_memory(args.load, wanted.embedding)        # a bad file is found before anything is made
+    began, wanted = time.perf_counter(), settings(args)
+    env, rows = build_world(wanted), load_memory(args.load, wanted.embedding) if args.load else {}
+    path = None if args.dry_run else run_directory(args, wanted._asdict())
+    models = connect(args, wanted, path, live)
+    workers = args.workers or (1 if args.dry_run or wanted.model == "offline" else wanted.config["batch"])
+    outcome = perform(wanted, rows, models, workers, live, watched=True)
     if args.dry_run:
-        perform(args, wanted._replace(model="offline"), pretended(wanted), tally, stop, progress)
-        print("\n".join([EXPECTED, *call_table(tally)]))
+        print("\n".join([EXPECTED, *ledger(live)]))
         return
-    path = run_directory(args.out, wanted)
-    outcome = perform(args, wanted, connect(args, wanted, path, stats, stop), tally, stop, progress)
+    summary = {         # the contract that scripts read
+        **{k: v for k, v in wanted._asdict().items() if k != "rule"},
+        "config": {**wanted.config, **wanted.rule}, "learning": outcome.learning,
+        "before": envs.metrics(outcome.before), "after": envs.metrics(outcome.after),
+        "difference": envs.metrics(outcome.after, outcome.before),
+        "reflections": len(billp.records(outcome.agent.planner)), **cost(outcome, live, began)}
     lines = [dumps(describe(env, phase, t)) + "\n" for phase, ts in outcome.episodes.items() for t in ts]
-    summary = summarize(wanted, outcome, tally, time.perf_counter() - began)
     write(path / "episodes.jsonl", "".join(lines))
     write(path / "memory.json", save_memory(outcome.agent, wanted.embedding))
     write(path / "summary.json", dumps(summary, indent=1) + "\n")
-    print(report(summary, env.about, [r.value for r in billp.records(outcome.agent.planner)[-2:]]))
-    print(f"run       {path}")
-    if stats:
-        say(f"retries {len(stats.get('retries', ()))}, system {stats.get('system_fingerprint') or '?'}")
+    lessons = [record.value for record in billp.records(outcome.agent.planner)[-2:]]
+    print("\n".join([*report(summary, env.about, lessons), f"run       {path}"]))
+    if live.stats:
+        say(ledger(live)[-1])
 
-
-EXPECTED = "expected, by a run of the offline reader at 4 characters a token:"
 
 # ----------------------------------------------------------------------------------- tables
 
 
-def header_of(names: Iterable[str], width: int) -> str:
-    return " " * width + "".join(f"{name + ' [95 %]':>24}" for name in names)
+def grid(rows: Iterable[tuple[str, dict[str, Sequence[float]]]], width: int) -> list[str]:
+    """A table: a line of headings, then one a row, each figure with its interval."""
+    rows = list(rows)
+    return [" " * width + "".join(f"{name + ' [95 %]':>24}" for name in rows[0][1])] + [
+        f"{label:{width}}" + "".join(f"{f'{mean:.2f} [{low:.2f}, {high:.2f}]':>24}"
+                                     for mean, low, high in figures.values()) for label, figures in rows]
 
 
-def row_of(label: str, figures: dict[str, Sequence[float]], width: int) -> str:
-    """A table's line: each figure with its interval."""
-    return f"{label:{width}}" + "".join(f"{f'{mean:.2f} [{low:.2f}, {high:.2f}]':>24}"
-                                        for mean, low, high in figures.values())
+def spelled(counts: Iterable[tuple[str, Any]]) -> str:
+    """Counts with their names."""
+    return ", ".join(f"{name} {'?' if count is None else count}" for name, count in counts)
 
 
-def call_table(tally: dict[str, Sequence]) -> list[str]:
+def call_table(calls: dict[str, Counts]) -> list[str]:
     """Calls and tokens per role; ? where the server does not say."""
-    return [f"{role:10}{row[0]} calls, tokens: " + ", ".join(
-        f"{name} {'?' if count is None else count}" for name, count in zip(COLUMNS[1:], row[1:]))
-        for role, row in tally.items() if row[0]]
+    return [f"{role:10}{row['calls']} calls, tokens: {spelled(list(row.items())[1:])}"
+            for role, row in calls.items() if row["calls"]]
 
 
-def model_named(model: str, method: str = "") -> str:
-    """The model as tables name it: what is no language model never passes for one."""
-    if method in envs.POLICIES:
-        return "none: this policy sees the numbers"
-    return STAND_IN if model == "offline" else model
+def ledger(live: Live) -> list[str]:
+    """All that is known of a run's calls, however it ended; last, what an endpoint's client saw."""
+    retried, system = len(live.stats.get("retries", ())), live.stats.get("system_fingerprint") or "?"
+    return call_table(calls(live)) + [f"retries {retried}, system {system}"] * bool(live.stats)
 
 
-def report(s: dict[str, Any], about: str, reflections: Sequence[str]) -> str:
+def report(s: dict[str, Any], about: str, lessons: Sequence[str]) -> list[str]:
     """The results as a person reads them, from summary.json."""
+    policy = s["method"] in envs.POLICIES
+    model = "none: this policy sees the numbers" if policy else NAMES.get(s["model"], s["model"])
     lines = [f"{s['method']} on {s['world']}, seed {s['seed']}: {s['episodes']} learning episodes, then "
              f"{s['users']} held-out users", *([f"world     {about}"] if about else []),
-             f"model     {model_named(s['model'], s['method'])}", "", header_of(envs.METRICS, 10), *(row_of(row, s[row], 10) for row in ("before", "after", "difference")), ""]
+             f"model     {model}", "",
+             *grid(((row, s[row]) for row in ("before", "after", "difference")), 10), ""]
     if s["learning"]:
         lines.append(f"learning  {sparkline(s['learning'])}  mean Len of each batch, "
                      f"{min(s['learning']):.1f} to {max(s['learning']):.1f}")
-    lines += [f"lesson    {text}" for text in reflections]
-    lines += call_table({role: tuple(row.values()) for role, row in s["calls"].items()})
+    lines += [*(f"lesson    {text}" for text in lessons), *call_table(s["calls"])]
     if s["calls"]["actor"]["calls"]:
         lines.append(f"replies   malformed {s['malformed']}, fallbacks {s['fallbacks']}, "
                      f"actions that named no item {s['ungrounded']:.0%}")
-    return "\n".join(lines + [f"seconds   {s['seconds']}"])
+    return [*lines, f"seconds   {s['seconds']}"]
 
 
 def sparkline(numbers: Sequence[float]) -> str:
@@ -581,11 +563,11 @@ def show(path: Path, pick: str) -> None:
     """Print one episode of a finished run: by default the last one learnt from."""
     phase, _, number = pick.partition(":")
     try:
-        episodes = [json.loads(line) for line in read(path / "episodes.jsonl").splitlines()]
+        episodes = [json.loads(line) for line in (path / "episodes.jsonl").read_bytes().splitlines()]
         wanted = [e for e in episodes if e["phase"] == (phase or "learn")
                   and e["episode"] == int(number or e["episode"])] or episodes * (not pick)
         print(story(wanted[-1]))
-    except (ValueError, KeyError, IndexError, TypeError):
+    except (ValueError, LookupError, TypeError):
         raise UserError(f"{path} holds no episode {pick}".rstrip())
 
 
@@ -608,34 +590,35 @@ def story(e: dict[str, Any]) -> str:
     return "\n".join(lines + (["", f"reflection  {e['reflection']}"] if e["reflection"] else []))
 
 
-# -------------------------------------------------------------------------------- experiments
+# ------------------------------------------------------------------------------ experiments
+
 
 class Cell(NamedTuple):
     """One run of an experiment, repeated over seeds."""
     series: str
     x: Any                      # its place on the horizontal axis, None in a plain table
-    changes: dict[str, Any]     # of the settings; those of `rule` and `config` are merged
+    changes: dict[str, Any]     # of the settings; those of `rule` are merged
 
 
-def by_method(*methods: str) -> list[Cell]:
-    return [Cell(method, None, {"method": method}) for method in methods]
+def by_method(names: str) -> list[Cell]:
+    """A cell for each name, which is a method or a method:episodes."""
+    pairs = [name.partition(":")[::2] for name in names.split()]
+    return [Cell(f"{method}, {int(n):,}", None, {"method": method, "episodes": int(n)}) if n else
+            Cell(method, None, {"method": method}) for method, n in pairs]
 
 
 def cells(name: str, models: Sequence[str]) -> list[Cell]:
     """The experiments of the paper, each a table of runs over one and the same path."""
-    def rl(episodes: int) -> Cell:
-        return Cell(f"a2c, {episodes:,}", None, {"method": "a2c", "episodes": episodes})
     return {
-        "table3": [*by_method("random", "popular", "greedy", "a2c"), rl(RL_BUDGET),
-                   *by_method("act", "react", "reflexion", "billp", "oracle")],
-        "table5": by_method("billp-no-macro", "billp-no-micro", "billp-no-critic", "billp"),
-        "fig3": [*by_method("billp"), rl(RL_BUDGET // 10)],     # a tenth already gives the picture
+        "table3": by_method("random popular greedy a2c a2c:100000 act react reflexion billp oracle"),
+        "table5": by_method("billp-no-macro billp-no-micro billp-no-critic billp"),
+        "fig3": by_method("billp a2c:10000"),           # a tenth of what RL gets already gives the picture
         "fig4": [Cell("billp", size, {"episodes": size}) for size in SIZES],
         "fig5": [Cell(method, width, {"method": method, "rule": {"window": width}})
                  for method in ("react", "a2c", "reflexion", "billp") for width in WINDOWS],
         "table6": [Cell(model, None, {"model": model}) for model in models],
         "curve": [Cell(method, size, {"method": method, "episodes": size})
-                  for method in ("a2c", "billp") for size in (0, *SIZES[:1], 20, *SIZES[1:])]}[name]
+                  for method in ("a2c", "billp") for size in sorted({0, 20, *SIZES})]}[name]
 
 
 def change(base: Settings, cell: Cell, seed: int) -> Settings:
@@ -647,48 +630,64 @@ def change(base: Settings, cell: Cell, seed: int) -> Settings:
                            episodes=0 if idle else wanted.episodes)
 
 
-def run_cell(args: argparse.Namespace, name: str, models_for: Callable, job: tuple[Cell, Settings]) -> dict:
+def plan(args: argparse.Namespace, base: Settings) -> list[tuple[Cell, Settings]]:
+    """The runs of an experiment, cell by cell; a mistake is found before any of them begins."""
+    table = cells(args.experiment, (args.models or base.model).split(","))
+    known = list(dict.fromkeys(cell.series for cell in table))
+    rows = args.rows.split(",") if args.rows else known
+    if not set(rows) <= set(known):
+        raise UserError(f"--rows {args.rows}: {args.experiment} has no such rows, only {' '.join(known)}")
+    if args.experiment == "fig4" and base.method in envs.POLICIES:
+        raise UserError(f"--method {base.method}: it has no Critic, which is what fig4 is about")
+    jobs = [(cell, change(base, cell, base.seed + s)) for cell in table if cell.series in rows
+            for s in range(args.seeds)]
+    for _, wanted in jobs[::args.seeds]:
+        build_world(wanted)
+    return [job for job in jobs if not (args.dry_run and job[1].method in envs.POLICIES)]
+
+
+def run_cell(name: str, rows: dict, models: dict[str, tuple[LLM, Embed]], workers: int,
+             job: tuple[Cell, Settings]) -> dict[str, Any]:
     """One cell for one seed: the default run, and what this experiment reads off it."""
-    (cell, wanted), began, tally = job, time.perf_counter(), {}
-    models = models_for(wanted)
-    outcome = perform(args, wanted, models, tally, Event())
-    summary, env = summarize(wanted, outcome, tally, time.perf_counter() - began), build_world(wanted)
-    counts = np.bincount(outcome.items[outcome.items >= 0], minlength=len(env.titles))
-    extra = {"fig3": lambda: {"shares": popularity_shares(env, outcome.items), "gini": envs.gini(counts),
-                              "coverage": float((counts > 0).mean())},
-             "fig4": lambda: {"values": values_of(wanted, env, outcome, models)}}.get(name, dict)()
-    kept = ("malformed", "fallbacks", "ungrounded", "calls", "seconds")
-    return {"series": cell.series, "x": cell.x, "seed": wanted.seed, "scores": outcome.after[0].tolist(),
-            **{key: summary[key] for key in kept}, **extra}
+    (cell, wanted), began, live = job, time.perf_counter(), Live({}, {}, Event())
+    outcome, env = perform(wanted, rows, models[wanted.model], workers, live), build_world(wanted)
+    found = {"series": cell.series, "x": cell.x, "seed": wanted.seed, "scores": outcome.after[0].tolist(),
+             **cost(outcome, live, began)}
+    if name == "fig3":
+        counts = np.bincount(np.concatenate(outcome.items), minlength=len(env.titles))
+        found |= {"shares": popularity_shares(env, outcome.items), "gini": envs.gini(counts),
+                  "coverage": float((counts > 0).mean())}
+    if name == "fig4":
+        found |= {"values": values_of(wanted, env, outcome, models[wanted.model])}
+    return found
 
 
-def popularity_shares(env: envs.Env, items: np.ndarray) -> list[list[int]]:
+def popularity_shares(env: envs.Env, items: list[np.ndarray]) -> list[list[int]]:
     """How often each user was given items of each fifth by popularity, the least popular first."""
     rank = np.argsort(np.argsort(envs.popularity(env), kind="stable"))
-    group = np.append(rank * 5 // len(rank), 5)                     # the last is for item -1
-    return np.stack([np.bincount(row, minlength=6)[:5] for row in group[items]]).tolist()
+    return [np.bincount(rank[row] * 5 // len(rank), minlength=5).tolist() for row in items]
 
 
-def values_of(wanted: Settings, env: envs.Env, outcome: Outcome, models: tuple,
+def values_of(wanted: Settings, env: envs.Env, outcome: Outcome, models: tuple[LLM, Embed],
               states: int = 40, draws: int = 8) -> list[list[float]]:
     """[states, 3]: for states of held-out episodes the Monte-Carlo value, one return, the critic's V.
 
     Monte-Carlo: the mean discounted return of `draws` continuations with the frozen agent, each
     followed until what may still come is discounted below a thousandth.
     """
-    config, catalog = Config(**wanted.config), billp.catalog(env, models[1])
+    (llm, embed), config, rows = models, Config(**wanted.config), []
+    catalog, rng = billp.catalog(env, embed), generator(wanted, 3)
     far = next((n for n in range(env.max_steps) if config.gamma ** n < 0.001), env.max_steps)
     played = [(t, n) for t in outcome.episodes["after"] for n in range(len(t.steps))]
-    rng, rows = np.random.default_rng(np.random.SeedSequence(wanted.seed, spawn_key=(3,))), []
     for t, n in (played[i] for i in rng.integers(len(played), size=states)):
         start = Trajectory(t.user, t.steps[:n], t.steps[n].state, False)
         near = catalog._replace(env=env._replace(max_steps=min(n + far, env.max_steps)))
-        runs = [billp.episode(near, t.user, (wanted.seed, "continue", draw), outcome.agent, models[0],
-                              config, start) for draw in range(draws)]
-        value, _ = billp.critic(start.last, outcome.agent.critic, models[0], config)
-        returns = [billp.discounted_return([s.reward for s in r.steps], config.gamma)
-                   for r in (*runs, t._replace(steps=t.steps[n:]))]
-        rows.append([float(np.mean(returns[:-1])), returns[-1], value.value])
+        keys = [(wanted.seed, "continue", draw) for draw in range(draws)]
+        runs = [billp.episode(near, t.user, key, outcome.agent, llm, config, start) for key in keys]
+        *sampled, single = (billp.discounted_return([s.reward for s in steps], config.gamma)
+                            for steps in (*(r.steps for r in runs), t.steps[n:]))
+        value, _ = billp.critic(start.last, outcome.agent.critic, llm, config)
+        rows.append([float(np.mean(sampled)), single, value.value])
     return rows
 
 
@@ -698,77 +697,83 @@ def errors(samples: np.ndarray) -> np.ndarray:
     return np.stack([error.mean(-1), error.var(-1), (error ** 2).mean(-1)], -1)
 
 
+def spread(results: list[dict], head: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows by popularity group: its share of recommendations; Gini and coverage are of all items."""
+    def share(counts: np.ndarray) -> np.ndarray:
+        return counts.sum((-3, -2)) / np.maximum(counts.sum((-3, -2, -1)), 1)[..., None]
+    whole = {key: envs.bootstrap(lambda s: s.mean((-3, -2)), column(results, key)[:, None, None])[0]
+             for key in ("gini", "coverage")}
+    shares = envs.bootstrap(share, column(results, "shares"))
+    return [{**head, "x": x, "figures": {"share": figure, **whole}} for x, figure in enumerate(shares, 1)]
+
+
+def misses(results: list[dict], head: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of errors against Monte-Carlo: those of a single episode's return and of the Critic."""
+    values, rows = column(results, "values"), []
+    for place, series in ((1, "one return"), (2, "critic")):
+        figures = zip(("bias", "variance", "MSE"), envs.bootstrap(errors, values[..., [0, place]]))
+        rows.append({**head, "series": series, "figures": dict(figures)})
+    return rows
+
+
+def column(results: list[dict], key: str) -> np.ndarray:
+    """One thing that was measured, over a cell's seeds [S, ...]."""
+    return np.array([result[key] for result in results], float)
+
+
 def tabulate(name: str, found: list[list[dict]]) -> list[dict[str, Any]]:
     """The rows of an experiment's table, from each cell's results over seeds.
 
     What a row's R_traj is compared with: the row above in table3 and table6, elsewhere billp at the
     same place.
     """
-    stacks = [{key: np.array([result[key] for result in results], float) for key in
-               ("scores", "shares", "gini", "coverage", "values") if key in results[0]} for results in found]
-    heads = [{key: results[0][key] for key in ("series", "x")} for results in found]
-    if name == "fig3":
-        return [{**head, "x": group, "figures": figures} for head, stack in zip(heads, stacks)
-                for group, figures in enumerate(spread(stack), 1)]
-    if name == "fig4":
-        return [{**head, "series": series, "figures": dict(zip(("bias", "variance", "MSE"), envs.bootstrap(
-            errors, stack["values"][..., [0, column]])))} for head, stack in zip(heads, stacks)
-            for column, series in ((1, "one return"), (2, "critic"))]
-    rows = []
-    for i, (head, stack) in enumerate(zip(heads, stacks)):
-        twin = next((j for j, other in enumerate(heads) if other == {**head, "series": "billp"}), i)
-        other = max(i - 1, 0) if name in ("table3", "table6") else twin
-        gain = envs.metrics(stack["scores"], stacks[other]["scores"])["R_traj"] if other != i else None
-        rows.append({**head, "figures": envs.metrics(stack["scores"]), "against": title(heads[other]),
-                     "gain": gain, "paper": "" if head["x"] else PAPER.get(head["series"], "")})
+    rows, heads = [], [{key: results[0][key] for key in ("series", "x")} for results in found]
+    for i, (head, results) in enumerate(zip(heads, found)):
+        if name in ("fig3", "fig4"):
+            rows += (spread if name == "fig3" else misses)(results, head)
+        else:
+            twin = next((j for j, other in enumerate(heads) if other == {**head, "series": "billp"}), i)
+            other = max(i - 1, 0) if name in ("table3", "table6") else twin
+            scores, others = column(results, "scores"), column(found[other], "scores")
+            rows.append({**head, "figures": envs.metrics(scores), "against": title(heads[other]),
+                         "gain": envs.metrics(scores, others)["R_traj"] if other != i else None,
+                         "paper": "" if head["x"] else PAPER.get(head["series"], "")})
     return rows
 
 
-def spread(stack: dict[str, np.ndarray]) -> list[dict[str, list[float]]]:
-    """How recommendations are spread over popularity groups; Gini and coverage are of all items."""
-    shares = envs.bootstrap(lambda s: s.sum((-3, -2)) / s.sum((-3, -2, -1))[..., None], stack["shares"])
-    whole = {key: envs.bootstrap(lambda s: s.mean((-3, -2)), stack[key][:, None, None])[0]
-             for key in ("gini", "coverage")}
-    return [{"share": share, **whole} for share in shares]
-
-
 def title(row: dict[str, Any]) -> str:
+    """A row's or a cell's name in tables."""
     return row["series"] + ("" if row["x"] is None else f", {row['x']}")
 
 
-def show_table(rows: list[dict[str, Any]]) -> str:
-    """An experiment's table. A row is called higher or lower only if the interval holds no 0."""
-    lines = [header_of(rows[0]["figures"], 24)]
-    for row in rows:
-        line = row_of(title(row), row["figures"], 24)
-        if row.get("gain"):
-            mean, low, high = row["gain"]
-            verdict = "higher" if low > 0 else "lower" if high < 0 else "not told apart"
-            line += f"   R_traj {mean:+.2f} [{low:.2f}, {high:.2f}] against {row['against']}: {verdict}"
-        lines.append(line + (f"   paper {row['paper']}" if row.get("paper") else ""))
-    return "\n".join(lines + [ORIENTATION] * any(row.get("paper") for row in rows))
+def remark(row: dict[str, Any]) -> str:
+    """What stands behind a row. It is called higher or lower only if the interval holds no 0."""
+    text = f"   paper {row['paper']}" if row.get("paper") else ""
+    if not row.get("gain"):
+        return text
+    mean, low, high = row["gain"]
+    verdict = "higher" if low > 0 else "lower" if high < 0 else "not told apart"
+    return f"   R_traj {mean:+.2f} [{low:.2f}, {high:.2f}] against {row['against']}: {verdict}{text}"
 
 
 def plot(name: str, heading: str, rows: list[dict[str, Any]], path: Path) -> None:
     """One figure with its intervals: lines over x, or one point a row where there is no x."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         say("no picture: pip install 'billp[plot]' draws it")
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     what, label, *axis = EXPERIMENTS[name]
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=100, layout="constrained")
-    for i, series in enumerate(dict.fromkeys(row["series"] for row in rows)):
+    measured, names = f"{label}\n(mean, 95 % interval)", list(dict.fromkeys(row["series"] for row in rows))
+    figure, image = Figure((8, 4.5), dpi=100, layout="constrained"), BytesIO()
+    axes = figure.subplots()
+    for i, series in enumerate(names):
         mine = [row for row in rows if row["series"] == series]
         mean, low, high = np.array([row["figures"][what] for row in mine]).T
-        style = dict(color=COLOURS[i % len(COLOURS)], marker="osD^vPX*"[i % 8], capsize=3)
-        if axis:
-            axes.errorbar([row["x"] for row in mine], mean, [mean - low, high - mean], label=series, **style)
-        else:
-            axes.errorbar(mean, [i], xerr=[mean - low, high - mean], **style)
-    names, measured = list(dict.fromkeys(row["series"] for row in rows)), f"{label}\n(mean, 95 % interval)"
+        span = np.maximum([mean - low, high - mean], 0)
+        place = (dict(x=[row["x"] for row in mine], y=mean, yerr=span, label=series) if axis else
+                 dict(x=mean, y=[i], xerr=span))
+        axes.errorbar(**place, color=COLOURS[i % len(COLOURS)], marker="osD^vPX*"[i % 8], capsize=3)
     if axis:
         axes.set(xlabel=axis[0], ylabel=measured, xticks=sorted({row["x"] for row in rows}))
         axes.legend(frameon=False)
@@ -777,83 +782,60 @@ def plot(name: str, heading: str, rows: list[dict[str, Any]], path: Path) -> Non
         axes.invert_yaxis()
     axes.set_title(heading, fontsize=9)
     axes.grid(alpha=0.3)
-    figure.savefig(path)
-    plt.close(figure)
+    figure.savefig(image)
+    write(path, image.getvalue())
 
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")   # Okabe and Ito
-
-
-def costs(results: list[dict]) -> str:
+def bill(results: list[dict]) -> str:
     """What one cell cost over all its seeds: calls, tokens, replies that were of no use, seconds."""
-    calls = [role for result in results for role in result["calls"].values()]
-    counts = [sum(role[column] or 0 for role in calls) or "?" for column in COLUMNS]
-    means = [np.mean([result[key] for result in results]) for key in ("malformed", "fallbacks", "ungrounded")]
-    return (f"{title(results[0]):24}" + ", ".join(f"{name} {count}" for name, count in zip(COLUMNS, counts))
-            + f"; a run: malformed {means[0]:.1f}, fallbacks {means[1]:.1f}, named no item {means[2]:.0%}, "
-            + f"{np.mean([result['seconds'] for result in results]):.1f} s")
+    counts = added([role for result in results for role in result["calls"].values()])
+    malformed, fallbacks, ungrounded, seconds = (
+        column(results, key).mean() for key in ("malformed", "fallbacks", "ungrounded", "seconds"))
+    return (f"{title(results[0]):24}{spelled(counts.items())}; a run: malformed {malformed:.1f}, fallbacks "
+            f"{fallbacks:.1f}, named no item {ungrounded:.0%}, {seconds:.1f} s")
 
 
-@contextmanager
-def processes(count: int) -> Iterator[Callable]:
-    """A map over processes, for cells that keep a core busy; Ctrl-C is left to the parent."""
-    if count == 1:
-        yield map
-        return
-    pool = ProcessPoolExecutor(count, initializer=signal, initargs=(SIGINT, SIG_IGN))
-    try:
-        yield pool.map
-    finally:
-        pool.shutdown(cancel_futures=True)
+def gather(args: argparse.Namespace, base: Settings, start: dict, jobs: list[tuple[Cell, Settings]],
+           path: Path | None, live: Live) -> list[list[dict]]:
+    """The results of an experiment's runs, those of one cell together.
 
-
-def built_in(wanted: Settings) -> tuple[prompts.LLM, prompts.Embed]:
-    return prompts.offline, prompts.hashed_ngrams
-
-
-def pretended(wanted: Settings) -> tuple[prompts.LLM, prompts.Embed]:
-    return estimated, prompts.hashed_ngrams
-
-
-def experiment(args: argparse.Namespace) -> None:
-    """All cells of one experiment over all seeds: a table, a JSON file and a picture."""
-    name, base, began, known = args.experiment, settings(args), time.perf_counter(), {}
-    table = cells(name, (args.models or base.model).split(","))
-    if args.rows:
-        table = [cell for cell in table if cell.series in args.rows.split(",")]
-    if not table:
-        raise UserError(f"--rows {args.rows}: {name} has no such rows")
-    if args.dry_run:
-        table = [cell for cell in table if cell.changes.get("method", "billp") in billp.METHODS]
-    jobs = [(cell, change(base, cell, base.seed + s)) for cell in table for s in range(args.seeds)]
-    for _, wanted in jobs[::args.seeds]:
-        build_world(wanted)                             # a mistake is found before anything runs
-    also = {"experiment": name, "seeds": args.seeds, "models": args.models, "rows": args.rows}
-    path = None if args.dry_run else run_directory(args.out, base, also)
-
-    def connected(wanted: Settings) -> tuple[prompts.LLM, prompts.Embed]:
-        if wanted.model not in known:                   # one client and one log a model
-            log = path / re.sub(r"\W+", "-", wanted.model)
-            log.mkdir(exist_ok=True)
-            known[wanted.model] = connect(args, wanted, log, {}, Event())
-        return known[wanted.model]
-    local = args.dry_run or all(wanted.model == "offline" for _, wanted in jobs)
-    models_for = pretended if args.dry_run else built_in if local else connected
+    Offline there is a process for each run, else run follows run and each has threads of its own.
+    """
     results: list[dict] = []
-    with processes((args.workers or os.cpu_count() or 1) if local else 1) as map:
-        for result in map(partial(run_cell, args, name, models_for), jobs):
+    models = {model: connect(args, base._replace(model=model), path and path / quote(model, ""), live)
+              for model in dict.fromkeys(wanted.model for _, wanted in jobs)}      # one client and log each
+    if args.dry_run or set(models) == {"offline"}:
+        count, workers = min(args.workers or os.cpu_count() or 1, len(jobs), 60), 1
+    else:
+        count, workers = 1, args.workers or base.config["batch"]
+        models = {model: (partial(counted, llm, live), embed) for model, (llm, embed) in models.items()}
+    pool = partial(futures.ProcessPoolExecutor, initializer=signal, initargs=(SIGINT, SIG_IGN))
+    with mapping(pool, count, live.stop) as map:
+        for result in map(partial(run_cell, args.experiment, start, models, workers), jobs):
             results.append(result)
-            say(f"{name}: {len(results)} of {len(jobs)}, {title(result)}, seed {result['seed']}")
-    found = [results[i:i + args.seeds] for i in range(0, len(results), args.seeds)]
+            say(f"{args.experiment}: {len(results)} of {len(jobs)}, {title(result)}, seed {result['seed']}")
+    return [results[i:i + args.seeds] for i in range(0, len(results), args.seeds)]
+
+
+def experiment(args: argparse.Namespace, live: Live) -> None:
+    """All cells of one experiment over all seeds: a table, a JSON file and a picture."""
+    name, began, base = args.experiment, time.perf_counter(), settings(args)
+    jobs, start = plan(args, base), load_memory(args.load, base.embedding) if args.load else {}
+    also = {key: getattr(args, key) for key in ("experiment", "seeds", "models", "rows")}
+    path = None if args.dry_run else run_directory(args, {**base._asdict(), **also})
+    found = gather(args, base, start, jobs, path, live)
     if args.dry_run:
-        print("\n".join([EXPECTED, *map(costs, found)]))
+        print("\n".join([EXPECTED, *map(bill, found)]))
         return
-    rows = tabulate(name, found)
-    cost = [costs(cell) for cell in found if cell[0]["calls"]["actor"]["calls"]]
-    heading = (f"{name} on {base.world}, seeds {base.seed} to {base.seed + args.seeds - 1}, {base.users} held-out "
-               f"users each\nmodel {model_named(base.model)}")
-    print(f"{heading}\n\n{show_table(rows)}\n")
-    print("\n".join(cost) + f"\n\nseconds   {time.perf_counter() - began:.1f}\nrun       {path}")
+    rows, models = tabulate(name, found), dict.fromkeys(wanted.model for _, wanted in jobs)
+    bills = [bill(results) for results in found if results[0]["calls"]["actor"]["calls"]]
+    heading = (f"{name} on {base.world}, seeds {base.seed} to {base.seed + args.seeds - 1}, {base.users} "
+               f"held-out users each\nmodel {', '.join(NAMES.get(m, m) for m in models)}")
+    lines = grid([(title(row), row["figures"]) for row in rows], 24)
+    table = [lines[0], *(line + remark(row) for line, row in zip(lines[1:], rows))]
+    print("\n".join([heading, "", *table, *[ORIENTATION] * any(row.get("paper") for row in rows), "",
+                     *bills, "", f"seconds   {time.perf_counter() - began:.1f}", f"run       {path}"]))
+    results = [result for cell in found for result in cell]
     seconds = [result.pop("seconds") for result in results]
     held = {**also, "settings": base._asdict(), "rows": rows, "cells": results, "seconds": seconds}
     write(path / "results.json", dumps(held) + "\n")
@@ -861,24 +843,26 @@ def experiment(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    tally: dict[str, list] = {}
+    """Does what the flags say; the exit code."""
+    live = Live({}, {}, Event())
     try:
         args = parse(argv)
-        show(args.show, args.pick) if args.show else experiment(args) if args.experiment else run(args, tally)
+        show(args.show, args.pick) if args.show else (experiment if args.experiment else run)(args, live)
+        sys.stdout.flush()
         return 0
-    except prompts.BudgetSpent as error:
-        say("\n".join([*call_table(tally), f"run.py: {error}"]))
-        return 3
-    except (UserError, prompts.EndpointError) as error:
+    except (KeyboardInterrupt, prompts.BudgetSpent) as error:
+        spent = isinstance(error, prompts.BudgetSpent)
+        last = f"run.py: {error}" if spent else "interrupted; the same command continues it"
+        say("\n".join([*ledger(live), last]))
+        return 3 if spent else 130
+    except MENDABLE as error:
         say(f"run.py: {error}")
         return 2
-    except KeyboardInterrupt:
-        say("\n".join([*call_table(tally), "interrupted; the same command continues it"]))
-        return 130
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")        # a console without bars gets question marks
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     os._exit(code)              # threads that still wait for an answer must not hold up the end
