@@ -1,8 +1,7 @@
 """The world: users, items, and the rule by which a user leaves. No language model in sight.
 
-An `Env` is a frozen record of arrays: the parameters of a simulator. `reset` and `step` are pure
-and take one user or an array of B users through the same code, because numbers-only policies need
-millions of steps.
+An `Env` is a frozen record of arrays: the parameters of a simulator. `reset` and `step` are pure and take
+one user or an array of B users through the same code: numbers-only policies need millions of steps.
 
     user, item   indices into the world's arrays; item -1 is an empty place
     near         two items whose vectors lie closer than `beta` (Euclidean)
@@ -27,20 +26,23 @@ from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
+Array = np.ndarray
+Rng = np.random.Generator
+
 # ---------------------------------------------------------------------------------- records
 
 
 class Factors(NamedTuple):
     """Ratings worked out when asked for: offset + users . items, rounded and clipped to 1..5."""
-    users: np.ndarray                   # float32 [n, k]
-    items: np.ndarray                   # float32 [m, k]
+    users: Array                        # float32 [n, k]
+    items: Array                        # float32 [m, k]
     offset: float
 
 
 class Halves(NamedTuple):
     """Ratings of learners and of held-out users in a table each, which may stay on disk."""
-    rows: np.ndarray                    # int [n]: each user's row in its table
-    tables: tuple[np.ndarray, np.ndarray]       # [., m] each
+    rows: Array                         # int [n]: each user's row in its table
+    tables: tuple[Array, Array]       # [., m] each
 
 
 class Env(NamedTuple):
@@ -53,40 +55,41 @@ class Env(NamedTuple):
     titles: tuple[str, ...]             # [m], without the year
     years: tuple[int | None, ...]       # [m]
     categories: tuple[str, ...]         # [c]
-    belongs: np.ndarray                 # bool [m, c]: the categories of each item
-    vectors: np.ndarray                 # float32 [m, d]: items that feel alike lie near each other
-    ratings: np.ndarray | Factors | Halves   # [n, m]: what users would rate items: see `rate`
-    histories: Sequence[np.ndarray]     # [n] of item indices: liked before, oldest first
+    belongs: Array                      # bool [m, c]: the categories of each item
+    vectors: Array                      # float32 [m, d]: items that feel alike lie near each other
+    ratings: Array | Factors | Halves   # [n, m]: what users would rate items: see `rate`
+    histories: Sequence[Array]     # [n] of item indices: liked before, oldest first
     learners: int                       # users below this index learn; the rest are held out
     window: int = 4                     # W, recommended items a user compares the next one with
     beta: float = 1.0                   # an item nearer than this to one of them is too alike
     floor: float = 2.0                  # a rating below it disappoints
     grace: int = 0                      # steps at the start at which disappointment is forgiven
     max_steps: int = 50                 # the cap at which an episode is truncated
-    apart: tuple[np.ndarray, ...] = ()
+    apart: tuple[Array, ...] = ()
     about: str = ""
 
 
 class EnvState(NamedTuple):
     """One user's session, or B sessions stacked along leading axes."""
-    user: np.ndarray                    # [...] int
-    recent: np.ndarray                  # [..., W] int: the last W recommended items, newest last
-    t: np.ndarray                       # [...] int: steps taken
+    user: Array                         # [...] int
+    recent: Array                       # [..., W] int: the last W recommended items, newest last
+    t: Array                            # [...] int: steps taken
 
 # -------------------------------------------------------------------------------- the quit rule
 
 
-def predict(factors: Factors, users, items) -> np.ndarray:
+def predict(factors: Factors, users, items) -> Array:
     """Ratings before they are rounded and clipped; both int [...], broadcast together."""
-    return factors.offset + np.einsum("...k,...k->...", factors.users.take(users, 0), factors.items.take(items, 0))
+    p, q = factors.users.take(users, 0), factors.items.take(items, 0)
+    return factors.offset + np.einsum("...k,...k->...", p, q)
 
 
-def of_half(env: Env, users, tables: tuple[np.ndarray, ...], rows, columns) -> np.ndarray:
+def of_half(env: Env, users, tables: tuple[Array, ...], rows, columns) -> Array:
     """tables[0][rows, columns] for learners, tables[1][rows, columns] for held-out users."""
     return np.where(users < env.learners, *(table[rows % len(table), columns] for table in tables))
 
 
-def rate(env: Env, users, items) -> np.ndarray:
+def rate(env: Env, users, items) -> Array:
     """What users would rate items, 1 to 5; both int [...], broadcast together."""
     if isinstance(env.ratings, Factors):
         return np.clip(np.rint(predict(env.ratings, users, items)), 1, 5)
@@ -95,7 +98,7 @@ def rate(env: Env, users, items) -> np.ndarray:
     return env.ratings[users, items]
 
 
-def distance(env: Env, users, a, b) -> np.ndarray:
+def distance(env: Env, users, a, b) -> Array:
     """How far apart users feel items a and b to be; all int [...], users and b broadcast to a.
 
     Euclidean between vectors; where the world has matrices, the one of the user's half.
@@ -113,12 +116,12 @@ def reset(env: Env, user) -> EnvState:
     return EnvState(user, np.full(user.shape + (env.window,), -1), np.zeros(user.shape, int))
 
 
-def step(env: Env, state: EnvState, item) -> tuple[EnvState, np.ndarray, np.ndarray, np.ndarray]:
+def step(env: Env, state: EnvState, item) -> tuple[EnvState, Array, Array, Array]:
     """Recommend one item to each user: (next state, reward, terminated, truncated), all [...].
 
-    A user leaves when the item is nearer than `beta` to one of the last W recommended items, or
-    when its rating is below `floor` (from step `grace` on). The leaving step earns 0. A user who
-    has not left after `max_steps` steps is truncated.
+    A user leaves when the item is nearer than `beta` to one of the last W recommended items, or when its
+    rating is below `floor` (from step `grace` on). The leaving step earns 0. A user who has not left after
+    `max_steps` steps is truncated.
     """
     item = np.asarray(item)
     rating = rate(env, state.user, item)
@@ -141,11 +144,11 @@ def why_left(env: Env, user: int, items: Sequence[int]) -> str:
 
 # --------------------------------------------------------------- policies that see the numbers
 
-Policy = Callable[[Env, EnvState, np.ndarray, np.random.Generator], np.ndarray]
-Rollout = NamedTuple("Rollout", [("items", np.ndarray), ("rewards", np.ndarray)])   # [B, T], -1: over
+Policy = Callable[[Env, EnvState, Array, Rng], Array]
+Rollout = NamedTuple("Rollout", [("items", Array), ("rewards", Array)])   # [B, T], -1: over
 
 
-def unseen(env: Env, users: np.ndarray) -> np.ndarray:
+def unseen(env: Env, users: Array) -> Array:
     """bool [B, m]: the items not in each user's history."""
     free = np.ones((len(users), len(env.titles)), bool)
     for row, user in zip(free, users):
@@ -153,30 +156,30 @@ def unseen(env: Env, users: np.ndarray) -> np.ndarray:
     return free
 
 
-def random(env: Env, state: EnvState, free: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def random(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """Any free item, each as likely."""
     return np.argmax(rng.random(free.shape, np.float32) * free, -1)
 
 
-def greedy(env: Env, state: EnvState, free: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def greedy(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """The best rating now, the first such item: no thought of what comes after."""
     ratings = rate(env, state.user[:, None], np.arange(free.shape[1]))
     return np.argmax(np.where(free, ratings, -1), -1)
 
 
-def popularity(env: Env) -> np.ndarray:
+def popularity(env: Env) -> Array:
     """float [m]: each item's mean rating over the learners (of factors: before rounding)."""
     if isinstance(env.ratings, Factors):
         return env.ratings.items @ env.ratings.users[:env.learners].mean(0)
     return rate(env, np.arange(env.learners)[:, None], np.arange(len(env.titles))).mean(0)
 
 
-def popular(env: Env, state: EnvState, free: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def popular(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """The most popular free item, for everyone alike."""
     return np.argmax(np.where(free, popularity(env), -np.inf), -1)
 
 
-def oracle(env: Env, state: EnvState, free: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def oracle(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """The best rating among items that do not make the user leave, keeping most of them open.
 
     Among equals it takes the item that rules out the fewest of those the user would stay for at the
@@ -194,7 +197,7 @@ def oracle(env: Env, state: EnvState, free: np.ndarray, rng: np.random.Generator
     return np.argmax(np.where(safe, 6 + ratings - lost, free), -1)
 
 
-def distances(env: Env, users, items: np.ndarray, among: np.ndarray) -> np.ndarray:
+def distances(env: Env, users, items: Array, among: Array) -> Array:
     """[..., c]: how far each item [...] is from each of c others; users as for `distance`."""
     if env.apart:
         return distance(env, np.expand_dims(users, -1), items[..., None], among)
@@ -203,7 +206,7 @@ def distances(env: Env, users, items: np.ndarray, among: np.ndarray) -> np.ndarr
     return np.sqrt(np.maximum(squares, 0))
 
 
-def nearest(env: Env, state: EnvState, among: np.ndarray) -> np.ndarray:
+def nearest(env: Env, state: EnvState, among: Array) -> Array:
     """[B, c]: how far each of c items is from the nearest of the last W; infinite without any."""
     far = distances(env, state.user[:, None], state.recent, among)
     return np.where(state.recent[..., None] < 0, np.inf, far).min(-2, initial=np.inf)
@@ -212,11 +215,10 @@ def nearest(env: Env, state: EnvState, among: np.ndarray) -> np.ndarray:
 CELLS = 2 ** 22         # users x items looked at in one go: bounds the memory of large worlds
 
 
-def rollout(env: Env, users: np.ndarray, policy: Policy, rng: np.random.Generator) -> Rollout:
+def rollout(env: Env, users: Array, policy: Policy, rng: Rng) -> Rollout:
     """One episode for each of B users, all stepped at once; no item is recommended twice.
 
-    items and rewards are [B, max_steps]; -1 and 0 from the leaving step on. In large worlds the
-    users come in blocks, one after another.
+    -1 and 0 stand from the leaving step on. In large worlds the users come in blocks, one after another.
     """
     size = max(CELLS // len(env.titles), 1)
     if len(users) > size:
@@ -225,8 +227,7 @@ def rollout(env: Env, users: np.ndarray, policy: Policy, rng: np.random.Generato
         return Rollout(*map(np.concatenate, zip(*parts)))
     state, free, rows = reset(env, users), unseen(env, users), np.arange(len(users))
     items = np.full((len(users), env.max_steps), -1)
-    rewards = np.zeros(items.shape)
-    active = np.ones(len(users), bool)
+    rewards, active = np.zeros(items.shape), np.ones(len(users), bool)
     for t in range(env.max_steps):
         item = policy(env, state, free, rng)
         state, reward, left, _ = step(env, state, item)
@@ -245,9 +246,9 @@ CHOICES = 64                # items that the learner chooses among at a time
 
 class Weights(NamedTuple):
     """What the actor-critic learns. A state is x = [mean of the history, sum of the last W, 1]."""
-    match: np.ndarray                   # [2d + 1, d]: x @ match is the kind of item wanted now
-    appeal: np.ndarray                  # [m]: of each item, to anyone
-    value: np.ndarray                   # [2d + 1]: V(s) = x @ value
+    match: Array                        # [2d + 1, d]: x @ match is the kind of item wanted now
+    appeal: Array                       # [m]: of each item, to anyone
+    value: Array                        # [2d + 1]: V(s) = x @ value
 
 
 def advantage(reward, gamma, value, next_value, terminated):
@@ -255,19 +256,19 @@ def advantage(reward, gamma, value, next_value, terminated):
     return reward + gamma * next_value * (1 - terminated) - value
 
 
-def means(env: Env, users: np.ndarray) -> np.ndarray:
+def means(env: Env, users: Array) -> Array:
     """float32 [B, d]: the mean item vector of each user's history, zero without one."""
     liked = (env.vectors[env.histories[user]] for user in users)
     return np.stack([vectors.sum(0) / np.float32(max(len(vectors), 1)) for vectors in liked])
 
 
-def observe(env: Env, state: EnvState, past: np.ndarray) -> np.ndarray:
+def observe(env: Env, state: EnvState, past: Array) -> Array:
     """float32 [B, 2d + 1]: x of each session, given the mean of its user's history [B, d]."""
     recent = (env.vectors[state.recent] * (state.recent >= 0)[..., None]).sum(-2)
     return np.concatenate([past, recent, np.ones((len(past), 1), np.float32)], -1)
 
 
-def log_softmax(env: Env, weights: Weights, x: np.ndarray, free: np.ndarray, among: np.ndarray) -> np.ndarray:
+def log_softmax(env: Env, weights: Weights, x: Array, free: Array, among: Array) -> Array:
     """float32 [B, c]: the logarithms of the policy's chances of c items; next to none if not free."""
     logits = x @ weights.match @ env.vectors[among].T
     logits += weights.appeal[among]
@@ -277,14 +278,14 @@ def log_softmax(env: Env, weights: Weights, x: np.ndarray, free: np.ndarray, amo
     return logits
 
 
-def a2c(weights: Weights, env: Env, state: EnvState, free: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def a2c(weights: Weights, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """The likeliest item of a learned softmax; a `Policy` once the weights are filled in."""
     x = observe(env, state, means(env, state.user))
     return np.argmax(log_softmax(env, weights, x, free, np.arange(free.shape[1])), -1)
 
 
-def slopes(env: Env, x: np.ndarray, among: np.ndarray, log: np.ndarray, chance: np.ndarray,
-           pick: np.ndarray, credit: np.ndarray, entropy: float) -> Weights:
+def slopes(env: Env, x: Array, among: Array, log: Array, chance: Array, pick: Array, credit: Array,
+           entropy: float) -> Weights:
     """Uphill for mean(credit log chance[pick] + entropy bonus), and for the critic's fit."""
     surprise = np.einsum("bc,bc->b", chance, log)
     push = (np.float32(-entropy) * log + (np.float32(entropy) * surprise - credit)[:, None]) * chance
@@ -335,7 +336,7 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: 
     return partial(a2c, weights)
 
 
-def begin(state: EnvState, over: np.ndarray, users: np.ndarray) -> EnvState:
+def begin(state: EnvState, over: Array, users: Array) -> EnvState:
     """The sessions, with a fresh one for another user [B] wherever one is over (bool [B])."""
     return EnvState(np.where(over, users, state.user),
                     np.where(over[:, None], -1, state.recent), np.where(over, 0, state.t))
@@ -347,25 +348,24 @@ POLICIES: dict[str, Callable[[Env, int, int], Policy]] = {      # (env, episodes
 # ------------------------------------------------------------------------------------ metrics
 
 
-def scores(lengths, returns) -> np.ndarray:
+def scores(lengths, returns) -> Array:
     """Length and return of each episode as one array float [1, episodes, 2]: one seed's scores."""
     return np.stack([lengths, returns], -1).astype(float)[None]
 
 
-def totals(samples: np.ndarray) -> np.ndarray:
+def totals(samples: Array) -> Array:
     """Scores [..., S, N, 2] -> [..., 3]: Len, R_each, R_traj over all seeds S and episodes N."""
     steps, reward = np.moveaxis(samples.sum((-3, -2)), -1, 0)
     count = samples.shape[-3] * samples.shape[-2]
     return np.stack([steps / count, reward / np.maximum(steps, 1), reward / count], -1)
 
 
-def bootstrap(figure: Callable, *samples: np.ndarray, draws: int = 1000) -> list[list[float]]:
+def bootstrap(figure: Callable, *samples: Array, draws: int = 1000) -> list[list[float]]:
     """[mean, low, high] with the interval of 95 % for each of the numbers that `figure` makes.
 
-    Samples are [S, N, ...]: S seeds with N users each, the same users at the same places in all.
-    One draw takes seeds with replacement and, within each, users with replacement, alike from
-    every sample: so differences between samples are paired. Nothing is called better when the
-    interval of its difference holds 0.
+    Samples are [S, N, ...]: S seeds with N users each, the same users at the same places in all. One draw
+    takes seeds with replacement and, within each, users with replacement, alike from every sample: so
+    differences are paired. Nothing is called better when the interval of its difference holds 0.
     """
     rng, (seeds, users) = np.random.default_rng(0), samples[0].shape[:2]
     s = rng.integers(seeds, size=(draws, seeds, 1))
@@ -374,14 +374,14 @@ def bootstrap(figure: Callable, *samples: np.ndarray, draws: int = 1000) -> list
     return np.stack([figure(*samples), low, high], -1).round(4).tolist()
 
 
-def metrics(after: np.ndarray, before: np.ndarray | None = None) -> dict[str, list[float]]:
+def metrics(after: Array, before: Array | None = None) -> dict[str, list[float]]:
     """Len, R_each and R_traj of scores [S, N, 2], or their paired differences after - before."""
     if before is None:
         return dict(zip(METRICS, bootstrap(totals, after)))
     return dict(zip(METRICS, bootstrap(lambda a, b: totals(a) - totals(b), after, before)))
 
 
-def gini(counts: np.ndarray) -> float:
+def gini(counts: Array) -> float:
     """How unequally counts [m] are spread: 0 all equal, towards 1 all in one place.
 
     >>> gini(np.array([1, 1, 1, 1])), gini(np.array([0, 0, 0, 4]))
@@ -456,12 +456,12 @@ Parasite 2019 CT; Dune 2021 VS; Everything Everywhere All at Once 2022 ACS; Barb
 """
 
 
-def unit(rows: np.ndarray) -> np.ndarray:
+def unit(rows: Array) -> Array:
     """[n, d]: rows scaled to length 1, where they have a length."""
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
 
 
-def labels(tags: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], np.ndarray]:
+def labels(tags: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], Array]:
     """The categories that occur in items' tags, sorted, and bool [m, c] which item has which."""
     names = tuple(sorted({name for own in tags for name in own}))
     return names, np.array([[name in own for name in names] for own in tags], bool)
@@ -470,10 +470,9 @@ def labels(tags: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], np.ndarray]:
 def films(seed: int = 0, users: int = 1000) -> Env:
     """The embedded default: 200 well-known films, and users whose tastes are drawn from `seed`.
 
-    Titles, years and categories are facts; ratings are made up: how much a user cares for the
-    film's categories, plus the film's general appeal, plus noise, rounded to 1..5. A user's taste
-    lies around one of six archetypes. Films feel alike when they share categories, rare ones more
-    so (weight sqrt(log(films / films with it))). The first half of the users learn.
+    Titles, years and categories are facts; ratings are made up: how much a user cares for the film's
+    categories, plus the film's general appeal, plus noise, rounded to 1..5. A user's taste lies around one
+    of six archetypes. Films feel alike when they share categories, rare ones more so. Half the users learn.
     """
     rows = re.findall(r"(.+?) (\d{4}) ([A-Z]+)(?:;\s+|$)", FILMS.strip())
     titles, years, codes = zip(*rows)
@@ -494,8 +493,8 @@ def films(seed: int = 0, users: int = 1000) -> Env:
 def synthetic(users: int, items: int, seed: int = 0, kinds: int = 12, size: int = 32) -> Env:
     """A made-up world of any size, every rating computed from factors when it is asked for.
 
-    Item i is of kind i % kinds; its vector lies around the kind's centre. A user favours one kind,
-    has a history of 10 of its items, and likes others by chance. Memory grows with users + items.
+    Item i is of kind i % kinds; its vector lies around the kind's centre. A user favours one kind, has a
+    history of 10 of its items, and likes others by chance. Memory grows with users + items.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(4,)))
     kinds = min(kinds, items)
@@ -530,7 +529,7 @@ def find(path: str | Path, source: str, *names: str, world: str = "") -> Path:
     found = [file for name in names for file in Path(path).rglob(name) if file.is_file()]
     if not found:
         raise BadData(f"{path}: no {' or '.join(names)} there or below; it can be had from {source}")
-    return min(found, key=lambda file: (names.index(file.name), world not in file.parts, len(file.parts), file))
+    return min(found, key=lambda f: (names.index(f.name), world not in f.parts, len(f.parts), f))
 
 
 def fetch(file: Path, source: str, read: Callable[[Path], Any]) -> Any:
@@ -582,7 +581,7 @@ def read_rating(items: set[int], fields: list[str]) -> tuple[float, float, float
     return int(fields[0]), int(fields[1]), float(fields[2]), float(fields[3])
 
 
-def read_log(separator: str, items: set[int], file: Path) -> np.ndarray:
+def read_log(separator: str, items: set[int], file: Path) -> Array:
     """float [ratings, 4]: the rows of a file of ratings, sorted by user and time."""
     rows = table(file, separator, (4,), partial(read_rating, items))
     log = np.fromiter(rows, np.dtype((float, 4)))
@@ -594,20 +593,20 @@ def read_log(separator: str, items: set[int], file: Path) -> np.ndarray:
 def movielens(path: str | Path, seed: int = 0) -> Env:
     """A folder as GroupLens ships it: ml-latest and newer, ml-1m or ml-100k.
 
-    Ratings are those that `als` predicts, fitted to nine tenths of the file's; `about` has its
-    error on the last tenth. Item vectors are its item factors scaled to length 1; `beta` is the
-    0.2 quantile of their distances. Histories are the last 20 items a user rated 4 or more, or
-    else best. The first half of the users, shuffled by `seed`, learn.
+    Ratings are those that `als` predicts, fitted to nine tenths of the file's; `about` has its error on the
+    last tenth. Item vectors are its item factors scaled to length 1; `beta` is the 0.2 quantile of their
+    distances. Histories are the last 20 items a user rated 4 or more, or else best. Half of the users learn.
     """
     listed = find(path, GROUPLENS, *LAYOUTS)
     rated, *separators = LAYOUTS[listed.name]
     movies = fetch(listed, GROUPLENS, lambda file: {
         movie[0]: movie for movie in table(file, separators[0], (3, 24), read_movie)})
-    log = fetch(find(listed.parent, GROUPLENS, rated), GROUPLENS, partial(read_log, separators[1], set(movies)))
+    read = partial(read_log, separators[1], set(movies))
+    log = fetch(find(listed.parent, GROUPLENS, rated), GROUPLENS, read)
     return from_ratings(sorted(movies.values()), log, seed)
 
 
-def from_ratings(movies: list[tuple], log: np.ndarray, seed: int) -> Env:
+def from_ratings(movies: list[tuple], log: Array, seed: int) -> Env:
     """The world of sorted (id, title, year, genres) and of sorted (user, item, rating, time)."""
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(5,)))
     ids, titles, years, tags = zip(*movies)
@@ -632,8 +631,7 @@ def from_ratings(movies: list[tuple], log: np.ndarray, seed: int) -> Env:
                      f"by factors, {errors[1]:.4f} by biases alone")
 
 
-def als(users: np.ndarray, items: np.ndarray, ratings: np.ndarray, shape: tuple[int, int],
-        rank: int, sweeps: int = 10) -> Factors:
+def als(users: Array, items: Array, ratings: Array, shape: tuple, rank: int, sweeps: int = 10) -> Factors:
     """Alternating least squares: rating = mean + user bias + item bias + p . q, q [rank]."""
     mean = ratings.mean()
     q = 0.1 * np.random.default_rng(0).standard_normal((shape[1], rank + 1), np.float32)
@@ -644,8 +642,7 @@ def als(users: np.ndarray, items: np.ndarray, ratings: np.ndarray, shape: tuple[
     return Factors(np.insert(p, rank + 1, 1, 1), np.insert(q, rank, 1, 1), float(mean))
 
 
-def ridge(rows: np.ndarray, columns: np.ndarray, targets: np.ndarray, basis: np.ndarray,
-          count: int) -> np.ndarray:
+def ridge(rows: Array, columns: Array, targets: Array, basis: Array, count: int) -> Array:
     """Each row's own regression of targets on [basis of the column, 1]: float32 [count, k + 1].
 
     The penalty of a row with n targets is 3 on its bias, 3 + n / 10 on its factors.
@@ -675,7 +672,7 @@ class ArraysOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is refused")
 
 
-def read_matrix(file: Path) -> np.ndarray:
+def read_matrix(file: Path) -> Array:
     """One matrix of numbers: .npy memory-mapped, a pickle through `ArraysOnly`."""
     if file.suffix == ".npy":
         array = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -699,7 +696,7 @@ def read_tags(titles: Sequence[str], file: Path) -> list[list[str]]:
     return [list(ast.literal_eval(tags.get(title, "[]"))) for title in titles]
 
 
-def read_users(titles: Sequence[str], file: Path) -> list[tuple[int, np.ndarray]]:
+def read_users(titles: Sequence[str], file: Path) -> list[tuple[int, Array]]:
     """(row, history) of each record: the last 20 distinct items among the titles that exist."""
     index = {title: item for item, title in enumerate(titles)}
     users = []
@@ -724,10 +721,10 @@ def released(path: str | Path, name: str) -> Env:
     titles = get("datamaps.json", partial(read_titles, max(sizes)))
     genres, belongs = labels(get("list_genre.json", partial(read_tags, titles)))
     users = [get(f"{half}.json", partial(read_users, titles)) for half in ("train", "test")]
-    if len(sizes) > 1 or any(not 0 <= row < len(table) for table, half in zip(tables, users) for row, _ in half):
+    rows, histories = zip(*users[0], *users[1])
+    if len(sizes) > 1 or not all(0 <= row < len(t) for t, half in zip(tables, users) for row, _ in half):
         raise BadData(f"{path}: the matrices of {name} do not fit each other or the users; "
                       f"whole copies are at {AUTHORS}")
-    rows, histories = zip(*users[0], *users[1])
     return Env(name, titles, (None,) * len(titles), genres, belongs, unit(belongs).astype(np.float32),
                Halves(np.array(rows), tables), histories, len(users[0]),
                beta={"steam": 50.0, "amazon": 15.0}[name], grace=1, apart=apart)
