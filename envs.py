@@ -241,7 +241,7 @@ def rollout(env: Env, users: Array, policy: Policy, rng: Rng) -> Rollout:
 
 # ------------------------------------------------------- a policy that learns: actor-critic
 
-CHOICES = 64                # items that the learner chooses among at a time
+CHOICES = 64                # items that the learner chooses among at a time, or an eighth if that is more
 
 
 class Weights(NamedTuple):
@@ -300,11 +300,12 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: 
               entropy: float = 0.05) -> Policy:
     """Advantage actor-critic in one pass over `episodes` episodes of learners, taken in turn.
 
-    As many sessions as sqrt(episodes), at most 256, run side by side; every step of theirs is one
-    step of Adagrad at `pace`. In large worlds each step chooses among a random sample of items.
+    As many sessions as sqrt(episodes), at most 256, run side by side; every step of theirs is one step of
+    Adagrad at `pace`, and chooses among a random sample of the items.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(3,)))
-    m, d = env.vectors.shape
+    (m, d), choices = env.vectors.shape, max(CHOICES, len(env.vectors) // 8)
+    pace *= (choices / CHOICES) ** 0.5          # the more choices, the smaller their chances and slopes
     shapes = (2 * d + 1, d), m, 2 * d + 1
     weights = Weights(*(np.zeros(shape, np.float32) for shape in shapes))
     squares = [np.full(shape, 1e-6, np.float32) for shape in shapes]
@@ -313,8 +314,8 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: 
     state = reset(env, order[lanes % len(order)])
     free, past = unseen(env, state.user), means(env, state.user)
     while ended < episodes:
-        if m > CHOICES:
-            among = rng.choice(m, CHOICES, replace=False)
+        if m > choices:
+            among = rng.choice(m, choices, replace=False)
         x = observe(env, state, past)
         log = log_softmax(env, weights, x, free[:, among], among)
         chance = np.exp(log)
