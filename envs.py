@@ -171,12 +171,14 @@ def popularity(env: Env) -> Array:
     """float [m]: each item's mean rating over the learners (of factors: before rounding)."""
     if isinstance(env.ratings, Factors):
         return env.ratings.items @ env.ratings.users[:env.learners].mean(0)
-    return rate(env, np.arange(env.learners)[:, None], np.arange(len(env.titles))).mean(0)
+    if isinstance(env.ratings, Halves):
+        return env.ratings.tables[0][env.ratings.rows[:env.learners]].mean(0)
+    return env.ratings[:env.learners].mean(0)
 
 
-def popular(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
-    """The most popular free item, for everyone alike."""
-    return np.argmax(np.where(free, popularity(env), -np.inf), -1)
+def popular(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
+    """The free item of most appeal [m], for everyone alike; a `Policy` once the appeal is filled in."""
+    return np.argmax(np.where(free, appeal, -np.inf), -1)
 
 
 def oracle(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
@@ -344,7 +346,8 @@ def begin(state: EnvState, over: Array, users: Array) -> EnvState:
 
 
 POLICIES: dict[str, Callable[[Env, int, int], Policy]] = {      # (env, episodes, seed) -> policy
-    **{p.__name__: lambda *_, p=p: p for p in (random, popular, greedy, oracle)}, "a2c": learn_a2c}
+    "random": lambda *_: random, "popular": lambda env, *_: partial(popular, popularity(env)),
+    "greedy": lambda *_: greedy, "oracle": lambda *_: oracle, "a2c": learn_a2c}
 
 # ------------------------------------------------------------------------------------ metrics
 

@@ -274,10 +274,10 @@ def returns(env, users, policy):
 
 
 def test_the_oracle_earns_most_and_a2c_learns():
-    for rule in (dict(window=1), dict(beta=1.3, window=3)):
-        env = FILMS._replace(**rule)
+    for window in (1, 8):
+        env = FILMS._replace(window=window)
         means = {name: returns(env, np.arange(500, 510), make(env, 20, 0)) for name, make in envs.POLICIES.items()}
-        assert max(means, key=means.get) == "oracle"
+        assert max(means, key=means.get) == "oracle" and means["oracle"] > 200
     before, after = (returns(FILMS, np.arange(500, 600), envs.learn_a2c(FILMS, n)) for n in (0, 1000))
     assert before < 20 and after > 70
     for left in (False, True):                                              # the formula of billp.py
