@@ -1,8 +1,7 @@
 """The world: users, items, and the rule by which a user leaves. No language model in sight.
 
-An `Env` is a frozen record of arrays: the parameters of a simulator. `reset` and `step` are pure
-and take one user or an array of B users through the same code, because numbers-only policies need
-millions of steps.
+An `Env` is a frozen record of arrays: the parameters of a simulator. `reset` and `step` are pure and take
+one user or an array of B users through the same code: numbers-only policies need millions of steps.
 
     user, item   indices into the world's arrays; item -1 is an empty place
     near         two items whose vectors lie closer than `beta` (Euclidean)
@@ -27,21 +26,23 @@ from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
+Array = np.ndarray
+Rng = np.random.Generator
+
 # ---------------------------------------------------------------------------------- records
 
 
 class Factors(NamedTuple):
     """Ratings worked out when asked for: offset + users . items, rounded and clipped to 1..5."""
-    users: np.ndarray                   # float32 [n, k]
-    items: np.ndarray                   # float32 [m, k]
+    users: Array                        # float32 [n, k]
+    items: Array                        # float32 [m, k]
     offset: float
 
 
 class Halves(NamedTuple):
-    """Ratings of learners and held-out in a table each, which may stay on disk (memory-mapped)."""
-    rows: np.ndarray                    # int [n]: each user's row in its table
-    learners: np.ndarray                # [., m]
-    held: np.ndarray                    # [., m]
+    """Ratings of learners and of held-out users in a table each, which may stay on disk."""
+    rows: Array                         # int [n]: each user's row in its table
+    tables: tuple[Array, Array]       # [., m] each
 
 
 class Env(NamedTuple):
@@ -54,49 +55,56 @@ class Env(NamedTuple):
     titles: tuple[str, ...]             # [m], without the year
     years: tuple[int | None, ...]       # [m]
     categories: tuple[str, ...]         # [c]
-    belongs: np.ndarray                 # bool [m, c]: the categories of each item
-    vectors: np.ndarray                 # float32 [m, d]: items that feel alike lie near each other
-    ratings: np.ndarray | Factors | Halves   # [n, m]: what users would rate items: see `rate`
-    histories: Sequence[np.ndarray]     # [n] of item indices: liked before, oldest first
+    belongs: Array                      # bool [m, c]: the categories of each item
+    vectors: Array                      # float32 [m, d]: items that feel alike lie near each other
+    ratings: Array | Factors | Halves   # [n, m]: what users would rate items: see `rate`
+    histories: Sequence[Array]     # [n] of item indices: liked before, oldest first
     learners: int                       # users below this index learn; the rest are held out
     window: int = 4                     # W, recommended items a user compares the next one with
     beta: float = 1.0                   # an item nearer than this to one of them is too alike
     floor: float = 2.0                  # a rating below it disappoints
     grace: int = 0                      # steps at the start at which disappointment is forgiven
     max_steps: int = 50                 # the cap at which an episode is truncated
-    apart: tuple[np.ndarray, ...] = ()
+    apart: tuple[Array, ...] = ()
     about: str = ""
 
 
 class EnvState(NamedTuple):
     """One user's session, or B sessions stacked along leading axes."""
-    user: np.ndarray                    # [...] int
-    recent: np.ndarray                  # [..., W] int: the last W recommended items, newest last
-    t: np.ndarray                       # [...] int: steps taken
+    user: Array                         # [...] int
+    recent: Array                       # [..., W] int: the last W recommended items, newest last
+    t: Array                            # [...] int: steps taken
 
 # -------------------------------------------------------------------------------- the quit rule
 
 
-def rate(env: Env, users, items) -> np.ndarray:
+def predict(factors: Factors, users, items) -> Array:
+    """Ratings before they are rounded and clipped; both int [...], broadcast together."""
+    p, q = factors.users.take(users, 0), factors.items.take(items, 0)
+    return factors.offset + np.einsum("...k,...k->...", p, q)
+
+
+def of_half(env: Env, users, tables: tuple[Array, ...], rows, columns) -> Array:
+    """tables[0][rows, columns] for learners, tables[1][rows, columns] for held-out users."""
+    return np.where(users < env.learners, *(table[rows % len(table), columns] for table in tables))
+
+
+def rate(env: Env, users, items) -> Array:
     """What users would rate items, 1 to 5; both int [...], broadcast together."""
-    table = env.ratings
-    if isinstance(table, Factors):
-        guess = np.einsum("...k,...k->...", table.users.take(users, 0), table.items.take(items, 0))
-        return np.clip(np.rint(table.offset + guess), 1, 5)
-    if isinstance(table, Halves):
-        row = table.rows[users]
-        return np.where(users < env.learners, table.learners[row % len(table.learners), items],
-                        table.held[row % len(table.held), items])
-    return table[users, items]
+    if isinstance(env.ratings, Factors):
+        return np.clip(np.rint(predict(env.ratings, users, items)), 1, 5)
+    if isinstance(env.ratings, Halves):
+        return of_half(env, users, env.ratings.tables, env.ratings.rows[users], items)
+    return env.ratings[users, items]
 
 
-def distance(env: Env, users, a, b) -> np.ndarray:
+def distance(env: Env, users, a, b) -> Array:
     """How far apart users feel items a and b to be; all int [...], users and b broadcast to a.
 
     Euclidean between vectors; where the world has matrices, the one of the user's half.
     """
     if env.apart:
-        return np.where(users < env.learners, env.apart[0][a, b], env.apart[1][a, b])
+        return of_half(env, users, env.apart, a, b)
     away = env.vectors.take(a, 0)
     away -= env.vectors.take(b, 0)      # in place: half the memory traffic
     return np.sqrt(np.einsum("...d,...d->...", away, away))
@@ -108,12 +116,12 @@ def reset(env: Env, user) -> EnvState:
     return EnvState(user, np.full(user.shape + (env.window,), -1), np.zeros(user.shape, int))
 
 
-def step(env: Env, state: EnvState, item) -> tuple[EnvState, np.ndarray, np.ndarray, np.ndarray]:
+def step(env: Env, state: EnvState, item) -> tuple[EnvState, Array, Array, Array]:
     """Recommend one item to each user: (next state, reward, terminated, truncated), all [...].
 
-    A user leaves when the item is nearer than `beta` to one of the last W recommended items, or
-    when its rating is below `floor` (from step `grace` on). The leaving step earns 0. A user who
-    has not left after `max_steps` steps is truncated.
+    A user leaves when the item is nearer than `beta` to one of the last W recommended items, or when its
+    rating is below `floor` (from step `grace` on). The leaving step earns 0. A user who has not left after
+    `max_steps` steps is truncated.
     """
     item = np.asarray(item)
     rating = rate(env, state.user, item)
@@ -136,11 +144,11 @@ def why_left(env: Env, user: int, items: Sequence[int]) -> str:
 
 # --------------------------------------------------------------- policies that see the numbers
 
-Policy = Callable[[Env, EnvState, np.ndarray, np.random.Generator], np.ndarray]
-Rollout = NamedTuple("Rollout", [("items", np.ndarray), ("rewards", np.ndarray)])   # [B, T], -1: over
+Policy = Callable[[Env, EnvState, Array, Rng], Array]
+Rollout = NamedTuple("Rollout", [("items", Array), ("rewards", Array)])   # [B, T], -1: over
 
 
-def unseen(env: Env, users: np.ndarray) -> np.ndarray:
+def unseen(env: Env, users: Array) -> Array:
     """bool [B, m]: the items not in each user's history."""
     free = np.ones((len(users), len(env.titles)), bool)
     for row, user in zip(free, users):
@@ -148,33 +156,32 @@ def unseen(env: Env, users: np.ndarray) -> np.ndarray:
     return free
 
 
-def random(env: Env, state: EnvState, free: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def random(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """Any free item, each as likely."""
     return np.argmax(rng.random(free.shape, np.float32) * free, -1)
 
 
-def greedy(env: Env, state: EnvState, free: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def greedy(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """The best rating now, the first such item: no thought of what comes after."""
     ratings = rate(env, state.user[:, None], np.arange(free.shape[1]))
     return np.argmax(np.where(free, ratings, -1), -1)
 
 
-def popularity(env: Env) -> np.ndarray:
+def popularity(env: Env) -> Array:
     """float [m]: each item's mean rating over the learners (of factors: before rounding)."""
-    table = env.ratings
-    if isinstance(table, Factors):
-        return table.items @ table.users[:env.learners].mean(0)
-    if isinstance(table, Halves):
-        return table.learners[table.rows[:env.learners]].mean(0)
-    return table[:env.learners].mean(0)
+    if isinstance(env.ratings, Factors):
+        return env.ratings.items @ env.ratings.users[:env.learners].mean(0)
+    if isinstance(env.ratings, Halves):
+        return env.ratings.tables[0][env.ratings.rows[:env.learners]].mean(0)
+    return env.ratings[:env.learners].mean(0)
 
 
-def popular(env: Env, state: EnvState, free: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The most popular free item, for everyone alike."""
-    return np.argmax(np.where(free, popularity(env), -np.inf), -1)
+def popular(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
+    """The free item of most appeal [m], for everyone alike; a `Policy` once the appeal is filled in."""
+    return np.argmax(np.where(free, appeal, -np.inf), -1)
 
 
-def oracle(env: Env, state: EnvState, free: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def oracle(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """The best rating among items that do not make the user leave, keeping most of them open.
 
     Among equals it takes the item that rules out the fewest of those the user would stay for at the
@@ -192,32 +199,28 @@ def oracle(env: Env, state: EnvState, free: np.ndarray, rng: np.random.Generator
     return np.argmax(np.where(safe, 6 + ratings - lost, free), -1)
 
 
-def distances(env: Env, users, items: np.ndarray, among: np.ndarray) -> np.ndarray:
+def distances(env: Env, users, items: Array, among: Array) -> Array:
     """[..., c]: how far each item [...] is from each of c others; users as for `distance`."""
     if env.apart:
         return distance(env, np.expand_dims(users, -1), items[..., None], among)
-    return np.sqrt(np.maximum(squared_distances(env.vectors[items], env.vectors[among]), 0))
+    a, b = env.vectors[items], env.vectors[among]
+    squares = (a * a).sum(-1)[..., None] + (b * b).sum(-1) - 2 * a @ b.T
+    return np.sqrt(np.maximum(squares, 0))
 
 
-def nearest(env: Env, state: EnvState, among: np.ndarray) -> np.ndarray:
+def nearest(env: Env, state: EnvState, among: Array) -> Array:
     """[B, c]: how far each of c items is from the nearest of the last W; infinite without any."""
     far = distances(env, state.user[:, None], state.recent, among)
     return np.where(state.recent[..., None] < 0, np.inf, far).min(-2, initial=np.inf)
 
 
-def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """[..., d], [m, d] -> squared Euclidean distances [..., m]."""
-    return (a * a).sum(-1)[..., None] + (b * b).sum(-1) - 2 * a @ b.T
-
-
 CELLS = 2 ** 22         # users x items looked at in one go: bounds the memory of large worlds
 
 
-def rollout(env: Env, users: np.ndarray, policy: Policy, rng: np.random.Generator) -> Rollout:
+def rollout(env: Env, users: Array, policy: Policy, rng: Rng) -> Rollout:
     """One episode for each of B users, all stepped at once; no item is recommended twice.
 
-    items and rewards are [B, max_steps]; -1 and 0 from the leaving step on. In large worlds the
-    users come in blocks, one after another.
+    -1 and 0 stand from the leaving step on. In large worlds the users come in blocks, one after another.
     """
     size = max(CELLS // len(env.titles), 1)
     if len(users) > size:
@@ -226,8 +229,7 @@ def rollout(env: Env, users: np.ndarray, policy: Policy, rng: np.random.Generato
         return Rollout(*map(np.concatenate, zip(*parts)))
     state, free, rows = reset(env, users), unseen(env, users), np.arange(len(users))
     items = np.full((len(users), env.max_steps), -1)
-    rewards = np.zeros(items.shape)
-    active = np.ones(len(users), bool)
+    rewards, active = np.zeros(items.shape), np.ones(len(users), bool)
     for t in range(env.max_steps):
         item = policy(env, state, free, rng)
         state, reward, left, _ = step(env, state, item)
@@ -241,14 +243,14 @@ def rollout(env: Env, users: np.ndarray, policy: Policy, rng: np.random.Generato
 
 # ------------------------------------------------------- a policy that learns: actor-critic
 
-CHOICES = 64                # items that the learner chooses among at a time
+CHOICES = 64                # items that the learner chooses among at a time, or an eighth if that is more
 
 
 class Weights(NamedTuple):
     """What the actor-critic learns. A state is x = [mean of the history, sum of the last W, 1]."""
-    match: np.ndarray                   # [2d + 1, d]: x @ match is the kind of item wanted now
-    appeal: np.ndarray                  # [m]: of each item, to anyone
-    value: np.ndarray                   # [2d + 1]: V(s) = x @ value
+    match: Array                        # [2d + 1, d]: x @ match is the kind of item wanted now
+    appeal: Array                       # [m]: of each item, to anyone
+    value: Array                        # [2d + 1]: V(s) = x @ value
 
 
 def advantage(reward, gamma, value, next_value, terminated):
@@ -256,19 +258,19 @@ def advantage(reward, gamma, value, next_value, terminated):
     return reward + gamma * next_value * (1 - terminated) - value
 
 
-def means(env: Env, users: np.ndarray) -> np.ndarray:
+def means(env: Env, users: Array) -> Array:
     """float32 [B, d]: the mean item vector of each user's history, zero without one."""
     liked = (env.vectors[env.histories[user]] for user in users)
     return np.stack([vectors.sum(0) / np.float32(max(len(vectors), 1)) for vectors in liked])
 
 
-def observe(env: Env, state: EnvState, past: np.ndarray) -> np.ndarray:
+def observe(env: Env, state: EnvState, past: Array) -> Array:
     """float32 [B, 2d + 1]: x of each session, given the mean of its user's history [B, d]."""
     recent = (env.vectors[state.recent] * (state.recent >= 0)[..., None]).sum(-2)
     return np.concatenate([past, recent, np.ones((len(past), 1), np.float32)], -1)
 
 
-def log_softmax(env: Env, weights: Weights, x: np.ndarray, free: np.ndarray, among: np.ndarray) -> np.ndarray:
+def log_softmax(env: Env, weights: Weights, x: Array, free: Array, among: Array) -> Array:
     """float32 [B, c]: the logarithms of the policy's chances of c items; next to none if not free."""
     logits = x @ weights.match @ env.vectors[among].T
     logits += weights.appeal[among]
@@ -278,14 +280,14 @@ def log_softmax(env: Env, weights: Weights, x: np.ndarray, free: np.ndarray, amo
     return logits
 
 
-def a2c(weights: Weights, env: Env, state: EnvState, free: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def a2c(weights: Weights, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """The likeliest item of a learned softmax; a `Policy` once the weights are filled in."""
     x = observe(env, state, means(env, state.user))
     return np.argmax(log_softmax(env, weights, x, free, np.arange(free.shape[1])), -1)
 
 
-def slopes(env: Env, x: np.ndarray, among: np.ndarray, log: np.ndarray, chance: np.ndarray,
-           pick: np.ndarray, credit: np.ndarray, entropy: float) -> Weights:
+def slopes(env: Env, x: Array, among: Array, log: Array, chance: Array, pick: Array, credit: Array,
+           entropy: float) -> Weights:
     """Uphill for mean(credit log chance[pick] + entropy bonus), and for the critic's fit."""
     surprise = np.einsum("bc,bc->b", chance, log)
     push = (np.float32(-entropy) * log + (np.float32(entropy) * surprise - credit)[:, None]) * chance
@@ -300,11 +302,12 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: 
               entropy: float = 0.05) -> Policy:
     """Advantage actor-critic in one pass over `episodes` episodes of learners, taken in turn.
 
-    As many sessions as sqrt(episodes), at most 256, run side by side; every step of theirs is one
-    step of Adagrad at `pace`. In large worlds each step chooses among a random sample of items.
+    As many sessions as sqrt(episodes), at most 256, run side by side; every step of theirs is one step of
+    Adagrad at `pace`, and chooses among a random sample of the items.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(3,)))
-    m, d = env.vectors.shape
+    (m, d), choices = env.vectors.shape, max(CHOICES, len(env.vectors) // 8)
+    pace *= (choices / CHOICES) ** 0.5          # the more choices, the smaller their chances and slopes
     shapes = (2 * d + 1, d), m, 2 * d + 1
     weights = Weights(*(np.zeros(shape, np.float32) for shape in shapes))
     squares = [np.full(shape, 1e-6, np.float32) for shape in shapes]
@@ -313,8 +316,8 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: 
     state = reset(env, order[lanes % len(order)])
     free, past = unseen(env, state.user), means(env, state.user)
     while ended < episodes:
-        if m > CHOICES:
-            among = rng.choice(m, CHOICES, replace=False)
+        if m > choices:
+            among = rng.choice(m, choices, replace=False)
         x = observe(env, state, past)
         log = log_softmax(env, weights, x, free[:, among], among)
         chance = np.exp(log)
@@ -336,42 +339,37 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: 
     return partial(a2c, weights)
 
 
-def begin(state: EnvState, over: np.ndarray, users: np.ndarray) -> EnvState:
+def begin(state: EnvState, over: Array, users: Array) -> EnvState:
     """The sessions, with a fresh one for another user [B] wherever one is over (bool [B])."""
     return EnvState(np.where(over, users, state.user),
                     np.where(over[:, None], -1, state.recent), np.where(over, 0, state.t))
 
 
-def ready(policy: Policy, env: Env, episodes: int, seed: int) -> Policy:
-    """A policy that has nothing to learn."""
-    return policy
-
-
 POLICIES: dict[str, Callable[[Env, int, int], Policy]] = {      # (env, episodes, seed) -> policy
-    **{p.__name__: partial(ready, p) for p in (random, popular, greedy, oracle)}, "a2c": learn_a2c}
+    "random": lambda *_: random, "popular": lambda env, *_: partial(popular, popularity(env)),
+    "greedy": lambda *_: greedy, "oracle": lambda *_: oracle, "a2c": learn_a2c}
 
 # ------------------------------------------------------------------------------------ metrics
 
 
-def scores(lengths, returns) -> np.ndarray:
+def scores(lengths, returns) -> Array:
     """Length and return of each episode as one array float [1, episodes, 2]: one seed's scores."""
     return np.stack([lengths, returns], -1).astype(float)[None]
 
 
-def totals(samples: np.ndarray) -> np.ndarray:
+def totals(samples: Array) -> Array:
     """Scores [..., S, N, 2] -> [..., 3]: Len, R_each, R_traj over all seeds S and episodes N."""
     steps, reward = np.moveaxis(samples.sum((-3, -2)), -1, 0)
     count = samples.shape[-3] * samples.shape[-2]
     return np.stack([steps / count, reward / np.maximum(steps, 1), reward / count], -1)
 
 
-def bootstrap(figure: Callable, *samples: np.ndarray, draws: int = 1000) -> list[list[float]]:
+def bootstrap(figure: Callable, *samples: Array, draws: int = 1000) -> list[list[float]]:
     """[mean, low, high] with the interval of 95 % for each of the numbers that `figure` makes.
 
-    Samples are [S, N, ...]: S seeds with N users each, the same users at the same places in all.
-    One draw takes seeds with replacement and, within each, users with replacement, alike from
-    every sample: so differences between samples are paired. Nothing is called better when the
-    interval of its difference holds 0.
+    Samples are [S, N, ...]: S seeds with N users each, the same users at the same places in all. One draw
+    takes seeds with replacement and, within each, users with replacement, alike from every sample: so
+    differences are paired. Nothing is called better when the interval of its difference holds 0.
     """
     rng, (seeds, users) = np.random.default_rng(0), samples[0].shape[:2]
     s = rng.integers(seeds, size=(draws, seeds, 1))
@@ -380,14 +378,14 @@ def bootstrap(figure: Callable, *samples: np.ndarray, draws: int = 1000) -> list
     return np.stack([figure(*samples), low, high], -1).round(4).tolist()
 
 
-def metrics(after: np.ndarray, before: np.ndarray | None = None) -> dict[str, list[float]]:
+def metrics(after: Array, before: Array | None = None) -> dict[str, list[float]]:
     """Len, R_each and R_traj of scores [S, N, 2], or their paired differences after - before."""
     if before is None:
         return dict(zip(METRICS, bootstrap(totals, after)))
     return dict(zip(METRICS, bootstrap(lambda a, b: totals(a) - totals(b), after, before)))
 
 
-def gini(counts: np.ndarray) -> float:
+def gini(counts: Array) -> float:
     """How unequally counts [m] are spread: 0 all equal, towards 1 all in one place.
 
     >>> gini(np.array([1, 1, 1, 1])), gini(np.array([0, 0, 0, 4]))
@@ -410,72 +408,75 @@ FILMS = """
 City Lights 1931 CL; Frankenstein 1931 HS; M 1931 RT; Duck Soup 1933 CMW; King Kong 1933 VH;
 It Happened One Night 1934 CL; Snow White and the Seven Dwarfs 1937 NFM;
 The Adventures of Robin Hood 1938 AVL; Gone with the Wind 1939 LW; Stagecoach 1939 AX;
-The Wizard of Oz 1939 KFM; Fantasia 1940 NM; Pinocchio 1940 NKF; Rebecca 1940 YL;
-The Great Dictator 1940 CW; Citizen Kane 1941 DY; The Maltese Falcon 1941 RY; Casablanca 1942 LW;
-Double Indemnity 1944 RT; It's a Wonderful Life 1946 DF; The Treasure of the Sierra Madre 1948 VX;
-The Third Man 1949 YT; Rashomon 1950 RY; The African Queen 1951 VLW;
-The Day the Earth Stood Still 1951 ST; High Noon 1952 TX; Singin' in the Rain 1952 CML;
-Rear Window 1954 YT; Seven Samurai 1954 AD; Night and Fog 1955 OW;
+The Wizard of Oz 1939 KFM; Fantasia 1940 NM; Pinocchio 1940 NKF; Rebecca 1940 YL; The Great Dictator 1940 CW;
+Citizen Kane 1941 DY; The Maltese Falcon 1941 RY; Casablanca 1942 LW; Double Indemnity 1944 RT;
+It's a Wonderful Life 1946 DF; The Treasure of the Sierra Madre 1948 VX; The Third Man 1949 YT;
+Rashomon 1950 RY; The African Queen 1951 VLW; The Day the Earth Stood Still 1951 ST; High Noon 1952 TX;
+Singin' in the Rain 1952 CML; Rear Window 1954 YT; Seven Samurai 1954 AD; Night and Fog 1955 OW;
 Invasion of the Body Snatchers 1956 HS; The Searchers 1956 DX; 12 Angry Men 1957 RD;
-The Bridge on the River Kwai 1957 VW; The Seventh Seal 1957 DF; Vertigo 1958 YL;
-North by Northwest 1959 VT; Rio Bravo 1959 AX; Some Like It Hot 1959 CR; Psycho 1960 RHY;
-The Magnificent Seven 1960 AVX; Breakfast at Tiffany's 1961 L; West Side Story 1961 RML;
-Lawrence of Arabia 1962 VW; To Kill a Mockingbird 1962 RD; The Birds 1963 HY;
-The Great Escape 1963 AW; Goldfinger 1964 AT; Mary Poppins 1964 KFM; The Sound of Music 1965 KM;
-The Good, the Bad and the Ugly 1966 VX; Bonnie and Clyde 1967 RL; The Graduate 1967 CL;
-The Jungle Book 1967 NKM; 2001: A Space Odyssey 1968 VS; Night of the Living Dead 1968 HS;
-Once Upon a Time in the West 1968 X; Planet of the Apes 1968 VS; Yellow Submarine 1968 NM;
-Butch Cassidy and the Sundance Kid 1969 RX; Woodstock 1970 OM; A Clockwork Orange 1971 RS;
-Willy Wonka & the Chocolate Factory 1971 KFM; Cabaret 1972 DM; The Godfather 1972 RD;
-Enter the Dragon 1973 A; The Exorcist 1973 H; Westworld 1973 SX; Blazing Saddles 1974 CX;
-Chinatown 1974 RY; Young Frankenstein 1974 CH; Grey Gardens 1975 OD; Jaws 1975 HT;
+The Bridge on the River Kwai 1957 VW; The Seventh Seal 1957 DF; Vertigo 1958 YL; North by Northwest 1959 VT;
+Rio Bravo 1959 AX; Some Like It Hot 1959 CR; Psycho 1960 RHY; The Magnificent Seven 1960 AVX;
+Breakfast at Tiffany's 1961 L; West Side Story 1961 RML; Lawrence of Arabia 1962 VW;
+To Kill a Mockingbird 1962 RD; The Birds 1963 HY; The Great Escape 1963 AW; Goldfinger 1964 AT;
+Mary Poppins 1964 KFM; The Sound of Music 1965 KM; The Good, the Bad and the Ugly 1966 VX;
+Bonnie and Clyde 1967 RL; The Graduate 1967 CL; The Jungle Book 1967 NKM; 2001: A Space Odyssey 1968 VS;
+Night of the Living Dead 1968 HS; Once Upon a Time in the West 1968 X; Planet of the Apes 1968 VS;
+Yellow Submarine 1968 NM; Butch Cassidy and the Sundance Kid 1969 RX; Woodstock 1970 OM;
+A Clockwork Orange 1971 RS; Willy Wonka & the Chocolate Factory 1971 KFM; Cabaret 1972 DM;
+The Godfather 1972 RD; Enter the Dragon 1973 A; The Exorcist 1973 H; Westworld 1973 SX;
+Blazing Saddles 1974 CX; Chinatown 1974 RY; Young Frankenstein 1974 CH; Grey Gardens 1975 OD; Jaws 1975 HT;
 Monty Python and the Holy Grail 1975 CF; The Rocky Horror Picture Show 1975 CHM; Rocky 1976 D;
 Close Encounters of the Third Kind 1977 YS; Star Wars 1977 AVS; Grease 1978 ML; Halloween 1978 HT;
-Superman 1978 AF; Alien 1979 HS; Apocalypse Now 1979 DW; Airplane! 1980 C;
-The Blues Brothers 1980 ACM; The Shining 1980 HY; Das Boot 1981 TW; Raiders of the Lost Ark 1981 AV;
-Blade Runner 1982 YS; E.T. the Extra-Terrestrial 1982 KS; A Nightmare on Elm Street 1984 FH;
-Ghostbusters 1984 CF; Stop Making Sense 1984 OM; The NeverEnding Story 1984 VKF;
-The Terminator 1984 AS; This Is Spinal Tap 1984 CM; Back to the Future 1985 VCS; Shoah 1985 OW;
-The Goonies 1985 VK; Aliens 1986 AHS; Labyrinth 1986 KFM; Platoon 1986 DW; Top Gun 1986 AL;
-Predator 1987 AST; The Princess Bride 1987 VCFL; Akira 1988 ANS; Die Hard 1988 AT;
-Grave of the Fireflies 1988 NW; My Neighbor Totoro 1988 NKF; The Thin Blue Line 1988 ROY;
+Superman 1978 AF; Alien 1979 HS; Apocalypse Now 1979 DW; Airplane! 1980 C; The Blues Brothers 1980 ACM;
+The Shining 1980 HY; Das Boot 1981 TW; Raiders of the Lost Ark 1981 AV; Blade Runner 1982 YS;
+E.T. the Extra-Terrestrial 1982 KS; A Nightmare on Elm Street 1984 FH; Ghostbusters 1984 CF;
+Stop Making Sense 1984 OM; The NeverEnding Story 1984 VKF; The Terminator 1984 AS; This Is Spinal Tap 1984 CM;
+Back to the Future 1985 VCS; Shoah 1985 OW; The Goonies 1985 VK; Aliens 1986 AHS; Labyrinth 1986 KFM;
+Platoon 1986 DW; Top Gun 1986 AL; Predator 1987 AST; The Princess Bride 1987 VCFL; Akira 1988 ANS;
+Die Hard 1988 AT; Grave of the Fireflies 1988 NW; My Neighbor Totoro 1988 NKF; The Thin Blue Line 1988 ROY;
 Who Framed Roger Rabbit 1988 NCY; Roger & Me 1989 CO; The Little Mermaid 1989 NML;
 When Harry Met Sally... 1989 CL; Back to the Future Part III 1990 CSX; Dances with Wolves 1990 VX;
 Edward Scissorhands 1990 FL; Ghost 1990 FL; Goodfellas 1990 R; Home Alone 1990 KC;
-Beauty and the Beast 1991 NFML; Terminator 2: Judgment Day 1991 AS;
-The Silence of the Lambs 1991 HT; Unforgiven 1992 DX; Groundhog Day 1993 CFL; Jurassic Park 1993 VS;
-Schindler's List 1993 DW; The Fugitive 1993 T; The Nightmare Before Christmas 1993 NHM;
-Forrest Gump 1994 CD; Hoop Dreams 1994 O; Pulp Fiction 1994 CR; The Lion King 1994 NKM;
-Braveheart 1995 AW; Ghost in the Shell 1995 NS; The Usual Suspects 1995 RY; Toy Story 1995 NKC;
-Fargo 1996 CR; Scream 1996 HY; Princess Mononoke 1997 NF; Titanic 1997 DL;
-Saving Private Ryan 1998 AW; Buena Vista Social Club 1999 OM; The Blair Witch Project 1999 H;
-The Iron Giant 1999 NKS; The Matrix 1999 AS; The Sixth Sense 1999 HY;
-Crouching Tiger, Hidden Dragon 2000 AFL; Gladiator 2000 A; Memento 2000 YT; Amélie 2001 CL;
-Moulin Rouge! 2001 ML; Mulholland Drive 2001 YT; Shrek 2001 NCF; Spirited Away 2001 VNF;
-The Lord of the Rings: The Fellowship of the Ring 2001 VF; Bowling for Columbine 2002 RO;
-Chicago 2002 RM; City of God 2002 RD; Finding Nemo 2003 VNK;
+Beauty and the Beast 1991 NFML; Terminator 2: Judgment Day 1991 AS; The Silence of the Lambs 1991 HT;
+Unforgiven 1992 DX; Groundhog Day 1993 CFL; Jurassic Park 1993 VS; Schindler's List 1993 DW;
+The Fugitive 1993 T; The Nightmare Before Christmas 1993 NHM; Forrest Gump 1994 CD; Hoop Dreams 1994 O;
+Pulp Fiction 1994 CR; The Lion King 1994 NKM; Braveheart 1995 AW; Ghost in the Shell 1995 NS;
+The Usual Suspects 1995 RY; Toy Story 1995 NKC; Fargo 1996 CR; Scream 1996 HY; Princess Mononoke 1997 NF;
+Titanic 1997 DL; Saving Private Ryan 1998 AW; Buena Vista Social Club 1999 OM; The Blair Witch Project 1999 H;
+The Iron Giant 1999 NKS; The Matrix 1999 AS; The Sixth Sense 1999 HY; Crouching Tiger, Hidden Dragon 2000 AFL;
+Gladiator 2000 A; Memento 2000 YT; Amélie 2001 CL; Moulin Rouge! 2001 ML; Mulholland Drive 2001 YT;
+Shrek 2001 NCF; Spirited Away 2001 VNF; The Lord of the Rings: The Fellowship of the Ring 2001 VF;
+Bowling for Columbine 2002 RO; Chicago 2002 RM; City of God 2002 RD; Finding Nemo 2003 VNK;
 Pirates of the Caribbean: The Curse of the Black Pearl 2003 VF; The Fog of War 2003 OW;
-Eternal Sunshine of the Spotless Mind 2004 LS; Shaun of the Dead 2004 CH;
-Brokeback Mountain 2005 LX; Grizzly Man 2005 OD; March of the Penguins 2005 KO;
-An Inconvenient Truth 2006 O; Pan's Labyrinth 2006 FW; No Country for Old Men 2007 RTX;
-Ratatouille 2007 NC; Man on Wire 2008 OT; The Dark Knight 2008 AR; WALL-E 2008 NLS;
-Waltz with Bashir 2008 NOW; District 9 2009 ST; Inglourious Basterds 2009 AW; Up 2009 VNK;
+Eternal Sunshine of the Spotless Mind 2004 LS; Shaun of the Dead 2004 CH; Brokeback Mountain 2005 LX;
+Grizzly Man 2005 OD; March of the Penguins 2005 KO; An Inconvenient Truth 2006 O; Pan's Labyrinth 2006 FW;
+No Country for Old Men 2007 RTX; Ratatouille 2007 NC; Man on Wire 2008 OT; The Dark Knight 2008 AR;
+WALL-E 2008 NLS; Waltz with Bashir 2008 NOW; District 9 2009 ST; Inglourious Basterds 2009 AW; Up 2009 VNK;
 Inception 2010 ST; The Social Network 2010 D; Rango 2011 NCX; Django Unchained 2012 AX;
 The Act of Killing 2012 RO; Frozen 2013 NKM; Gravity 2013 ST; Inside Out 2015 NKF;
 Mad Max: Fury Road 2015 AVS; La La Land 2016 ML; Coco 2017 NKM; Dunkirk 2017 TW; Get Out 2017 HYT;
 Free Solo 2018 VO; Spider-Man: Into the Spider-Verse 2018 ANS; 1917 2019 W; Knives Out 2019 CRY;
-Parasite 2019 CT; Dune 2021 VS; Everything Everywhere All at Once 2022 ACS; Barbie 2023 CF;
-Oppenheimer 2023 D
+Parasite 2019 CT; Dune 2021 VS; Everything Everywhere All at Once 2022 ACS; Barbie 2023 CF; Oppenheimer 2023 D
 """
+
+
+def unit(rows: Array) -> Array:
+    """[n, d]: rows scaled to length 1, where they have a length."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+
+
+def labels(tags: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], Array]:
+    """The categories that occur in items' tags, sorted, and bool [m, c] which item has which."""
+    names = tuple(sorted({name for own in tags for name in own}))
+    return names, np.array([[name in own for name in names] for own in tags], bool)
 
 
 def films(seed: int = 0, users: int = 1000) -> Env:
     """The embedded default: 200 well-known films, and users whose tastes are drawn from `seed`.
 
-    Titles, years and categories are facts; ratings are made up: how much a user cares for the
-    film's categories, plus the film's general appeal, plus noise, rounded to 1..5. A user's taste
-    lies around one of six archetypes. Films feel alike when they share categories, rare ones more
-    so (weight sqrt(log(films / films with it))). The first half of the users learn.
+    Titles, years and categories are facts; ratings are made up: how much a user cares for the film's
+    categories, plus the film's general appeal, plus noise, rounded to 1..5. A user's taste lies around one
+    of six archetypes. Films feel alike when they share categories, rare ones more so. Half the users learn.
     """
     rows = re.findall(r"(.+?) (\d{4}) ([A-Z]+)(?:;\s+|$)", FILMS.strip())
     titles, years, codes = zip(*rows)
@@ -488,25 +489,22 @@ def films(seed: int = 0, users: int = 1000) -> Env:
     noise = own.normal(size=liking.shape)
     ratings = np.clip(np.rint(5 + 1.5 * liking + 2 * appeal + 0.5 * noise), 1, 5)
     watched = np.argsort(-(ratings + own.gumbel(size=ratings.shape)), 1)[:, :10]
-    vectors = weighted / np.linalg.norm(weighted, axis=1, keepdims=True)
     return Env("films", titles, tuple(map(int, years)), tuple(CODES.values()), belongs,
-               vectors.astype(np.float32), ratings.astype(np.int8), tuple(watched), users // 2,
+               unit(weighted).astype(np.float32), ratings.astype(np.int8), tuple(watched), users // 2,
                beta=1.1)
 
 
 def synthetic(users: int, items: int, seed: int = 0, kinds: int = 12, size: int = 32) -> Env:
     """A made-up world of any size, every rating computed from factors when it is asked for.
 
-    Item i is of kind i % kinds; its vector lies around the kind's centre. A user favours one kind,
-    has a history of 10 of its items, and likes others by chance. Memory grows with users + items.
+    Item i is of kind i % kinds; its vector lies around the kind's centre. A user favours one kind, has a
+    history of 10 of its items, and likes others by chance. Memory grows with users + items.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(4,)))
     kinds = min(kinds, items)
     kind, favourite = np.arange(items) % kinds, rng.integers(kinds, size=users)
-    centres = rng.standard_normal((kinds, size), np.float32)
-    centres = centres / np.linalg.norm(centres, axis=1, keepdims=True)
-    vectors = centres[kind] + 0.6 / size ** 0.5 * rng.standard_normal((items, size), np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    centres = unit(rng.standard_normal((kinds, size), np.float32))
+    vectors = unit(centres[kind] + 0.6 / size ** 0.5 * rng.standard_normal((items, size), np.float32))
     taste = 1.5 * centres[favourite] + 0.9 * rng.standard_normal((users, size), np.float32)
     watched = favourite[:, None] + kinds * rng.integers(items // kinds, size=(users, 10))
     return Env(f"synthetic:{users}x{items}", tuple(f"Item {i}" for i in range(items)),
@@ -522,35 +520,46 @@ AUTHORS = "the authors' repository, github.com/jizhi-zhang/BiLLP"
 ARTICLE = r"^([^(]*), (The|A|An|Les?|La|L'|Il|El|Los|Las|Das|Der|Die|Une?)(?= \(|$)"
 GENRES = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy "
           "Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western").split()
-LAYOUTS = (("movies.csv", "ratings.csv", ",", "utf-8-sig"),
-           ("movies.dat", "ratings.dat", "::", "latin-1"),
-           ("u.item", "u.data", "|", "latin-1"))
+LAYOUTS = {"movies.csv": ("ratings.csv", ",", ","), "movies.dat": ("ratings.dat", "::", "::"),
+           "u.item": ("u.data", "|", "\t")}     # items: ratings, what separates the fields of each
 
 
 class BadData(ValueError):
     """A data file is missing or malformed; one line names the file, the place and a source."""
 
 
-def find(path: str | Path, name: str, source: str, world: str = "") -> Path:
-    """The file of that name at or below path, rather in a folder named as the world."""
-    found = [file for file in Path(path).rglob(name) if file.is_file()]
+def find(path: str | Path, source: str, *names: str, world: str = "") -> Path:
+    """The file of one of these names at or below path, rather in a folder named as the world."""
+    found = [file for name in names for file in Path(path).rglob(name) if file.is_file()]
     if not found:
-        raise BadData(f"{path}: no file {name} there or below; it can be had from {source}")
-    return min(found, key=lambda file: (world not in file.parts, len(file.parts), file))
+        raise BadData(f"{path}: no {' or '.join(names)} there or below; it can be had from {source}")
+    return min(found, key=lambda f: (names.index(f.name), world not in f.parts, len(f.parts), f))
 
 
-def table(file: Path, separator: str, encoding: str, read: Callable[[list[str]], Any]) -> Iterator:
-    """read(fields) of every row of a text table but a csv file's header and empty lines."""
-    number = 0
+def fetch(file: Path, source: str, read: Callable[[Path], Any]) -> Any:
+    """read(file); whatever fails in it becomes one line that names the file and the source."""
     try:
-        with file.open(encoding=encoding, newline="") as lines:
-            split = (line.rstrip("\r\n").split(separator) for line in lines)
-            rows = csv.reader(lines, strict=True) if separator == "," else split
+        return read(file)
+    except Exception as error:      # damaged files make csv, json, numpy and pickle raise all sorts
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        key = "no key " if isinstance(error, KeyError) else ""
+        raise BadData(f"{file}: {key}{reason}; whole copies are at {source}") from None
+
+
+def table(file: Path, separator: str, widths: tuple[int, ...], read: Callable[[list[str]], Any]) -> Iterator:
+    """read(fields) of every row of a text table but a csv file's header and empty lines."""
+    number, encoding = 0, "utf-8-sig" if separator == "," else "latin-1"
+    with file.open(encoding=encoding, newline="") as lines:
+        split = (line.rstrip("\r\n").split(separator) for line in lines)
+        rows = csv.reader(lines, strict=True) if separator == "," else split
+        try:
             for number, fields in enumerate(rows, 1):
                 if any(fields) and not (separator == "," and number == 1):
+                    if len(fields) not in widths:
+                        raise ValueError(f"{len(fields)} fields where {' or '.join(map(str, widths))} belong")
                     yield read(fields)
-    except (ValueError, OSError, csv.Error) as error:
-        raise BadData(f"{file}:{number or 1}: {error}; whole copies are at {GROUPLENS}") from None
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"line {number or 1}: {error}") from None
 
 
 def read_movie(fields: list[str]) -> tuple[int, str, int | None, list[str]]:
@@ -559,8 +568,6 @@ def read_movie(fields: list[str]) -> tuple[int, str, int | None, list[str]]:
     >>> read_movie(["2571", "Matrix, The (1999)", "Action|Sci-Fi"])
     (2571, 'The Matrix', 1999, ['Action', 'Sci-Fi'])
     """
-    if len(fields) not in (3, 24):
-        raise ValueError(f"{len(fields)} fields where 3 or 24 belong")
     tags = fields[2].split("|") if len(fields) == 3 else [
         genre for genre, flag in zip(GENRES, fields[5:]) if flag == "1"]
     title, year = re.fullmatch(r"(.*?)\s*(?:\((\d{4})(?:[-–]\d*)?\))?\s*", fields[1]).groups()
@@ -569,71 +576,66 @@ def read_movie(fields: list[str]) -> tuple[int, str, int | None, list[str]]:
     return int(fields[0]), title, year and int(year), known
 
 
-def read_rating(fields: list[str]) -> tuple[float, float, float, float]:
+def read_rating(items: set[int], fields: list[str]) -> tuple[float, float, float, float]:
     """(user, item, rating, time) of a row."""
-    if len(fields) != 4:
-        raise ValueError(f"{len(fields)} fields where 4 belong")
     if not 0.5 <= float(fields[2]) <= 5:
         raise ValueError(f"the rating {fields[2]} is not between 0.5 and 5")
+    if int(fields[1]) not in items:
+        raise ValueError(f"item {fields[1]} is not in the list of movies")
     return int(fields[0]), int(fields[1]), float(fields[2]), float(fields[3])
+
+
+def read_log(separator: str, items: set[int], file: Path) -> Array:
+    """float [ratings, 4]: the rows of a file of ratings, sorted by user and time."""
+    rows = table(file, separator, (4,), partial(read_rating, items))
+    log = np.fromiter(rows, np.dtype((float, 4)))
+    if len(np.unique(log[:, 0])) < 2:
+        raise ValueError("fewer than two users")
+    return log[np.lexsort((log[:, 3], log[:, 0]))]
 
 
 def movielens(path: str | Path, seed: int = 0) -> Env:
     """A folder as GroupLens ships it: ml-latest and newer, ml-1m or ml-100k.
 
-    Ratings are those that `als` predicts, fitted to nine tenths of the file's; `about` has its
-    error on the last tenth. Item vectors are its item factors scaled to length 1; `beta` is the
-    0.2 quantile of their distances. Histories are the last 20 items a user rated 4 or more, or
-    else best. The first half of the users, shuffled by `seed`, learn.
+    Ratings are those that `als` predicts, fitted to nine tenths of the file's; `about` has its error on the
+    last tenth. Item vectors are its item factors scaled to length 1; `beta` is the 0.2 quantile of their
+    distances. Histories are the last 20 items a user rated 4 or more, or else best. Half of the users learn.
     """
-    for name, rated, separator, encoding in LAYOUTS:
-        if any(Path(path).rglob(name)):
-            break
-    else:
-        raise BadData(f"{path}: no movies.csv, movies.dat or u.item there or below; "
-                      f"they can be had from {GROUPLENS}")
-    listed = find(path, name, GROUPLENS)
-    movies = sorted(table(listed, separator, encoding, read_movie), key=lambda movie: movie[0])
-    file = find(listed.parent, rated, GROUPLENS)
-    rows = table(file, "\t" if rated == "u.data" else separator, encoding, read_rating)
-    return from_ratings(file, movies, np.fromiter(rows, np.dtype((float, 4))), seed)
+    listed = find(path, GROUPLENS, *LAYOUTS)
+    rated, *separators = LAYOUTS[listed.name]
+    movies = fetch(listed, GROUPLENS, lambda file: {
+        movie[0]: movie for movie in table(file, separators[0], (3, 24), read_movie)})
+    read = partial(read_log, separators[1], set(movies))
+    log = fetch(find(listed.parent, GROUPLENS, rated), GROUPLENS, read)
+    return from_ratings(sorted(movies.values()), log, seed)
 
 
-def from_ratings(file: Path, movies: list[tuple], log: np.ndarray, seed: int) -> Env:
-    """The world of sorted (id, title, year, genres) and of rows (user, item, rating, time)."""
+def from_ratings(movies: list[tuple], log: Array, seed: int) -> Env:
+    """The world of sorted (id, title, year, genres) and of sorted (user, item, rating, time)."""
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(5,)))
-    ids, titles, years, tags = zip(*movies) if movies else ((), (), (), ())
-    log = log[np.lexsort((log[:, 3], log[:, 0]))]
+    ids, titles, years, tags = zip(*movies)
     names, users = np.unique(log[:, 0], return_inverse=True)
-    items = np.searchsorted(ids, log[:, 1])
-    strange = ~np.isin(log[:, 1], ids)
-    if strange.any() or len(names) < 2:
-        what = f"item {log[strange][0, 1]:.0f} is not in the list" if strange.any() else "few users"
-        raise BadData(f"{file}: {what}; whole copies are at {GROUPLENS}")
-    users, ratings = rng.permutation(len(names))[users], log[:, 2].astype(np.float32)
-    held, shape = rng.permutation(len(log)) < len(log) // 10, (len(names), len(ids))
-    factors, plain = (als(users[~held], items[~held], ratings[~held], shape, rank)
-                      for rank in (12, 0))
-    errors = [rmse(model, users[held], items[held], ratings[held]) for model in (factors, plain)]
-    vectors = factors.items[:, :-2]
-    vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+    users, items = rng.permutation(len(names))[users], np.searchsorted(ids, log[:, 1])
+    ratings, shape = log[:, 2].astype(np.float32), (len(names), len(ids))
+    held = rng.permutation(len(log)) < len(log) // 10
+    models = [als(users[~held], items[~held], ratings[~held], shape, rank) for rank in (12, 0)]
+    misses = (predict(model, users[held], items[held]) - ratings[held] for model in models)
+    errors = [np.sqrt(np.square(miss).sum() / max(len(miss), 1)) for miss in misses]
+    vectors = unit(models[0].items[:, :-2])
     pairs = vectors[rng.integers(len(ids), size=(2, 100_000))]
     best = np.zeros(len(names), np.float32)
     np.maximum.at(best, users, ratings)
     liked = np.flatnonzero(ratings >= np.minimum(best, 4)[users])
     liked = liked[np.argsort(users[liked], kind="stable")]
-    parts = np.split(items[liked], np.cumsum(np.bincount(users[liked], minlength=len(names)))[:-1])
-    genres = tuple(sorted({genre for own in tags for genre in own}))
-    return Env("movielens", titles, years, genres,
-               np.array([[genre in own for genre in genres] for own in tags], bool),
-               vectors, factors, tuple(part[-20:] for part in parts), len(names) // 2,
+    parts = np.split(items[liked], np.searchsorted(users[liked], range(1, len(names))))
+    return Env("movielens", titles, years, *labels(tags), vectors, models[0],
+               tuple(part[-20:] for part in parts), len(names) // 2,
                beta=float(np.quantile(np.linalg.norm(pairs[0] - pairs[1], axis=1), 0.2)),
                about=f"{len(log)} ratings; RMSE on the tenth held out: {errors[0]:.4f} predicted "
                      f"by factors, {errors[1]:.4f} by biases alone")
 
 
-def als(users: np.ndarray, items: np.ndarray, ratings: np.ndarray, shape: tuple[int, int],
-        rank: int, sweeps: int = 10) -> Factors:
+def als(users: Array, items: Array, ratings: Array, shape: tuple, rank: int, sweeps: int = 10) -> Factors:
     """Alternating least squares: rating = mean + user bias + item bias + p . q, q [rank]."""
     mean = ratings.mean()
     q = 0.1 * np.random.default_rng(0).standard_normal((shape[1], rank + 1), np.float32)
@@ -641,34 +643,25 @@ def als(users: np.ndarray, items: np.ndarray, ratings: np.ndarray, shape: tuple[
     for _ in range(sweeps):
         p = ridge(users, items, ratings - mean - q[items, -1], q[:, :-1], shape[0])
         q = ridge(items, users, ratings - mean - p[users, -1], p[:, :-1], shape[1])
-    one_p, one_q = np.ones((shape[0], 1), np.float32), np.ones((shape[1], 1), np.float32)
-    return Factors(np.hstack([p, one_p]), np.hstack([q[:, :-1], one_q, q[:, -1:]]), float(mean))
+    return Factors(np.insert(p, rank + 1, 1, 1), np.insert(q, rank, 1, 1), float(mean))
 
 
-def ridge(rows: np.ndarray, columns: np.ndarray, targets: np.ndarray, basis: np.ndarray,
-          count: int) -> np.ndarray:
+def ridge(rows: Array, columns: Array, targets: Array, basis: Array, count: int) -> Array:
     """Each row's own regression of targets on [basis of the column, 1]: float32 [count, k + 1].
 
     The penalty of a row with n targets is 3 on its bias, 3 + n / 10 on its factors.
     """
     order, k = np.argsort(rows, kind="stable"), basis.shape[1] + 1
+    basis = np.insert(basis, k - 1, 1, 1)
     sums = np.zeros((count, k, k + 1), np.float32)
     for block in np.split(order, range(16384, len(order), 16384)):
-        one, row = np.ones((len(block), 1), np.float32), rows[block]
-        x = np.hstack([basis[columns[block]], one])
+        row, x = rows[block], basis[columns[block]]
         y = np.hstack([x, targets[block, None]])
         starts = np.flatnonzero(np.diff(row, prepend=-1))
         sums[row[starts]] += np.add.reduceat(x[:, :, None] * y[:, None, :], starts)
-    factor = np.arange(k) < k - 1
-    penalty = 3 + np.bincount(rows, minlength=count)[:, None] / 10 * factor
+    penalty = 3 + np.bincount(rows, minlength=count)[:, None] / 10 * (np.arange(k) < k - 1)
     gram = sums[..., :-1] + np.eye(k, dtype=np.float32) * penalty[:, None].astype(np.float32)
     return np.linalg.solve(gram, sums[..., -1:])[..., 0]
-
-
-def rmse(model: Factors, users: np.ndarray, items: np.ndarray, ratings: np.ndarray) -> float:
-    """The root mean square error of unrounded predictions; 0 where there is nothing to predict."""
-    guess = model.offset + np.einsum("nk,nk->n", model.users[users], model.items[items])
-    return float(np.sqrt(np.square(guess - ratings).sum() / max(len(ratings), 1)))
 
 
 class ArraysOnly(pickle.Unpickler):
@@ -676,26 +669,14 @@ class ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """The constructor so named; UnpicklingError for any other."""
-        short = module.replace("numpy._core", "numpy.core")
-        if (short, name) in {("numpy", "ndarray"), ("numpy", "dtype"),
-                             ("numpy.core.multiarray", "_reconstruct"),
-                             ("numpy.core.numeric", "_frombuffer")}:
+        if (module.replace("_core", "core"), name) in {
+                ("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.core.multiarray", "_reconstruct"),
+                ("numpy.core.numeric", "_frombuffer")}:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is refused")
 
 
-def fetch(path: str | Path, world: str, name: str, read: Callable[[Path], Any]) -> Any:
-    """read(file) of the released file so named; any failure of it in one line."""
-    file = find(path, name, AUTHORS, world)
-    try:
-        return read(file)
-    except Exception as error:      # damaged files make json, numpy and pickle raise all sorts
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        key = "no key " if isinstance(error, KeyError) else ""
-        raise BadData(f"{file}: {key}{reason}; whole copies are in {AUTHORS}") from None
-
-
-def read_matrix(file: Path) -> np.ndarray:
+def read_matrix(file: Path) -> Array:
     """One matrix of numbers: .npy memory-mapped, a pickle through `ArraysOnly`."""
     if file.suffix == ".npy":
         array = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -719,7 +700,7 @@ def read_tags(titles: Sequence[str], file: Path) -> list[list[str]]:
     return [list(ast.literal_eval(tags.get(title, "[]"))) for title in titles]
 
 
-def read_users(titles: Sequence[str], file: Path) -> list[tuple[int, np.ndarray]]:
+def read_users(titles: Sequence[str], file: Path) -> list[tuple[int, Array]]:
     """(row, history) of each record: the last 20 distinct items among the titles that exist."""
     index = {title: item for item, title in enumerate(titles)}
     users = []
@@ -736,22 +717,18 @@ def released(path: str | Path, name: str) -> Env:
     The users of train.json learn, those of test.json are held out, each with the ratings and the
     distances of its half. Vectors, which only `a2c` looks at, are genres scaled to length 1.
     """
-    get = partial(fetch, path, name)
-    tables = [get(f"{name}_{half}.npy", read_matrix) for half in ("train", "test")]
-    apart = tuple(get(f"{half}_distance_mat.pickle", read_matrix) for half in ("train", "test"))
+    def get(file: str, read: Callable[[Path], Any]) -> Any:
+        return fetch(find(path, AUTHORS, file, world=name), AUTHORS, read)
+    tables, apart = (tuple(get(file.format(half), read_matrix) for half in ("train", "test"))
+                     for file in (name + "_{}.npy", "{}_distance_mat.pickle"))
     sizes = {table.shape[1] for table in tables} | {size for a in apart for size in a.shape}
     titles = get("datamaps.json", partial(read_titles, max(sizes)))
-    tags = get("list_genre.json", partial(read_tags, titles))
+    genres, belongs = labels(get("list_genre.json", partial(read_tags, titles)))
     users = [get(f"{half}.json", partial(read_users, titles)) for half in ("train", "test")]
     rows, histories = zip(*users[0], *users[1])
-    learners, beta = len(users[0]), {"steam": 50.0, "amazon": 15.0}[name]
-    if len(sizes) > 1 or not all(0 <= row < len(tables[user >= learners])
-                                 for user, row in enumerate(rows)):
+    if len(sizes) > 1 or not all(0 <= row < len(t) for t, half in zip(tables, users) for row, _ in half):
         raise BadData(f"{path}: the matrices of {name} do not fit each other or the users; "
-                      f"whole copies are in {AUTHORS}")
-    genres = tuple(sorted({genre for own in tags for genre in own}))
-    belongs = np.array([[genre in own for genre in genres] for own in tags], bool)
-    vectors = belongs / np.sqrt(np.maximum(belongs.sum(1, keepdims=True), 1))
-    return Env(name, titles, (None,) * len(titles), genres, belongs, vectors.astype(np.float32),
-               Halves(np.array(rows), *tables), histories, learners, beta=beta, grace=1,
-               apart=apart)
+                      f"whole copies are at {AUTHORS}")
+    return Env(name, titles, (None,) * len(titles), genres, belongs, unit(belongs).astype(np.float32),
+               Halves(np.array(rows), tables), histories, len(users[0]),
+               beta={"steam": 50.0, "amazon": 15.0}[name], grace=1, apart=apart)

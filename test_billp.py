@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import pickle
 import random
 import re
 import signal
@@ -32,7 +33,6 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis.extra import numpy as hnp
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 import billp
@@ -72,16 +72,37 @@ def naive_recall(rows, vector, k, tau):
 rows_of = st.lists(st.tuples(keys, actions, numbers), max_size=12)
 
 
-@st.composite
-def worlds(draw, users=3, items=6):
-    """A small world of random vectors and ratings, and the rule's parameters."""
-    number = st.integers(-3, 3).map(float)
-    vectors = draw(hnp.arrays(np.float32, (items, 2), elements=number))
-    ratings = draw(hnp.arrays(np.int8, (users, items), elements=st.integers(1, 5)))
-    return envs.Env("small", tuple(f"Item {i}" for i in range(items)), (None,) * items, ("Even", "Odd"),
-                    np.array([[i % 2 == 0, i % 2 == 1] for i in range(items)]), vectors, ratings,
-                    (np.array([0]),) * users, users - 1, draw(st.integers(1, 3)),
-                    draw(st.sampled_from([0.5, 1.5, 2.5])), 2.0, draw(st.integers(0, 1)), 5)
+def world(seed, kind="table", users=6, items=9, **rule):
+    """A small world drawn from a seed, with each kind of ratings and distances."""
+    rng = np.random.default_rng(seed)
+    vectors, ratings, apart = rng.normal(size=(items, 2)).astype("f4"), rng.integers(1, 6, (users, items)), ()
+    if kind == "factors":
+        ratings = envs.Factors(rng.normal(size=(users, 3)), rng.normal(size=(items, 3)), 3.0)
+    if kind == "halves":
+        rows = np.concatenate([rng.permutation(users)[:users // 2], rng.permutation(users - users // 2)])
+        ratings = envs.Halves(rows, (ratings, rng.integers(1, 6, (users - users // 2, items))))
+        apart = tuple(rng.random((2, items, items)) * 3)
+    return envs.Env("small", tuple(f"Item {i}" for i in range(items)), (None,) * items, ("All",),
+                    np.ones((items, 1), bool), vectors, ratings,
+                    tuple(rng.permutation(items)[:2] for _ in range(users)), users // 2, apart=apart,
+                    **dict(window=3, beta=1.0, floor=2.0, max_steps=6) | rule)
+
+
+seeds, kinds = st.integers(0, 10**6), st.sampled_from(["table", "factors", "halves"])
+
+
+def naive_rating(env, user, item):
+    r = env.ratings
+    if isinstance(r, envs.Factors):
+        return min(5, max(1, round(r.offset + math.fsum(map(float, r.users[user] * r.items[item])))))
+    return (r.tables[user >= env.learners][r.rows[user]] if isinstance(r, envs.Halves) else r[user])[item]
+
+
+def naive_near(env, user, items):
+    """Whether the last of the items is too near to one of the W before it."""
+    *past, item = items
+    return any((env.apart[user >= env.learners][other][item] if env.apart
+                else math.dist(env.vectors[other], env.vectors[item])) < env.beta for other in past[-env.window:])
 
 
 FILMS = envs.films(0)
@@ -179,38 +200,38 @@ def test_discounted_advantages_telescope_to_return_minus_first_value(steps, g, l
 # ------------------------------------------------------------------------------------- world
 
 
-@given(worlds(), st.lists(st.integers(0, 5), min_size=1, max_size=6), st.data())
-def test_users_stepped_at_once_fare_as_each_alone_and_by_the_rule(env, items, data):
-    users = np.array(data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=4)))
-    many = envs.reset(env, users)
-    alone = [envs.reset(env, int(u)) for u in users]
-    for t, item in enumerate(items):
+@settings(max_examples=140, deadline=None)                      # 140 x 12 users x 6 steps: 10^4 cases
+@given(seeds, kinds, st.integers(0, 1), st.integers(1, 4))
+def test_users_stepped_at_once_fare_as_each_alone_and_by_the_rule(seed, kind, grace, window):
+    env = world(seed, kind, 12, grace=grace, window=window)
+    plan = np.random.default_rng(seed).integers(9, size=(6, 12))
+    many, alone = envs.reset(env, np.arange(12)), [envs.reset(env, u) for u in range(12)]
+    for t, items in enumerate(plan):
         before = [np.array(x) for x in many]
-        after, reward, left, cut = envs.step(env, many, np.full(len(users), item))
-        assert all(map(np.array_equal, before, many))                   # inputs unchanged
-        for b, user in enumerate(users):
-            alone[b], r, gone, end = envs.step(env, alone[b], item)
-            assert (r, gone, end) == (reward[b], left[b], cut[b])
-            assert all(np.array_equal(x[b], y) for x, y in zip(after, alone[b]))
-            assert (alone[b].recent >= 0).sum() == min(t + 1, env.window)
-            near = any(np.linalg.norm(env.vectors[item] - env.vectors[past]) < env.beta
-                       for past in items[max(0, t - env.window):t])
-            assert gone == (near or (env.ratings[user, item] < env.floor and t >= env.grace))
-            assert r == (0 if gone else env.ratings[user, item])
-            assert end == (not gone and t + 1 >= env.max_steps)
+        after, *seen = envs.step(env, many, items)
+        assert all(map(np.array_equal, before, many))                       # inputs unchanged
+        for u, item in enumerate(items):
+            path = plan[:t + 1, u].tolist()
+            alone[u], *own = envs.step(env, alone[u], int(item))
+            rating, near = naive_rating(env, u, item), naive_near(env, u, path)
+            left = near or (rating < env.floor and t >= grace)
+            assert own == [0 if left else rating, left, not left and t == 5] == [x[u] for x in seen]
+            assert all(np.array_equal(x[u], y) for x, y in zip(after, alone[u]))
+            assert alone[u].recent.tolist() == ([-1] * window + path)[-window:]
+            assert envs.why_left(env, u, path).startswith("too like" if near else "disappointed")
         many = after
 
 
-@given(worlds(), st.permutations(range(3)), st.permutations(range(6)), st.integers(0, 2),
-       st.lists(st.integers(0, 5), min_size=1, max_size=5))
-def test_renaming_users_and_items_renames_results(env, users, items, user, path):
-    users, items = np.array(users), np.array(items)
-    renamed = env._replace(vectors=env.vectors[items], ratings=env.ratings[users][:, items])
-    a, b = envs.reset(env, int(users[user])), envs.reset(renamed, user)
-    for item in path:
-        a, *seen = envs.step(env, a, int(items[item]))
-        b, *same = envs.step(renamed, b, item)
-        assert seen == same
+@given(seeds, st.sampled_from(["table", "factors"]), st.permutations(range(6)), st.permutations(range(9)))
+def test_renaming_users_and_items_renames_results(seed, kind, users, items):
+    env, users, items = world(seed, kind), np.array(users), np.array(items)
+    r = env.ratings
+    renamed = env._replace(vectors=env.vectors[items], ratings=r[users][:, items] if kind == "table"
+                           else envs.Factors(r.users[users], r.items[items], r.offset))
+    a, b = envs.reset(env, users), envs.reset(renamed, np.arange(6))
+    for row in np.random.default_rng(seed).integers(9, size=(6, 6)):
+        (a, *seen), (b, *same) = envs.step(env, a, items[row]), envs.step(renamed, b, row)
+        assert np.array_equal(seen, same)
 
 
 def test_films_are_real_and_planning_matters_in_their_world():
@@ -220,8 +241,6 @@ def test_films_are_real_and_planning_matters_in_their_world():
     for name, make in envs.POLICIES.items():
         played = envs.rollout(FILMS, users, make(FILMS, 0, 0), np.random.default_rng(0))
         lengths[name] = (played.items >= 0).sum(1)
-        for row in played.items:                                        # nothing twice
-            assert len(set(row[row >= 0])) == (row >= 0).sum()
     assert 1 <= lengths["random"].mean() <= 3 and lengths["greedy"].mean() < 5
     assert (lengths["oracle"] == FILMS.max_steps).mean() > 0.95
 
@@ -233,6 +252,164 @@ def test_metrics_by_hand():
     assert got["Len"] == [3, 2, 4] and got["R_traj"] == [15, 10, 20]    # all resamples of two users
     assert gain["Len"] == [1, 1, 1] and gain["R_traj"] == [8, 6, 10]    # the same users on both sides
     assert envs.metrics(envs.scores([0], [0]))["R_each"] == [0, 0, 0]
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds, kinds)
+def test_policies_never_repeat_and_block_by_block_is_the_same(seed, kind):
+    env, users = world(seed, kind, items=20, beta=0.3, floor=0.0), np.arange(6)
+    for name, make in envs.POLICIES.items():
+        policy = make(env, 20, seed)
+        played = envs.rollout(env, users, policy, np.random.default_rng(0))
+        for user, row in enumerate(played.items):
+            met = [*row[row >= 0], *env.histories[user]]
+            assert len(set(met)) == len(met), name
+        parts = [envs.rollout(env, users[[u]], policy, np.random.default_rng(0)) for u in users]
+        assert name == "random" or np.array_equal(played.items, np.concatenate([p.items for p in parts])), name
+        pickle.dumps(policy)                                                # workers get it
+
+
+def returns(env, users, policy):
+    return envs.rollout(env, users, policy, np.random.default_rng(0)).rewards.sum(1).mean()
+
+
+def test_the_oracle_earns_most_and_a2c_learns():
+    for window in (1, 8):
+        env = FILMS._replace(window=window)
+        means = {name: returns(env, np.arange(500, 510), make(env, 20, 0)) for name, make in envs.POLICIES.items()}
+        assert max(means, key=means.get) == "oracle" and means["oracle"] > 200
+    before, after = (returns(FILMS, np.arange(500, 600), envs.learn_a2c(FILMS, n)) for n in (0, 1000))
+    assert before < 20 and after > 70
+    for left in (False, True):                                              # the formula of billp.py
+        assert envs.advantage(4.0, 0.5, 5.0, 6.0, left) == advantage(4.0, 0.5, 5.0, 6.0, left)
+
+
+def test_synthetic_worlds_cost_what_their_users_and_items_cost():
+    env, some = envs.synthetic(200_000, 100_000, 1), np.arange(500)
+    assert sum(a.nbytes for a in (*env.ratings[:2], env.vectors, env.histories, env.belongs)) < 100e6
+    state, reward, left, _ = envs.step(env, envs.reset(env, np.arange(1000)), np.arange(1000))
+    assert set(np.unique(reward)) <= {0, 2, 3, 4, 5} and (reward[~left] >= 2).all()
+    assert env.histories.max() < 100_000 and env.histories.shape == (200_000, 10)
+    liked, any_item = (envs.rate(env, some[:, None], items).mean() for items in (env.histories[some], some))
+    assert liked > any_item + 0.5
+
+
+# ---------------------------------------------------------------------------- worlds from files
+
+MOVIES = [("1", "Matrix, The (1999)", "Action|Sci-Fi"), ("2", 'Say "Hi", [now]', "(no genres listed)"),
+          ("3", "Amélie (2001) ", "Comedy"), ("4", "Emma (1996)", "Drama"), ("5", "Emma (1996)", "Drama"),
+          ("6", "Misérables, Les (1995-1996)", "Drama")]
+VOTES = [(7, i, r, t) for t, (i, r) in enumerate([(1, 4.5), (2, .5), (3, 4), (4, 5), (5, 3), (1, 2)])]
+VOTES += [(9, 6, 1.5, 9)] + [(u, i, 3 + (u + i) % 3, u * i) for u in range(20, 40) for i in range(1, 7)]
+
+
+def write(path, items="movies.csv", sep=",", ratings="ratings.csv", tab=","):
+    """The same tiny data in one of GroupLens's layouts, newest vote first."""
+    rows, votes, code = MOVIES, [tuple(map(str, vote)) for vote in VOTES[::-1]], "latin-1"
+    if sep == ",":
+        quoted = [(i, '"' + title.replace('"', '""').replace("-", "–") + '"', tags) for i, title, tags in rows]
+        rows, votes, code = [("a", "header")] + quoted, [("a", "header")] + votes, "utf-8"
+    if sep == "|":
+        rows = [(i, title, "01-Jan-1999", "", "", *("01"[g in tags.split("|")] for g in envs.GENRES))
+                for i, title, tags in rows]
+    (path / items).write_text("\n".join(map(sep.join, rows)) + "\n", code)
+    (path / ratings).write_text("\n".join(map(tab.join, votes)), code)
+
+
+MOVIELENS = [(), ("movies.dat", "::", "ratings.dat", "::"), ("u.item", "|", "u.data", "\t")]
+
+
+@pytest.mark.parametrize("layout", MOVIELENS)
+def test_movielens_layouts(tmp_path, layout):
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "deep", *layout)
+    env = envs.movielens(tmp_path)
+    assert env.titles == ("The Matrix", 'Say "Hi", [now]', "Amélie", "Emma", "Emma", "Les Misérables")
+    assert env.years == (1999, None, 2001, 1996, 1996, 1995) and env.belongs.sum(1).tolist() == [2, 0, 1, 1, 1, 1]
+    assert env.categories == ("Action", "Comedy", "Drama", "Sci-Fi") and env.learners == 11
+    histories = [history.tolist() for history in env.histories]
+    assert [5] in histories                                                 # of the user with one rating
+    assert [0, 2, 3] in histories                                           # liked, oldest first
+    assert set(np.unique(envs.rate(env, np.arange(22)[:, None], np.arange(6)))) <= {1, 2, 3, 4, 5}
+    assert returns(env, np.arange(11, 22), envs.oracle) > 0
+    rmse = [float(x) for x in re.findall(r"0\.\d{4}", env.about)]
+    assert rmse[0] < rmse[1]                                                # factors, biases alone
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.integers(1, 40), st.integers(0, 3))
+def test_ridge_solves_each_row_alone(seed, n, k):
+    rng = np.random.default_rng(seed)
+    rows, columns, y = rng.integers(5, size=n), rng.integers(7, size=n), rng.normal(size=n).astype("f4")
+    basis = rng.normal(size=(7, k)).astype("f4")
+    got = envs.ridge(rows, columns, y, basis, 5)
+    for row in range(5):
+        x = np.hstack([basis[columns[rows == row]], np.ones(((rows == row).sum(), 1))])
+        weight = np.diag([3 + len(x) / 10] * k + [3])
+        assert np.allclose(got[row], np.linalg.solve(x.T @ x + weight, x.T @ y[rows == row]), atol=1e-4)
+
+
+def release(path):
+    """The authors' layout with made-up content."""
+    rng, home, data = np.random.default_rng(0), path / "deep" / "env" / "steam", path / "data" / "steam"
+    home.mkdir(parents=True), data.mkdir(parents=True)
+    titles = ["Doom", "Tea &amp; Co", "Twin", "Twin", "It's"]
+    maps = {"item2id_dict": {t: i for i, t in enumerate(titles)}, "id2item_dict": dict(enumerate(titles))}
+    (home / "datamaps.json").write_text(json.dumps(maps))
+    tags = {"Doom": "['Action']", "Tea &amp; Co": "[\"Chef's\", 'Action']"}
+    (home / "list_genre.json").write_text(json.dumps(tags))
+    for half, rows, first in (("train", 4, 0), ("test", 3, 2)):
+        np.save(home / f"steam_{half}.npy", rng.integers(1, 6, (rows, 5)) + 0.5 * first)
+        (home / f"{half}_distance_mat.pickle").write_bytes(pickle.dumps(np.full((5, 5), 40.0 + 10 * first)))
+        liked = ["Doom", "Gone", "Tea &amp; Co", "Doom"]
+        users = [{"userid_encoded": row, "pos_seq_name": liked} for row in range(first, rows)]
+        (data / f"{half}.json").write_text(json.dumps(users))
+    return home
+
+
+def test_the_released_layout_loads(tmp_path):
+    home = release(tmp_path)
+    env = envs.released(tmp_path, "steam")
+    assert (env.learners, len(env.histories), env.grace, env.window, env.beta, env.floor) == (4, 5, 1, 4, 50, 2)
+    assert env.titles == ("Doom", "Tea & Co", "Twin", "Twin", "It's") and env.histories[4].tolist() == [1, 0]
+    assert isinstance(env.ratings.tables[1], np.memmap) and env.belongs[:2].tolist() == [[1, 0], [1, 1]]
+    assert envs.rate(env, 4, 3) == np.load(home / "steam_test.npy")[2, 3]
+    assert envs.distance(env, np.array([0, 4]), 1, 2).tolist() == [40, 60]
+    for make in envs.POLICIES.values():
+        envs.rollout(env, np.arange(5), make(env, 3, 0), np.random.default_rng(0))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evidence",)
+
+
+@pytest.mark.parametrize("file, data, place", [
+    ("movies.csv", None, "no movies.csv"), ("ratings.csv", None, "no ratings.csv"),
+    ("movies.csv", b"a,header\n1,Heat, no quotes (1995),Crime\n", "movies.csv: line 2: 4 fields"),
+    ("movies.csv", b"a,header\nx,Heat,Crime\n", "movies.csv: line 2: invalid"),
+    ("movies.csv", b"a,header\n1,\"Heat,Crime\n", "movies.csv: line 1: unexpected end"),
+    ("movies.csv", b"a,header\n1,Am\xe9lie,Comedy\n", "movies.csv: line 1: 'utf-8' codec"),
+    ("ratings.csv", b"a,header\n1,1,4,0\n1,2,nan,0\n", "ratings.csv: line 3: the rating nan"),
+    ("ratings.csv", b"a,header\n1,1,4,0\n1,2,4\n", "ratings.csv: line 3: 3 fields"),
+    ("ratings.csv", b"a,header\n1,77,4,0\n2,1,4,0\n", "ratings.csv: line 2: item 77 is not"),
+    ("ratings.csv", b"", "fewer than two"),
+    ("test_distance_mat.pickle", pickle.dumps(Evil()), "mkdir, which is refused"),
+    ("test_distance_mat.pickle", pickle.dumps(np.array([[Evil()]], object)), "mkdir, which is refused"),
+    ("train_distance_mat.pickle", pickle.dumps([1]), "one matrix"),
+    ("train_distance_mat.pickle", b"", "Ran out"),
+    ("train_distance_mat.pickle", pickle.dumps(np.ones((4, 4))), "do not fit"),
+    ("steam_test.npy", b"junk", "pickle"), ("datamaps.json", b"{}", "no key 'id2item_dict'"),
+    ("list_genre.json", b'{"Doom": "f()"}', "malformed"), ("list_genre.json", None, "no list_genre.json")])
+def test_malformed_or_malicious_files_are_refused_in_one_line(tmp_path, monkeypatch, file, data, place):
+    monkeypatch.chdir(tmp_path)
+    home, _ = release(tmp_path), write(tmp_path)
+    path = tmp_path / file if file.endswith(".csv") else home / file
+    path.unlink() if data is None else path.write_bytes(data)
+    with pytest.raises(envs.BadData, match=place) as error:
+        envs.movielens(tmp_path) if file.endswith(".csv") else envs.released(tmp_path, "steam")
+    source = envs.GROUPLENS if file.endswith(".csv") else envs.AUTHORS
+    assert source in str(error.value) and "\n" not in str(error.value) and not Path("evidence").exists()
 
 
 # ----------------------------------------------------------------------------------- prompts
