@@ -99,7 +99,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--timeout": dict(type=float, default=300.0, help="seconds for one answer (default 300)"),
     "--header": dict(action="append", default=[], metavar="K=V", help="one more request header"),
     "--extra-body": dict(default="{}", metavar="JSON", help="more fields for each request"),
-    "--max-calls": dict(type=int, help="stop cleanly after so many live calls"),
+    "--max-calls": dict(type=int, help="stop cleanly after so many live calls of the model (embeddings are free)"),
     "--max-tokens": dict(type=int, help="stop cleanly after so many tokens"),
     "--replay": dict(action="store_true", help="answer from the run's log alone"),
     "--dry-run": dict(action="store_true", help="expected calls and tokens; sends nothing"),
@@ -251,7 +251,7 @@ dumps = partial(json.dumps, ensure_ascii=False)
 def write(path: Path, content: str | bytes) -> None:
     """Write, then rename: the file is whole or not there."""
     draft = path.with_name(path.name + ".part")
-    draft.write_bytes(content if isinstance(content, bytes) else content.encode())
+    draft.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
     os.replace(draft, path)
 
 
