@@ -476,7 +476,7 @@ def films(seed: int = 0, users: int = 1000) -> Env:
 
     Titles, years and categories are facts; ratings are made up: how much a user cares for the film's
     categories, plus the film's general appeal, plus noise, rounded to 1..5. A user's taste lies around one
-    of six archetypes. Films feel alike when they share categories, rare ones more so. Half the users learn.
+    of six archetypes. Films feel alike when they share categories, rare ones more so. The first half learn.
     """
     rows = re.findall(r"(.+?) (\d{4}) ([A-Z]+)(?:;\s+|$)", FILMS.strip())
     titles, years, codes = zip(*rows)
@@ -599,7 +599,7 @@ def movielens(path: str | Path, seed: int = 0) -> Env:
 
     Ratings are those that `als` predicts, fitted to nine tenths of the file's; `about` has its error on the
     last tenth. Item vectors are its item factors scaled to length 1; `beta` is the 0.2 quantile of their
-    distances. Histories are the last 20 items a user rated 4 or more, or else best. Half of the users learn.
+    distances. Histories are the last 20 items a user rated 4 or more, or else best. Half, by `seed`, learn.
     """
     listed = find(path, GROUPLENS, *LAYOUTS)
     rated, *separators = LAYOUTS[listed.name]

@@ -349,6 +349,14 @@ def test_ridge_solves_each_row_alone(seed, n, k):
         assert np.allclose(got[row], np.linalg.solve(x.T @ x + weight, x.T @ y[rows == row]), atol=1e-4)
 
 
+def test_factors_fit_what_biases_cannot():
+    p, q = np.random.default_rng(0).normal(size=(2, 50, 2))
+    (users, items), ratings = np.divmod(np.arange(2500), 50), (p @ q.T).ravel().astype("f4")
+    models = [envs.als(users, items, ratings, (50, 50), rank) for rank in (2, 0)]
+    errors = [np.std(envs.predict(model, users, items) - ratings) for model in models]
+    assert errors[0] < 0.4 * errors[1]
+
+
 def release(path):
     """The authors' layout with made-up content."""
     rng, home, data = np.random.default_rng(0), path / "deep" / "env" / "steam", path / "data" / "steam"
@@ -356,6 +364,7 @@ def release(path):
     titles = ["Doom", "Tea &amp; Co", "Twin", "Twin", "It's"]
     maps = {"item2id_dict": {t: i for i, t in enumerate(titles)}, "id2item_dict": dict(enumerate(titles))}
     (home / "datamaps.json").write_text(json.dumps(maps))
+    (path / "datamaps.json").write_text("of another world")
     tags = {"Doom": "['Action']", "Tea &amp; Co": "[\"Chef's\", 'Action']"}
     (home / "list_genre.json").write_text(json.dumps(tags))
     for half, rows, first in (("train", 4, 0), ("test", 3, 2)):
@@ -396,10 +405,12 @@ class Evil:
     ("ratings.csv", b"", "fewer than two"),
     ("test_distance_mat.pickle", pickle.dumps(Evil()), "mkdir, which is refused"),
     ("test_distance_mat.pickle", pickle.dumps(np.array([[Evil()]], object)), "mkdir, which is refused"),
+    ("test_distance_mat.pickle", b"\x80\x04\x8c\x04os\nx\x8c\x06system\x93.", "it names os"),
     ("train_distance_mat.pickle", pickle.dumps([1]), "one matrix"),
+    ("train_distance_mat.pickle", pickle.dumps(np.ones(5)), "one matrix"),
     ("train_distance_mat.pickle", b"", "Ran out"),
     ("train_distance_mat.pickle", pickle.dumps(np.ones((4, 4))), "do not fit"),
-    ("steam_test.npy", b"junk", "pickle"), ("datamaps.json", b"{}", "no key 'id2item_dict'"),
+    ("steam_test.npy", pickle.dumps(Evil()), "pickle"), ("datamaps.json", b"{}", "no key 'id2item_dict'"),
     ("list_genre.json", b'{"Doom": "f()"}', "malformed"), ("list_genre.json", None, "no list_genre.json")])
 def test_malformed_or_malicious_files_are_refused_in_one_line(tmp_path, monkeypatch, file, data, place):
     monkeypatch.chdir(tmp_path)
