@@ -8,11 +8,13 @@ critic estimates value, the reflector draws a lesson. All that is learned lies i
     thought t_n    the planner's line, "a comedy next, nothing like the last three films"
     action a_n     a catalogue item; reward r_n its rating, 0 when the user leaves
     V(s), A(s, a)  the critic's value; the advantage r + gamma V(s') - V(s)
-    M_P, M_A, M_C  planner, actor and critic memories (an `Agent`); M + x is `merge(M, x)`
+    v_n            what the actor remembers of an action: 1 encouraged if A >= 0, else 0 discouraged
+    M_P, M_A, M_C  planner, actor and critic memories (an `Agent`); M <- M + M' is `merge(M, M')`
     key            (seed, phase, episode, step): names every draw, so that a run repeats itself
 
-Everything here is a pure function: the model comes in as the argument `llm`, parallelism as `map`.
-Left out on purpose: weights, gradients, schedules. Read on from small things to the training loop.
+Everything here is a pure function: the model comes in as the argument `llm`, parallelism as `map`
+(any that keeps the order of its input). Read from small things to the training loop.
+Left out on purpose: weights, gradients, schedules.
 """
 from __future__ import annotations
 
@@ -41,11 +43,11 @@ class Config(NamedTuple):
     k_lessons: int = 2              # reflections recalled; the paper's K
     k_actions: int = 24             # experiences recalled for the actor, enough to choose among
     k_values: int = 8               # values recalled for the critic, enough to average
-    tau_actor: float = 1.2          # farthest experience, squared L2; paper: 0.01, other embedding
-    tau_critic: float = 1.2         # farthest value, squared L2; paper: 0.1, other embedding
+    tau_actor: float = 1.2          # farthest experience, squared L2: cos >= 0.4 suits n-grams; paper: 0.01
+    tau_critic: float = 1.2         # farthest value, squared L2: cos >= 0.4 suits n-grams; paper: 0.1
     titles: int = 10                # items in the text that a state is remembered by; as the paper
     batch: int = 10                 # episodes between updates of the memories; as the paper
-    transcript: int = 24000         # characters of a session that a prompt shows; a context is finite
+    transcript: int = 24000         # characters of a session in a prompt, about 6,000 tokens; contexts end
     temperature: float = 0.5        # of every ask; as the paper
     reply_tokens: int = 256         # longest reply asked for; reasoning models need thousands
     retries: int = 2                # times a malformed reply is asked for again
@@ -70,7 +72,7 @@ METHODS: dict[str, dict[str, Any]] = {          # each method is a row of switch
 class Record(NamedTuple):
     key: str                        # the text it is found by
     action: str                     # what was done there; "" where the key alone identifies
-    value: Any                      # a reflection, an encouragement v_n or a target
+    value: Any                      # a reflection, v_n or a TD target
 
 
 class Chunk(NamedTuple):
@@ -87,7 +89,7 @@ EMPTY: Memory = ()
 
 def push(memory: Memory, chunk: Chunk) -> Memory:
     """The memory with a chunk of newer records behind it."""
-    while memory and len(memory[-1].records) < 2 * len(chunk.records):
+    while memory and len(memory[-1].records) < 2 * len(chunk.records):      # else sizes would not halve
         last, memory = memory[-1], memory[:-1]
         chunk = Chunk(last.records + chunk.records, np.concatenate([last.vectors, chunk.vectors]))
     return memory + (chunk,)
@@ -113,18 +115,18 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
 
     Distance is squared L2, 2 - 2 cos between unit vectors, rounded so that equal texts tie. Newest
     first among equals; of records with the same (key, action) only the newest counts. A zero
-    vector is equally far from everything and so recalls the newest.
+    vector is equally far from everything and so recalls the newest (lessons = "latest").
     """
     if not memory or k < 1:
         return ()
     distance = np.concatenate([2 - 2 * np.vecdot(c.vectors, vector) for c in memory]).round(5)
     within, everything = np.flatnonzero(distance <= tau), records(memory)
-    found, size = {}, 4 * k             # the few nearest first: sorting all is seldom needed
+    found, size = {}, 4 * k             # sort the few nearest; more only if they repeat each other
     while len(found) < min(k, len(within)):
         cut = np.partition(distance[within], min(size, len(within)) - 1)[:size].max()
         nearest = within[distance[within] <= cut]
         for i in nearest[np.lexsort((-nearest, distance[nearest]))]:
-            found.setdefault(everything[i][:2], everything[i])
+            found.setdefault(everything[i][:2], everything[i])              # by (key, action)
         if size >= len(within):
             break
         size *= 4
@@ -135,7 +137,7 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
 
 
 def td_target(reward, gamma, next_value, terminated):
-    """r_n + gamma V(s_{n+1}), where V = 0 once the user has left. Floats or arrays.
+    """r_n + gamma V(s_{n+1}), where V = 0 once the user has left (terminated). Floats or arrays.
 
     >>> td_target(4.0, 0.5, 6.0, False), td_target(0.0, 0.5, 6.0, True)
     (7.0, 0.0)
@@ -199,7 +201,7 @@ def ground(text: str, catalog: Catalog, exclude: Iterable[int] = ()) -> tuple[in
     if exact:
         return exact[0], True
     closeness = np.vecdot(catalog.vectors, catalog.embed([text])[0])
-    closeness[list(taken)] -= 4                 # below any cosine
+    closeness[list(taken)] -= 4         # cosines lie in [-1, 1]: the nearest in L2 has the largest
     return int(np.argmax(closeness)), False
 
 
@@ -212,17 +214,17 @@ class State(NamedTuple):
     history: tuple[str, ...]        # item lines liked before
     session: str                    # the transcript so far
     text: str                       # the last `titles` item lines: the key of the memories
-    vector: np.ndarray              # embeds the text
+    vector: np.ndarray              # float32 [d] embeds the text
     taken: tuple[int, ...]          # items that may not be recommended
     hint: str                       # the category analysis of the history
-    top: float                      # no value is above it: every rating still to come is 5
+    top: float                      # the largest value there can be: 5 at every step to the cap
     thought: str = ""
 
 
 class Answer(NamedTuple):
     """A role's output: the value and how it came about."""
     value: Any                      # thought, item, value or reflection
-    said: str                       # the model's words for it
+    said: str                       # the same in the model's words, before grounding; "" if none
     recalled: tuple = ()            # what the memory contributed, nearest first
     malformed: int = 0              # replies that could not be parsed
     fallback: bool = False          # none could
@@ -240,7 +242,7 @@ NOVICE = Agent()
 
 def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, config: Config,
             fallback: Any) -> Answer:
-    """Ask, parse, and ask again while the reply is malformed; then the fallback."""
+    """Ask, parse (text -> value or Malformed), ask again while malformed; then the fallback."""
     session = prompts.bounded(state.session, config.transcript)
     prompt = prompts.shared(state.history, session) + question
     messages: tuple = (("system", prompts.SYSTEM), ("user", prompt))
@@ -257,8 +259,12 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
 
 def planner(state: State, memory: Memory, llm: LLM,
             config: Config = DEFAULT) -> tuple[Answer, Memory]:
-    """Macro level: the thought t_n, given the state and K reflections. Fallback: no thought."""
-    vector = state.vector * (config.lessons != "latest")
+    """Macro level: the thought t_n, given the state and K reflections. Fallback: no thought.
+
+    All roles share one shape, (state, memory, model) -> (answer, memory); who only reads gives the
+    memory back as it is.
+    """
+    vector = state.vector * (config.lessons != "latest")            # a zero vector recalls the newest
     found = recall(memory, vector, config.k_lessons * (config.lessons != "none"))
     lessons = tuple(record.value for record in found)
     question = prompts.render_planner(state.key[-1] + 1, lessons)
@@ -283,7 +289,7 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
 
 def critic(state: State, memory: Memory, llm: LLM,
            config: Config = DEFAULT) -> tuple[Answer, Memory]:
-    """Micro level: V(s_n) in [0, top], given targets of states like this. Fallback: their mean."""
+    """Micro level: V(s_n) in [0, state.top], given targets of states like it. Fallback: their mean."""
     found = recall(memory, state.vector, config.k_values, config.tau_critic)
     values = tuple(record.value for record in found)
     question = prompts.render_critic(values, config.gamma, state.top)
@@ -368,7 +374,8 @@ def episode(catalog: Catalog, user: int, key: tuple, agent: Agent, llm: LLM,
     """One session with one user: think, act, observe, until the user leaves or the cap is reached.
 
     The agent is read, never changed. key = (seed, phase, episode) names every draw. With `start`,
-    a session not yet over goes on from its last state; the steps given back are the new ones.
+    a session not yet over goes on from its last state (Monte-Carlo values are made so); the steps
+    given back are the new ones.
     """
     world, state = envs.reset(catalog.env, user), opening(catalog, user, key, config)
     if start:
@@ -391,7 +398,7 @@ def episode(catalog: Catalog, user: int, key: tuple, agent: Agent, llm: LLM,
 
 
 def homework(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config) -> list[Callable]:
-    """The questions an episode leaves: its reflection, and the value of each state that counts."""
+    """The questions an episode leaves: its reflection, and each state's value unless known to be 0."""
     states = [step.state for step in trajectory.steps] + [trajectory.last]
     counting = states[:-1] if trajectory.terminated else states
     return ([partial(reflector, trajectory, EMPTY, llm, config)] * (config.lessons != "none")
@@ -399,20 +406,21 @@ def homework(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config) -> 
                if config.experience and config.baseline])
 
 
-def conclude(trajectory: Trajectory, homework: Sequence[tuple[Answer, Memory]],
+def conclude(trajectory: Trajectory, replies: Sequence[tuple[Answer, Memory]],
              config: Config) -> Lesson:
-    """The lesson of one episode, from the answers to its homework."""
-    answers, steps = tuple(answer for answer, _ in homework), trajectory.steps
+    """The lesson of one episode, from the replies to its homework: reflection first, then values."""
+    answers, steps = tuple(answer for answer, _ in replies), trajectory.steps
     n, reflects = len(steps), int(config.lessons != "none")
     values = np.zeros(n + 1)
     values[:len(answers) - reflects] = [answer.value for answer in answers[reflects:]]
-    rewards, ended = np.array([s.reward for s in steps]), np.arange(1, n + 1) > n - trajectory.terminated
+    rewards = np.array([s.reward for s in steps])
+    ended = np.arange(1, n + 1) > n - trajectory.terminated         # true at the leaving step alone
     targets = td_target(rewards, config.gamma, values[1:], ended).tolist()
     advantages = advantage(rewards, config.gamma, values[:-1], values[1:], ended).tolist()
     vectors = np.stack([step.state.vector for step in steps])
     tried = [Record(s.state.text, s.line, int(a >= 0)) for s, a in zip(steps, advantages)]
     valued = [Record(s.state.text, "", target) for s, target in zip(steps, targets)]
-    gained = Agent(homework[0][1] if reflects else EMPTY,
+    gained = Agent(replies[0][1] if reflects else EMPTY,
                    (Chunk(tuple(tried), vectors),) if config.experience else EMPTY,
                    (Chunk(tuple(valued), vectors),) if len(answers) > reflects else EMPTY)
     reflection = answers[0].value if reflects else ""
@@ -429,6 +437,7 @@ def study(trajectories: Sequence[Trajectory], agent: Agent, llm: LLM, config: Co
 
 
 def call(job: Callable) -> Any:
+    """The job done: a named function, so that any map can send it elsewhere."""
     return job()
 
 

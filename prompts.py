@@ -303,7 +303,7 @@ ACTIONS = re.compile(r"^Action \d+: recommend (.*) \[(.*)\]$", re.M)
 LIKED = re.compile(r"^- (.*) \[(.*)\]$", re.M)
 TRIED = re.compile(r"^- (discouraged|encouraged): (.*) \[(.*)\]$", re.M)
 NUMBERS = re.compile(r"^- (-?[\d.]+)$", re.M)
-APART = re.compile(r"(\d+) steps apart")
+APART = re.compile(r"\b(\d{1,2}) steps apart")
 AVOID = re.compile(r"Avoid (.*?)\.")
 PLAN = re.compile(r"Next: (.*?)\. Keep away from: (.*?)\.")
 
@@ -321,7 +321,7 @@ def offline_planner(text: str, seed: int) -> str:
     shown = [tags(found) for _, found in ACTIONS.findall(session)]
     apart = max(map(int, APART.findall(lessons)), default=3)
     warned = {c for found in AVOID.findall(lessons) for c in tags(found)} - set(liked)
-    for gap in range(apart, 0, -1):                 # a plan that cannot be kept is relaxed
+    for gap in range(min(apart, len(shown) + 1), 0, -1):        # a plan that cannot be kept is relaxed
         away = warned.union(*shown[-gap + 1:] if gap > 1 else ())
         options = [c for c in liked if c not in away]
         if options:
@@ -734,6 +734,9 @@ class Log(NamedTuple):
 def open_log(path: str | Path, model_id: Any, *, replay: bool = False, notice=warnings.warn) -> Log:
     """Read a log or begin one; model_id (JSON) is whatever shapes an answer besides the ask."""
     header = json.dumps({"log": 1, "model": model_id}).encode() + b"\n"
+    file = None if replay else open(path, "ab", buffering=0)
+    if file and not locked(file):
+        raise EndpointError(f"{path} is in use by another run: wait for it, or choose another --out")
     raw = Path(path).read_bytes() if Path(path).exists() else b""
     whole, known = raw[:raw.rfind(b"\n") + 1], {}
     if whole != raw:
@@ -747,11 +750,22 @@ def open_log(path: str | Path, model_id: Any, *, replay: bool = False, notice=wa
             known.setdefault(record["ask"], Reply(record["text"], Usage(*record["usage"])))
         except (ValueError, TypeError, LookupError):
             raise EndpointError(f"{path}: line {number} is damaged: delete it") from None
-    file = None if replay else open(path, "ab", buffering=0)
     if file:
         file.truncate(len(whole))
         file.write(b"" if whole else header)
     return Log(model_id, known, file, threading.Lock())
+
+
+def locked(file: Any) -> bool:
+    """Whether no other process writes this file; from now on none may (where the system can tell)."""
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def logged(log: Log, ask: Ask, reply: Reply | None = None) -> Reply | None:

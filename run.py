@@ -250,7 +250,7 @@ dumps = partial(json.dumps, ensure_ascii=False)
 
 def write(path: Path, content: str | bytes) -> None:
     """Write, then rename: the file is whole or not there."""
-    draft = path.with_name(path.name + ".part")
+    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
     draft.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
     os.replace(draft, path)
 
