@@ -243,7 +243,7 @@ def rollout(env: Env, users: Array, policy: Policy, rng: Rng) -> Rollout:
 
 # ------------------------------------------------------- a policy that learns: actor-critic
 
-CHOICES = 64                # items that the learner chooses among at a time, or an eighth if that is more
+CHOICES = 64                # items that the learner chooses among at a time, or a 16th if that is more
 
 
 class Weights(NamedTuple):
@@ -306,7 +306,7 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: 
     Adagrad at `pace`, and chooses among a random sample of the items.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(3,)))
-    (m, d), choices = env.vectors.shape, max(CHOICES, len(env.vectors) // 8)
+    (m, d), choices = env.vectors.shape, max(CHOICES, len(env.vectors) // 16)
     pace *= (choices / CHOICES) ** 0.5          # the more choices, the smaller their chances and slopes
     shapes = (2 * d + 1, d), m, 2 * d + 1
     weights = Weights(*(np.zeros(shape, np.float32) for shape in shapes))
