@@ -570,7 +570,7 @@ def read_movie(fields: list[str]) -> tuple[int, str, int | None, list[str]]:
     """
     tags = fields[2].split("|") if len(fields) == 3 else [
         genre for genre, flag in zip(GENRES, fields[5:]) if flag == "1"]
-    title, year = re.fullmatch(r"(.*?)\s*(?:\((\d{4})(?:[-–]\d*)?\))?\s*", fields[1]).groups()
+    title, year = re.fullmatch(r"(?s)(.*?)\s*(?:\((\d{4})(?:[-–]\d*)?\))?\s*", fields[1]).groups()
     title = re.sub(ARTICLE, r"\2 \1", title or fields[1]).replace("L' ", "L'")
     known = [tag for tag in tags if tag not in ("", "unknown", "(no genres listed)")]
     return int(fields[0]), title, year and int(year), known

@@ -735,9 +735,23 @@ def open_log(path: str | Path, model_id: Any, *, replay: bool = False, notice=wa
     """Read a log or begin one; model_id (JSON) is whatever shapes an answer besides the ask."""
     header = json.dumps({"log": 1, "model": model_id}).encode() + b"\n"
     file = None if replay else open(path, "ab", buffering=0)
-    if file and not locked(file):
-        raise EndpointError(f"{path} is in use by another run: wait for it, or choose another --out")
-    raw = Path(path).read_bytes() if Path(path).exists() else b""
+    try:
+        if file and not locked(file):
+            raise EndpointError(f"{path} is in use by another run: wait for it, or choose another --out")
+        known, size = read_log(Path(path), header, replay, notice)
+    except EndpointError:
+        if file:
+            file.close()
+        raise
+    if file:
+        file.truncate(size)
+        file.write(b"" if size else header)
+    return Log(model_id, known, file, threading.Lock())
+
+
+def read_log(path: Path, header: bytes, replay: bool, notice: Callable) -> tuple[dict[str, Reply], int]:
+    """The answers a log holds, and how many of its bytes are whole lines."""
+    raw = path.read_bytes() if path.exists() else b""
     whole, known = raw[:raw.rfind(b"\n") + 1], {}
     if whole != raw:
         notice(f"{path}: dropped a torn last line")
@@ -750,10 +764,7 @@ def open_log(path: str | Path, model_id: Any, *, replay: bool = False, notice=wa
             known.setdefault(record["ask"], Reply(record["text"], Usage(*record["usage"])))
         except (ValueError, TypeError, LookupError):
             raise EndpointError(f"{path}: line {number} is damaged: delete it") from None
-    if file:
-        file.truncate(len(whole))
-        file.write(b"" if whole else header)
-    return Log(model_id, known, file, threading.Lock())
+    return known, len(whole)
 
 
 def locked(file: Any) -> bool:

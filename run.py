@@ -31,6 +31,7 @@ from threading import Event
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 from urllib.parse import quote
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")      # matrices are small here: more threads only wait
 import numpy as np
 
 import billp
@@ -46,7 +47,8 @@ class UserError(Exception):
 
 STAND_IN = ("offline, a rule-based stand-in: it shows the mechanism at work and is no evidence about "
             "real models")
-MENDABLE = (UserError, prompts.EndpointError, envs.BadData, OSError, MemoryError, futures.BrokenExecutor)
+MENDABLE = (UserError, prompts.EndpointError, envs.BadData, OSError, MemoryError, RecursionError,
+            futures.BrokenExecutor)
 NAMES = {"offline": STAND_IN}           # what is no language model never passes for one
 EXPECTED = "expected, by a run of the offline reader at 4 characters a token:"
 ROLES = ("planner", "actor", "critic", "reflector")
@@ -567,7 +569,7 @@ def show(path: Path, pick: str) -> None:
         wanted = [e for e in episodes if e["phase"] == (phase or "learn")
                   and e["episode"] == int(number or e["episode"])] or episodes * (not pick)
         print(story(wanted[-1]))
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, OverflowError):
         raise UserError(f"{path} holds no episode {pick}".rstrip())
 
 

@@ -456,6 +456,21 @@ def test_no_title_or_thought_forges_a_line(title, thought, category, n):
     assert [t.startswith(h) for t, h in zip(turn, heads)] == [True] * len(turn) == [True] * len(heads)
 
 
+@given(st.integers(1, 60), st.integers(1000, 4000))
+def test_a_bounded_session_keeps_whole_newest_turns(n, limit):
+    session = "".join(prompts.turn(i, "t" * 80, "X [A]", 5, False, False) for i in range(1, n + 1))
+    kept = prompts.bounded(session, limit)
+    assert len(kept) <= limit and session.endswith(kept) and kept.startswith("Thought")
+    assert kept == session or len(kept) >= limit // 2 - 400
+
+
+def test_no_lesson_sends_the_offline_reader_on_a_long_count():
+    question = prompts.render_planner(2, ["Keep like items 99 steps apart for those who like A."] * 2)
+    prompt = prompts.shared(["X [A]"], prompts.turn(1, "", "Y [A]", 4, False, False)) + question
+    assert "Like items 99 steps apart" in prompts.offline_planner(prompt, 0)
+    assert "Like items 3 steps apart" in prompts.offline_planner(prompt.replace("99", "9" * 9), 0)
+
+
 def test_every_prompt_extends_the_one_before_it():
     seen = {}
 
@@ -1089,9 +1104,12 @@ def test_no_text_forges_a_line_an_action_a_message_or_a_record(titles, categorie
 
 def test_a_log_resumes_refuses_strangers_and_loses_only_a_torn_line(tmp_path):
     path, notes, open_log, recorded = tmp_path / "calls.jsonl", [], prompts.open_log, prompts.recorded
-    llm = recorded(lambda ask: GOOD, open_log(path, "m"))
+    log = open_log(path, "m")
+    llm = recorded(lambda ask: GOOD, log)
     asks = [ASK._replace(key=(i,)) for i in range(3)]
     [llm(a) for a in asks + asks]
+    assert "in use" in failure(open_log, path, "m")         # one writer at a time
+    log.file.close()
     whole = path.read_bytes()
     assert whole.count(b"\n") == 4 and b"Be brief" not in whole
     for cut in (1, 30):
@@ -1100,6 +1118,7 @@ def test_a_log_resumes_refuses_strangers_and_loses_only_a_torn_line(tmp_path):
         assert path.read_bytes() == whole[:whole[:-1].rfind(b"\n") + 1] and len(notes) == 1
         assert [recorded(lambda ask: GOOD, log)(a) for a in asks] == [GOOD] * 3
         assert path.read_bytes() == whole and not notes.clear()
+        log.file.close()
     assert "--out" in failure(open_log, path, "other")
     replay = recorded(None, open_log(path, "m", replay=True))
     assert "critic [0]" in failure(replay, asks[0]._replace(role="critic"))
@@ -1115,7 +1134,7 @@ def test_threads_write_whole_records_share_connections_and_the_first_answer_coun
     asks, before = [ASK._replace(key=(i,)) for i in range(200)], server().connections
     with ThreadPoolExecutor(40) as pool:
         assert set(pool.map(prompts.recorded(llm, log), asks)) == {GOOD}
-    assert len(prompts.open_log(tmp_path / "calls.jsonl", "m").known) == 200 == len(bodies())
+    assert len(prompts.open_log(tmp_path / "calls.jsonl", "m", replay=True).known) == 200 == len(bodies())
     assert server().connections - before <= 40              # kept alive, all of them
     log, both = prompts.open_log(tmp_path / "two.jsonl", "m"), threading.Barrier(2)
     with ThreadPoolExecutor(2) as pool:
