@@ -858,7 +858,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("\n".join([*ledger(live), last]))
         return 3 if spent else 130
     except MENDABLE as error:
-        say(f"run.py: {error}")
+        named = isinstance(error, OSError) and error.filename
+        say(f"run.py: {f'cannot use {error.filename}: {error.strerror}' if named else error}")
         return 2
 
 
