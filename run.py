@@ -652,16 +652,17 @@ def run_cell(name: str, rows: dict, models: dict[str, tuple[LLM, Embed]], worker
              job: tuple[Cell, Settings]) -> dict[str, Any]:
     """One cell for one seed: the default run, and what this experiment reads off it."""
     (cell, wanted), began, live = job, time.perf_counter(), Live({}, {}, Event())
-    outcome, env = perform(wanted, rows, models[wanted.model], workers, live), build_world(wanted)
-    found = {"series": cell.series, "x": cell.x, "seed": wanted.seed, "scores": outcome.after[0].tolist(),
-             **cost(outcome, live, began)}
+    (llm, embed), env, found = models[wanted.model], build_world(wanted), {}
+    outcome = perform(wanted, rows, (llm, embed), workers, live)
     if name == "fig3":
         counts = np.bincount(np.concatenate(outcome.items), minlength=len(env.titles))
-        found |= {"shares": popularity_shares(env, outcome.items), "gini": envs.gini(counts),
-                  "coverage": float((counts > 0).mean())}
+        found = {"shares": popularity_shares(env, outcome.items), "gini": envs.gini(counts),
+                 "coverage": float((counts > 0).mean())}
     if name == "fig4":
-        found |= {"values": values_of(wanted, env, outcome, models[wanted.model])}
-    return found
+        with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
+            found = {"values": values_of(wanted, env, outcome, (partial(counted, llm, live), embed), map)}
+    return {"series": cell.series, "x": cell.x, "seed": wanted.seed, "scores": outcome.after[0].tolist(),
+            **cost(outcome, live, began), **found}
 
 
 def popularity_shares(env: envs.Env, items: list[np.ndarray]) -> list[list[int]]:
@@ -670,27 +671,33 @@ def popularity_shares(env: envs.Env, items: list[np.ndarray]) -> list[list[int]]
     return [np.bincount(rank[row] * 5 // len(rank), minlength=5).tolist() for row in items]
 
 
-def values_of(wanted: Settings, env: envs.Env, outcome: Outcome, models: tuple[LLM, Embed],
+def values_of(wanted: Settings, env: envs.Env, outcome: Outcome, models: tuple[LLM, Embed], map: Callable,
               states: int = 40, draws: int = 8) -> list[list[float]]:
     """[states, 3]: for states of held-out episodes the Monte-Carlo value, one return, the critic's V.
 
-    Monte-Carlo: the mean discounted return of `draws` continuations with the frozen agent, each
-    followed until what may still come is discounted below a thousandth.
+    Monte-Carlo: the mean discounted return of `draws` continuations with the frozen agent.
     """
-    (llm, embed), config, rows = models, Config(**wanted.config), []
-    catalog, rng = billp.catalog(env, embed), generator(wanted, 3)
-    far = next((n for n in range(env.max_steps) if config.gamma ** n < 0.001), env.max_steps)
+    (llm, embed), config, agent = models, Config(**wanted.config), outcome.agent
     played = [(t, n) for t in outcome.episodes["after"] for n in range(len(t.steps))]
-    for t, n in (played[i] for i in rng.integers(len(played), size=states)):
-        start = Trajectory(t.user, t.steps[:n], t.steps[n].state, False)
-        near = catalog._replace(env=env._replace(max_steps=min(n + far, env.max_steps)))
-        keys = [(wanted.seed, "continue", draw) for draw in range(draws)]
-        runs = [billp.episode(near, t.user, key, outcome.agent, llm, config, start) for key in keys]
-        *sampled, single = (billp.discounted_return([s.reward for s in steps], config.gamma)
-                            for steps in (*(r.steps for r in runs), t.steps[n:]))
-        value, _ = billp.critic(start.last, outcome.agent.critic, llm, config)
-        rows.append([float(np.mean(sampled)), single, value.value])
-    return rows
+    some = [played[i] for i in generator(wanted, 3).integers(len(played), size=states)]
+    starts = [Trajectory(t.user, t.steps[:n], t.steps[n].state, False) for t, n in some]
+    keys = [(wanted.seed, "continue", draw) for draw in range(draws)]
+    go_on = partial(continuation, billp.catalog(env, embed), agent, llm, config)
+    sampled = np.array(list(map(go_on, *zip(*((start, key) for start in starts for key in keys)))))
+    answers = map(partial(billp.critic, memory=agent.critic, llm=llm, config=config), [s.last for s in starts])
+    single = [billp.discounted_return([s.reward for s in t.steps[n:]], config.gamma) for t, n in some]
+    truth = sampled.reshape(states, draws).mean(1).tolist()
+    return [[*row, answer.value] for *row, (answer, _) in zip(truth, single, answers)]
+
+
+def continuation(catalog: billp.Catalog, agent: Agent, llm: LLM, config: Config, start: Trajectory,
+                 key: tuple) -> float:
+    """The discounted return of a session played on, until what may come is discounted below 1/1000."""
+    most = catalog.env.max_steps
+    far = next((n for n in range(most) if config.gamma ** n < 0.001), most)
+    env = catalog.env._replace(max_steps=min(len(start.steps) + far, most))
+    played = billp.episode(catalog._replace(env=env), start.user, key, agent, llm, config, start)
+    return billp.discounted_return([step.reward for step in played.steps], config.gamma)
 
 
 def errors(samples: np.ndarray) -> np.ndarray:
