@@ -779,27 +779,38 @@ def locked(file: Any) -> bool:
     return True
 
 
-def logged(log: Log, ask: Ask, reply: Reply | None = None) -> Reply | None:
-    """The log's answer to an ask; `reply` is appended if it has none. A miss ends a replay.
+def name_of(log: Log, ask: Ask) -> str:
+    """A record's name: a hash of the model and of all that determines the answer; no API key."""
+    return hashlib.sha256(json.dumps([log.model_id, ask]).encode()).hexdigest()
 
-    One write a line, so that a kill tears the last one at most; in ASCII, so no text can end it.
-    """
-    name = hashlib.sha256(json.dumps([log.model_id, ask]).encode()).hexdigest()
+
+def looked_up(log: Log, ask: Ask, name: str) -> Reply | None:
+    """The log's answer to an ask, if it has one. A miss ends a replay."""
     if log.file is None and name not in log.known:
         raise EndpointError(f"the log has no answer for {ask.role} {list(ask.key)}: run without "
                             "--replay, or with the flags it was recorded with")
-    if reply is not None:
-        line = {"ask": name, "role": ask.role, "key": ask.key, **reply._asdict()}
-        with log.lock:
-            if name not in log.known:
-                log.file.write(json.dumps(line).encode() + b"\n")
-                log.known[name] = reply
     return log.known.get(name)
+
+
+def kept(log: Log, ask: Ask, name: str, reply: Reply) -> Reply:
+    """The reply, appended to the log; if another thread was quicker, that one's reply counts.
+
+    One write a line, so that a kill tears the last one at most; in ASCII, so no text can end it.
+    """
+    line = json.dumps({"ask": name, "role": ask.role, "key": ask.key, **reply._asdict()})
+    with log.lock:
+        if name not in log.known:
+            log.file.write(line.encode() + b"\n")
+            log.known[name] = reply
+    return log.known[name]
 
 
 def recorded(llm: LLM, log: Log) -> LLM:
     """The same model, answering from its log where it can: cache, resume and replay in one."""
-    return lambda ask: logged(log, ask) or logged(log, ask, llm(ask))
+    def answer(ask):
+        name = name_of(log, ask)
+        return looked_up(log, ask, name) or kept(log, ask, name, llm(ask))
+    return answer
 
 
 def recorded_embed(embed: Embed, log: Log) -> Embed:
@@ -808,10 +819,11 @@ def recorded_embed(embed: Embed, log: Log) -> Embed:
 
     def answer(texts):
         asks = {t: Ask("embed", (), (("text", t),)) for t in texts}
-        missing = [t for t, ask in asks.items() if logged(log, ask) is None]
-        for text, row in zip(missing, embed(missing) if missing else (), strict=True):
-            logged(log, asks[text], Reply(base64.b64encode(row.tobytes()).decode()))
-        return stacked([np.frombuffer(base64.b64decode(logged(log, asks[t]).text), np.float32)
+        names = {t: name_of(log, ask) for t, ask in asks.items()}
+        missing = [t for t in asks if looked_up(log, asks[t], names[t]) is None]
+        for t, row in zip(missing, embed(missing) if missing else (), strict=True):
+            kept(log, asks[t], names[t], Reply(base64.b64encode(row.tobytes()).decode()))
+        return stacked([np.frombuffer(base64.b64decode(log.known[names[t]].text), np.float32)
                         for t in texts], size)
     return answer
 
