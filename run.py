@@ -861,7 +861,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (KeyboardInterrupt, prompts.BudgetSpent) as error:
         spent = isinstance(error, prompts.BudgetSpent)
-        last = f"run.py: {error}" if spent else "interrupted; the same command continues it"
+        last = f"run.py: {error}" if spent else "interrupted; run the same command again: answered calls are kept"
         say("\n".join([*ledger(live), last]))
         return 3 if spent else 130
     except MENDABLE as error:
