@@ -70,12 +70,14 @@ METHODS: dict[str, dict[str, Any]] = {          # each method is a row of switch
 
 
 class Record(NamedTuple):
+    """One thing remembered."""
     key: str                        # the text it is found by
     action: str                     # what was done there; "" where the key alone identifies
     value: Any                      # a reflection, v_n or a TD target
 
 
 class Chunk(NamedTuple):
+    """Records that lie together, oldest first, and the vectors they are found by."""
     records: tuple[Record, ...]
     vectors: np.ndarray             # float32 [n, d], unit rows, row i embeds records[i].key
 
@@ -232,6 +234,7 @@ class Answer(NamedTuple):
 
 
 class Agent(NamedTuple):
+    """All that is learned."""
     planner: Memory = EMPTY         # M_P: state -> reflection
     actor: Memory = EMPTY           # M_A: state, action -> 1 encouraged or 0 discouraged
     critic: Memory = EMPTY          # M_C: state -> target
@@ -316,6 +319,7 @@ def reflector(trajectory: Trajectory, memory: Memory, llm: LLM,
 
 
 class Step(NamedTuple):
+    """One recommendation: what was known, thought, done and earned."""
     state: State
     plan: Answer | None             # None where the method has no thoughts
     act: Answer
@@ -333,6 +337,7 @@ class Lesson(NamedTuple):
 
 
 class Trajectory(NamedTuple):
+    """One episode, from its first step to the state after its last."""
     user: int
     steps: tuple[Step, ...]         # at least one; the last is the leaving step if terminated
     last: State                     # s_{N+1}

@@ -58,7 +58,7 @@ class Env(NamedTuple):
     belongs: Array                      # bool [m, c]: the categories of each item
     vectors: Array                      # float32 [m, d]: items that feel alike lie near each other
     ratings: Array | Factors | Halves   # [n, m]: what users would rate items: see `rate`
-    histories: Sequence[Array]     # [n] of item indices: liked before, oldest first
+    histories: Sequence[Array]          # [n] of item indices: liked before, oldest first
     learners: int                       # users below this index learn; the rest are held out
     window: int = 4                     # W, recommended items a user compares the next one with
     beta: float = 1.0                   # an item nearer than this to one of them is too alike
@@ -218,7 +218,7 @@ CELLS = 2 ** 22         # users x items looked at in one go: bounds the memory o
 
 
 def rollout(env: Env, users: Array, policy: Policy, rng: Rng) -> Rollout:
-    """One episode for each of B users, all stepped at once; no item is recommended twice.
+    """One episode for each of B users, all stepped at once; no item is recommended twice while any is left.
 
     -1 and 0 stand from the leaving step on. In large worlds the users come in blocks, one after another.
     """

@@ -54,6 +54,7 @@ class Ask(NamedTuple):
 
 
 class Reply(NamedTuple):
+    """A model's answer to an Ask."""
     text: str
     usage: Usage = Usage()
 
@@ -183,6 +184,7 @@ def line_tags(line: str) -> tuple[str, ...]:
 
 
 def bullets(lines: Sequence[str]) -> str:
+    """The lines as a list, each made one clean line; "none yet" for none."""
     return "\n".join(f"- {clean(line, 600)}" for line in lines) or "- none yet"
 
 
@@ -215,10 +217,12 @@ Thought {n}: """
 
 
 def render_planner(n: int, lessons: Sequence[str]) -> str:
+    """The planner's question at step n (from 1), given the recalled reflections."""
     return PLANNER.format(lessons=bullets(lessons), n=n)
 
 
 def parse_planner(text: str) -> str | Malformed:
+    """The thought, one line."""
     return said("Thought", text) or Malformed("the reply held no line 'Thought: ...'")
 
 
@@ -230,10 +234,12 @@ Reflection: """
 
 
 def render_reflector() -> str:
+    """The reflector's question after a session."""
     return REFLECTOR
 
 
 def parse_reflector(text: str) -> str | Malformed:
+    """The reflection, one line."""
     return said("Reflection", text) or Malformed("the reply held no line 'Reflection: ...'")
 
 
@@ -253,6 +259,7 @@ VERDICT = ("discouraged", "encouraged")         # v_n = 0 and v_n = 1
 
 
 def render_actor(n: int, thought: str, hint: str, experience: Sequence[tuple[str, int]]) -> str:
+    """The actor's question at step n: thought, category analysis, (item line, v_n) pairs."""
     lines = [f"{VERDICT[v]}: {line}" for line, v in experience]
     said = f"Thought {n}: {clean(thought)}" if thought else ""
     return ACTOR.format(thought=said, hint=hint, experience=bullets(lines), n=n)
@@ -275,6 +282,7 @@ Value: """
 
 
 def render_critic(values: Sequence[float], gamma: float, top: float) -> str:
+    """The critic's question, given the recalled targets and the largest value there can be."""
     return CRITIC.format(values=bullets([f"{v:.2f}" for v in values]), gamma=gamma, top=top)
 
 

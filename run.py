@@ -28,6 +28,7 @@ from io import BytesIO
 from pathlib import Path
 from signal import SIG_IGN, SIGINT, signal
 from threading import Event
+from threading import enumerate as threads
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 from urllib.parse import quote
 
@@ -121,6 +122,8 @@ def reasons(record: type) -> dict[str, str]:
 
 
 class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
     def error(self, message: str) -> None:      # argparse would print its whole usage first
         raise UserError(f"{message}; --help lists the flags")
 
@@ -387,6 +390,10 @@ def mapping(executor: Callable, count: int, stop: Event) -> Iterator[Callable]:
         raise
     finally:
         pool.shutdown(wait=not stop.is_set(), cancel_futures=True)
+        last = time.monotonic() + 1             # an answer on its way is worth a second: it is recorded
+        for thread in threads() if stop.is_set() else ():
+            if thread.name.startswith("ThreadPoolExecutor"):
+                thread.join(max(last - time.monotonic(), 0))
 
 
 def progress(batches: Iterable, total: int, size: int) -> Iterator:

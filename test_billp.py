@@ -471,6 +471,16 @@ def test_no_lesson_sends_the_offline_reader_on_a_long_count():
     assert "Like items 3 steps apart" in prompts.offline_planner(prompt.replace("99", "9" * 9), 0)
 
 
+def test_the_offline_reflector_asks_for_no_more_distance_than_was_borne():
+    def reflect(*items, apart=7):
+        turns = [prompts.turn(n, f"Like items {apart} steps apart", line, 5, n == len(items), False)
+                 for n, line in enumerate(items, 1)]
+        return prompts.offline_reflector(prompts.shared(["L [A]"], "".join(turns)), 0)
+    assert "Z disappointed. Keep like items 2 steps apart" in reflect("W [A]", "X [B]", "Y [A]", "Z [C]")
+    assert "came 1 steps after X, its like. Keep like items 7" in reflect("W [A]", "X [B]", "Y [B]")
+    assert "came 2 steps after W, its like. Keep like items 3" in reflect("W [A]", "X [B]", "Y [A]", apart=2)
+
+
 def test_every_prompt_extends_the_one_before_it():
     seen = {}
 
