@@ -21,6 +21,7 @@ import json
 import pickle
 import re
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
@@ -243,7 +244,7 @@ def rollout(env: Env, users: Array, policy: Policy, rng: Rng) -> Rollout:
 
 # ------------------------------------------------------- a policy that learns: actor-critic
 
-CHOICES = 64                # items that the learner chooses among at a time, or a 16th if that is more
+CHOICES = 48                # items that the learner chooses among at a time, or a 16th if that is more
 
 
 class Weights(NamedTuple):
@@ -266,36 +267,45 @@ def means(env: Env, users: Array) -> Array:
 
 def observe(env: Env, state: EnvState, past: Array) -> Array:
     """float32 [B, 2d + 1]: x of each session, given the mean of its user's history [B, d]."""
-    recent = (env.vectors[state.recent] * (state.recent >= 0)[..., None]).sum(-2)
+    places = state.recent.T                     # places first: sums over a leading axis are quick
+    recent = (env.vectors.take(places, 0) * (places >= 0)[..., None]).sum(0)
     return np.concatenate([past, recent, np.ones((len(past), 1), np.float32)], -1)
 
 
-def log_softmax(env: Env, weights: Weights, x: Array, free: Array, among: Array) -> Array:
-    """float32 [B, c]: the logarithms of the policy's chances of c items; next to none if not free."""
-    logits = x @ weights.match @ env.vectors[among].T
-    logits += weights.appeal[among]
-    logits[~free] -= np.float32(1e6)
-    logits -= logits.max(-1, keepdims=True)
-    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
-    return logits
+def logits(env: Env, weights: Weights, x: Array, free: Array, among: Array) -> Array:
+    """float32 [c, B]: how much each of B sessions wants each of c items; hardly any that is not free."""
+    wanted = env.vectors[among] @ (x @ weights.match).T
+    wanted += weights.appeal[among, None]
+    return np.where(free, wanted, np.float32(-1e6))
 
 
 def a2c(weights: Weights, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """The likeliest item of a learned softmax; a `Policy` once the weights are filled in."""
     x = observe(env, state, means(env, state.user))
-    return np.argmax(log_softmax(env, weights, x, free, np.arange(free.shape[1])), -1)
+    return np.argmax(logits(env, weights, x, free.T, np.arange(free.shape[1])), 0)
+
+
+def sample(wanted: Array, rng: Rng) -> tuple[Array, Array, Array]:
+    """From logits [c, B]: the softmax's logarithms and chances, both [c, B], and one draw a column [B]."""
+    log = wanted - wanted.max(0)
+    chance = np.exp(log)
+    total = chance.sum(0)
+    ladder = np.array([*accumulate(chance)])                    # row by row: quicker than cumsum
+    pick = np.argmax(ladder > rng.random(len(total), np.float32) * total, 0)
+    return log - np.log(total), chance / total, pick
 
 
 def slopes(env: Env, x: Array, among: Array, log: Array, chance: Array, pick: Array, credit: Array,
            entropy: float) -> Weights:
     """Uphill for mean(credit log chance[pick] + entropy bonus), and for the critic's fit."""
-    surprise = np.einsum("bc,bc->b", chance, log)
-    push = (np.float32(-entropy) * log + (np.float32(entropy) * surprise - credit)[:, None]) * chance
-    push[np.arange(len(pick)), pick] += credit
+    push = np.float32(-entropy) * log
+    push -= np.einsum("cb,cb->b", chance, push) + credit
+    push *= chance
+    push[pick, np.arange(len(pick))] += credit
     push /= np.float32(len(pick))
     appeal = np.zeros(len(env.titles), np.float32)
-    appeal[among] = push.sum(0)
-    return Weights(x.T @ (push @ env.vectors[among]), appeal, credit @ x / len(pick))
+    appeal[among] = push.sum(1)
+    return Weights(x.T @ (push.T @ env.vectors[among]), appeal, credit @ x / len(pick))
 
 
 def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: float = 0.3,
@@ -312,30 +322,25 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: 
     weights = Weights(*(np.zeros(shape, np.float32) for shape in shapes))
     squares = [np.full(shape, 1e-6, np.float32) for shape in shapes]
     lanes = np.arange(max(1, min(int(episodes ** 0.5), 256, CELLS // m)))
-    order, ended, among = rng.permutation(env.learners), 0, np.arange(m)
+    order, ended = rng.permutation(env.learners), 0
     state = reset(env, order[lanes % len(order)])
-    free, past = unseen(env, state.user), means(env, state.user)
+    free, x = unseen(env, state.user).T.copy(), observe(env, state, means(env, state.user))
     while ended < episodes:
-        if m > choices:
-            among = rng.choice(m, choices, replace=False)
-        x = observe(env, state, past)
-        log = log_softmax(env, weights, x, free[:, among], among)
-        chance = np.exp(log)
-        spot = rng.random((len(lanes), 1), np.float32) * chance.sum(-1, keepdims=True)
-        pick = np.minimum((chance.cumsum(-1) <= spot).sum(-1), len(among) - 1)
+        among = rng.choice(m, choices, replace=False) if m > choices else np.arange(m)
+        log, chance, pick = sample(logits(env, weights, x, free[among], among), rng)
         after, reward, left, cut = step(env, state, among[pick])
-        free[lanes, among[pick]] = False
-        values = x @ weights.value, observe(env, after, past) @ weights.value
+        free[among[pick], lanes] = False
+        then = observe(env, after, x[:, :d])
+        values = x @ weights.value, then @ weights.value
         credit = advantage(reward, gamma, *values, left).astype(np.float32)
         slope = slopes(env, x, among, log, chance, pick, credit, entropy)
         squares = [s + g * g for s, g in zip(squares, slope)]
-        moves = (pace * g / np.sqrt(s) for g, s in zip(slope, squares))
-        weights = Weights(*((w + move).astype(np.float32) for w, move in zip(weights, moves)))
-        over = left | cut
+        moves = (np.float32(pace) * g / np.sqrt(s) for g, s in zip(slope, squares))
+        weights, x, over = Weights(*map(np.add, weights, moves)), then, left | cut
         fresh = order[(len(lanes) + ended + over.cumsum() - 1) % len(order)]
-        state, ended = begin(after, over, fresh), ended + over.sum()
-        if over.any():
-            free[over], past[over] = unseen(env, fresh[over]), means(env, fresh[over])
+        state, ended, new = begin(after, over, fresh), ended + over.sum(), fresh[over]
+        if len(new):
+            free[:, over], x[over] = unseen(env, new).T, observe(env, reset(env, new), means(env, new))
     return partial(a2c, weights)
 
 
