@@ -121,18 +121,14 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
     """
     if not memory or k < 1:
         return ()
-    distance = np.concatenate([2 - 2 * np.vecdot(c.vectors, vector) for c in memory]).round(5)
-    within, everything = np.flatnonzero(distance <= tau), records(memory)
-    found, size = {}, 4 * k             # sort the few nearest; more only if they repeat each other
-    while len(found) < min(k, len(within)):
-        cut = np.partition(distance[within], min(size, len(within)) - 1)[:size].max()
-        nearest = within[distance[within] <= cut]
-        for i in nearest[np.lexsort((-nearest, distance[nearest]))]:
-            found.setdefault(everything[i][:2], everything[i])              # by (key, action)
-        if size >= len(within):
+    distance = (2 - 2 * np.concatenate([np.vecdot(c.vectors, vector) for c in memory])).round(5)
+    everything, found, n = records(memory), {}, len(distance)
+    order = np.rint(distance * 1e5).astype(int) * n + np.arange(n)[::-1]    # nearest, then newest first
+    for i in n - 1 - np.sort(order[distance <= tau]) % n:
+        found.setdefault(everything[i][:2], everything[i])                  # by (key, action)
+        if len(found) == k:
             break
-        size *= 4
-    return tuple(found.values())[:k]
+    return tuple(found.values())
 
 
 # ----------------------------------------------------------------------------------- credit

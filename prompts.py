@@ -75,6 +75,7 @@ Embed = Callable[[Sequence[str]], np.ndarray]       # texts -> float32 [n, d], u
 # ----------------------------------------------------------------------------- text from data
 
 
+@lru_cache(4096)
 def clean(text: str, limit: int = 300) -> str:
     """The text as one printable line of at most `limit` characters, so that data forges no line.
 

@@ -3,7 +3,7 @@
     python run.py --episodes 50             learn; evaluate the same users before and after
     python run.py --method reflexion        the same with another row of switches
     python run.py --show RUN                one episode of a finished run, step by step
-    python run.py --experiment table5       one of the paper's tables or figures, over several seeds
+    python run.py --experiment table5       one of the paper's tables or figures, over several seeds, or all
 
 Every effect of the project is here, but for the part of prompts.py that speaks HTTP. Results go to
 stdout, progress and errors to stderr. A run directory holds config.json (what determines the
@@ -81,6 +81,15 @@ class Live(NamedTuple):
 
 # ------------------------------------------------------------------------------------ flags
 
+
+def names(text: str) -> list[str]:
+    """The experiments that a text names, "all" or some with commas between."""
+    chosen = list(EXPERIMENTS) if text == "all" else text.split(",")
+    if not set(chosen) <= set(EXPERIMENTS):
+        raise argparse.ArgumentTypeError(f"no experiment {text!r}; there are all, {', '.join(EXPERIMENTS)}")
+    return list(dict.fromkeys(chosen))
+
+
 FLAGS: dict[str, dict[str, Any]] = {
     "--episodes": dict(type=int, help=f"learning episodes (default 50; {BUDGET} in experiments)"),
     "--users": dict(type=int, default=50, help="held-out users to evaluate on (default 50)"),
@@ -92,7 +101,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--load": dict(type=Path, help="start from another run's memory.json"),
     "--show": dict(type=Path, metavar="RUN", help="print one episode of a run"),
     "--pick": dict(default="", metavar="PHASE:N", help="which one: before, learn or after, and its number"),
-    "--experiment": dict(choices=EXPERIMENTS, help="one of the paper's tables or figures, over --seeds"),
+    "--experiment": dict(type=names, metavar="A,B", help="the paper's tables and figures, over --seeds: "
+                         f"{' '.join(EXPERIMENTS)}, or all; a run that two of them need is made once"),
     "--seeds": dict(type=int, default=5, help="seeds of an experiment, from --seed on (default 5)"),
     "--rows": dict(metavar="A,B", help="only these rows of an experiment, as react,reflexion,billp"),
     "--models": dict(metavar="A,B", help="the models that table6 compares"),
@@ -263,7 +273,7 @@ def write(path: Path, content: str | bytes) -> None:
 def run_directory(args: argparse.Namespace, wanted: dict[str, Any]) -> Path:
     """The directory of this run, made if need be; refused if it holds anything else."""
     text = (dumps(wanted, indent=1) + "\n").encode()
-    what = f"{wanted['world'].partition(':')[0]}-{args.experiment or wanted['method']}"
+    what = f"{wanted['world'].partition(':')[0]}-{'+'.join(args.experiment or [wanted['method']])}"
     path = args.out or Path("runs") / f"{what}-{digest(text)[:8]}"
     held = path / "config.json"
     if held.exists():
@@ -449,14 +459,13 @@ def roll(wanted: Settings, env: envs.Env) -> Outcome:
     return Outcome(*scores, [row[row >= 0] for row in played.items])
 
 
-def perform(wanted: Settings, rows: dict, models: tuple[LLM, Embed], workers: int, live: Live,
+def perform(wanted: Settings, rows: dict, models: tuple[LLM, Embed], map: Callable, live: Live,
             watched: bool = False) -> Outcome:
     """One run in memory: from a model, and memory records to start from, to an outcome."""
     env, (llm, embed) = build_world(wanted), models
     if wanted.method in envs.POLICIES:
         return roll(wanted, env)
-    with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
-        return learn(wanted, env, embed_memory(rows, embed), partial(counted, llm, live), embed, map, watched)
+    return learn(wanted, env, embed_memory(rows, embed), partial(counted, llm, live), embed, map, watched)
 
 
 def added(rows: Sequence[Counts]) -> Counts:
@@ -492,7 +501,8 @@ def run(args: argparse.Namespace, live: Live) -> None:
     path = None if args.dry_run else run_directory(args, wanted._asdict())
     models = connect(args, wanted, path, live)
     workers = args.workers or (1 if args.dry_run or wanted.model == "offline" else wanted.config["batch"])
-    outcome = perform(wanted, rows, models, workers, live, watched=True)
+    with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
+        outcome = perform(wanted, rows, models, map, live, watched=True)
     if args.dry_run:
         print("\n".join([EXPECTED, *ledger(live)]))
         return
@@ -639,43 +649,44 @@ def change(base: Settings, cell: Cell, seed: int) -> Settings:
                            episodes=0 if idle else wanted.episodes)
 
 
-def plan(args: argparse.Namespace, base: Settings) -> list[tuple[Cell, Settings]]:
-    """The runs of an experiment, cell by cell; a mistake is found before any of them begins."""
-    table = cells(args.experiment, (args.models or base.model).split(","))
+def plan(args: argparse.Namespace, base: Settings, name: str) -> list[tuple[Cell, list[Settings]]]:
+    """An experiment's cells with their runs, one a seed; a mistake is found before any of them begins."""
+    table = cells(name, (args.models or base.model).split(","))
     known = list(dict.fromkeys(cell.series for cell in table))
     rows = args.rows.split(",") if args.rows else known
     if not set(rows) <= set(known):
-        raise UserError(f"--rows {args.rows}: {args.experiment} has no such rows, only {' '.join(known)}")
-    if args.experiment == "fig4" and base.method in envs.POLICIES:
+        raise UserError(f"--rows {args.rows}: {name} has no such rows, only {' '.join(known)}")
+    if name == "fig4" and base.method in envs.POLICIES:
         raise UserError(f"--method {base.method}: it has no Critic, which is what fig4 is about")
-    jobs = [(cell, change(base, cell, base.seed + s)) for cell in table if cell.series in rows
-            for s in range(args.seeds)]
-    for _, wanted in jobs[::args.seeds]:
-        build_world(wanted)
-    return [job for job in jobs if not (args.dry_run and job[1].method in envs.POLICIES)]
+    jobs = [(cell, [change(base, cell, base.seed + s) for s in range(args.seeds)])
+            for cell in table if cell.series in rows]
+    for _, runs in jobs:
+        build_world(runs[0])
+    return [job for job in jobs if not (args.dry_run and job[1][0].method in envs.POLICIES)]
 
 
-def run_cell(name: str, rows: dict, models: dict[str, tuple[LLM, Embed]], workers: int,
-             job: tuple[Cell, Settings]) -> dict[str, Any]:
-    """One cell for one seed: the default run, and what this experiment reads off it."""
-    (cell, wanted), began, live = job, time.perf_counter(), Live({}, {}, Event())
-    (llm, embed), env, found = models[wanted.model], build_world(wanted), {}
-    outcome = perform(wanted, rows, (llm, embed), workers, live)
-    if name == "fig3":
-        counts = np.bincount(np.concatenate(outcome.items), minlength=len(env.titles))
-        found = {"shares": popularity_shares(env, outcome.items), "gini": envs.gini(counts),
-                 "coverage": float((counts > 0).mean())}
-    if name == "fig4":
-        with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
-            found = {"values": values_of(wanted, env, outcome, (partial(counted, llm, live), embed), map)}
-    return {"series": cell.series, "x": cell.x, "seed": wanted.seed, "scores": outcome.after[0].tolist(),
-            **cost(outcome, live, began), **found}
+def run_cell(rows: dict, models: dict[str, tuple[LLM, Embed]], workers: int,
+             job: tuple[Settings, list[str]]) -> dict[str, Any]:
+    """One run for the experiments it belongs to: the default flow, and what they read off it besides."""
+    (wanted, names), began, live = job, time.perf_counter(), Live({}, {}, Event())
+    (llm, embed), env = models[wanted.model], build_world(wanted)
+    with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
+        outcome = perform(wanted, rows, (llm, embed), map, live)
+        result = {"seed": wanted.seed, "scores": outcome.after[0].tolist(), **cost(outcome, live, began)}
+        if "fig3" in names:
+            result["fig3"] = shares(env, outcome)
+        if "fig4" in names:
+            values = values_of(wanted, env, outcome, (partial(counted, llm, live), embed), map)
+            result["fig4"] = {"values": values, **cost(outcome, live, began)}
+    return result
 
 
-def popularity_shares(env: envs.Env, items: list[np.ndarray]) -> list[list[int]]:
-    """How often each user was given items of each fifth by popularity, the least popular first."""
+def shares(env: envs.Env, outcome: Outcome) -> dict[str, Any]:
+    """How often each user was given items of each fifth by popularity (least first), Gini and coverage."""
     rank = np.argsort(np.argsort(envs.popularity(env), kind="stable"))
-    return [np.bincount(rank[row] * 5 // len(rank), minlength=5).tolist() for row in items]
+    counts = np.bincount(np.concatenate(outcome.items), minlength=len(rank))
+    return {"shares": [np.bincount(rank[row] * 5 // len(rank), minlength=5).tolist() for row in outcome.items],
+            "gini": envs.gini(counts), "coverage": float((counts > 0).mean())}
 
 
 def values_of(wanted: Settings, env: envs.Env, outcome: Outcome, models: tuple[LLM, Embed], map: Callable,
@@ -719,8 +730,8 @@ def spread(results: list[dict], head: dict[str, Any]) -> list[dict[str, Any]]:
         return counts.sum((-3, -2)) / np.maximum(counts.sum((-3, -2, -1)), 1)[..., None]
     whole = {key: envs.bootstrap(lambda s: s.mean((-3, -2)), column(results, key)[:, None, None])[0]
              for key in ("gini", "coverage")}
-    shares = envs.bootstrap(share, column(results, "shares"))
-    return [{**head, "x": x, "figures": {"share": figure, **whole}} for x, figure in enumerate(shares, 1)]
+    figures = envs.bootstrap(share, column(results, "shares"))
+    return [{**head, "x": x, "figures": {"share": figure, **whole}} for x, figure in enumerate(figures, 1)]
 
 
 def misses(results: list[dict], head: dict[str, Any]) -> list[dict[str, Any]]:
@@ -811,50 +822,68 @@ def bill(results: list[dict]) -> str:
             f"{fallbacks:.1f}, named no item {ungrounded:.0%}, {seconds:.1f} s")
 
 
-def gather(args: argparse.Namespace, base: Settings, start: dict, jobs: list[tuple[Cell, Settings]],
-           path: Path | None, live: Live) -> list[list[dict]]:
-    """The results of an experiment's runs, those of one cell together.
+def gather(args: argparse.Namespace, base: Settings, start: dict, jobs: list[tuple[Settings, list[str]]],
+           path: Path | None, live: Live) -> list[dict]:
+    """The results of the runs, in order.
 
     Offline there is a process for each run, else run follows run and each has threads of its own.
     """
-    results: list[dict] = []
     models = {model: connect(args, base._replace(model=model), path and path / quote(model, ""), live)
-              for model in dict.fromkeys(wanted.model for _, wanted in jobs)}      # one client and log each
+              for model in dict.fromkeys(wanted.model for wanted, _ in jobs)}      # one client and log each
     if args.dry_run or set(models) == {"offline"}:
         count, workers = min(args.workers or os.cpu_count() or 1, len(jobs), 60), 1
     else:
         count, workers = 1, args.workers or base.config["batch"]
         models = {model: (partial(counted, llm, live), embed) for model, (llm, embed) in models.items()}
-    pool = partial(futures.ProcessPoolExecutor, initializer=signal, initargs=(SIGINT, SIG_IGN))
+    pool, results = partial(futures.ProcessPoolExecutor, initializer=signal, initargs=(SIGINT, SIG_IGN)), []
     with mapping(pool, count, live.stop) as map:
-        for result in map(partial(run_cell, args.experiment, start, models, workers), jobs):
+        for (wanted, names), result in zip(jobs, map(partial(run_cell, start, models, workers), jobs)):
             results.append(result)
-            say(f"{args.experiment}: {len(results)} of {len(jobs)}, {title(result)}, seed {result['seed']}")
-    return [results[i:i + args.seeds] for i in range(0, len(results), args.seeds)]
+            say(f"{' '.join(names)}: {len(results)} of {len(jobs)}, {wanted.method}, seed {wanted.seed}")
+    return results
 
 
-def experiment(args: argparse.Namespace, live: Live) -> None:
-    """All cells of one experiment over all seeds: a table, a JSON file and a picture."""
-    name, began, base = args.experiment, time.perf_counter(), settings(args)
-    jobs, start = plan(args, base), load_memory(args.load, base.embedding) if args.load else {}
+def experiments(args: argparse.Namespace, live: Live) -> None:
+    """Those asked for, each with a table, a JSON file and a picture; a run that two of them need is made once."""
+    began, base = time.perf_counter(), settings(args)
+    plans, jobs = {name: plan(args, base, name) for name in args.experiment}, {}
+    for name, table in plans.items():
+        for wanted in (wanted for _, runs in table for wanted in runs):
+            jobs.setdefault(dumps(wanted), (wanted, []))[1].append(name)
+    start = load_memory(args.load, base.embedding) if args.load else {}
     also = {key: getattr(args, key) for key in ("experiment", "seeds", "models", "rows")}
     path = None if args.dry_run else run_directory(args, {**base._asdict(), **also})
-    found = gather(args, base, start, jobs, path, live)
-    if args.dry_run:
-        print("\n".join([EXPECTED, *map(bill, found)]))
-        return
-    rows, models = tabulate(name, found), dict.fromkeys(wanted.model for _, wanted in jobs)
-    bills = [bill(results) for results in found if results[0]["calls"]["actor"]["calls"]]
-    heading = (f"{name} on {base.world}, seeds {base.seed} to {base.seed + args.seeds - 1}, {base.users} "
-               f"held-out users each\nmodel {', '.join(NAMES.get(m, m) for m in models)}")
+    results = dict(zip(jobs, gather(args, base, start, list(jobs.values()), path, live)))
+    for name, table in plans.items():
+        found = [[view(name, cell, results[dumps(wanted)]) for wanted in runs] for cell, runs in table]
+        if args.dry_run:
+            print("\n".join([f"{name}: {EXPECTED}", *map(bill, found), ""]))
+        else:
+            publish(name, base, found, path)
+    print(f"seconds   {time.perf_counter() - began:.1f}\nrun       {path}")
+
+
+def view(name: str, cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
+    """A run's result as one experiment sees it."""
+    own = {key: value for key, value in result.items() if key not in EXPERIMENTS}
+    return {"series": cell.series, "x": cell.x, **own, **result.get(name, {})}
+
+
+def publish(name: str, base: Settings, found: list[list[dict]], path: Path) -> None:
+    """The table of an experiment on stdout, NAME.json and NAME.png in the run directory."""
+    rows, seeds = tabulate(name, found), [result["seed"] for result in found[0]]
+    models = [results[0]["series"] for results in found] if name == "table6" else [base.model]
+    heading = (f"{name} on {base.world}, seeds {seeds[0]} to {seeds[-1]}, {base.users} held-out users each\n"
+               f"model {', '.join(NAMES.get(model, model) for model in models)}")
     lines = grid([(title(row), row["figures"]) for row in rows], 24)
     table = [lines[0], *(line + remark(row) for line, row in zip(lines[1:], rows))]
+    bills = [bill(results) for results in found if results[0]["calls"]["actor"]["calls"]]
     print("\n".join([heading, "", *table, *[ORIENTATION] * any(row.get("paper") for row in rows), "",
-                     *bills, "", f"seconds   {time.perf_counter() - began:.1f}", f"run       {path}"]))
+                     *bills, ""]))
     results = [result for cell in found for result in cell]
     seconds = [result.pop("seconds") for result in results]
-    held = {**also, "settings": base._asdict(), "rows": rows, "cells": results, "seconds": seconds}
-    write(path / "results.json", dumps(held) + "\n")
+    held = {"experiment": name, "settings": base._asdict(), "rows": rows, "cells": results, "seconds": seconds}
+    write(path / f"{name}.json", dumps(held) + "\n")
     plot(name, heading, rows, path / f"{name}.png")
 
 
@@ -863,7 +892,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     live = Live({}, {}, Event())
     try:
         args = parse(argv)
-        show(args.show, args.pick) if args.show else (experiment if args.experiment else run)(args, live)
+        show(args.show, args.pick) if args.show else (experiments if args.experiment else run)(args, live)
         sys.stdout.flush()
         return 0
     except (KeyboardInterrupt, prompts.BudgetSpent) as error:
