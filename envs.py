@@ -312,8 +312,8 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: 
               entropy: float = 0.05) -> Policy:
     """Advantage actor-critic in one pass over `episodes` episodes of learners, taken in turn.
 
-    As many sessions as sqrt(episodes), at most 256, run side by side; every step of theirs is one step of
-    Adagrad at `pace`, and chooses among a random sample of the items.
+    One in a hundred episodes run side by side; every step of theirs is one step of Adagrad at `pace`, and
+    chooses among a random sample of the items.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(3,)))
     (m, d), choices = env.vectors.shape, max(CHOICES, len(env.vectors) // 16)
@@ -321,7 +321,7 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: 
     shapes = (2 * d + 1, d), m, 2 * d + 1
     weights = Weights(*(np.zeros(shape, np.float32) for shape in shapes))
     squares = [np.full(shape, 1e-6, np.float32) for shape in shapes]
-    lanes = np.arange(max(1, min(int(episodes ** 0.5), 256, CELLS // m)))
+    lanes = np.arange(max(1, min(episodes // 100, CELLS // m)))
     order, ended = rng.permutation(env.learners), 0
     state = reset(env, order[lanes % len(order)])
     free, x = unseen(env, state.user).T.copy(), observe(env, state, means(env, state.user))

@@ -764,7 +764,7 @@ def tabulate(name: str, found: list[list[dict]]) -> list[dict[str, Any]]:
             scores, others = column(results, "scores"), column(found[other], "scores")
             rows.append({**head, "figures": envs.metrics(scores), "against": title(heads[other]),
                          "gain": envs.metrics(scores, others)["R_traj"] if other != i else None,
-                         "paper": "" if head["x"] else PAPER.get(head["series"], "")})
+                         "paper": "" if head["x"] is not None else PAPER.get(head["series"], "")})
     return rows
 
 
