@@ -27,8 +27,7 @@ import numpy as np
 
 import envs
 import prompts
-from envs import Env
-from prompts import LLM, Ask, Embed, Malformed
+from prompts import LLM, Ask, Catalog, Malformed, catalog, ground
 
 # --------------------------------------------------------------------------------- config
 
@@ -161,48 +160,6 @@ def discounted_return(rewards: Sequence[float], gamma: float) -> float:
     return reduce(lambda later, reward: reward + gamma * later, reversed(rewards), 0.0)
 
 
-# -------------------------------------------------------------------------------- catalogue
-
-
-class Catalog(NamedTuple):
-    """A world as language: its items as the model reads them."""
-    env: Env
-    embed: Embed
-    lines: tuple[str, ...]              # [m]
-    vectors: np.ndarray                 # float32 [m, d] embeds the lines
-    names: dict[str, tuple[int, ...]]   # folded title, with and without year -> items
-
-
-def catalog(env: Env, embed: Embed = prompts.hashed_ngrams) -> Catalog:
-    """Embeds every item's line once and indexes the titles."""
-    kinds = [[c for c, member in zip(env.categories, row) if member] for row in env.belongs]
-    lines = tuple(map(prompts.item_line, env.titles, env.years, kinds))
-    names: dict[str, tuple[int, ...]] = {}
-    for item, (line, title) in enumerate(zip(lines, env.titles)):
-        for name in {title_key(line), title_key(prompts.item_line(title, None, ()))}:
-            names[name] = names.get(name, ()) + (item,)
-    return Catalog(env, embed, lines, embed(lines), names)
-
-
-def title_key(line: str) -> str:
-    """A title without its categories, case and accents."""
-    return prompts.fold(line.partition(" [")[0]).strip()
-
-
-def ground(text: str, catalog: Catalog, exclude: Iterable[int] = ()) -> tuple[int, bool]:
-    """The item a text names, and whether it named one: by exact title, else the nearest in L2.
-
-    Case, accents and the year do not matter. Never an item in `exclude`, unless all are in it.
-    """
-    taken = set(exclude)
-    exact = [i for i in catalog.names.get(title_key(text), ()) if i not in taken]
-    if exact:
-        return exact[0], True
-    closeness = np.vecdot(catalog.vectors, catalog.embed([text])[0])
-    closeness[list(taken)] -= 4         # cosines lie in [-1, 1]: the nearest in L2 has the largest
-    return int(np.argmax(closeness)), False
-
-
 # ------------------------------------------------------------------------------------ roles
 
 
@@ -241,19 +198,14 @@ NOVICE = Agent()
 
 def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, config: Config,
             fallback: Any) -> Answer:
-    """Ask, parse (text -> value or Malformed), ask again while malformed; then the fallback."""
-    session = prompts.bounded(state.session, config.transcript)
-    prompt = prompts.shared(state.history, session) + question
-    messages: tuple = (("system", prompts.SYSTEM), ("user", prompt))
-    for attempt in range(config.retries + 1):
-        ask = Ask(role, state.key + (attempt,), messages, config.reply_tokens, config.temperature)
-        text = llm(ask).text
-        value = parse(text)
-        if not isinstance(value, Malformed):
-            return Answer(value, str(value), malformed=attempt)
-        messages += (("assistant", prompts.clean(text) or "(nothing)"),
-                     ("user", f"Not usable: {value.reason}. Reply with the one line asked for."))
-    return Answer(fallback, "", malformed=config.retries + 1, fallback=True)
+    """A role's question about a state, put to the model; the fallback if no reply can be parsed."""
+    prompt = prompts.shared(state.history, prompts.bounded(state.session, config.transcript)) + question
+    messages = (("system", prompts.SYSTEM), ("user", prompt))
+    ask = Ask(role, state.key, messages, config.reply_tokens, config.temperature)
+    value, malformed = prompts.insist(llm, ask, parse, config.retries)
+    if isinstance(value, Malformed):
+        return Answer(fallback, "", malformed=malformed, fallback=True)
+    return Answer(value, str(value), malformed=malformed)
 
 
 def planner(state: State, memory: Memory, llm: LLM,

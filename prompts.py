@@ -28,11 +28,13 @@ from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace as Wire
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, NamedTuple, Sequence
 from urllib.parse import urlsplit
 from zlib import crc32
 
 import numpy as np
+
+from envs import Env
 
 # ------------------------------------------------------------------------------- vocabulary
 
@@ -129,6 +131,48 @@ def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
     return rows
 
 
+# --------------------------------------------------------------------------------- catalogue
+
+
+class Catalog(NamedTuple):
+    """A world as language: its items as the model reads them."""
+    env: Env
+    embed: Embed
+    lines: tuple[str, ...]              # [m]
+    vectors: np.ndarray                 # float32 [m, d] embeds the lines
+    names: dict[str, tuple[int, ...]]   # folded title, with and without year -> items
+
+
+def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
+    """Embeds every item's line once and indexes the titles."""
+    kinds = [[c for c, member in zip(env.categories, row) if member] for row in env.belongs]
+    lines = tuple(map(item_line, env.titles, env.years, kinds))
+    names: dict[str, tuple[int, ...]] = {}
+    for item, (line, title) in enumerate(zip(lines, env.titles)):
+        for name in {title_key(line), title_key(item_line(title, None, ()))}:
+            names[name] = names.get(name, ()) + (item,)
+    return Catalog(env, embed, lines, embed(lines), names)
+
+
+def title_key(line: str) -> str:
+    """A title without its categories, case and accents."""
+    return fold(line.partition(" [")[0]).strip()
+
+
+def ground(text: str, catalog: Catalog, exclude: Iterable[int] = ()) -> tuple[int, bool]:
+    """The item a text names, and whether it named one: by exact title, else the nearest in L2.
+
+    Case, accents and the year do not matter. Never an item in `exclude`, unless all are in it.
+    """
+    taken = set(exclude)
+    exact = [i for i in catalog.names.get(title_key(text), ()) if i not in taken]
+    if exact:
+        return exact[0], True
+    closeness = np.vecdot(catalog.vectors, catalog.embed([text])[0])
+    closeness[list(taken)] -= 4         # cosines lie in [-1, 1]: the nearest in L2 has the largest
+    return int(np.argmax(closeness)), False
+
+
 # --------------------------------------------------------------------------- the shared prefix
 
 SYSTEM = """\
@@ -204,6 +248,22 @@ def said(label: str, text: str) -> str:
     named = (line[head.end():] for head, line in lines if head and head[1].lower() == label.lower())
     plain = (line for head, line in lines if not head)
     return next(filter(None, (clean(line.strip(" *"), 600) for line in (*named, *plain))), "")
+
+
+def insist(llm: LLM, ask: Ask, parse: Callable, retries: int) -> tuple[Any, int]:
+    """What `parse` makes of the reply, and how many replies were malformed.
+
+    A malformed one is asked again, at most `retries` times, saying what was wrong.
+    """
+    for attempt in range(retries + 1):
+        text = llm(ask._replace(key=ask.key + (attempt,))).text
+        value = parse(text)
+        if not isinstance(value, Malformed):
+            return value, attempt
+        again = (("assistant", clean(text) or "(nothing)"),
+                 ("user", f"Not usable: {value.reason}. Reply with the one line asked for."))
+        ask = ask._replace(messages=ask.messages + again)
+    return value, retries + 1
 
 
 # ------------------------------------------------------------------------- planner and reflector
