@@ -1,8 +1,7 @@
 """BiLLP: a language model that learns to recommend for the long run without training a weight.
 
-After "Large Language Models are Learnable Planners for Long-Term Recommendation" (SIGIR 2024,
-arXiv 2403.00843). Four roles share one model: the planner thinks ahead, the actor recommends, the
-critic estimates value, the reflector draws a lesson. All that is learned lies in three memories.
+After "Large Language Models are Learnable Planners for Long-Term Recommendation" (SIGIR 2024, arXiv
+2403.00843). Four roles share one model; all that is learned lies in three memories.
 
     state s_n      history and session as text, e.g. 10 liked films, then 3 recommended ones
     thought t_n    the planner's line, "a comedy next, nothing like the last three films"
@@ -12,8 +11,7 @@ critic estimates value, the reflector draws a lesson. All that is learned lies i
     M_P, M_A, M_C  planner, actor and critic memories (an `Agent`); M <- M + M' is `merge(M, M')`
     key            (seed, phase, episode, step): names every draw, so that a run repeats itself
 
-Everything here is a pure function: the model comes in as the argument `llm`, parallelism as `map`
-(any that keeps the order of its input). Read from small things to the training loop.
+All functions are pure: the model comes in as `llm`, parallelism as `map` (any that keeps the order).
 Left out on purpose: weights, gradients, schedules.
 """
 from __future__ import annotations
@@ -21,12 +19,14 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial, reduce
 from itertools import chain, islice
+from operator import methodcaller
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
 import envs
 import prompts
+from envs import EnvState
 from prompts import LLM, Ask, Catalog, Malformed, catalog, ground
 
 # --------------------------------------------------------------------------------- config
@@ -208,16 +208,14 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
     return Answer(value, str(value), malformed=malformed)
 
 
-def planner(state: State, memory: Memory, llm: LLM,
-            config: Config = DEFAULT) -> tuple[Answer, Memory]:
+def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> tuple[Answer, Memory]:
     """Macro level: the thought t_n, given the state and K reflections. Fallback: no thought.
 
-    All roles share one shape, (state, memory, model) -> (answer, memory); who only reads gives the
-    memory back as it is.
+    All roles share one shape; those that only read give the very same memory back.
     """
     vector = state.vector * (config.lessons != "latest")            # a zero vector recalls the newest
-    found = recall(memory, vector, config.k_lessons * (config.lessons != "none"))
-    lessons = tuple(record.value for record in found)
+    k = config.k_lessons * (config.lessons != "none")
+    lessons = tuple(record.value for record in recall(memory, vector, k))
     question = prompts.render_planner(state.key[-1] + 1, lessons)
     answer = consult(llm, "planner", state, question, prompts.parse_planner, config, "")
     return answer._replace(recalled=lessons), memory
@@ -232,14 +230,12 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
     found = recall(memory, state.vector, config.k_actions * config.experience, config.tau_actor)
     tried = tuple((record.action, record.value) for record in found)
     question = prompts.render_actor(state.key[-1] + 1, state.thought, state.hint, tried)
-    fallback = state.thought or state.text
-    answer = consult(llm, "actor", state, question, prompts.parse_actor, config, fallback)
+    answer = consult(llm, "actor", state, question, prompts.parse_actor, config, state.thought or state.text)
     item, exact = ground(answer.value, catalog, () if config.repeats else state.taken)
     return answer._replace(value=item, recalled=tried, exact=exact), memory
 
 
-def critic(state: State, memory: Memory, llm: LLM,
-           config: Config = DEFAULT) -> tuple[Answer, Memory]:
+def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> tuple[Answer, Memory]:
     """Micro level: V(s_n) in [0, state.top], given targets of states like it. Fallback: their mean."""
     found = recall(memory, state.vector, config.k_values, config.tau_critic)
     values = tuple(record.value for record in found)
@@ -255,12 +251,9 @@ def reflector(trajectory: Trajectory, memory: Memory, llm: LLM,
 
     It is kept under the state at which the episode began. Fallback: nothing is remembered.
     """
-    first = trajectory.steps[0].state
-    question = prompts.render_reflector()
+    question, first = prompts.render_reflector(), trajectory.steps[0].state
     answer = consult(llm, "reflector", trajectory.last, question, prompts.parse_reflector, config, "")
-    if answer.fallback:
-        return answer, memory
-    return answer, remember(memory, first.text, answer.value, first.vector)
+    return answer, memory if answer.fallback else remember(memory, first.text, answer.value, first.vector)
 
 
 # ---------------------------------------------------------------------------------- episode
@@ -295,8 +288,7 @@ class Trajectory(NamedTuple):
 
 def score(trajectory: Trajectory) -> tuple[int, float]:
     """Len and return of an episode; the leaving step counts in neither."""
-    return (len(trajectory.steps) - trajectory.terminated,
-            sum(step.reward for step in trajectory.steps))
+    return len(trajectory.steps) - trajectory.terminated, sum(step.reward for step in trajectory.steps)
 
 
 def opening(catalog: Catalog, user: int, key: tuple, config: Config = DEFAULT) -> State:
@@ -310,8 +302,7 @@ def opening(catalog: Catalog, user: int, key: tuple, config: Config = DEFAULT) -
     return State(key + (0,), history, "", text, catalog.embed([text])[0], tuple(items), hint, top)
 
 
-def advance(state: State, catalog: Catalog, step: Step, left: bool, cut: bool,
-            config: Config = DEFAULT) -> State:
+def advance(state: State, catalog: Catalog, step: Step, left: bool, cut: bool, config: Config) -> State:
     """The state after one more step: the transcript grown by one turn, nothing rewritten."""
     n = state.key[-1] + 1
     text = "\n".join((state.text.split("\n") + [step.line])[-config.titles:])
@@ -322,19 +313,8 @@ def advance(state: State, catalog: Catalog, step: Step, left: bool, cut: bool,
         taken=state.taken + (step.act.value,))
 
 
-def episode(catalog: Catalog, user: int, key: tuple, agent: Agent, llm: LLM,
-            config: Config = DEFAULT, start: Trajectory | None = None) -> Trajectory:
-    """One session with one user: think, act, observe, until the user leaves or the cap is reached.
-
-    The agent is read, never changed. key = (seed, phase, episode) names every draw. With `start`,
-    a session not yet over goes on from its last state (Monte-Carlo values are made so); the steps
-    given back are the new ones.
-    """
-    world, state = envs.reset(catalog.env, user), opening(catalog, user, key, config)
-    if start:
-        for step in start.steps:
-            world, *_ = envs.step(catalog.env, world, step.act.value)
-        state = start.last._replace(key=key + start.last.key[-1:])
+def play(catalog: Catalog, world: EnvState, state: State, agent: Agent, llm: LLM, config: Config) -> Trajectory:
+    """Think, act, observe from this state on, until the user leaves or the cap is reached."""
     steps, left, cut = (), False, False
     while not (left or cut):
         plan = planner(state, agent.planner, llm, config)[0] if config.thoughts else None
@@ -344,54 +324,53 @@ def episode(catalog: Catalog, user: int, key: tuple, agent: Agent, llm: LLM,
         left, cut = map(bool, ends)
         steps += (Step(state, plan, act, catalog.lines[act.value], float(reward)),)
         state = advance(state, catalog, steps[-1], left, cut, config)
-    return Trajectory(user, steps, state, left)
+    return Trajectory(int(world.user), steps, state, left)
+
+
+def episode(catalog: Catalog, user: int, key: tuple, agent: Agent, llm: LLM,
+            config: Config = DEFAULT) -> Trajectory:
+    """One session with one user. The agent is read, never changed; key = (seed, phase, episode)."""
+    world, state = envs.reset(catalog.env, user), opening(catalog, user, key, config)
+    return play(catalog, world, state, agent, llm, config)
 
 
 # --------------------------------------------------------------------------------- learning
 
 
 def homework(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config) -> list[Callable]:
-    """The questions an episode leaves: its reflection, and each state's value unless known to be 0."""
-    states = [step.state for step in trajectory.steps] + [trajectory.last]
-    counting = states[:-1] if trajectory.terminated else states
-    return ([partial(reflector, trajectory, EMPTY, llm, config)] * (config.lessons != "none")
-            + [partial(critic, state, agent.critic, llm, config) for state in counting
-               if config.experience and config.baseline])
+    """The questions an episode leaves: its reflection, then each state's value unless known to be 0."""
+    states = [step.state for step in trajectory.steps] + [trajectory.last] * (not trajectory.terminated)
+    reflections = [partial(reflector, trajectory, EMPTY, llm, config)] * (config.lessons != "none")
+    values = [partial(critic, state, agent.critic, llm, config) for state in states]
+    return reflections + values * (config.experience and config.baseline)
 
 
-def conclude(trajectory: Trajectory, replies: Sequence[tuple[Answer, Memory]],
-             config: Config) -> Lesson:
-    """The lesson of one episode, from the replies to its homework: reflection first, then values."""
-    answers, steps = tuple(answer for answer, _ in replies), trajectory.steps
-    n, reflects = len(steps), int(config.lessons != "none")
-    values = np.zeros(n + 1)
-    values[:len(answers) - reflects] = [answer.value for answer in answers[reflects:]]
-    rewards = np.array([s.reward for s in steps])
+def conclude(trajectory: Trajectory, replies: Sequence[tuple[Answer, Memory]], config: Config) -> Lesson:
+    """The lesson of one episode, from the replies to its homework."""
+    reflections = replies[:config.lessons != "none"]
+    estimates, steps = [answer.value for answer, _ in replies[len(reflections):]], trajectory.steps
+    n = len(steps)
+    values = np.array(estimates + [0.0] * (n + 1 - len(estimates)))
+    rewards = np.array([step.reward for step in steps])
     ended = np.arange(1, n + 1) > n - trajectory.terminated         # true at the leaving step alone
     targets = td_target(rewards, config.gamma, values[1:], ended).tolist()
     advantages = advantage(rewards, config.gamma, values[:-1], values[1:], ended).tolist()
     vectors = np.stack([step.state.vector for step in steps])
-    tried = [Record(s.state.text, s.line, int(a >= 0)) for s, a in zip(steps, advantages)]
-    valued = [Record(s.state.text, "", target) for s, target in zip(steps, targets)]
-    gained = Agent(replies[0][1] if reflects else EMPTY,
-                   (Chunk(tuple(tried), vectors),) if config.experience else EMPTY,
-                   (Chunk(tuple(valued), vectors),) if len(answers) > reflects else EMPTY)
-    reflection = answers[0].value if reflects else ""
-    return Lesson(tuple(values.tolist()), tuple(advantages), answers, reflection, gained)
+    tried = tuple(Record(s.state.text, s.line, int(a >= 0)) for s, a in zip(steps, advantages))
+    valued = tuple(Record(s.state.text, "", target) for s, target in zip(steps, targets))
+    gained = Agent(reflections[0][1] if reflections else EMPTY, (Chunk(tried, vectors),) * config.experience,
+                   (Chunk(valued, vectors),) * bool(estimates))
+    reflection = reflections[0][0].value if reflections else ""
+    return Lesson(tuple(values.tolist()), tuple(advantages), tuple(a for a, _ in replies), reflection, gained)
 
 
 def study(trajectories: Sequence[Trajectory], agent: Agent, llm: LLM, config: Config = DEFAULT,
           map: Callable = map) -> tuple[Trajectory, ...]:
     """The batch with its lessons. All questions of the batch are asked side by side."""
     jobs = [homework(trajectory, agent, llm, config) for trajectory in trajectories]
-    answers = iter(map(call, list(chain.from_iterable(jobs))))
-    return tuple(t._replace(lesson=conclude(t, list(islice(answers, len(asked))), config))
+    replies = iter(map(methodcaller("__call__"), list(chain.from_iterable(jobs))))
+    return tuple(t._replace(lesson=conclude(t, list(islice(replies, len(asked))), config))
                  for t, asked in zip(trajectories, jobs))
-
-
-def call(job: Callable) -> Any:
-    """The job done: a named function, so that any map can send it elsewhere."""
-    return job()
 
 
 def absorb(agent: Agent, gained: Agent) -> Agent:
@@ -410,8 +389,7 @@ def train(catalog: Catalog, users: Sequence[int], llm: LLM, seed: int = 0, agent
           config: Config = DEFAULT, map: Callable = map) -> Iterator[tuple[Agent, tuple]]:
     """The algorithm of the paper: play a batch, study it, absorb it; yields (agent, trajectories).
 
-    Learning is a left fold over batches. `map` may be any map: built-in, a thread pool's, a
-    cluster's; the results are the same.
+    Learning is a left fold over batches. Any `map` gives the same results: a thread pool's, a cluster's.
     """
     for first in range(0, len(users), config.batch):
         batch = users[first:first + config.batch]

@@ -23,7 +23,7 @@ import sys
 import time
 from concurrent import futures
 from contextlib import contextmanager, suppress
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from io import BytesIO
 from pathlib import Path
 from signal import SIG_IGN, SIGINT, signal
@@ -711,10 +711,13 @@ def values_of(wanted: Settings, env: envs.Env, outcome: Outcome, models: tuple[L
 def continuation(catalog: billp.Catalog, agent: Agent, llm: LLM, config: Config, start: Trajectory,
                  key: tuple) -> float:
     """The discounted return of a session played on, until what may come is discounted below 1/1000."""
-    most = catalog.env.max_steps
+    most, state = catalog.env.max_steps, start.last
     far = next((n for n in range(most) if config.gamma ** n < 0.001), most)
     env = catalog.env._replace(max_steps=min(len(start.steps) + far, most))
-    played = billp.episode(catalog._replace(env=env), start.user, key, agent, llm, config, start)
+    world = reduce(lambda world, step: envs.step(env, world, step.act.value)[0], start.steps,
+                   envs.reset(env, start.user))
+    state = state._replace(key=key + state.key[-1:])
+    played = billp.play(catalog._replace(env=env), world, state, agent, llm, config)
     return billp.discounted_return([step.reward for step in played.steps], config.gamma)
 
 
