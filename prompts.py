@@ -1,16 +1,16 @@
 """Language: what is asked of a model, how its reply is read, and the models themselves.
 
-An `Ask` is everything that determines an answer; an `LLM` is a function from Ask to Reply and the
-only effect in this project. For each of the four roles one trio stands together: a template,
-`render_*` (text out of a state) and `parse_*` (a value out of any text, or `Malformed`).
+An `Ask` is everything that determines an answer; an `LLM` is a function from Ask to Reply and the only effect
+in this project. For each of the four roles one trio stands together: a template, `render_*` (text out of a
+state) and `parse_*` (a value out of any text, or `Malformed`).
 
     line        one item as the model reads it, "Alien (1979) [Horror, Sci-Fi]"
     history     the lines of the items a user liked before the session, oldest first
     session     the transcript so far: Thought / Action / Observation lines, append-only
     shared      history + session, the part of a prompt that the next prompt extends
 
-Prompts grow at the end: what is fixed for the run, then the history, then the session, then what
-only this question needs. A server that caches prompt prefixes so computes little anew.
+Prompts grow at the end: what is fixed for the run, then the history, then the session, then what only this
+question needs. A server that caches prompt prefixes so computes little anew.
 Left out on purpose: streaming, tool calls, JSON modes, token counting.
 """
 from __future__ import annotations
@@ -25,7 +25,8 @@ import time
 import unicodedata
 import warnings
 from collections import Counter
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import compress
 from pathlib import Path
 from types import SimpleNamespace as Wire
 from typing import Any, Callable, Iterable, NamedTuple, Sequence
@@ -90,7 +91,7 @@ def clean(text: str, limit: int = 300) -> str:
     return " ".join(text.split())[:limit].rstrip()
 
 
-def item_line(title: str, year: int | None, categories: Sequence[str]) -> str:
+def item_line(title: str, year: int | None, categories: Iterable[str]) -> str:
     """One item as the model reads it; brackets in the data become parentheses.
 
     >>> item_line("Alien", 1979, ["Horror", "Sci-Fi"])
@@ -114,17 +115,15 @@ def fold(text: str) -> str:
 
 
 def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
-    """Signed counts of hashed character trigrams: texts -> float32 [n, d], unit rows.
+    """Signed counts of hashed character trigrams: texts -> float32 [n, d], unit rows; like texts come out near.
 
     Feature hashing: the low bits of a trigram's hash choose a column, one more bit its sign.
-    Needs no model; texts that share words come out near.
     """
     rows = np.zeros((len(texts), d), np.float32)
     for row, text in zip(rows, texts):
         codes = np.frombuffer(f" {fold(text)} ".encode("utf-32-le", "replace"), np.uint32)
-        mixed = (codes[:-2] * np.uint32(961) + codes[1:-1] * np.uint32(31) + codes[2:]) * np.uint32(
-            2654435761)                                     # Knuth's multiplicative hash
-        mixed >>= np.uint32(16)
+        trigrams = codes[:-2] * np.uint32(961) + codes[1:-1] * np.uint32(31) + codes[2:]
+        mixed = trigrams * np.uint32(2654435761) >> np.uint32(16)      # Knuth's multiplicative hash
         row += np.bincount(mixed % d, 1.0 - 2.0 * (mixed >> np.uint32(15)), d)
         norm = np.sqrt(row @ row)
         row[:] = row / norm if norm else np.eye(1, d)[0]    # an empty text still has a direction
@@ -145,8 +144,7 @@ class Catalog(NamedTuple):
 
 def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
     """Embeds every item's line once and indexes the titles."""
-    kinds = [[c for c, member in zip(env.categories, row) if member] for row in env.belongs]
-    lines = tuple(map(item_line, env.titles, env.years, kinds))
+    lines = tuple(map(item_line, env.titles, env.years, (compress(env.categories, row) for row in env.belongs)))
     names: dict[str, tuple[int, ...]] = {}
     for item, (line, title) in enumerate(zip(lines, env.titles)):
         for name in {title_key(line), title_key(item_line(title, None, ()))}:
@@ -165,9 +163,9 @@ def ground(text: str, catalog: Catalog, exclude: Iterable[int] = ()) -> tuple[in
     Case, accents and the year do not matter. Never an item in `exclude`, unless all are in it.
     """
     taken = set(exclude)
-    exact = [i for i in catalog.names.get(title_key(text), ()) if i not in taken]
-    if exact:
-        return exact[0], True
+    for item in catalog.names.get(title_key(text), ()):
+        if item not in taken:
+            return item, True
     closeness = np.vecdot(catalog.vectors, catalog.embed([text])[0])
     closeness[list(taken)] -= 4         # cosines lie in [-1, 1]: the nearest in L2 has the largest
     return int(np.argmax(closeness)), False
@@ -240,7 +238,6 @@ def said(label: str, text: str) -> str:
     """What a reply says behind its first `label`, as "**Thought 3:** ...", or in a line without any.
 
     Models often play several turns in one reply: only the first counts.
-
     >>> said("Thought", "Thought 3: a comedy\\nAction 3: recommend Up"), said("Thought", "Action: x")
     ('a comedy', '')
     """
@@ -251,10 +248,8 @@ def said(label: str, text: str) -> str:
 
 
 def insist(llm: LLM, ask: Ask, parse: Callable, retries: int) -> tuple[Any, int]:
-    """What `parse` makes of the reply, and how many replies were malformed.
-
-    A malformed one is asked again, at most `retries` times, saying what was wrong.
-    """
+    """What `parse` makes of the reply, asked for again while malformed (at most `retries` times, saying what was
+    wrong), and how many were malformed."""
     for attempt in range(retries + 1):
         text = llm(ask._replace(key=ask.key + (attempt,))).text
         value = parse(text)
@@ -358,21 +353,19 @@ def parse_critic(text: str) -> float | Malformed:
 
 
 def offline(ask: Ask) -> Reply:
-    """A rule-based stand-in for a model: reads what an endpoint would be sent and nothing else.
+    """A rule-based stand-in for a model, to show the mechanism at work with no key and no network.
 
-    That is the prompt's text, and where the temperature is above 0 a seed, by which it chooses
-    among options that its rules find equally good. It shows the mechanism at work with no key and
-    no network. Its numbers are no evidence about real models.
+    It reads what an endpoint would be sent and nothing else: the prompt's text and, where the temperature is
+    above 0, a seed, by which it chooses among equally good options. Its numbers are no evidence about real models.
     """
-    seed = seed_of(ask.key) if ask.temperature else 0
-    return Reply(READERS[ask.role](ask.messages[1][1], seed))
+    return Reply(READERS[ask.role](ask.messages[1][1], seed_of(ask.key) if ask.temperature else 0))
 
 
 ACTIONS = re.compile(r"^Action \d+: recommend (.*) \[(.*)\]$", re.M)
 LIKED = re.compile(r"^- (.*) \[(.*)\]$", re.M)
 TRIED = re.compile(r"^- (discouraged|encouraged): (.*) \[(.*)\]$", re.M)
 NUMBERS = re.compile(r"^- (-?[\d.]+)$", re.M)
-APART = re.compile(r"\b(\d{1,2}) steps apart")
+APART = re.compile(r"\b([1-9]\d?) steps apart")
 AVOID = re.compile(r"Avoid (.*?)\.")
 PLAN = re.compile(r"Next: (.*?)\. Keep away from: (.*?)\.")
 
@@ -391,9 +384,8 @@ def offline_planner(text: str, seed: int) -> str:
     apart = max(map(int, APART.findall(lessons)), default=3)
     warned = {c for found in AVOID.findall(lessons) for c in tags(found)} - set(liked)
     for gap in range(min(apart, len(shown) + 1), 0, -1):        # a plan that cannot be kept is relaxed
-        away = warned.union(*shown[-gap + 1:] if gap > 1 else ())
-        options = [c for c in liked if c not in away]
-        if options:
+        away = warned.union(*shown[len(shown) + 1 - gap:])
+        if options := [c for c in liked if c not in away]:
             break
     avoided = f" Avoid {', '.join(sorted(warned))}." if warned else ""
     return (f"Thought: Like items {apart} steps apart.{avoided} Next: {pick(options or ['anything'], text, seed)}. "
@@ -404,20 +396,18 @@ def offline_actor(text: str, seed: int) -> str:
     """The encouraged item that fits the plan best, or else categories and something liked."""
     history, _, rest = text.partition("\n\nSession so far:\n")
     session, _, tail = rest.rpartition("Category analysis")
+    liked, shown = LIKED.findall(history), ACTIONS.findall(session)
     plan = PLAN.search(session, max(session.rfind("Thought"), 0))
     target, away = (plan[1], set(tags(plan[2]))) if plan else ("", set())
-    used = {title for title, _ in ACTIONS.findall(session) + LIKED.findall(history)}
+    used = {title for title, _ in shown + liked}
     votes: Counter = Counter()
     for verdict, title, found in TRIED.findall(tail):
         votes[title, found] += 1 if verdict == "encouraged" else -1
-    fits = [(target not in tags(found), -vote, title)
-            for (title, found), vote in votes.items()
+    fits = [(target not in tags(found), -vote, title) for (title, found), vote in votes.items()
             if vote > 0 and title not in used and away.isdisjoint(tags(found))]
     if fits:
         return f"Action: recommend {min(fits, key=lambda fit: fit[:2])[-1]}"
-    liked = LIKED.findall(history)
-    last = ACTIONS.findall(session)[-1:]
-    fresh = sorted({c for _, found in liked for c in tags(found)}.difference(*(tags(c) for _, c in last)))
+    fresh = sorted({c for _, found in liked for c in tags(found)}.difference(*(tags(c) for _, c in shown[-1:])))
     target = target or pick(fresh or ["anything"], text, seed)
     liked = [item for item in liked if target in item[1]] or liked or [("it", target)]
     like, found = pick(liked, text, seed)
@@ -437,23 +427,21 @@ def offline_reflector(text: str, seed: int) -> str:
     history, _, session = text.partition("\n\nSession so far:\n")
     liked = Counter(c for _, found in LIKED.findall(history) for c in tags(found))
     shown = [(title, set(tags(found))) for title, found in ACTIONS.findall(session)]
-    apart = max(map(int, APART.findall(session)), default=3)
     warned = {c for found in AVOID.findall(session) for c in tags(found)}
-    pairs = [(n - m, n) for n in range(len(shown)) for m in range(max(n - 8, 0), n)
-             if alike(shown[n][1], shown[m][1])]
+    gaps = [min((n - m for m in range(max(n - 8, 0), n) if alike(shown[n][1], shown[m][1])), default=9)
+            for n in range(len(shown))]     # from each item back to its nearest like
+    borne = min(gaps[:-1], default=9)       # like items this close have done no harm
+    apart = min(max(map(int, APART.findall(session)), default=3), borne)
     title, last = shown[-1]
-    borne = min((gap for gap, n in pairs if n < len(shown) - 1), default=9)
-    gap = min((gap for gap, n in pairs if n == len(shown) - 1), default=9)
-    apart = min(apart, borne)               # like items this close have done no harm
-    fans = ", ".join(c for c, _ in liked.most_common(3))
     if "the user left" not in session:
         why = f"The user stayed for all {len(shown)} steps"
-    elif gap < borne:
-        why = f"The user left because {title} came {gap} steps after {shown[-1 - gap][0]}, its like"
-        apart = max(apart, gap + 1)
+    elif gaps[-1] < borne:
+        why = f"The user left because {title} came {gaps[-1]} steps after {shown[-1 - gaps[-1]][0]}, its like"
+        apart = max(apart, gaps[-1] + 1)
     else:
         why = f"The user left because {title} disappointed"
         warned |= last - set(liked)
+    fans = ", ".join(c for c, _ in liked.most_common(3))
     avoid = f" Avoid {', '.join(sorted(warned))}." if warned else ""
     return f"Reflection: {why}. Keep like items {apart} steps apart for those who like {fans}.{avoid}"
 
