@@ -112,8 +112,7 @@ def fold(text: str) -> str:
     """
     if text.isascii():
         return text.lower()
-    parts = unicodedata.normalize("NFKD", text.casefold())
-    return "".join(c for c in parts if not unicodedata.combining(c))
+    return "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
 
 
 def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
@@ -238,8 +237,7 @@ def insist(llm: LLM, ask: Ask, parse: Callable, retries: int) -> tuple[Any, int]
     """What `parse` makes of the reply, and how many were malformed: those are asked again, saying why."""
     for attempt in range(retries + 1):
         text = llm(ask._replace(key=ask.key + (attempt,))).text
-        value = parse(text)
-        if not isinstance(value, Malformed):
+        if not isinstance(value := parse(text), Malformed):
             return value, attempt
         again = (("assistant", clean(text) or "(nothing)"),
                  ("user", f"Not usable: {value.reason}. Reply with the one line asked for."))
@@ -330,19 +328,18 @@ def render_critic(values: Sequence[float], gamma: float, top: float) -> str:
 
 def parse_critic(text: str) -> float | Malformed:
     """The first number after "Value", or else the first number at all."""
-    match = (re.search(r"(?i)value[^\d\n-]*(-?\d{1,6}(?:\.\d{1,6})?)", text)
-             or re.search(r"-?\d{1,6}(?:\.\d{1,6})?", text))
-    return float(match[match.lastindex or 0]) if match else Malformed("the reply held no number")
+    number = r"(-?\d{1,6}(?:\.\d{1,6})?)"
+    match = re.search(rf"(?i)value[^\d\n-]*{number}", text) or re.search(number, text)
+    return float(match[1]) if match else Malformed("the reply held no number")
 
 
 # ----------------------------------------------------------------------------- offline reader
 
 
 def offline(ask: Ask) -> Reply:
-    """A rule-based stand-in for a model, to show the mechanism at work with no key and no network.
+    """A rule-based stand-in for a model, with no key and no network; no evidence about real models.
 
-    It reads what an endpoint would be sent and nothing else: text and, where the temperature is above 0, a seed
-    by which it chooses among equally good options. Its numbers are no evidence about real models.
+    It reads what an endpoint would be sent and nothing else: text, and above temperature 0 a seed to choose by.
     """
     return Reply(READERS[ask.role](ask.messages[1][1], seed_of(ask.key) if ask.temperature else 0))
 
@@ -394,8 +391,9 @@ def offline_actor(text: str, seed: int) -> str:
             if vote > 0 and title not in used and away.isdisjoint(line_tags(found))]
     if fits:
         return f"Action: recommend {min(fits, key=lambda fit: fit[:2])[-1]}"
-    fresh = {c for _, found in liked for c in line_tags(found)}.difference(*(line_tags(c) for _, c in shown[-1:]))
-    target = target or pick(sorted(fresh) or ["anything"], text, seed)
+    last = {c for _, found in shown[-1:] for c in line_tags(found)}
+    fresh = sorted({c for _, found in liked for c in line_tags(found)} - last)
+    target = target or pick(fresh or ["anything"], text, seed)
     liked = [item for item in liked if target in item[1]] or liked or [("it", target)]
     like, found = pick(liked, text, seed)
     kind = ", ".join(c for c in line_tags(found) if c not in away) or target
@@ -526,8 +524,8 @@ def dial(base_url: str, route: str, key: str | None, *, timeout: float = 300.0, 
          sleep: Callable = time.sleep, stats: dict | None = None) -> Wire:
     """Check what a user can get wrong, then make the clients, one a thread; `timeout` bounds one attempt.
 
-    `stats` gathers retries and the system fingerprint, `learnt` what the server turns out to refuse. `url` is fit
-    to be shown: no credentials, no query.
+    `stats` gathers retries and the system fingerprint, `learnt` what the server turns out to refuse; `url` is
+    fit to be shown: no credentials, no query.
     """
     import httpx
     parts = urlsplit(url := address(base_url, route))
@@ -551,9 +549,10 @@ def dial(base_url: str, route: str, key: str | None, *, timeout: float = 300.0, 
     else:
         return Wire(post=lambda body: client(get_ident()).stream("POST", target, content=body), url=shown,
                     secrets=(user, parts.query, *sent.values()), stats={} if stats is None else stats,
-                    learnt=set(), extra=extra or {}, timeout=timeout, retries=retries, notice=notice, sleep=sleep)
-    raise EndpointError(f"no client for {shown} ({trouble}): check its port, HTTP_PROXY, ALL_PROXY (socks needs "
-                        "httpx[socks]) and SSL_CERT_FILE")
+                    learnt=set(), extra=extra or {}, timeout=timeout, retries=retries, notice=notice,
+                    sleep=sleep)
+    raise EndpointError(f"no client for {shown} ({trouble}): check its port, HTTP_PROXY, ALL_PROXY (socks "
+                        "needs httpx[socks]) and SSL_CERT_FILE")
 
 
 def attempt(wire: Wire, body: dict, read: Callable) -> Any:
@@ -601,7 +600,7 @@ def judged(status: int, headers: Any, data: Any, text: str) -> Fault:
     """The Fault in a response that is no answer: what the provider said, and what may be done."""
     error = data.get("error") if isinstance(data, dict) else None
     if status < 300 and not error:
-        return Fault("page", text[:999] or "an empty body", "does --base-url lack its /v1?", status)
+        return Fault("page", text.strip()[:999] or "an empty body", "does --base-url lack its /v1?", status)
     error = error or data       # some send it bare
     error = error if isinstance(error, dict) else {"message": error}
     said, code = str(error.get("message") or text), str(error.get("code"))
@@ -626,7 +625,7 @@ def healed(wire: Wire, body: dict, fault: Fault) -> bool:
              and REFUSED.search(said) and re.search(rf"\b{n}\b", said)]
     if NO_SYSTEM.search(said) and folded(messages) != messages:
         names = ["system"]
-    for name in set(names[:1]) - wire.learnt:
+    if names and (name := names[0]) not in wire.learnt:
         wire.learnt.add(name)
         wire.notice(f"{wire.url} refuses {name}: {INSTEAD[name] or 'nothing'} is sent instead"
                     + " (the paper: 0.5)" * (name == "temperature"))
@@ -646,8 +645,9 @@ def accepted(wire: Wire, body: dict) -> dict:
     for name, value in body.items():
         while name in wire.learnt:
             name = INSTEAD[name]
-        sent[name] = folded(value) if name == "messages" and "system" in wire.learnt else value
-    return {name: value for name, value in sent.items() if name} | wire.extra
+        if name:
+            sent[name] = folded(value) if name == "messages" and "system" in wire.learnt else value
+    return sent | wire.extra
 
 
 def persist(wire: Wire, body: dict, read: Callable) -> Any:
@@ -676,7 +676,8 @@ def spoken(text: str) -> str:
     >>> spoken("<think>hm</think>A"), spoken("hm</think>A"), spoken("A<think>hm")
     ('A', 'A', 'A')
     """
-    return re.sub(r"(?is)^.*</think(ing)?>|<think(ing)?>.*", "", text).strip()
+    text = re.split(r"(?i)</think(?:ing)?>", text)[-1]
+    return re.split(r"(?i)<think(?:ing)?>", text)[0].strip()
 
 
 def counted(usage: Any) -> Usage:
@@ -727,8 +728,8 @@ def stacked(rows: list, size: list) -> np.ndarray:
     """Vectors as float32 rows; `size` remembers the first one's, for other models never mix in."""
     size += [len(row) for row in rows[:1] if not size]
     if sizes := {len(row) for row in rows} - set(size):
-        raise EndpointError(f"embeddings of sizes {size[0]} and {min(sizes)} do not mix: keep to the model this "
-                            "run began with, or use another --out")
+        raise EndpointError(f"embeddings of sizes {size[0]} and {min(sizes)} do not mix: keep to the model "
+                            "this run began with, or use another --out")
     return np.array(rows, np.float32).reshape(len(rows), *size)
 
 
@@ -804,13 +805,14 @@ def replies(log: Log, asks: Sequence[Ask], live: Callable[[list[Ask]], Iterable[
     """The log's answers; those it lacks come from `live` and are appended. A miss ends a replay.
 
     A record is named by a hash of all that determines the answer: no API key. One write a line, so that a kill
-    tears the last one at most; in ASCII, so that no text ends it. Of two threads the quicker one's reply counts.
+    tears the last one at most; in ASCII, so that no text ends it. Of two threads the quicker's reply counts.
     """
     names = [hashlib.sha256(json.dumps([log.model_id, ask]).encode()).hexdigest() for ask in asks]
     missing = {name: ask for name, ask in zip(names, asks) if name not in log.known}
-    for ask in missing.values() if log.file is None else ():
-        raise EndpointError(f"the log has no answer for {ask.role} {list(ask.key)}: run without --replay, or with "
-                            "the flags it was recorded with")
+    if missing and log.file is None:
+        ask = next(iter(missing.values()))
+        raise EndpointError(f"the log has no answer for {ask.role} {list(ask.key)}: run without --replay, or "
+                            "with the flags it was recorded with")
     answers = live(list(missing.values())) if missing else ()
     for (name, ask), reply in zip(missing.items(), answers, strict=True):
         line = json.dumps({"ask": name, "role": ask.role, "key": ask.key, **reply._asdict()})
