@@ -796,8 +796,10 @@ def locked(file: Any) -> bool:
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError) as error:
-        return isinstance(error, ImportError)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):      # no locks on this system, or on this disk
+        pass
     return True
 
 
