@@ -320,34 +320,29 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: 
     pace *= (choices / CHOICES) ** 0.5          # the more choices, the smaller their chances and slopes
     shapes = (2 * d + 1, d), m, 2 * d + 1
     weights = Weights(*(np.zeros(shape, np.float32) for shape in shapes))
-    squares = [np.full(shape, 1e-6, np.float32) for shape in shapes]
+    squares = [np.full_like(w, 1e-6) for w in weights]
     lanes = np.arange(max(1, min(episodes // 100, CELLS // m)))
-    order, ended = rng.permutation(env.learners), 0
-    state = reset(env, order[lanes % len(order)])
-    free, x = unseen(env, state.user).T.copy(), observe(env, state, means(env, state.user))
-    while ended < episodes:
+    order, begun, over = rng.permutation(env.learners), 0, np.full(len(lanes), True)
+    state, x = reset(env, np.zeros_like(lanes)), np.empty((len(lanes), 2 * d + 1), np.float32)
+    free = np.empty((m, len(lanes)), bool)
+    while begun - np.count_nonzero(~over) < episodes:
+        if over.any():                          # the next learners take the places of those who are done
+            users = order.take(np.arange(begun, begun + np.count_nonzero(over)), mode="wrap")
+            begun, fresh = begun + len(users), reset(env, users)
+            news = *fresh, unseen(env, users), observe(env, fresh, means(env, users))
+            for held, new in zip((*state, free.T, x), news):
+                held[over] = new
         among = rng.choice(m, choices, replace=False) if m > choices else np.arange(m)
         log, chance, pick = sample(logits(env, weights, x, free[among], among), rng)
-        after, reward, left, cut = step(env, state, among[pick])
-        free[among[pick], lanes] = False
-        then = observe(env, after, x[:, :d])
-        values = x @ weights.value, then @ weights.value
-        credit = advantage(reward, gamma, *values, left).astype(np.float32)
+        state, reward, left, cut = step(env, state, among[pick])
+        free[among[pick], lanes], over = False, left | cut
+        then = observe(env, state, x[:, :d])
+        credit = advantage(reward, gamma, x @ weights.value, then @ weights.value, left).astype(np.float32)
         slope = slopes(env, x, among, log, chance, pick, credit, entropy)
         squares = [s + g * g for s, g in zip(squares, slope)]
         moves = (np.float32(pace) * g / np.sqrt(s) for g, s in zip(slope, squares))
-        weights, x, over = Weights(*map(np.add, weights, moves)), then, left | cut
-        fresh = order[(len(lanes) + ended + over.cumsum() - 1) % len(order)]
-        state, ended, new = begin(after, over, fresh), ended + over.sum(), fresh[over]
-        if len(new):
-            free[:, over], x[over] = unseen(env, new).T, observe(env, reset(env, new), means(env, new))
+        weights, x = Weights(*map(np.add, weights, moves)), then
     return partial(a2c, weights)
-
-
-def begin(state: EnvState, over: Array, users: Array) -> EnvState:
-    """The sessions, with a fresh one for another user [B] wherever one is over (bool [B])."""
-    return EnvState(np.where(over, users, state.user),
-                    np.where(over[:, None], -1, state.recent), np.where(over, 0, state.t))
 
 
 POLICIES: dict[str, Callable[[Env, int, int], Policy]] = {      # (env, episodes, seed) -> policy
