@@ -318,13 +318,12 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: 
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(3,)))
     (m, d), choices = env.vectors.shape, max(CHOICES, len(env.vectors) // 16)
     pace *= (choices / CHOICES) ** 0.5          # the more choices, the smaller their chances and slopes
-    shapes = (2 * d + 1, d), m, 2 * d + 1
-    weights = Weights(*(np.zeros(shape, np.float32) for shape in shapes))
+    zeros = partial(np.zeros, dtype=np.float32)
+    weights = Weights(zeros((2 * d + 1, d)), zeros(m), zeros(2 * d + 1))
     squares = [np.full_like(w, 1e-6) for w in weights]
     lanes = np.arange(max(1, min(episodes // 100, CELLS // m)))
-    order, begun, over = rng.permutation(env.learners), 0, np.full(len(lanes), True)
-    state, x = reset(env, np.zeros_like(lanes)), np.empty((len(lanes), 2 * d + 1), np.float32)
-    free = np.empty((m, len(lanes)), bool)
+    order, begun, over = rng.permutation(env.learners), 0, lanes >= 0
+    state, free, x = reset(env, 0 * lanes), np.empty((m, len(lanes)), bool), zeros((len(lanes), 2 * d + 1))
     while begun - np.count_nonzero(~over) < episodes:
         if over.any():                          # the next learners take the places of those who are done
             users = order.take(np.arange(begun, begun + np.count_nonzero(over)), mode="wrap")
@@ -378,11 +377,9 @@ def bootstrap(figure: Callable, *samples: Array, draws: int = 1000) -> list[list
     return np.stack([figure(*samples), low, high], -1).round(4).tolist()
 
 
-def metrics(after: Array, before: Array | None = None) -> dict[str, list[float]]:
-    """Len, R_each and R_traj of scores [S, N, 2], or their paired differences after - before."""
-    if before is None:
-        return dict(zip(METRICS, bootstrap(totals, after)))
-    return dict(zip(METRICS, bootstrap(lambda a, b: totals(a) - totals(b), after, before)))
+def metrics(after: Array, *before: Array) -> dict[str, list[float]]:
+    """Len, R_each and R_traj of scores [S, N, 2]; given others `before`, the paired differences to them."""
+    return dict(zip(METRICS, bootstrap(lambda a, *b: totals(a) - sum(map(totals, b)), after, *before)))
 
 
 def gini(counts: Array) -> float:
@@ -614,25 +611,21 @@ def from_ratings(movies: list[tuple], log: Array, seed: int) -> Env:
     """The world of sorted (id, title, year, genres) and of sorted (user, item, rating, time)."""
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(5,)))
     ids, titles, years, tags = zip(*movies)
-    names, users = np.unique(log[:, 0], return_inverse=True)
-    users, items = rng.permutation(len(names))[users], np.searchsorted(ids, log[:, 1])
-    ratings, shape = log[:, 2].astype(np.float32), (len(names), len(ids))
+    _, first, users = np.unique(log[:, 0], return_index=True, return_inverse=True)
+    users, items = rng.permutation(len(first))[users], np.searchsorted(ids, log[:, 1])
+    ratings, shape = log[:, 2].astype(np.float32), (len(first), len(ids))
     held = rng.permutation(len(log)) < len(log) // 10
     models = [als(users[~held], items[~held], ratings[~held], shape, rank) for rank in (12, 0)]
     misses = (predict(model, users[held], items[held]) - ratings[held] for model in models)
     errors = [np.sqrt(np.square(miss).sum() / max(len(miss), 1)) for miss in misses]
     vectors = unit(models[0].items[:, :-2])
     pairs = vectors[rng.integers(len(ids), size=(2, 100_000))]
-    best = np.zeros(len(names), np.float32)
-    np.maximum.at(best, users, ratings)
-    liked = np.flatnonzero(ratings >= np.minimum(best, 4)[users])
-    liked = liked[np.argsort(users[liked], kind="stable")]
-    parts = np.split(items[liked], np.searchsorted(users[liked], range(1, len(names))))
-    return Env("movielens", titles, years, *labels(tags), vectors, models[0],
-               tuple(part[-20:] for part in parts), len(names) // 2,
+    rows = sorted(np.split(np.arange(len(log)), first[1:]), key=lambda own: users[own[0]])    # of each user
+    histories = tuple(items[own[ratings[own] >= min(4, ratings[own].max())]][-20:] for own in rows)
+    return Env("movielens", titles, years, *labels(tags), vectors, models[0], histories, len(first) // 2,
                beta=float(np.quantile(np.linalg.norm(pairs[0] - pairs[1], axis=1), 0.2)),
-               about=f"{len(log)} ratings; RMSE on the tenth held out: {errors[0]:.4f} predicted "
-                     f"by factors, {errors[1]:.4f} by biases alone")
+               about=f"{len(log)} ratings; RMSE on the tenth held out: {errors[0]:.4f} predicted by factors, "
+                     f"{errors[1]:.4f} by biases alone")
 
 
 def als(users: Array, items: Array, ratings: Array, shape: tuple, rank: int, sweeps: int = 10) -> Factors:
