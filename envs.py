@@ -21,7 +21,7 @@ import json
 import pickle
 import re
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, compress
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
@@ -43,14 +43,13 @@ class Factors(NamedTuple):
 class Halves(NamedTuple):
     """Ratings of learners and of held-out users in a table each, which may stay on disk."""
     rows: Array                         # int [n]: each user's row in its table
-    tables: tuple[Array, Array]       # [., m] each
+    tables: tuple[Array, Array]         # [., m] each
 
 
 class Env(NamedTuple):
-    """A world with n users, m items and c categories.
+    """A world with n users, m items and c categories; `about` tells what is worth knowing of its making.
 
     `apart`: two distance matrices [m, m], for learners and for held-out; without, vectors tell.
-    `about`: what is worth knowing of how the world was made.
     """
     name: str
     titles: tuple[str, ...]             # [m], without the year
@@ -100,10 +99,7 @@ def rate(env: Env, users, items) -> Array:
 
 
 def distance(env: Env, users, a, b) -> Array:
-    """How far apart users feel items a and b to be; all int [...], users and b broadcast to a.
-
-    Euclidean between vectors; where the world has matrices, the one of the user's half.
-    """
+    """How far apart users feel items a and b to be; all int [...], users and b broadcast to a."""
     if env.apart:
         return of_half(env, users, env.apart, a, b)
     away = env.vectors.take(a, 0)
@@ -120,15 +116,13 @@ def reset(env: Env, user) -> EnvState:
 def step(env: Env, state: EnvState, item) -> tuple[EnvState, Array, Array, Array]:
     """Recommend one item to each user: (next state, reward, terminated, truncated), all [...].
 
-    A user leaves when the item is nearer than `beta` to one of the last W recommended items, or when its
-    rating is below `floor` (from step `grace` on). The leaving step earns 0. A user who has not left after
-    `max_steps` steps is truncated.
+    A user leaves when the item is nearer than `beta` to one of the last W recommended items, or when its rating
+    is below `floor` (from step `grace` on). The leaving step earns 0. Who stays `max_steps` steps is truncated.
     """
     item = np.asarray(item)
     rating = rate(env, state.user, item)
     near = distance(env, state.user[..., None], state.recent, item[..., None]) < env.beta
-    left = (near & (state.recent >= 0)).any(-1)
-    left |= (rating < env.floor) & (state.t >= env.grace)
+    left = (near & (state.recent >= 0)).any(-1) | (rating < env.floor) & (state.t >= env.grace)
     recent = np.concatenate([state.recent[..., 1:], item[..., None]], -1)
     after = EnvState(state.user, recent, state.t + 1)
     return after, np.where(left, 0, rating), left, ~left & (after.t >= env.max_steps)
@@ -147,6 +141,7 @@ def why_left(env: Env, user: int, items: Sequence[int]) -> str:
 
 Policy = Callable[[Env, EnvState, Array, Rng], Array]
 Rollout = NamedTuple("Rollout", [("items", Array), ("rewards", Array)])   # [B, T], -1: over
+CELLS = 2 ** 22         # users x items looked at in one go: bounds the memory of large worlds
 
 
 def unseen(env: Env, users: Array) -> Array:
@@ -183,10 +178,9 @@ def popular(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> 
 
 
 def oracle(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
-    """The best rating among items that do not make the user leave, keeping most of them open.
+    """The best rating among items that do not make the user leave; an upper bound in practice, not proven so.
 
-    Among equals it takes the item that rules out the fewest of those the user would stay for at the
-    next step. It knows every rating and the quit rule: an upper bound in practice, not proven so.
+    Among equals it takes the item that rules out the fewest of those the user would stay for at the next step.
     """
     every = np.arange(free.shape[1])
     some = every[::1 + len(every) ** 2 // CELLS]
@@ -215,9 +209,6 @@ def nearest(env: Env, state: EnvState, among: Array) -> Array:
     return np.where(state.recent[..., None] < 0, np.inf, far).min(-2, initial=np.inf)
 
 
-CELLS = 2 ** 22         # users x items looked at in one go: bounds the memory of large worlds
-
-
 def rollout(env: Env, users: Array, policy: Policy, rng: Rng) -> Rollout:
     """One episode for each of B users, all stepped at once; no item is recommended twice while any is left.
 
@@ -225,8 +216,7 @@ def rollout(env: Env, users: Array, policy: Policy, rng: Rng) -> Rollout:
     """
     size = max(CELLS // len(env.titles), 1)
     if len(users) > size:
-        blocks = np.split(users, range(size, len(users), size))
-        parts = [rollout(env, block, policy, rng) for block in blocks]
+        parts = [rollout(env, block, policy, rng) for block in np.split(users, range(size, len(users), size))]
         return Rollout(*map(np.concatenate, zip(*parts)))
     state, free, rows = reset(env, users), unseen(env, users), np.arange(len(users))
     items = np.full((len(users), env.max_steps), -1)
@@ -348,7 +338,10 @@ POLICIES: dict[str, Callable[[Env, int, int], Policy]] = {      # (env, episodes
     "random": lambda *_: random, "popular": lambda env, *_: partial(popular, popularity(env)),
     "greedy": lambda *_: greedy, "oracle": lambda *_: oracle, "a2c": learn_a2c}
 
+
 # ------------------------------------------------------------------------------------ metrics
+
+METRICS = ("Len", "R_each", "R_traj")
 
 
 def scores(lengths, returns) -> Array:
@@ -366,9 +359,8 @@ def totals(samples: Array) -> Array:
 def bootstrap(figure: Callable, *samples: Array, draws: int = 1000) -> list[list[float]]:
     """[mean, low, high] with the interval of 95 % for each of the numbers that `figure` makes.
 
-    Samples are [S, N, ...]: S seeds with N users each, the same users at the same places in all. One draw
-    takes seeds with replacement and, within each, users with replacement, alike from every sample: so
-    differences are paired. Nothing is called better when the interval of its difference holds 0.
+    Samples are [S, N, ...]: S seeds with N users each, the same in all. One draw takes seeds with replacement
+    and, within each, users with replacement, alike from every sample: so differences are paired.
     """
     rng, (seeds, users) = np.random.default_rng(0), samples[0].shape[:2]
     s = rng.integers(seeds, size=(draws, seeds, 1))
@@ -388,12 +380,9 @@ def gini(counts: Array) -> float:
     >>> gini(np.array([1, 1, 1, 1])), gini(np.array([0, 0, 0, 4]))
     (0.0, 0.75)
     """
-    ranked = np.sort(counts)
-    ranks = np.arange(1, len(counts) + 1)
-    return float((2 * ranks - len(counts) - 1) @ ranked / max(len(counts) * ranked.sum(), 1))
+    n = len(counts)
+    return float(np.arange(1 - n, n, 2) @ np.sort(counts) / max(n * counts.sum(), 1))
 
-
-METRICS = ("Len", "R_each", "R_traj")
 
 # ---------------------------------------------------------------------------- the films world
 
@@ -464,31 +453,29 @@ def unit(rows: Array) -> Array:
 
 def labels(tags: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], Array]:
     """The categories that occur in items' tags, sorted, and bool [m, c] which item has which."""
-    names = tuple(sorted({name for own in tags for name in own}))
+    names = tuple(sorted(set().union(*tags)))
     return names, np.array([[name in own for name in names] for own in tags], bool)
 
 
 def films(seed: int = 0, users: int = 1000) -> Env:
     """The embedded default: 200 well-known films, and users whose tastes are drawn from `seed`.
 
-    Titles, years and categories are facts; ratings are made up: how much a user cares for the film's
-    categories, plus the film's general appeal, plus noise, rounded to 1..5. A user's taste lies around one
-    of six archetypes. Films feel alike when they share categories, rare ones more so. The first half learn.
+    Titles, years and categories are facts; ratings are made up: how much a user, who is near one of six
+    archetypes, cares for the film's categories, plus the film's general appeal, plus noise, rounded to 1..5.
+    Films feel alike when they share categories, rare ones more so. The first half of the users learn.
     """
-    rows = re.findall(r"(.+?) (\d{4}) ([A-Z]+)(?:;\s+|$)", FILMS.strip())
-    titles, years, codes = zip(*rows)
-    belongs = np.array([[letter in code for letter in CODES] for code in codes])
-    weighted = belongs * np.sqrt(np.log(len(rows) / belongs.sum(0)))
+    titles, years, codes = zip(*re.findall(r"(.+?) (\d{4}) ([A-Z]+)(?:;\s+|$)", FILMS.strip()))
+    categories, belongs = labels([[CODES[letter] for letter in code] for code in codes])
+    weighted = belongs * np.sqrt(np.log(len(titles) / belongs.sum(0)))
     common, own = np.random.default_rng(0), np.random.default_rng(np.random.SeedSequence(seed))
-    archetypes, appeal = common.normal(size=(6, len(CODES))), common.normal(size=len(rows))
+    archetypes, appeal = common.normal(size=(6, len(CODES))), common.normal(size=len(titles))
     taste = archetypes[own.integers(6, size=users)] + 0.5 * own.normal(size=(users, len(CODES)))
     liking = taste @ (belongs / np.sqrt(belongs.sum(1, keepdims=True))).T
     noise = own.normal(size=liking.shape)
     ratings = np.clip(np.rint(5 + 1.5 * liking + 2 * appeal + 0.5 * noise), 1, 5)
     watched = np.argsort(-(ratings + own.gumbel(size=ratings.shape)), 1)[:, :10]
-    return Env("films", titles, tuple(map(int, years)), tuple(CODES.values()), belongs,
-               unit(weighted).astype(np.float32), ratings.astype(np.int8), tuple(watched), users // 2,
-               beta=1.1)
+    return Env("films", titles, tuple(map(int, years)), categories, belongs, unit(weighted).astype(np.float32),
+               ratings.astype(np.int8), tuple(watched), users // 2, beta=1.1)
 
 
 def synthetic(users: int, items: int, seed: int = 0, kinds: int = 12, size: int = 32) -> Env:
@@ -504,10 +491,9 @@ def synthetic(users: int, items: int, seed: int = 0, kinds: int = 12, size: int 
     vectors = unit(centres[kind] + 0.6 / size ** 0.5 * rng.standard_normal((items, size), np.float32))
     taste = 1.5 * centres[favourite] + 0.9 * rng.standard_normal((users, size), np.float32)
     watched = favourite[:, None] + kinds * rng.integers(items // kinds, size=(users, 10))
-    return Env(f"synthetic:{users}x{items}", tuple(f"Item {i}" for i in range(items)),
-               (None,) * items, tuple(f"Kind {k}" for k in range(kinds)),
-               np.eye(kinds, dtype=bool)[kind], vectors, Factors(taste, vectors, 3.2),
-               watched.astype(np.int32), users // 2)
+    return Env(f"synthetic:{users}x{items}", tuple(f"Item {i}" for i in range(items)), (None,) * items,
+               tuple(f"Kind {k}" for k in range(kinds)), np.eye(kinds, dtype=bool)[kind], vectors,
+               Factors(taste, vectors, 3.2), watched.astype(np.int32), users // 2)
 
 
 # ------------------------------------------------------------- the outside world: data files
@@ -545,13 +531,12 @@ def fetch(file: Path, source: str, read: Callable[[Path], Any]) -> Any:
 
 def table(file: Path, separator: str, widths: tuple[int, ...], read: Callable[[list[str]], Any]) -> Iterator:
     """read(fields) of every row of a text table but a csv file's header and empty lines."""
-    number, encoding = 0, "utf-8-sig" if separator == "," else "latin-1"
-    with file.open(encoding=encoding, newline="") as lines:
+    number, comma = 0, separator == ","
+    with file.open(encoding="utf-8-sig" if comma else "latin-1", newline="") as lines:
         split = (line.rstrip("\r\n").split(separator) for line in lines)
-        rows = csv.reader(lines, strict=True) if separator == "," else split
         try:
-            for number, fields in enumerate(rows, 1):
-                if any(fields) and not (separator == "," and number == 1):
+            for number, fields in enumerate(csv.reader(lines, strict=True) if comma else split, 1):
+                if any(fields) and number > comma:
                     if len(fields) not in widths:
                         raise ValueError(f"{len(fields)} fields where {' or '.join(map(str, widths))} belong")
                     yield read(fields)
@@ -565,8 +550,7 @@ def read_movie(fields: list[str]) -> tuple[int, str, int | None, list[str]]:
     >>> read_movie(["2571", "Matrix, The (1999)", "Action|Sci-Fi"])
     (2571, 'The Matrix', 1999, ['Action', 'Sci-Fi'])
     """
-    tags = fields[2].split("|") if len(fields) == 3 else [
-        genre for genre, flag in zip(GENRES, fields[5:]) if flag == "1"]
+    tags = fields[2].split("|") if len(fields) == 3 else compress(GENRES, map("1".__eq__, fields[5:]))
     title, year = re.fullmatch(r"(?s)(.*?)\s*(?:\((\d{4})(?:[-–]\d*)?\))?\s*", fields[1]).groups()
     title = re.sub(ARTICLE, r"\2 \1", title or fields[1]).replace("L' ", "L'")
     known = [tag for tag in tags if tag not in ("", "unknown", "(no genres listed)")]
@@ -584,8 +568,7 @@ def read_rating(items: set[int], fields: list[str]) -> tuple[float, float, float
 
 def read_log(separator: str, items: set[int], file: Path) -> Array:
     """float [ratings, 4]: the rows of a file of ratings, sorted by user and time."""
-    rows = table(file, separator, (4,), partial(read_rating, items))
-    log = np.fromiter(rows, np.dtype((float, 4)))
+    log = np.fromiter(table(file, separator, (4,), partial(read_rating, items)), np.dtype((float, 4)))
     if len(np.unique(log[:, 0])) < 2:
         raise ValueError("fewer than two users")
     return log[np.lexsort((log[:, 3], log[:, 0]))]
@@ -604,13 +587,8 @@ def movielens(path: str | Path, seed: int = 0) -> Env:
         movie[0]: movie for movie in table(file, separators[0], (3, 24), read_movie)})
     read = partial(read_log, separators[1], set(movies))
     log = fetch(find(listed.parent, GROUPLENS, rated), GROUPLENS, read)
-    return from_ratings(sorted(movies.values()), log, seed)
-
-
-def from_ratings(movies: list[tuple], log: Array, seed: int) -> Env:
-    """The world of sorted (id, title, year, genres) and of sorted (user, item, rating, time)."""
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(5,)))
-    ids, titles, years, tags = zip(*movies)
+    ids, titles, years, tags = zip(*sorted(movies.values()))
     _, first, users = np.unique(log[:, 0], return_index=True, return_inverse=True)
     users, items = rng.permutation(len(first))[users], np.searchsorted(ids, log[:, 1])
     ratings, shape = log[:, 2].astype(np.float32), (len(first), len(ids))
