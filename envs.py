@@ -140,7 +140,7 @@ def why_left(env: Env, user: int, items: Sequence[int]) -> str:
 # --------------------------------------------------------------- policies that see the numbers
 
 Policy = Callable[[Env, EnvState, Array, Rng], Array]
-Rollout = NamedTuple("Rollout", [("items", Array), ("rewards", Array)])   # [B, T], -1: over
+Rollout = NamedTuple("Rollout", [("items", Array), ("rewards", Array)])   # [B, T]; -1 and 0 once it is over
 CELLS = 2 ** 22         # users x items looked at in one go: bounds the memory of large worlds
 
 
@@ -186,9 +186,9 @@ def oracle(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     some = every[::1 + len(every) ** 2 // CELLS]
     ratings = rate(env, state.user[:, None], every)
     good = free & (ratings >= env.floor)
-    safe = good & (nearest(env, state, every) >= env.beta)
-    later = state._replace(recent=state.recent[..., 1:])
-    still = good[:, some] & (nearest(env, later, some) >= env.beta)
+    near = distances(env, state.user[:, None], state.recent, every) < env.beta
+    near &= (state.recent >= 0)[..., None]
+    safe, still = good & ~near.any(1), (good & ~near[:, 1:].any(1))[:, some]
     close = distances(env, env.learners, some, every) < env.beta
     lost = still @ close.astype(np.float32) / np.maximum(still.sum(-1, keepdims=True), 1)
     return np.argmax(np.where(safe, 6 + ratings - lost, free), -1)
@@ -203,17 +203,8 @@ def distances(env: Env, users, items: Array, among: Array) -> Array:
     return np.sqrt(np.maximum(squares, 0))
 
 
-def nearest(env: Env, state: EnvState, among: Array) -> Array:
-    """[B, c]: how far each of c items is from the nearest of the last W; infinite without any."""
-    far = distances(env, state.user[:, None], state.recent, among)
-    return np.where(state.recent[..., None] < 0, np.inf, far).min(-2, initial=np.inf)
-
-
 def rollout(env: Env, users: Array, policy: Policy, rng: Rng) -> Rollout:
-    """One episode for each of B users, all stepped at once; no item is recommended twice while any is left.
-
-    -1 and 0 stand from the leaving step on. In large worlds the users come in blocks, one after another.
-    """
+    """One episode for each of B users, stepped at once or in blocks; no item comes twice while any is left."""
     size = max(CELLS // len(env.titles), 1)
     if len(users) > size:
         parts = [rollout(env, block, policy, rng) for block in np.split(users, range(size, len(users), size))]
@@ -249,14 +240,11 @@ def advantage(reward, gamma, value, next_value, terminated):
     return reward + gamma * next_value * (1 - terminated) - value
 
 
-def means(env: Env, users: Array) -> Array:
-    """float32 [B, d]: the mean item vector of each user's history, zero without one."""
-    liked = (env.vectors[env.histories[user]] for user in users)
-    return np.stack([vectors.sum(0) / np.float32(max(len(vectors), 1)) for vectors in liked])
-
-
-def observe(env: Env, state: EnvState, past: Array) -> Array:
-    """float32 [B, 2d + 1]: x of each session, given the mean of its user's history [B, d]."""
+def observe(env: Env, state: EnvState, past: Array | None = None) -> Array:
+    """float32 [B, 2d + 1]: x of each session; `past` is its first part [B, d] where that is known already."""
+    if past is None:
+        liked = (env.vectors[env.histories[user]] for user in state.user)
+        past = np.stack([vectors.sum(0) / np.float32(max(len(vectors), 1)) for vectors in liked])
     places = state.recent.T                     # places first: sums over a leading axis are quick
     recent = (env.vectors.take(places, 0) * (places >= 0)[..., None]).sum(0)
     return np.concatenate([past, recent, np.ones((len(past), 1), np.float32)], -1)
@@ -271,8 +259,7 @@ def logits(env: Env, weights: Weights, x: Array, free: Array, among: Array) -> A
 
 def a2c(weights: Weights, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """The likeliest item of a learned softmax; a `Policy` once the weights are filled in."""
-    x = observe(env, state, means(env, state.user))
-    return np.argmax(logits(env, weights, x, free.T, np.arange(free.shape[1])), 0)
+    return np.argmax(logits(env, weights, observe(env, state), free.T, np.arange(free.shape[1])), 0)
 
 
 def sample(wanted: Array, rng: Rng) -> tuple[Array, Array, Array]:
@@ -302,8 +289,7 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: 
               entropy: float = 0.05) -> Policy:
     """Advantage actor-critic in one pass over `episodes` episodes of learners, taken in turn.
 
-    One in a hundred episodes run side by side; every step of theirs is one step of Adagrad at `pace`, and
-    chooses among a random sample of the items.
+    One in a hundred run side by side; their every step, among a random sample of items, is one of Adagrad.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(3,)))
     (m, d), choices = env.vectors.shape, max(CHOICES, len(env.vectors) // 16)
@@ -318,7 +304,7 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: 
         if over.any():                          # the next learners take the places of those who are done
             users = order.take(np.arange(begun, begun + np.count_nonzero(over)), mode="wrap")
             begun, fresh = begun + len(users), reset(env, users)
-            news = *fresh, unseen(env, users), observe(env, fresh, means(env, users))
+            news = *fresh, unseen(env, users), observe(env, fresh)
             for held, new in zip((*state, free.T, x), news):
                 held[over] = new
         among = rng.choice(m, choices, replace=False) if m > choices else np.arange(m)
@@ -471,18 +457,16 @@ def films(seed: int = 0, users: int = 1000) -> Env:
     archetypes, appeal = common.normal(size=(6, len(CODES))), common.normal(size=len(titles))
     taste = archetypes[own.integers(6, size=users)] + 0.5 * own.normal(size=(users, len(CODES)))
     liking = taste @ (belongs / np.sqrt(belongs.sum(1, keepdims=True))).T
-    noise = own.normal(size=liking.shape)
-    ratings = np.clip(np.rint(5 + 1.5 * liking + 2 * appeal + 0.5 * noise), 1, 5)
+    ratings = np.clip(np.rint(5 + 1.5 * liking + 2 * appeal + 0.5 * own.normal(size=liking.shape)), 1, 5)
     watched = np.argsort(-(ratings + own.gumbel(size=ratings.shape)), 1)[:, :10]
     return Env("films", titles, tuple(map(int, years)), categories, belongs, unit(weighted).astype(np.float32),
                ratings.astype(np.int8), tuple(watched), users // 2, beta=1.1)
 
 
 def synthetic(users: int, items: int, seed: int = 0, kinds: int = 12, size: int = 32) -> Env:
-    """A made-up world of any size, every rating computed from factors when it is asked for.
+    """A made-up world of any size; ratings come from factors, so that memory grows with users + items.
 
-    Item i is of kind i % kinds; its vector lies around the kind's centre. A user favours one kind, has a
-    history of 10 of its items, and likes others by chance. Memory grows with users + items.
+    Item i is of kind i % kinds. A user favours one kind, has watched 10 of its items, likes others by chance.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(4,)))
     kinds = min(kinds, items)
@@ -585,8 +569,7 @@ def movielens(path: str | Path, seed: int = 0) -> Env:
     rated, *separators = LAYOUTS[listed.name]
     movies = fetch(listed, GROUPLENS, lambda file: {
         movie[0]: movie for movie in table(file, separators[0], (3, 24), read_movie)})
-    read = partial(read_log, separators[1], set(movies))
-    log = fetch(find(listed.parent, GROUPLENS, rated), GROUPLENS, read)
+    log = fetch(find(listed.parent, GROUPLENS, rated), GROUPLENS, partial(read_log, separators[1], set(movies)))
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(5,)))
     ids, titles, years, tags = zip(*sorted(movies.values()))
     _, first, users = np.unique(log[:, 0], return_index=True, return_inverse=True)
@@ -618,10 +601,7 @@ def als(users: Array, items: Array, ratings: Array, shape: tuple, rank: int, swe
 
 
 def ridge(rows: Array, columns: Array, targets: Array, basis: Array, count: int) -> Array:
-    """Each row's own regression of targets on [basis of the column, 1]: float32 [count, k + 1].
-
-    The penalty of a row with n targets is 3 on its bias, 3 + n / 10 on its factors.
-    """
+    """float32 [count, k + 1]: each row's own regression of its n targets on [basis of the column, 1]."""
     order, k = np.argsort(rows, kind="stable"), basis.shape[1] + 1
     basis = np.insert(basis, k - 1, 1, 1)
     sums = np.zeros((count, k, k + 1), np.float32)
@@ -630,6 +610,7 @@ def ridge(rows: Array, columns: Array, targets: Array, basis: Array, count: int)
         y = np.hstack([x, targets[block, None]])
         starts = np.flatnonzero(np.diff(row, prepend=-1))
         sums[row[starts]] += np.add.reduceat(x[:, :, None] * y[:, None, :], starts)
+    # the penalty is 3 + n / 10 on factors, 3 on the bias, which comes last
     penalty = 3 + np.bincount(rows, minlength=count)[:, None] / 10 * (np.arange(k) < k - 1)
     gram = sums[..., :-1] + np.eye(k, dtype=np.float32) * penalty[:, None].astype(np.float32)
     return np.linalg.solve(gram, sums[..., -1:])[..., 0]
