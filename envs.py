@@ -123,8 +123,7 @@ def step(env: Env, state: EnvState, item) -> tuple[EnvState, Array, Array, Array
     rating = rate(env, state.user, item)
     near = distance(env, state.user[..., None], state.recent, item[..., None]) < env.beta
     left = (near & (state.recent >= 0)).any(-1) | (rating < env.floor) & (state.t >= env.grace)
-    recent = np.concatenate([state.recent[..., 1:], item[..., None]], -1)
-    after = EnvState(state.user, recent, state.t + 1)
+    after = EnvState(state.user, np.concatenate([state.recent[..., 1:], item[..., None]], -1), state.t + 1)
     return after, np.where(left, 0, rating), left, ~left & (after.t >= env.max_steps)
 
 
@@ -289,7 +288,7 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: 
               entropy: float = 0.05) -> Policy:
     """Advantage actor-critic in one pass over `episodes` episodes of learners, taken in turn.
 
-    One in a hundred run side by side; their every step, among a random sample of items, is one of Adagrad.
+    One in a hundred run side by side; every step of theirs, a choice from sampled items, is one of Adagrad.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(3,)))
     (m, d), choices = env.vectors.shape, max(CHOICES, len(env.vectors) // 16)
@@ -297,11 +296,11 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: 
     zeros = partial(np.zeros, dtype=np.float32)
     weights = Weights(zeros((2 * d + 1, d)), zeros(m), zeros(2 * d + 1))
     squares = [np.full_like(w, 1e-6) for w in weights]
-    lanes = np.arange(max(1, min(episodes // 100, CELLS // m)))
-    order, begun, over = rng.permutation(env.learners), 0, lanes >= 0
-    state, free, x = reset(env, 0 * lanes), np.empty((m, len(lanes)), bool), zeros((len(lanes), 2 * d + 1))
+    count = max(1, min(episodes // 100, CELLS // m))
+    order, begun, over = rng.permutation(env.learners), 0, np.full(count, True)
+    state, free, x = reset(env, np.zeros(count, int)), np.empty((m, count), bool), zeros((count, 2 * d + 1))
     while begun - np.count_nonzero(~over) < episodes:
-        if over.any():                          # the next learners take the places of those who are done
+        if over.any():                          # the next learners sit down where an episode is over
             users = order.take(np.arange(begun, begun + np.count_nonzero(over)), mode="wrap")
             begun, fresh = begun + len(users), reset(env, users)
             news = *fresh, unseen(env, users), observe(env, fresh)
@@ -310,13 +309,12 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: 
         among = rng.choice(m, choices, replace=False) if m > choices else np.arange(m)
         log, chance, pick = sample(logits(env, weights, x, free[among], among), rng)
         state, reward, left, cut = step(env, state, among[pick])
-        free[among[pick], lanes], over = False, left | cut
-        then = observe(env, state, x[:, :d])
-        credit = advantage(reward, gamma, x @ weights.value, then @ weights.value, left).astype(np.float32)
-        slope = slopes(env, x, among, log, chance, pick, credit, entropy)
+        free[among[pick], np.arange(count)], over = False, left | cut
+        last, x = x, observe(env, state, x[:, :d])
+        credit = advantage(reward, gamma, last @ weights.value, x @ weights.value, left).astype(np.float32)
+        slope = slopes(env, last, among, log, chance, pick, credit, entropy)
         squares = [s + g * g for s, g in zip(squares, slope)]
-        moves = (np.float32(pace) * g / np.sqrt(s) for g, s in zip(slope, squares))
-        weights, x = Weights(*map(np.add, weights, moves)), then
+        weights = Weights(*(w + np.float32(pace) * g / np.sqrt(s) for w, g, s in zip(weights, slope, squares)))
     return partial(a2c, weights)
 
 
@@ -349,14 +347,13 @@ def bootstrap(figure: Callable, *samples: Array, draws: int = 1000) -> list[list
     and, within each, users with replacement, alike from every sample: so differences are paired.
     """
     rng, (seeds, users) = np.random.default_rng(0), samples[0].shape[:2]
-    s = rng.integers(seeds, size=(draws, seeds, 1))
-    u = rng.integers(users, size=(draws, seeds, users))
-    low, high = np.quantile(figure(*(sample[s, u] for sample in samples)), [0.025, 0.975], axis=0)
+    drawn = rng.integers(seeds, size=(draws, seeds, 1)), rng.integers(users, size=(draws, seeds, users))
+    low, high = np.quantile(figure(*(sample[drawn] for sample in samples)), [0.025, 0.975], axis=0)
     return np.stack([figure(*samples), low, high], -1).round(4).tolist()
 
 
 def metrics(after: Array, *before: Array) -> dict[str, list[float]]:
-    """Len, R_each and R_traj of scores [S, N, 2]; given others `before`, the paired differences to them."""
+    """Len, R_each and R_traj of scores [S, N, 2], or, given others, their paired differences after - before."""
     return dict(zip(METRICS, bootstrap(lambda a, *b: totals(a) - sum(map(totals, b)), after, *before)))
 
 
@@ -621,20 +618,17 @@ class ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """The constructor so named; UnpicklingError for any other."""
-        if (module.replace("_core", "core"), name) in {
+        if (module.replace("_core", "core"), name) not in {
                 ("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.core.multiarray", "_reconstruct"),
                 ("numpy.core.numeric", "_frombuffer")}:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is refused")
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is refused")
+        return super().find_class(module, name)
 
 
 def read_matrix(file: Path) -> Array:
     """One matrix of numbers: .npy memory-mapped, a pickle through `ArraysOnly`."""
-    if file.suffix == ".npy":
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    else:
-        with file.open("rb") as stream:
-            array = ArraysOnly(stream).load()
+    with file.open("rb") as stream:
+        array = np.load(file, "r", allow_pickle=False) if file.suffix == ".npy" else ArraysOnly(stream).load()
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iuf":
         raise ValueError("it does not hold one matrix of numbers")
     return array
@@ -666,8 +660,7 @@ def read_users(titles: Sequence[str], file: Path) -> list[tuple[int, Array]]:
 def released(path: str | Path, name: str) -> Env:
     """The authors' world "steam" or "amazon", from their files wherever they lie below path.
 
-    The users of train.json learn, those of test.json are held out, each with the ratings and the
-    distances of its half. Vectors, which only `a2c` looks at, are genres scaled to length 1.
+    Users of train.json learn, those of test.json are held out. `a2c` alone looks at vectors: genres as unit rows.
     """
     def get(file: str, read: Callable[[Path], Any]) -> Any:
         return fetch(find(path, AUTHORS, file, world=name), AUTHORS, read)
