@@ -660,7 +660,7 @@ def read_users(titles: Sequence[str], file: Path) -> list[tuple[int, Array]]:
 def released(path: str | Path, name: str) -> Env:
     """The authors' world "steam" or "amazon", from their files wherever they lie below path.
 
-    Users of train.json learn, those of test.json are held out. `a2c` alone looks at vectors: genres as unit rows.
+    Users of train.json learn, those of test.json are held out. `a2c` alone sees vectors: genres as unit rows.
     """
     def get(file: str, read: Callable[[Path], Any]) -> Any:
         return fetch(find(path, AUTHORS, file, world=name), AUTHORS, read)
