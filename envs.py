@@ -21,7 +21,7 @@ import json
 import pickle
 import re
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, compress
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
@@ -43,14 +43,13 @@ class Factors(NamedTuple):
 class Halves(NamedTuple):
     """Ratings of learners and of held-out users in a table each, which may stay on disk."""
     rows: Array                         # int [n]: each user's row in its table
-    tables: tuple[Array, Array]       # [., m] each
+    tables: tuple[Array, Array]         # [., m] each
 
 
 class Env(NamedTuple):
-    """A world with n users, m items and c categories.
+    """A world with n users, m items and c categories; `about` tells what is worth knowing of its making.
 
     `apart`: two distance matrices [m, m], for learners and for held-out; without, vectors tell.
-    `about`: what is worth knowing of how the world was made.
     """
     name: str
     titles: tuple[str, ...]             # [m], without the year
@@ -100,10 +99,7 @@ def rate(env: Env, users, items) -> Array:
 
 
 def distance(env: Env, users, a, b) -> Array:
-    """How far apart users feel items a and b to be; all int [...], users and b broadcast to a.
-
-    Euclidean between vectors; where the world has matrices, the one of the user's half.
-    """
+    """How far apart users feel items a and b to be; all int [...], users and b broadcast to a."""
     if env.apart:
         return of_half(env, users, env.apart, a, b)
     away = env.vectors.take(a, 0)
@@ -120,17 +116,14 @@ def reset(env: Env, user) -> EnvState:
 def step(env: Env, state: EnvState, item) -> tuple[EnvState, Array, Array, Array]:
     """Recommend one item to each user: (next state, reward, terminated, truncated), all [...].
 
-    A user leaves when the item is nearer than `beta` to one of the last W recommended items, or when its
-    rating is below `floor` (from step `grace` on). The leaving step earns 0. A user who has not left after
-    `max_steps` steps is truncated.
+    A user leaves when the item is nearer than `beta` to one of the last W recommended items, or when its rating
+    is below `floor` (from step `grace` on). The leaving step earns 0. Who stays `max_steps` steps is truncated.
     """
     item = np.asarray(item)
     rating = rate(env, state.user, item)
     near = distance(env, state.user[..., None], state.recent, item[..., None]) < env.beta
-    left = (near & (state.recent >= 0)).any(-1)
-    left |= (rating < env.floor) & (state.t >= env.grace)
-    recent = np.concatenate([state.recent[..., 1:], item[..., None]], -1)
-    after = EnvState(state.user, recent, state.t + 1)
+    left = (near & (state.recent >= 0)).any(-1) | (rating < env.floor) & (state.t >= env.grace)
+    after = EnvState(state.user, np.concatenate([state.recent[..., 1:], item[..., None]], -1), state.t + 1)
     return after, np.where(left, 0, rating), left, ~left & (after.t >= env.max_steps)
 
 
@@ -146,7 +139,8 @@ def why_left(env: Env, user: int, items: Sequence[int]) -> str:
 # --------------------------------------------------------------- policies that see the numbers
 
 Policy = Callable[[Env, EnvState, Array, Rng], Array]
-Rollout = NamedTuple("Rollout", [("items", Array), ("rewards", Array)])   # [B, T], -1: over
+Rollout = NamedTuple("Rollout", [("items", Array), ("rewards", Array)])   # [B, T]; -1 and 0 once it is over
+CELLS = 2 ** 22         # users x items looked at in one go: bounds the memory of large worlds
 
 
 def unseen(env: Env, users: Array) -> Array:
@@ -183,18 +177,17 @@ def popular(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> 
 
 
 def oracle(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
-    """The best rating among items that do not make the user leave, keeping most of them open.
+    """The best rating among items that do not make the user leave; an upper bound in practice, not proven so.
 
-    Among equals it takes the item that rules out the fewest of those the user would stay for at the
-    next step. It knows every rating and the quit rule: an upper bound in practice, not proven so.
+    Among equals it takes the item that rules out the fewest of those the user would stay for at the next step.
     """
     every = np.arange(free.shape[1])
     some = every[::1 + len(every) ** 2 // CELLS]
     ratings = rate(env, state.user[:, None], every)
     good = free & (ratings >= env.floor)
-    safe = good & (nearest(env, state, every) >= env.beta)
-    later = state._replace(recent=state.recent[..., 1:])
-    still = good[:, some] & (nearest(env, later, some) >= env.beta)
+    near = distances(env, state.user[:, None], state.recent, every) < env.beta
+    near &= (state.recent >= 0)[..., None]
+    safe, still = good & ~near.any(1), (good & ~near[:, 1:].any(1))[:, some]
     close = distances(env, env.learners, some, every) < env.beta
     lost = still @ close.astype(np.float32) / np.maximum(still.sum(-1, keepdims=True), 1)
     return np.argmax(np.where(safe, 6 + ratings - lost, free), -1)
@@ -209,24 +202,11 @@ def distances(env: Env, users, items: Array, among: Array) -> Array:
     return np.sqrt(np.maximum(squares, 0))
 
 
-def nearest(env: Env, state: EnvState, among: Array) -> Array:
-    """[B, c]: how far each of c items is from the nearest of the last W; infinite without any."""
-    far = distances(env, state.user[:, None], state.recent, among)
-    return np.where(state.recent[..., None] < 0, np.inf, far).min(-2, initial=np.inf)
-
-
-CELLS = 2 ** 22         # users x items looked at in one go: bounds the memory of large worlds
-
-
 def rollout(env: Env, users: Array, policy: Policy, rng: Rng) -> Rollout:
-    """One episode for each of B users, all stepped at once; no item is recommended twice while any is left.
-
-    -1 and 0 stand from the leaving step on. In large worlds the users come in blocks, one after another.
-    """
+    """One episode for each of B users, stepped at once or in blocks; no item comes twice while any is left."""
     size = max(CELLS // len(env.titles), 1)
     if len(users) > size:
-        blocks = np.split(users, range(size, len(users), size))
-        parts = [rollout(env, block, policy, rng) for block in blocks]
+        parts = [rollout(env, block, policy, rng) for block in np.split(users, range(size, len(users), size))]
         return Rollout(*map(np.concatenate, zip(*parts)))
     state, free, rows = reset(env, users), unseen(env, users), np.arange(len(users))
     items = np.full((len(users), env.max_steps), -1)
@@ -259,14 +239,11 @@ def advantage(reward, gamma, value, next_value, terminated):
     return reward + gamma * next_value * (1 - terminated) - value
 
 
-def means(env: Env, users: Array) -> Array:
-    """float32 [B, d]: the mean item vector of each user's history, zero without one."""
-    liked = (env.vectors[env.histories[user]] for user in users)
-    return np.stack([vectors.sum(0) / np.float32(max(len(vectors), 1)) for vectors in liked])
-
-
-def observe(env: Env, state: EnvState, past: Array) -> Array:
-    """float32 [B, 2d + 1]: x of each session, given the mean of its user's history [B, d]."""
+def observe(env: Env, state: EnvState, past: Array | None = None) -> Array:
+    """float32 [B, 2d + 1]: x of each session; `past` is its first part [B, d] where that is known already."""
+    if past is None:
+        liked = (env.vectors[env.histories[user]] for user in state.user)
+        past = np.stack([vectors.sum(0) / np.float32(max(len(vectors), 1)) for vectors in liked])
     places = state.recent.T                     # places first: sums over a leading axis are quick
     recent = (env.vectors.take(places, 0) * (places >= 0)[..., None]).sum(0)
     return np.concatenate([past, recent, np.ones((len(past), 1), np.float32)], -1)
@@ -281,8 +258,7 @@ def logits(env: Env, weights: Weights, x: Array, free: Array, among: Array) -> A
 
 def a2c(weights: Weights, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """The likeliest item of a learned softmax; a `Policy` once the weights are filled in."""
-    x = observe(env, state, means(env, state.user))
-    return np.argmax(logits(env, weights, x, free.T, np.arange(free.shape[1])), 0)
+    return np.argmax(logits(env, weights, observe(env, state), free.T, np.arange(free.shape[1])), 0)
 
 
 def sample(wanted: Array, rng: Rng) -> tuple[Array, Array, Array]:
@@ -312,49 +288,44 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: 
               entropy: float = 0.05) -> Policy:
     """Advantage actor-critic in one pass over `episodes` episodes of learners, taken in turn.
 
-    One in a hundred episodes run side by side; every step of theirs is one step of Adagrad at `pace`, and
-    chooses among a random sample of the items.
+    One in a hundred run side by side; every step of theirs, a choice from sampled items, is one of Adagrad.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(3,)))
     (m, d), choices = env.vectors.shape, max(CHOICES, len(env.vectors) // 16)
     pace *= (choices / CHOICES) ** 0.5          # the more choices, the smaller their chances and slopes
-    shapes = (2 * d + 1, d), m, 2 * d + 1
-    weights = Weights(*(np.zeros(shape, np.float32) for shape in shapes))
-    squares = [np.full(shape, 1e-6, np.float32) for shape in shapes]
-    lanes = np.arange(max(1, min(episodes // 100, CELLS // m)))
-    order, ended = rng.permutation(env.learners), 0
-    state = reset(env, order[lanes % len(order)])
-    free, x = unseen(env, state.user).T.copy(), observe(env, state, means(env, state.user))
-    while ended < episodes:
+    zeros = partial(np.zeros, dtype=np.float32)
+    weights = Weights(zeros((2 * d + 1, d)), zeros(m), zeros(2 * d + 1))
+    squares = [np.full_like(w, 1e-6) for w in weights]
+    count = max(1, min(episodes // 100, CELLS // m))
+    order, begun, over = rng.permutation(env.learners), 0, np.full(count, True)
+    state, free, x = reset(env, np.zeros(count, int)), np.empty((m, count), bool), zeros((count, 2 * d + 1))
+    while begun - np.count_nonzero(~over) < episodes:
+        if over.any():                          # the next learners sit down where an episode is over
+            users = order.take(np.arange(begun, begun + np.count_nonzero(over)), mode="wrap")
+            begun, fresh = begun + len(users), reset(env, users)
+            news = *fresh, unseen(env, users), observe(env, fresh)
+            for held, new in zip((*state, free.T, x), news):
+                held[over] = new
         among = rng.choice(m, choices, replace=False) if m > choices else np.arange(m)
         log, chance, pick = sample(logits(env, weights, x, free[among], among), rng)
-        after, reward, left, cut = step(env, state, among[pick])
-        free[among[pick], lanes] = False
-        then = observe(env, after, x[:, :d])
-        values = x @ weights.value, then @ weights.value
-        credit = advantage(reward, gamma, *values, left).astype(np.float32)
-        slope = slopes(env, x, among, log, chance, pick, credit, entropy)
+        state, reward, left, cut = step(env, state, among[pick])
+        free[among[pick], np.arange(count)], over = False, left | cut
+        last, x = x, observe(env, state, x[:, :d])
+        credit = advantage(reward, gamma, last @ weights.value, x @ weights.value, left).astype(np.float32)
+        slope = slopes(env, last, among, log, chance, pick, credit, entropy)
         squares = [s + g * g for s, g in zip(squares, slope)]
-        moves = (np.float32(pace) * g / np.sqrt(s) for g, s in zip(slope, squares))
-        weights, x, over = Weights(*map(np.add, weights, moves)), then, left | cut
-        fresh = order[(len(lanes) + ended + over.cumsum() - 1) % len(order)]
-        state, ended, new = begin(after, over, fresh), ended + over.sum(), fresh[over]
-        if len(new):
-            free[:, over], x[over] = unseen(env, new).T, observe(env, reset(env, new), means(env, new))
+        weights = Weights(*(w + np.float32(pace) * g / np.sqrt(s) for w, g, s in zip(weights, slope, squares)))
     return partial(a2c, weights)
-
-
-def begin(state: EnvState, over: Array, users: Array) -> EnvState:
-    """The sessions, with a fresh one for another user [B] wherever one is over (bool [B])."""
-    return EnvState(np.where(over, users, state.user),
-                    np.where(over[:, None], -1, state.recent), np.where(over, 0, state.t))
 
 
 POLICIES: dict[str, Callable[[Env, int, int], Policy]] = {      # (env, episodes, seed) -> policy
     "random": lambda *_: random, "popular": lambda env, *_: partial(popular, popularity(env)),
     "greedy": lambda *_: greedy, "oracle": lambda *_: oracle, "a2c": learn_a2c}
 
+
 # ------------------------------------------------------------------------------------ metrics
+
+METRICS = ("Len", "R_each", "R_traj")
 
 
 def scores(lengths, returns) -> Array:
@@ -372,22 +343,18 @@ def totals(samples: Array) -> Array:
 def bootstrap(figure: Callable, *samples: Array, draws: int = 1000) -> list[list[float]]:
     """[mean, low, high] with the interval of 95 % for each of the numbers that `figure` makes.
 
-    Samples are [S, N, ...]: S seeds with N users each, the same users at the same places in all. One draw
-    takes seeds with replacement and, within each, users with replacement, alike from every sample: so
-    differences are paired. Nothing is called better when the interval of its difference holds 0.
+    Samples are [S, N, ...]: S seeds with N users each, the same in all. One draw takes seeds with replacement
+    and, within each, users with replacement, alike from every sample: so differences are paired.
     """
     rng, (seeds, users) = np.random.default_rng(0), samples[0].shape[:2]
-    s = rng.integers(seeds, size=(draws, seeds, 1))
-    u = rng.integers(users, size=(draws, seeds, users))
-    low, high = np.quantile(figure(*(sample[s, u] for sample in samples)), [0.025, 0.975], axis=0)
+    drawn = rng.integers(seeds, size=(draws, seeds, 1)), rng.integers(users, size=(draws, seeds, users))
+    low, high = np.quantile(figure(*(sample[drawn] for sample in samples)), [0.025, 0.975], axis=0)
     return np.stack([figure(*samples), low, high], -1).round(4).tolist()
 
 
-def metrics(after: Array, before: Array | None = None) -> dict[str, list[float]]:
-    """Len, R_each and R_traj of scores [S, N, 2], or their paired differences after - before."""
-    if before is None:
-        return dict(zip(METRICS, bootstrap(totals, after)))
-    return dict(zip(METRICS, bootstrap(lambda a, b: totals(a) - totals(b), after, before)))
+def metrics(after: Array, *before: Array) -> dict[str, list[float]]:
+    """Len, R_each and R_traj of scores [S, N, 2], or, given others, their paired differences after - before."""
+    return dict(zip(METRICS, bootstrap(lambda a, *b: totals(a) - sum(map(totals, b)), after, *before)))
 
 
 def gini(counts: Array) -> float:
@@ -396,12 +363,9 @@ def gini(counts: Array) -> float:
     >>> gini(np.array([1, 1, 1, 1])), gini(np.array([0, 0, 0, 4]))
     (0.0, 0.75)
     """
-    ranked = np.sort(counts)
-    ranks = np.arange(1, len(counts) + 1)
-    return float((2 * ranks - len(counts) - 1) @ ranked / max(len(counts) * ranked.sum(), 1))
+    n = len(counts)
+    return float(np.arange(1 - n, n, 2) @ np.sort(counts) / max(n * counts.sum(), 1))
 
-
-METRICS = ("Len", "R_each", "R_traj")
 
 # ---------------------------------------------------------------------------- the films world
 
@@ -472,38 +436,34 @@ def unit(rows: Array) -> Array:
 
 def labels(tags: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], Array]:
     """The categories that occur in items' tags, sorted, and bool [m, c] which item has which."""
-    names = tuple(sorted({name for own in tags for name in own}))
+    names = tuple(sorted(set().union(*tags)))
     return names, np.array([[name in own for name in names] for own in tags], bool)
 
 
 def films(seed: int = 0, users: int = 1000) -> Env:
     """The embedded default: 200 well-known films, and users whose tastes are drawn from `seed`.
 
-    Titles, years and categories are facts; ratings are made up: how much a user cares for the film's
-    categories, plus the film's general appeal, plus noise, rounded to 1..5. A user's taste lies around one
-    of six archetypes. Films feel alike when they share categories, rare ones more so. The first half learn.
+    Titles, years and categories are facts; ratings are made up: how much a user, who is near one of six
+    archetypes, cares for the film's categories, plus the film's general appeal, plus noise, rounded to 1..5.
+    Films feel alike when they share categories, rare ones more so. The first half of the users learn.
     """
-    rows = re.findall(r"(.+?) (\d{4}) ([A-Z]+)(?:;\s+|$)", FILMS.strip())
-    titles, years, codes = zip(*rows)
-    belongs = np.array([[letter in code for letter in CODES] for code in codes])
-    weighted = belongs * np.sqrt(np.log(len(rows) / belongs.sum(0)))
+    titles, years, codes = zip(*re.findall(r"(.+?) (\d{4}) ([A-Z]+)(?:;\s+|$)", FILMS.strip()))
+    categories, belongs = labels([[CODES[letter] for letter in code] for code in codes])
+    weighted = belongs * np.sqrt(np.log(len(titles) / belongs.sum(0)))
     common, own = np.random.default_rng(0), np.random.default_rng(np.random.SeedSequence(seed))
-    archetypes, appeal = common.normal(size=(6, len(CODES))), common.normal(size=len(rows))
+    archetypes, appeal = common.normal(size=(6, len(CODES))), common.normal(size=len(titles))
     taste = archetypes[own.integers(6, size=users)] + 0.5 * own.normal(size=(users, len(CODES)))
     liking = taste @ (belongs / np.sqrt(belongs.sum(1, keepdims=True))).T
-    noise = own.normal(size=liking.shape)
-    ratings = np.clip(np.rint(5 + 1.5 * liking + 2 * appeal + 0.5 * noise), 1, 5)
+    ratings = np.clip(np.rint(5 + 1.5 * liking + 2 * appeal + 0.5 * own.normal(size=liking.shape)), 1, 5)
     watched = np.argsort(-(ratings + own.gumbel(size=ratings.shape)), 1)[:, :10]
-    return Env("films", titles, tuple(map(int, years)), tuple(CODES.values()), belongs,
-               unit(weighted).astype(np.float32), ratings.astype(np.int8), tuple(watched), users // 2,
-               beta=1.1)
+    return Env("films", titles, tuple(map(int, years)), categories, belongs, unit(weighted).astype(np.float32),
+               ratings.astype(np.int8), tuple(watched), users // 2, beta=1.1)
 
 
 def synthetic(users: int, items: int, seed: int = 0, kinds: int = 12, size: int = 32) -> Env:
-    """A made-up world of any size, every rating computed from factors when it is asked for.
+    """A made-up world of any size; ratings come from factors, so that memory grows with users + items.
 
-    Item i is of kind i % kinds; its vector lies around the kind's centre. A user favours one kind, has a
-    history of 10 of its items, and likes others by chance. Memory grows with users + items.
+    Item i is of kind i % kinds. A user favours one kind, has watched 10 of its items, likes others by chance.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(4,)))
     kinds = min(kinds, items)
@@ -512,10 +472,9 @@ def synthetic(users: int, items: int, seed: int = 0, kinds: int = 12, size: int 
     vectors = unit(centres[kind] + 0.6 / size ** 0.5 * rng.standard_normal((items, size), np.float32))
     taste = 1.5 * centres[favourite] + 0.9 * rng.standard_normal((users, size), np.float32)
     watched = favourite[:, None] + kinds * rng.integers(items // kinds, size=(users, 10))
-    return Env(f"synthetic:{users}x{items}", tuple(f"Item {i}" for i in range(items)),
-               (None,) * items, tuple(f"Kind {k}" for k in range(kinds)),
-               np.eye(kinds, dtype=bool)[kind], vectors, Factors(taste, vectors, 3.2),
-               watched.astype(np.int32), users // 2)
+    return Env(f"synthetic:{users}x{items}", tuple(f"Item {i}" for i in range(items)), (None,) * items,
+               tuple(f"Kind {k}" for k in range(kinds)), np.eye(kinds, dtype=bool)[kind], vectors,
+               Factors(taste, vectors, 3.2), watched.astype(np.int32), users // 2)
 
 
 # ------------------------------------------------------------- the outside world: data files
@@ -553,13 +512,12 @@ def fetch(file: Path, source: str, read: Callable[[Path], Any]) -> Any:
 
 def table(file: Path, separator: str, widths: tuple[int, ...], read: Callable[[list[str]], Any]) -> Iterator:
     """read(fields) of every row of a text table but a csv file's header and empty lines."""
-    number, encoding = 0, "utf-8-sig" if separator == "," else "latin-1"
-    with file.open(encoding=encoding, newline="") as lines:
+    number, comma = 0, separator == ","
+    with file.open(encoding="utf-8-sig" if comma else "latin-1", newline="") as lines:
         split = (line.rstrip("\r\n").split(separator) for line in lines)
-        rows = csv.reader(lines, strict=True) if separator == "," else split
         try:
-            for number, fields in enumerate(rows, 1):
-                if any(fields) and not (separator == "," and number == 1):
+            for number, fields in enumerate(csv.reader(lines, strict=True) if comma else split, 1):
+                if any(fields) and number > comma:
                     if len(fields) not in widths:
                         raise ValueError(f"{len(fields)} fields where {' or '.join(map(str, widths))} belong")
                     yield read(fields)
@@ -573,8 +531,7 @@ def read_movie(fields: list[str]) -> tuple[int, str, int | None, list[str]]:
     >>> read_movie(["2571", "Matrix, The (1999)", "Action|Sci-Fi"])
     (2571, 'The Matrix', 1999, ['Action', 'Sci-Fi'])
     """
-    tags = fields[2].split("|") if len(fields) == 3 else [
-        genre for genre, flag in zip(GENRES, fields[5:]) if flag == "1"]
+    tags = fields[2].split("|") if len(fields) == 3 else compress(GENRES, map("1".__eq__, fields[5:]))
     title, year = re.fullmatch(r"(?s)(.*?)\s*(?:\((\d{4})(?:[-–]\d*)?\))?\s*", fields[1]).groups()
     title = re.sub(ARTICLE, r"\2 \1", title or fields[1]).replace("L' ", "L'")
     known = [tag for tag in tags if tag not in ("", "unknown", "(no genres listed)")]
@@ -592,8 +549,7 @@ def read_rating(items: set[int], fields: list[str]) -> tuple[float, float, float
 
 def read_log(separator: str, items: set[int], file: Path) -> Array:
     """float [ratings, 4]: the rows of a file of ratings, sorted by user and time."""
-    rows = table(file, separator, (4,), partial(read_rating, items))
-    log = np.fromiter(rows, np.dtype((float, 4)))
+    log = np.fromiter(table(file, separator, (4,), partial(read_rating, items)), np.dtype((float, 4)))
     if len(np.unique(log[:, 0])) < 2:
         raise ValueError("fewer than two users")
     return log[np.lexsort((log[:, 3], log[:, 0]))]
@@ -610,34 +566,24 @@ def movielens(path: str | Path, seed: int = 0) -> Env:
     rated, *separators = LAYOUTS[listed.name]
     movies = fetch(listed, GROUPLENS, lambda file: {
         movie[0]: movie for movie in table(file, separators[0], (3, 24), read_movie)})
-    read = partial(read_log, separators[1], set(movies))
-    log = fetch(find(listed.parent, GROUPLENS, rated), GROUPLENS, read)
-    return from_ratings(sorted(movies.values()), log, seed)
-
-
-def from_ratings(movies: list[tuple], log: Array, seed: int) -> Env:
-    """The world of sorted (id, title, year, genres) and of sorted (user, item, rating, time)."""
+    log = fetch(find(listed.parent, GROUPLENS, rated), GROUPLENS, partial(read_log, separators[1], set(movies)))
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(5,)))
-    ids, titles, years, tags = zip(*movies)
-    names, users = np.unique(log[:, 0], return_inverse=True)
-    users, items = rng.permutation(len(names))[users], np.searchsorted(ids, log[:, 1])
-    ratings, shape = log[:, 2].astype(np.float32), (len(names), len(ids))
+    ids, titles, years, tags = zip(*sorted(movies.values()))
+    _, first, users = np.unique(log[:, 0], return_index=True, return_inverse=True)
+    users, items = rng.permutation(len(first))[users], np.searchsorted(ids, log[:, 1])
+    ratings, shape = log[:, 2].astype(np.float32), (len(first), len(ids))
     held = rng.permutation(len(log)) < len(log) // 10
     models = [als(users[~held], items[~held], ratings[~held], shape, rank) for rank in (12, 0)]
     misses = (predict(model, users[held], items[held]) - ratings[held] for model in models)
     errors = [np.sqrt(np.square(miss).sum() / max(len(miss), 1)) for miss in misses]
     vectors = unit(models[0].items[:, :-2])
     pairs = vectors[rng.integers(len(ids), size=(2, 100_000))]
-    best = np.zeros(len(names), np.float32)
-    np.maximum.at(best, users, ratings)
-    liked = np.flatnonzero(ratings >= np.minimum(best, 4)[users])
-    liked = liked[np.argsort(users[liked], kind="stable")]
-    parts = np.split(items[liked], np.searchsorted(users[liked], range(1, len(names))))
-    return Env("movielens", titles, years, *labels(tags), vectors, models[0],
-               tuple(part[-20:] for part in parts), len(names) // 2,
+    rows = sorted(np.split(np.arange(len(log)), first[1:]), key=lambda own: users[own[0]])    # of each user
+    histories = tuple(items[own[ratings[own] >= min(4, ratings[own].max())]][-20:] for own in rows)
+    return Env("movielens", titles, years, *labels(tags), vectors, models[0], histories, len(first) // 2,
                beta=float(np.quantile(np.linalg.norm(pairs[0] - pairs[1], axis=1), 0.2)),
-               about=f"{len(log)} ratings; RMSE on the tenth held out: {errors[0]:.4f} predicted "
-                     f"by factors, {errors[1]:.4f} by biases alone")
+               about=f"{len(log)} ratings; RMSE on the tenth held out: {errors[0]:.4f} predicted by factors, "
+                     f"{errors[1]:.4f} by biases alone")
 
 
 def als(users: Array, items: Array, ratings: Array, shape: tuple, rank: int, sweeps: int = 10) -> Factors:
@@ -652,10 +598,7 @@ def als(users: Array, items: Array, ratings: Array, shape: tuple, rank: int, swe
 
 
 def ridge(rows: Array, columns: Array, targets: Array, basis: Array, count: int) -> Array:
-    """Each row's own regression of targets on [basis of the column, 1]: float32 [count, k + 1].
-
-    The penalty of a row with n targets is 3 on its bias, 3 + n / 10 on its factors.
-    """
+    """float32 [count, k + 1]: each row's own regression of its n targets on [basis of the column, 1]."""
     order, k = np.argsort(rows, kind="stable"), basis.shape[1] + 1
     basis = np.insert(basis, k - 1, 1, 1)
     sums = np.zeros((count, k, k + 1), np.float32)
@@ -664,6 +607,7 @@ def ridge(rows: Array, columns: Array, targets: Array, basis: Array, count: int)
         y = np.hstack([x, targets[block, None]])
         starts = np.flatnonzero(np.diff(row, prepend=-1))
         sums[row[starts]] += np.add.reduceat(x[:, :, None] * y[:, None, :], starts)
+    # the penalty is 3 + n / 10 on factors, 3 on the bias, which comes last
     penalty = 3 + np.bincount(rows, minlength=count)[:, None] / 10 * (np.arange(k) < k - 1)
     gram = sums[..., :-1] + np.eye(k, dtype=np.float32) * penalty[:, None].astype(np.float32)
     return np.linalg.solve(gram, sums[..., -1:])[..., 0]
@@ -674,20 +618,17 @@ class ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """The constructor so named; UnpicklingError for any other."""
-        if (module.replace("_core", "core"), name) in {
+        if (module.replace("_core", "core"), name) not in {
                 ("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.core.multiarray", "_reconstruct"),
                 ("numpy.core.numeric", "_frombuffer")}:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is refused")
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is refused")
+        return super().find_class(module, name)
 
 
 def read_matrix(file: Path) -> Array:
     """One matrix of numbers: .npy memory-mapped, a pickle through `ArraysOnly`."""
-    if file.suffix == ".npy":
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    else:
-        with file.open("rb") as stream:
-            array = ArraysOnly(stream).load()
+    with file.open("rb") as stream:
+        array = np.load(file, "r", allow_pickle=False) if file.suffix == ".npy" else ArraysOnly(stream).load()
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iuf":
         raise ValueError("it does not hold one matrix of numbers")
     return array
@@ -719,8 +660,7 @@ def read_users(titles: Sequence[str], file: Path) -> list[tuple[int, Array]]:
 def released(path: str | Path, name: str) -> Env:
     """The authors' world "steam" or "amazon", from their files wherever they lie below path.
 
-    The users of train.json learn, those of test.json are held out, each with the ratings and the
-    distances of its half. Vectors, which only `a2c` looks at, are genres scaled to length 1.
+    Users of train.json learn, those of test.json are held out. `a2c` alone sees vectors: genres as unit rows.
     """
     def get(file: str, read: Callable[[Path], Any]) -> Any:
         return fetch(find(path, AUTHORS, file, world=name), AUTHORS, read)
