@@ -344,7 +344,8 @@ def bootstrap(figure: Callable, *samples: Array, draws: int = 1000) -> list[list
     """[mean, low, high] with the interval of 95 % for each of the numbers that `figure` makes.
 
     Samples are [S, N, ...]: S seeds with N users each, the same in all. One draw takes seeds with replacement
-    and, within each, users with replacement, alike from every sample: so differences are paired.
+    and, within each, users with replacement, alike from every sample: so differences are paired. Nothing is
+    called better when the interval of its difference holds 0.
     """
     rng, (seeds, users) = np.random.default_rng(0), samples[0].shape[:2]
     drawn = rng.integers(seeds, size=(draws, seeds, 1)), rng.integers(users, size=(draws, seeds, users))
@@ -640,10 +641,10 @@ def read_titles(count: int, file: Path) -> tuple[str, ...]:
     return tuple(html.unescape(titles[str(item)]) for item in range(count))
 
 
-def read_tags(titles: Sequence[str], file: Path) -> list[list[str]]:
-    """The genres of each title, none where list_genre.json has none."""
+def read_tags(titles: Sequence[str], file: Path) -> tuple[tuple[str, ...], Array]:
+    """The `labels` of the titles' genres, none where list_genre.json has none."""
     tags = {html.unescape(k): v for k, v in json.loads(file.read_text("utf-8")).items()}
-    return [list(ast.literal_eval(tags.get(title, "[]"))) for title in titles]
+    return labels([ast.literal_eval(tags.get(title, "[]")) for title in titles])
 
 
 def read_users(titles: Sequence[str], file: Path) -> list[tuple[int, Array]]:
@@ -654,6 +655,8 @@ def read_users(titles: Sequence[str], file: Path) -> list[tuple[int, Array]]:
         names = map(html.unescape, reversed(record["pos_seq_name"]))
         items = list(dict.fromkeys(index[name] for name in names if name in index))[:20]
         users.append((int(record["userid_encoded"]), np.array(items[::-1], int)))
+    if not users:
+        raise ValueError("it holds no users")
     return users
 
 
@@ -668,7 +671,7 @@ def released(path: str | Path, name: str) -> Env:
                      for file in (name + "_{}.npy", "{}_distance_mat.pickle"))
     sizes = {table.shape[1] for table in tables} | {size for a in apart for size in a.shape}
     titles = get("datamaps.json", partial(read_titles, max(sizes)))
-    genres, belongs = labels(get("list_genre.json", partial(read_tags, titles)))
+    genres, belongs = get("list_genre.json", partial(read_tags, titles))
     users = [get(f"{half}.json", partial(read_users, titles)) for half in ("train", "test")]
     rows, histories = zip(*users[0], *users[1])
     if len(sizes) > 1 or not all(0 <= row < len(t) for t, half in zip(tables, users) for row, _ in half):
