@@ -25,6 +25,8 @@ from concurrent import futures
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from io import BytesIO
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from signal import SIG_IGN, SIGINT, signal
 from threading import Event
@@ -46,30 +48,15 @@ class UserError(Exception):
     """A mistake that the person at the keyboard can mend: one line, exit code 2."""
 
 
-STAND_IN = ("offline, a rule-based stand-in: it shows the mechanism at work and is no evidence about "
-            "real models")
 MENDABLE = (UserError, prompts.EndpointError, envs.BadData, OSError, MemoryError, RecursionError,
             futures.BrokenExecutor)
-NAMES = {"offline": STAND_IN}           # what is no language model never passes for one
+NAMES = {"offline": "offline, a rule-based stand-in: it shows the mechanism at work and is no evidence about "
+                    "real models"}      # what is no language model never passes for one
 EXPECTED = "expected, by a run of the offline reader at 4 characters a token:"
-ROLES = ("planner", "actor", "critic", "reflector")
 WORLDS = "films, synthetic:USERSxITEMS, movielens:DIR, steam:DIR, amazon:DIR"
 METHODS = (*envs.POLICIES, *billp.METHODS)
 BUDGET = 100                            # learning episodes of language models in the paper
-SIZES, WINDOWS = (10, 50, 100, 200), (1, 2, 4, 6, 8)
-COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()     # Okabe and Ito
-EXPERIMENTS = {                         # what each measures, and on which axes it is drawn
-    "table3": ("R_traj", "reward an episode"), "table5": ("R_traj", "reward an episode"),
-    "fig3": ("share", "share of recommendations", "popularity group of items (1: least popular fifth)"),
-    "fig4": ("MSE", "mean squared error of the value", "learning episodes"),
-    "fig5": ("R_traj", "reward an episode", "window W (items a user remembers)"),
-    "table6": ("R_traj", "reward an episode"), "curve": ("R_traj", "reward an episode", "learning episodes")}
-PAPER = {"billp": "69.19, 42.44", "reflexion": "57.42, 40.67", "billp-no-macro": "64.96, -",
-         "billp-no-micro": "64.72, -"}
-ORIENTATION = ("paper: R_traj on Steam and Amazon-Book with gpt-3.5-turbo; its worlds and models differ from "
-               "these, the figures are for orientation only")
 Counts = dict[str, "int | None"]        # calls and tokens; None where the server does not say
-NO_CALLS: Counts = {"calls": 0, **Usage()._asdict()}
 
 
 class Live(NamedTuple):
@@ -78,6 +65,39 @@ class Live(NamedTuple):
     stats: dict[str, Any]               # what an endpoint's client saw: retries, fingerprint
     stop: Event                         # set when calls under way shall give up
 
+
+# ----------------------------------------------------------------------- the paper's tables
+
+Cell = tuple[str, Any, dict[str, Any]]  # series, place on the x axis if any, and the settings it changes
+REWARD = ("R_traj", "reward an episode")
+COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()     # Okabe and Ito
+PAPER = {"billp": "69.19, 42.44", "reflexion": "57.42, 40.67", "billp-no-macro": "64.96, -",
+         "billp-no-micro": "64.72, -"}
+ORIENTATION = ("paper: R_traj on Steam and Amazon-Book with gpt-3.5-turbo; its worlds and models differ from "
+               "these, the figures are for orientation only")
+
+
+def by_method(names: str) -> list[Cell]:
+    """A cell for each name, which is a method or a method:episodes."""
+    pairs = [name.partition(":")[::2] for name in names.split()]
+    return [(f"{method}, {int(n):,}", None, {"method": method, "episodes": int(n)}) if n else
+            (method, None, {"method": method}) for method, n in pairs]
+
+
+EXPERIMENTS: dict[str, tuple] = {       # the cells of each, what it measures, and the axes this is drawn on
+    "table3": (by_method("random popular greedy a2c a2c:100000 act react reflexion billp oracle"), *REWARD),
+    "table5": (by_method("billp-no-macro billp-no-micro billp-no-critic billp"), *REWARD),
+    "fig3": (by_method("billp a2c:10000"),              # a tenth of what RL gets already gives the picture
+             "share", "share of recommendations", "popularity group of items (1: least popular fifth)"),
+    "fig4": ([("billp", size, {"episodes": size}) for size in (10, 50, 100, 200)],
+             "MSE", "mean squared error of the value", "learning episodes"),
+    "fig5": ([(method, width, {"method": method, "rule": {"window": width}})
+              for method in ("react", "a2c", "reflexion", "billp") for width in (1, 2, 4, 6, 8)],
+             *REWARD, "window W (items a user remembers)"),
+    "table6": ([], *REWARD),                            # a cell for each of --models
+    "curve": ([(method, size, {"method": method, "episodes": size})
+               for method in ("a2c", "billp") for size in (0, 10, 20, 50, 100, 200)],
+              *REWARD, "learning episodes")}
 
 # ------------------------------------------------------------------------------------ flags
 
@@ -94,7 +114,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--episodes": dict(type=int, help=f"learning episodes (default 50; {BUDGET} in experiments)"),
     "--users": dict(type=int, default=50, help="held-out users to evaluate on (default 50)"),
     "--method": dict(default="billp", choices=METHODS, metavar="METHOD", help=" ".join(METHODS)),
-    "--world": dict(default="films", help=WORLDS + " (default films)"),
+    "--world": dict(default="films", help=f"{WORLDS} (default films)"),
     "--seed": dict(type=int, default=0, help="names every random draw (default 0)"),
     "--workers": dict(type=int, help="episodes played at once (default: 1 offline, else a batch)"),
     "--out": dict(type=Path, help="run directory (default: one of its own under runs/)"),
@@ -112,7 +132,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--timeout": dict(type=float, default=300.0, help="seconds for one answer (default 300)"),
     "--header": dict(action="append", default=[], metavar="K=V", help="one more request header"),
     "--extra-body": dict(default="{}", metavar="JSON", help="more fields for each request"),
-    "--max-calls": dict(type=int, help="stop cleanly after so many live calls of the model (embeddings are free)"),
+    "--max-calls": dict(type=int, help="stop cleanly after so many live calls of the model (embeddings are "
+                        "free)"),
     "--max-tokens": dict(type=int, help="stop cleanly after so many tokens"),
     "--replay": dict(action="store_true", help="answer from the run's log alone"),
     "--dry-run": dict(action="store_true", help="expected calls and tokens; sends nothing"),
@@ -140,8 +161,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags, each within its bounds."""
-    parser = Parser(description="BiLLP learns, then is evaluated. The built-in model is " + STAND_IN,
-                    allow_abbrev=False)
+    parser = Parser(allow_abbrev=False, description="BiLLP learns, then is evaluated. The built-in model is "
+                    + NAMES["offline"])
     for flag, how in FLAGS.items():
         parser.add_argument(flag, **how)
     for title, record in GROUPS.items():
@@ -151,7 +172,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             kind = type(default)
             how = KINDS.get(kind, dict(type=kind, metavar=kind.__name__))
             text = why if kind is bool else f"{why} (default {default})".replace("%", "%%")
-            group.add_argument("--" + name.replace("_", "-"), help=text, **how)
+            group.add_argument(f"--{name.replace('_', '-')}", help=text, **how)
     args = parser.parse_args(argv)
     if args.episodes is None:
         args.episodes = BUDGET if args.experiment else 50
@@ -197,26 +218,25 @@ def digest(content: bytes) -> str:
 
 def variable(*names: str) -> str:
     """The first of these environment variables that is set."""
-    return next((os.environ[name] for name in names if os.environ.get(name)), "")
+    return next(filter(None, map(os.environ.get, names)), "")
 
 
 def settings(args: argparse.Namespace) -> Settings:
     """What the flags and the environment ask for; an experiment's cells add their own method's row."""
-    live = bool(args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY")
-                or args.replay)
-    model = (args.model or (live and variable("OPENAI_MODEL")) or (args.models or "").partition(",")[0]
-             or ("" if live else "offline"))
-    models = {model, *(args.models or model).split(",")}
+    live = bool(args.base_url or args.replay or variable("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY"))
+    compared = (args.models or "").split(",")
+    model = args.model or (live and variable("OPENAI_MODEL")) or compared[0] or ("" if live else "offline")
+    models = {model, *(compared if args.models else ())}
     if "" in models or not (live or models == {"offline"}):
         raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
                         "or give --base-url and --model; --model offline is the built-in reader")
     embedding = args.embed_model or (live and variable("OPENAI_EMBED_MODEL")) or "hashed_ngrams"
+    load = digest(args.load.read_bytes()) if args.load else ""
+    extra = digest(args.extra_body.encode()) if args.extra_body != "{}" else ""
     row = {} if args.experiment else billp.METHODS.get(args.method, {})
-    return Settings(args.world, args.method, model, embedding, args.seed, args.episodes, args.users,
-                    digest(args.load.read_bytes()) if args.load else "",
-                    digest(args.extra_body.encode()) if args.extra_body != "{}" else "",
-                    {**Config()._asdict(), **row, **chosen(args, Config._fields)},
-                    chosen(args, reasons(envs.Env)))
+    config = {**Config()._asdict(), **row, **chosen(args, Config._fields)}
+    return Settings(args.world, args.method, model, embedding, args.seed, args.episodes, args.users, load, extra,
+                    config, chosen(args, reasons(envs.Env)))
 
 
 @lru_cache(8)
@@ -274,7 +294,7 @@ def run_directory(args: argparse.Namespace, wanted: dict[str, Any]) -> Path:
     """The directory of this run, made if need be; refused if it holds anything else."""
     text = (dumps(wanted, indent=1) + "\n").encode()
     what = f"{wanted['world'].partition(':')[0]}-{'+'.join(args.experiment or [wanted['method']])}"
-    path = args.out or Path("runs") / f"{what}-{digest(text)[:8]}"
+    path = args.out or Path("runs", f"{what}-{digest(text)[:8]}")
     held = path / "config.json"
     if held.exists():
         if held.read_bytes() != text:
@@ -336,7 +356,7 @@ def describe(env: envs.Env, phase: str, t: Trajectory) -> dict[str, Any]:
             "values": values, "advantages": advantages, "reflection": reflection}
 
 
-# ----------------------------------------------------------------------------------- models
+# ---------------------------------------------------------------------------------- running
 
 
 def say(text: str) -> None:
@@ -355,8 +375,7 @@ def counted(llm: LLM, live: Live, ask: prompts.Ask) -> prompts.Reply:
 
 def estimated(ask: prompts.Ask) -> prompts.Reply:
     """The offline reader, with the tokens that a model would be paid for: 4 characters each."""
-    reply = prompts.offline(ask)
-    sent = sum(len(text) for _, text in ask.messages)
+    reply, sent = prompts.offline(ask), sum(len(text) for _, text in ask.messages)
     return reply._replace(usage=Usage(sent // 4, None, len(reply.text) // 4))
 
 
@@ -376,9 +395,6 @@ def connect(args: argparse.Namespace, wanted: Settings, path: Path | None, live:
     if wanted.embedding != "hashed_ngrams":
         embed = prompts.recorded_embed(prompts.embeddings(url, wanted.embedding, **options), log)
     return prompts.recorded(llm, log), embed
-
-
-# ---------------------------------------------------------------------------------- running
 
 
 @contextmanager
@@ -412,12 +428,16 @@ def progress(batches: Iterable, total: int, size: int) -> Iterator:
         from tqdm import tqdm
     except ImportError:
         for agent, trajectories in batches:
-            lengths = [billp.score(t)[0] for t in trajectories]
             done = trajectories[-1].last.key[2] + 1
-            say(f"learning: {done} of {total} episodes, mean Len {np.mean(lengths):.1f}")
+            say(f"learning: {done} of {total} episodes, mean Len {mean_length(trajectories):.1f}")
             yield agent, trajectories
     else:
         yield from tqdm(batches, "learning", total=-(-total // size), unit="batch", file=sys.stderr)
+
+
+def mean_length(trajectories: Sequence[Trajectory]) -> float:
+    """Len over these episodes."""
+    return float(np.mean([billp.score(t)[0] for t in trajectories]))
 
 
 class Outcome(NamedTuple):
@@ -426,46 +446,38 @@ class Outcome(NamedTuple):
     after: np.ndarray
     items: list[np.ndarray]             # of each user: what was recommended after learning
     agent: Agent = billp.NOVICE
-    learning: tuple[float, ...] = ()
+    learning: tuple[float, ...] = ()    # mean Len of each batch
     episodes: dict[str, tuple[Trajectory, ...]] = {}
 
 
-def learn(wanted: Settings, env: envs.Env, agent: Agent, llm: LLM, embed: Embed, map: Callable,
-          watched: bool) -> Outcome:
-    """Evaluate, learn, evaluate the same users again; unwatched, only learn and evaluate."""
-    config, catalog = Config(**wanted.config), billp.catalog(env, embed)
+def perform(wanted: Settings, env: envs.Env, rows: dict, models: tuple[LLM, Embed], map: Callable,
+            watched: bool = False) -> Outcome:
+    """Evaluate, learn, evaluate the same users again, starting from memory records; unwatched, not before."""
     learners, held_out = choose_users(env, wanted)
-
-    def evaluate(agent: Agent, phase: str) -> tuple[Trajectory, ...]:
-        return billp.evaluate(catalog, held_out, agent, llm, wanted.seed, phase, config, map)
-    before, learnt, lengths = evaluate(agent, "before") if watched else (), (), ()
+    if wanted.method in envs.POLICIES:
+        return roll(wanted, env, np.array(held_out))
+    (llm, embed), config = models, Config(**wanted.config)
+    catalog, agent = billp.catalog(env, embed), embed_memory(rows, embed)
+    evaluate = partial(billp.evaluate, catalog, held_out, llm=llm, seed=wanted.seed, config=config, map=map)
+    before, learnt, lengths = evaluate(agent, phase="before") if watched else (), (), ()
     batches = billp.train(catalog, learners, llm, wanted.seed, agent, config, map)
     for agent, trajectories in progress(batches, len(learners), config.batch) if watched else batches:
         learnt += trajectories
-        lengths += (float(np.mean([billp.score(t)[0] for t in trajectories])),)
-    after = evaluate(agent, "after")
+        lengths += (mean_length(trajectories),)
+    after = evaluate(agent, phase="after")
     first, last = (envs.scores(*zip(*map(billp.score, ts))) for ts in (before or after, after))
     items = [np.array([step.act.value for step in t.steps[:billp.score(t)[0]]], int) for t in after]
     return Outcome(first, last, items, agent, lengths, {"before": before, "learn": learnt, "after": after})
 
 
-def roll(wanted: Settings, env: envs.Env) -> Outcome:
+def roll(wanted: Settings, env: envs.Env, users: np.ndarray) -> Outcome:
     """The same flow for a policy that sees the numbers; only a2c learns."""
-    users, scores = np.array(choose_users(env, wanted)[1]), []
+    scores = []
     for episodes in (0, wanted.episodes):
         policy = envs.POLICIES[wanted.method](env, episodes, wanted.seed)
         played = envs.rollout(env, users, policy, generator(wanted, 2))
         scores.append(envs.scores((played.items >= 0).sum(1), played.rewards.sum(1)))
     return Outcome(*scores, [row[row >= 0] for row in played.items])
-
-
-def perform(wanted: Settings, rows: dict, models: tuple[LLM, Embed], map: Callable, live: Live,
-            watched: bool = False) -> Outcome:
-    """One run in memory: from a model, and memory records to start from, to an outcome."""
-    env, (llm, embed) = build_world(wanted), models
-    if wanted.method in envs.POLICIES:
-        return roll(wanted, env)
-    return learn(wanted, env, embed_memory(rows, embed), partial(counted, llm, live), embed, map, watched)
 
 
 def added(rows: Sequence[Counts]) -> Counts:
@@ -480,15 +492,16 @@ def added(rows: Sequence[Counts]) -> Counts:
 
 def calls(live: Live) -> dict[str, Counts]:
     """Calls and tokens per role."""
-    return {role: added([NO_CALLS, *live.tally.get(role, ())]) for role in ROLES}
+    none = {"calls": 0, **Usage()._asdict()}
+    return {role: added([none, *live.tally.get(role, ())]) for role in ("planner", "actor", "critic", "reflector")}
 
 
 def cost(outcome: Outcome, live: Live, began: float) -> dict[str, Any]:
     """What a run cost: replies that were of no use, calls and tokens, seconds."""
-    everything = [t for ts in outcome.episodes.values() for t in ts]
-    acts = [step.act for t in everything for step in t.steps]
-    answers = acts + [step.plan for t in everything for step in t.steps if step.plan] + [
-        answer for t in everything if t.lesson for answer in t.lesson.answers]
+    played = [t for ts in outcome.episodes.values() for t in ts]
+    acts = [step.act for t in played for step in t.steps]
+    plans = [step.plan for t in played for step in t.steps if step.plan]
+    answers = [*acts, *plans, *(answer for t in played if t.lesson for answer in t.lesson.answers)]
     return {"malformed": sum(a.malformed for a in answers), "fallbacks": sum(a.fallback for a in answers),
             "ungrounded": round(float(np.mean([not a.exact for a in acts])), 4) if acts else 0.0,
             "calls": calls(live), "seconds": round(time.perf_counter() - began, 2)}
@@ -499,25 +512,24 @@ def run(args: argparse.Namespace, live: Live) -> None:
     began, wanted = time.perf_counter(), settings(args)
     env, rows = build_world(wanted), load_memory(args.load, wanted.embedding) if args.load else {}
     path = None if args.dry_run else run_directory(args, wanted._asdict())
-    models = connect(args, wanted, path, live)
+    llm, embed = connect(args, wanted, path, live)
     workers = args.workers or (1 if args.dry_run or wanted.model == "offline" else wanted.config["batch"])
     with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
-        outcome = perform(wanted, rows, models, map, live, watched=True)
+        outcome = perform(wanted, env, rows, (partial(counted, llm, live), embed), map, watched=True)
     if args.dry_run:
         print("\n".join([EXPECTED, *ledger(live)]))
         return
-    summary = {         # the contract that scripts read
-        **{k: v for k, v in wanted._asdict().items() if k != "rule"},
-        "config": {**wanted.config, **wanted.rule}, "learning": outcome.learning,
-        "before": envs.metrics(outcome.before), "after": envs.metrics(outcome.after),
-        "difference": envs.metrics(outcome.after, outcome.before),
-        "reflections": len(billp.records(outcome.agent.planner)), **cost(outcome, live, began)}
-    lines = [dumps(describe(env, phase, t)) + "\n" for phase, ts in outcome.episodes.items() for t in ts]
-    write(path / "episodes.jsonl", "".join(lines))
+    lessons = [record.value for record in billp.records(outcome.agent.planner)]
+    summary = {**wanted._asdict(), "config": {**wanted.config, **wanted.rule},      # what scripts read
+               "learning": outcome.learning, "before": envs.metrics(outcome.before),
+               "after": envs.metrics(outcome.after), "difference": envs.metrics(outcome.after, outcome.before),
+               "reflections": len(lessons), **cost(outcome, live, began)}
+    del summary["rule"]
+    episodes = [describe(env, phase, t) for phase, ts in outcome.episodes.items() for t in ts]
+    write(path / "episodes.jsonl", "".join(dumps(episode) + "\n" for episode in episodes))
     write(path / "memory.json", save_memory(outcome.agent, wanted.embedding))
     write(path / "summary.json", dumps(summary, indent=1) + "\n")
-    lessons = [record.value for record in billp.records(outcome.agent.planner)[-2:]]
-    print("\n".join([*report(summary, env.about, lessons), f"run       {path}"]))
+    print("\n".join([*report(summary, env.about, lessons[-2:]), f"run       {path}"]))
     if live.stats:
         say(ledger(live)[-1])
 
@@ -534,12 +546,12 @@ def grid(rows: Iterable[tuple[str, dict[str, Sequence[float]]]], width: int) -> 
 
 
 def spelled(counts: Iterable[tuple[str, Any]]) -> str:
-    """Counts with their names."""
+    """Counts with their names; ? where the server does not say."""
     return ", ".join(f"{name} {'?' if count is None else count}" for name, count in counts)
 
 
 def call_table(calls: dict[str, Counts]) -> list[str]:
-    """Calls and tokens per role; ? where the server does not say."""
+    """Calls and tokens per role."""
     return [f"{role:10}{row['calls']} calls, tokens: {spelled(list(row.items())[1:])}"
             for role, row in calls.items() if row["calls"]]
 
@@ -552,15 +564,14 @@ def ledger(live: Live) -> list[str]:
 
 def report(s: dict[str, Any], about: str, lessons: Sequence[str]) -> list[str]:
     """The results as a person reads them, from summary.json."""
-    policy = s["method"] in envs.POLICIES
+    policy, learning = s["method"] in envs.POLICIES, s["learning"]
     model = "none: this policy sees the numbers" if policy else NAMES.get(s["model"], s["model"])
     lines = [f"{s['method']} on {s['world']}, seed {s['seed']}: {s['episodes']} learning episodes, then "
-             f"{s['users']} held-out users", *([f"world     {about}"] if about else []),
-             f"model     {model}", "",
+             f"{s['users']} held-out users", *[f"world     {about}"] * bool(about), f"model     {model}", "",
              *grid(((row, s[row]) for row in ("before", "after", "difference")), 10), ""]
-    if s["learning"]:
-        lines.append(f"learning  {sparkline(s['learning'])}  mean Len of each batch, "
-                     f"{min(s['learning']):.1f} to {max(s['learning']):.1f}")
+    if learning:
+        lines.append(f"learning  {sparkline(learning)}  mean Len of each batch, {min(learning):.1f} to "
+                     f"{max(learning):.1f}")
     lines += [*(f"lesson    {text}" for text in lessons), *call_table(s["calls"])]
     if s["calls"]["actor"]["calls"]:
         lines.append(f"replies   malformed {s['malformed']}, fallbacks {s['fallbacks']}, "
@@ -595,16 +606,16 @@ def story(e: dict[str, Any]) -> str:
     lines = [f"{e['phase']} episode {e['episode']}, user {e['user']}", "", "liked before"]
     lines += [f"    {line}" for line in e["history"]]
     for n, step in enumerate(e["steps"]):
-        more, left = len(step["experience"]) - 5, e["left"] if n == len(e["steps"]) - 1 else ""
-        rows = [("recalled", lesson) for lesson in step["lessons"]] + [("thought", step["thought"])]
-        rows += [(prompts.VERDICT[v], line) for line, v in step["experience"][:5]]
-        rows += [("", f"and {more} more experiences" if more > 0 else ""), ("said", step["said"]),
-                 ("item", step["item"] + " (the nearest; no title was named)" * (not step["exact"])),
-                 ("reward", f"{step['reward']:g}" + (f", the user left: {left}" if left else ""))]
+        tried, left = step["experience"], e["left"] if n == len(e["steps"]) - 1 else ""
+        rows = [*(("recalled", lesson) for lesson in step["lessons"]), ("thought", step["thought"]),
+                *((prompts.VERDICT[v], line) for line, v in tried[:5]),
+                ("", f"and {len(tried) - 5} more experiences" if len(tried) > 5 else ""), ("said", step["said"]),
+                ("item", step["item"] + " (the nearest; no title was named)" * (not step["exact"])),
+                ("reward", f"{step['reward']:g}" + (f", the user left: {left}" if left else ""))]
         if e["advantages"]:
             a = e["advantages"][n]
             rows.append(("value", f"{e['values'][n]:.2f}, advantage {a:+.2f}: {prompts.VERDICT[a >= 0]}"))
-        lines += ["", f"step {n + 1}"] + [f"    {label:12}{text}" for label, text in rows if text]
+        lines += ["", f"step {n + 1}", *(f"    {label:12}{text}" for label, text in rows if text)]
     lines += [] if e["left"] else ["", "the user stayed to the last step"]
     return "\n".join(lines + (["", f"reflection  {e['reflection']}"] if e["reflection"] else []))
 
@@ -612,73 +623,48 @@ def story(e: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------ experiments
 
 
-class Cell(NamedTuple):
-    """One run of an experiment, repeated over seeds."""
-    series: str
-    x: Any                      # its place on the horizontal axis, None in a plain table
-    changes: dict[str, Any]     # of the settings; those of `rule` are merged
-
-
-def by_method(names: str) -> list[Cell]:
-    """A cell for each name, which is a method or a method:episodes."""
-    pairs = [name.partition(":")[::2] for name in names.split()]
-    return [Cell(f"{method}, {int(n):,}", None, {"method": method, "episodes": int(n)}) if n else
-            Cell(method, None, {"method": method}) for method, n in pairs]
-
-
-def cells(name: str, models: Sequence[str]) -> list[Cell]:
-    """The experiments of the paper, each a table of runs over one and the same path."""
-    return {
-        "table3": by_method("random popular greedy a2c a2c:100000 act react reflexion billp oracle"),
-        "table5": by_method("billp-no-macro billp-no-micro billp-no-critic billp"),
-        "fig3": by_method("billp a2c:10000"),           # a tenth of what RL gets already gives the picture
-        "fig4": [Cell("billp", size, {"episodes": size}) for size in SIZES],
-        "fig5": [Cell(method, width, {"method": method, "rule": {"window": width}})
-                 for method in ("react", "a2c", "reflexion", "billp") for width in WINDOWS],
-        "table6": [Cell(model, None, {"model": model}) for model in models],
-        "curve": [Cell(method, size, {"method": method, "episodes": size})
-                  for method in ("a2c", "billp") for size in sorted({0, 20, *SIZES})]}[name]
-
-
-def change(base: Settings, cell: Cell, seed: int) -> Settings:
+def change(base: Settings, changes: dict[str, Any], seed: int) -> Settings:
     """The settings of one cell for one seed."""
-    wanted = base._replace(seed=seed)._replace(**cell.changes)
+    wanted = base._replace(seed=seed, **changes)
     config = {**base.config, **billp.METHODS.get(wanted.method, {})}
     idle = config["lessons"] == "none" and not config["experience"]         # nothing to learn
     return wanted._replace(rule={**base.rule, **wanted.rule}, config=config,
                            episodes=0 if idle else wanted.episodes)
 
 
-def plan(args: argparse.Namespace, base: Settings, name: str) -> list[tuple[Cell, list[Settings]]]:
-    """An experiment's cells with their runs, one a seed; a mistake is found before any of them begins."""
-    table = cells(name, (args.models or base.model).split(","))
-    known = list(dict.fromkeys(cell.series for cell in table))
+def plan(args: argparse.Namespace, base: Settings, name: str) -> list[tuple[dict, list[Settings]]]:
+    """An experiment's series and places, a run a seed for each; a mistake is found before any run begins."""
+    models = [(model, None, {"model": model}) for model in (args.models or base.model).split(",")]
+    table = EXPERIMENTS[name][0] or models
+    known = list(dict.fromkeys(series for series, *_ in table))
     rows = args.rows.split(",") if args.rows else known
     if not set(rows) <= set(known):
         raise UserError(f"--rows {args.rows}: {name} has no such rows, only {' '.join(known)}")
     if name == "fig4" and base.method in envs.POLICIES:
         raise UserError(f"--method {base.method}: it has no Critic, which is what fig4 is about")
-    jobs = [(cell, [change(base, cell, base.seed + s) for s in range(args.seeds)])
-            for cell in table if cell.series in rows]
+    jobs = [({"series": series, "x": x}, [change(base, changes, base.seed + s) for s in range(args.seeds)])
+            for series, x, changes in table if series in rows]
     for _, runs in jobs:
         build_world(runs[0])
     return [job for job in jobs if not (args.dry_run and job[1][0].method in envs.POLICIES)]
 
 
 def run_cell(rows: dict, models: dict[str, tuple[LLM, Embed]], workers: int,
-             job: tuple[Settings, list[str]]) -> dict[str, Any]:
-    """One run for the experiments it belongs to: the default flow, and what they read off it besides."""
+             job: tuple[Settings, list[str]]) -> dict[str, dict[str, Any]]:
+    """One run, as each of the experiments that it belongs to sees it."""
     (wanted, names), began, live = job, time.perf_counter(), Live({}, {}, Event())
     (llm, embed), env = models[wanted.model], build_world(wanted)
+    mine = partial(counted, llm, live), embed
     with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
-        outcome = perform(wanted, rows, (llm, embed), map, live)
-        result = {"seed": wanted.seed, "scores": outcome.after[0].tolist(), **cost(outcome, live, began)}
+        outcome = perform(wanted, env, rows, mine, map)
+        seen = {"seed": wanted.seed, "scores": outcome.after[0].tolist(), **cost(outcome, live, began)}
+        views = dict.fromkeys(names, seen)
         if "fig3" in names:
-            result["fig3"] = shares(env, outcome)
+            views["fig3"] = {**seen, **shares(env, outcome)}
         if "fig4" in names:
-            values = values_of(wanted, env, outcome, (partial(counted, llm, live), embed), map)
-            result["fig4"] = {"values": values, **cost(outcome, live, began)}
-    return result
+            values = values_of(wanted, env, outcome, mine, map)
+            views["fig4"] = {**seen, "values": values, **cost(outcome, live, began)}
+    return views
 
 
 def shares(env: envs.Env, outcome: Outcome) -> dict[str, Any]:
@@ -691,21 +677,18 @@ def shares(env: envs.Env, outcome: Outcome) -> dict[str, Any]:
 
 def values_of(wanted: Settings, env: envs.Env, outcome: Outcome, models: tuple[LLM, Embed], map: Callable,
               states: int = 40, draws: int = 8) -> list[list[float]]:
-    """[states, 3]: for states of held-out episodes the Monte-Carlo value, one return, the critic's V.
-
-    Monte-Carlo: the mean discounted return of `draws` continuations with the frozen agent.
-    """
+    """[states, 3] of held-out episodes: the mean return of `draws` continuations, one return, the critic's V."""
     (llm, embed), config, agent = models, Config(**wanted.config), outcome.agent
     played = [(t, n) for t in outcome.episodes["after"] for n in range(len(t.steps))]
     some = [played[i] for i in generator(wanted, 3).integers(len(played), size=states)]
     starts = [Trajectory(t.user, t.steps[:n], t.steps[n].state, False) for t, n in some]
     keys = [(wanted.seed, "continue", draw) for draw in range(draws)]
     go_on = partial(continuation, billp.catalog(env, embed), agent, llm, config)
-    sampled = np.array(list(map(go_on, *zip(*((start, key) for start in starts for key in keys)))))
-    answers = map(partial(billp.critic, memory=agent.critic, llm=llm, config=config), [s.last for s in starts])
+    sampled = np.array(list(map(go_on, *zip(*product(starts, keys))))).reshape(states, draws)
     single = [billp.discounted_return([s.reward for s in t.steps[n:]], config.gamma) for t, n in some]
-    truth = sampled.reshape(states, draws).mean(1).tolist()
-    return [[*row, answer.value] for *row, (answer, _) in zip(truth, single, answers)]
+    critic = partial(billp.critic, memory=agent.critic, llm=llm, config=config)
+    answers = [answer.value for answer, _ in map(critic, [start.last for start in starts])]
+    return [list(row) for row in zip(sampled.mean(1).tolist(), single, answers)]
 
 
 def continuation(catalog: billp.Catalog, agent: Agent, llm: LLM, config: Config, start: Trajectory,
@@ -724,47 +707,42 @@ def errors(samples: np.ndarray) -> np.ndarray:
     return np.stack([error.mean(-1), error.var(-1), (error ** 2).mean(-1)], -1)
 
 
-def spread(results: list[dict], head: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows by popularity group: its share of recommendations; Gini and coverage are of all items."""
-    def share(counts: np.ndarray) -> np.ndarray:
-        return counts.sum((-3, -2)) / np.maximum(counts.sum((-3, -2, -1)), 1)[..., None]
-    whole = {key: envs.bootstrap(lambda s: s.mean((-3, -2)), column(results, key)[:, None, None])[0]
-             for key in ("gini", "coverage")}
-    figures = envs.bootstrap(share, column(results, "shares"))
-    return [{**head, "x": x, "figures": {"share": figure, **whole}} for x, figure in enumerate(figures, 1)]
+def column(results: list[dict], *keys: str) -> np.ndarray:
+    """What was measured over a cell's seeds [S, ...]; several things side by side [S, keys]."""
+    return np.array([itemgetter(*keys)(result) for result in results], float)
 
 
-def misses(results: list[dict], head: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of errors against Monte-Carlo: those of a single episode's return and of the Critic."""
-    values, rows = column(results, "values"), []
-    for place, series in ((1, "one return"), (2, "critic")):
-        figures = zip(("bias", "variance", "MSE"), envs.bootstrap(errors, values[..., [0, place]]))
-        rows.append({**head, "series": series, "figures": dict(figures)})
-    return rows
-
-
-def column(results: list[dict], key: str) -> np.ndarray:
-    """One thing that was measured, over a cell's seeds [S, ...]."""
-    return np.array([result[key] for result in results], float)
+def measured(name: str, results: list[dict]) -> list[dict[str, Any]]:
+    """The rows that one cell gives: a popularity group each in fig3, an estimate each in fig4, else one."""
+    head = {key: results[0][key] for key in ("series", "x")}
+    if name == "fig3":
+        def share(counts: np.ndarray) -> np.ndarray:
+            return counts.sum((-3, -2)) / np.maximum(counts.sum((-3, -2, -1)), 1)[..., None]
+        pair = column(results, "gini", "coverage")[:, None]                     # of all items together
+        whole = dict(zip(("gini", "coverage"), envs.bootstrap(lambda s: s.mean((-3, -2)), pair)))
+        groups = enumerate(envs.bootstrap(share, column(results, "shares")), 1)
+        return [{**head, "x": group, "figures": {"share": figure, **whole}} for group, figure in groups]
+    if name == "fig4":
+        values, places = column(results, "values"), {"one return": 1, "critic": 2}
+        return [{**head, "series": series, "figures": dict(zip(
+            ("bias", "variance", "MSE"), envs.bootstrap(errors, values[..., [0, place]])))}
+            for series, place in places.items()]
+    return [{**head, "figures": envs.metrics(column(results, "scores"))}]
 
 
 def tabulate(name: str, found: list[list[dict]]) -> list[dict[str, Any]]:
-    """The rows of an experiment's table, from each cell's results over seeds.
-
-    What a row's R_traj is compared with: the row above in table3 and table6, elsewhere billp at the
-    same place.
-    """
-    rows, heads = [], [{key: results[0][key] for key in ("series", "x")} for results in found]
-    for i, (head, results) in enumerate(zip(heads, found)):
-        if name in ("fig3", "fig4"):
-            rows += (spread if name == "fig3" else misses)(results, head)
-        else:
-            twin = next((j for j, other in enumerate(heads) if other == {**head, "series": "billp"}), i)
-            other = max(i - 1, 0) if name in ("table3", "table6") else twin
-            scores, others = column(results, "scores"), column(found[other], "scores")
-            rows.append({**head, "figures": envs.metrics(scores), "against": title(heads[other]),
-                         "gain": envs.metrics(scores, others)["R_traj"] if other != i else None,
-                         "paper": "" if head["x"] is not None else PAPER.get(head["series"], "")})
+    """An experiment's rows. R_traj is held against the row above in table3 and table6, else against billp."""
+    rows = []
+    for above, results in zip(found[:1] + found, found):
+        rows += measured(name, results)
+        if name not in ("fig3", "fig4"):
+            row, billps = rows[-1], [other for other in found if other[0]["series"] == "billp"]
+            twins = [other for other in billps if other[0]["x"] == row["x"]] or [results]
+            other = above if name in ("table3", "table6") else twins[0]
+            pair = [column(cell, "scores") for cell in (results, other)]
+            row |= {"against": title(other[0]),
+                    "gain": envs.metrics(*pair)["R_traj"] if other is not results else None,
+                    "paper": PAPER.get(row["series"], "") if row["x"] is None else ""}
     return rows
 
 
@@ -790,7 +768,7 @@ def plot(name: str, heading: str, rows: list[dict[str, Any]], path: Path) -> Non
     except ImportError:
         say("no picture: pip install 'billp[plot]' draws it")
         return
-    what, label, *axis = EXPERIMENTS[name]
+    _, what, label, *axis = EXPERIMENTS[name]
     measured, names = f"{label}\n(mean, 95 % interval)", list(dict.fromkeys(row["series"] for row in rows))
     figure, image = Figure((8, 4.5), dpi=100, layout="constrained"), BytesIO()
     axes = figure.subplots()
@@ -816,8 +794,8 @@ def plot(name: str, heading: str, rows: list[dict[str, Any]], path: Path) -> Non
 def bill(results: list[dict]) -> str:
     """What one cell cost over all its seeds: calls, tokens, replies that were of no use, seconds."""
     counts = added([role for result in results for role in result["calls"].values()])
-    malformed, fallbacks, ungrounded, seconds = (
-        column(results, key).mean() for key in ("malformed", "fallbacks", "ungrounded", "seconds"))
+    means = column(results, "malformed", "fallbacks", "ungrounded", "seconds").mean(0)
+    malformed, fallbacks, ungrounded, seconds = means
     return (f"{title(results[0]):24}{spelled(counts.items())}; a run: malformed {malformed:.1f}, fallbacks "
             f"{fallbacks:.1f}, named no item {ungrounded:.0%}, {seconds:.1f} s")
 
@@ -855,18 +833,12 @@ def experiments(args: argparse.Namespace, live: Live) -> None:
     path = None if args.dry_run else run_directory(args, {**base._asdict(), **also})
     results = dict(zip(jobs, gather(args, base, start, list(jobs.values()), path, live)))
     for name, table in plans.items():
-        found = [[view(name, cell, results[dumps(wanted)]) for wanted in runs] for cell, runs in table]
+        found = [[{**head, **results[dumps(wanted)][name]} for wanted in runs] for head, runs in table]
         if args.dry_run:
             print("\n".join([f"{name}: {EXPECTED}", *map(bill, found), ""]))
         else:
             publish(name, base, found, path)
     print(f"seconds   {time.perf_counter() - began:.1f}\nrun       {path}")
-
-
-def view(name: str, cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
-    """A run's result as one experiment sees it."""
-    own = {key: value for key, value in result.items() if key not in EXPERIMENTS}
-    return {"series": cell.series, "x": cell.x, **own, **result.get(name, {})}
 
 
 def publish(name: str, base: Settings, found: list[list[dict]], path: Path) -> None:
