@@ -25,12 +25,11 @@ from concurrent import futures
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from io import BytesIO
-from itertools import product
+from itertools import chain, product
 from operator import itemgetter
 from pathlib import Path
 from signal import SIG_IGN, SIGINT, signal
-from threading import Event
-from threading import enumerate as threads
+from threading import Event, enumerate as threads
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 from urllib.parse import quote
 
@@ -58,15 +57,6 @@ METHODS = (*envs.POLICIES, *billp.METHODS)
 BUDGET = 100                            # learning episodes of language models in the paper
 Counts = dict[str, "int | None"]        # calls and tokens; None where the server does not say
 
-
-class Live(NamedTuple):
-    """What is known of a run's calls at any moment, however it ends."""
-    tally: dict[str, list[Counts]]      # of each call answered, per role
-    stats: dict[str, Any]               # what an endpoint's client saw: retries, fingerprint
-    stop: Event                         # set when calls under way shall give up
-
-
-# ----------------------------------------------------------------------- the paper's tables
 
 Cell = tuple[str, Any, dict[str, Any]]  # series, place on the x axis if any, and the settings it changes
 REWARD = ("R_traj", "reward an episode")
@@ -193,9 +183,6 @@ def chosen(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-# --------------------------------------------------------------------------------- settings
-
-
 class Settings(NamedTuple):
     """What determines a result, and nothing else: written to config.json."""
     world: str
@@ -223,7 +210,8 @@ def variable(*names: str) -> str:
 
 def settings(args: argparse.Namespace) -> Settings:
     """What the flags and the environment ask for; an experiment's cells add their own method's row."""
-    live = bool(args.base_url or args.replay or variable("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY"))
+    told = args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY")
+    live = bool(told or args.replay)
     compared = (args.models or "").split(",")
     model = args.model or (live and variable("OPENAI_MODEL")) or compared[0] or ("" if live else "offline")
     models = {model, *(compared if args.models else ())}
@@ -235,8 +223,8 @@ def settings(args: argparse.Namespace) -> Settings:
     extra = digest(args.extra_body.encode()) if args.extra_body != "{}" else ""
     row = {} if args.experiment else billp.METHODS.get(args.method, {})
     config = {**Config()._asdict(), **row, **chosen(args, Config._fields)}
-    return Settings(args.world, args.method, model, embedding, args.seed, args.episodes, args.users, load, extra,
-                    config, chosen(args, reasons(envs.Env)))
+    return Settings(args.world, args.method, model, embedding, args.seed, args.episodes, args.users,
+                    load, extra, config, chosen(args, reasons(envs.Env)))
 
 
 @lru_cache(8)
@@ -359,6 +347,13 @@ def describe(env: envs.Env, phase: str, t: Trajectory) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------- running
 
 
+class Live(NamedTuple):
+    """What is known of a run's calls at any moment, however it ends."""
+    tally: dict[str, list[Counts]]      # of each call answered, per role
+    stats: dict[str, Any]               # what an endpoint's client saw: retries, fingerprint
+    stop: Event                         # set when calls under way shall give up
+
+
 def say(text: str) -> None:
     """What is no result goes to stderr."""
     print(text, file=sys.stderr)
@@ -406,13 +401,12 @@ def mapping(executor: Callable, count: int, stop: Event) -> Iterator[Callable]:
     pool = executor(count)
     try:
         yield pool.map
-    except prompts.BudgetSpent:         # what is under way is paid for: it is finished and recorded
-        raise
-    except BaseException:
-        from multiprocessing import active_children
-        stop.set()
-        for process in active_children():
-            process.terminate()         # it would go on, and then wait for its parent for ever
+    except BaseException as error:
+        if not isinstance(error, prompts.BudgetSpent):  # else what is under way is paid for: it is recorded
+            from multiprocessing import active_children
+            stop.set()
+            for process in active_children():
+                process.terminate()     # it would go on, and then wait for its parent for ever
         raise
     finally:
         pool.shutdown(wait=not stop.is_set(), cancel_futures=True)
@@ -428,16 +422,11 @@ def progress(batches: Iterable, total: int, size: int) -> Iterator:
         from tqdm import tqdm
     except ImportError:
         for agent, trajectories in batches:
-            done = trajectories[-1].last.key[2] + 1
-            say(f"learning: {done} of {total} episodes, mean Len {mean_length(trajectories):.1f}")
+            mean = np.mean([billp.score(t)[0] for t in trajectories])
+            say(f"learning: {trajectories[-1].last.key[2] + 1} of {total} episodes, mean Len {mean:.1f}")
             yield agent, trajectories
     else:
         yield from tqdm(batches, "learning", total=-(-total // size), unit="batch", file=sys.stderr)
-
-
-def mean_length(trajectories: Sequence[Trajectory]) -> float:
-    """Len over these episodes."""
-    return float(np.mean([billp.score(t)[0] for t in trajectories]))
 
 
 class Outcome(NamedTuple):
@@ -454,8 +443,11 @@ def perform(wanted: Settings, env: envs.Env, rows: dict, models: tuple[LLM, Embe
             watched: bool = False) -> Outcome:
     """Evaluate, learn, evaluate the same users again, starting from memory records; unwatched, not before."""
     learners, held_out = choose_users(env, wanted)
-    if wanted.method in envs.POLICIES:
-        return roll(wanted, env, np.array(held_out))
+    if policy := envs.POLICIES.get(wanted.method):      # only a2c learns
+        played = [envs.rollout(env, np.array(held_out), policy(env, n, wanted.seed), generator(wanted, 2))
+                  for n in (0, wanted.episodes)]
+        scores = [envs.scores((p.items >= 0).sum(1), p.rewards.sum(1)) for p in played]
+        return Outcome(*scores, [row[row >= 0] for row in played[-1].items])
     (llm, embed), config = models, Config(**wanted.config)
     catalog, agent = billp.catalog(env, embed), embed_memory(rows, embed)
     evaluate = partial(billp.evaluate, catalog, held_out, llm=llm, seed=wanted.seed, config=config, map=map)
@@ -463,21 +455,11 @@ def perform(wanted: Settings, env: envs.Env, rows: dict, models: tuple[LLM, Embe
     batches = billp.train(catalog, learners, llm, wanted.seed, agent, config, map)
     for agent, trajectories in progress(batches, len(learners), config.batch) if watched else batches:
         learnt += trajectories
-        lengths += (mean_length(trajectories),)
+        lengths += (float(np.mean([billp.score(t)[0] for t in trajectories])),)
     after = evaluate(agent, phase="after")
     first, last = (envs.scores(*zip(*map(billp.score, ts))) for ts in (before or after, after))
     items = [np.array([step.act.value for step in t.steps[:billp.score(t)[0]]], int) for t in after]
     return Outcome(first, last, items, agent, lengths, {"before": before, "learn": learnt, "after": after})
-
-
-def roll(wanted: Settings, env: envs.Env, users: np.ndarray) -> Outcome:
-    """The same flow for a policy that sees the numbers; only a2c learns."""
-    scores = []
-    for episodes in (0, wanted.episodes):
-        policy = envs.POLICIES[wanted.method](env, episodes, wanted.seed)
-        played = envs.rollout(env, users, policy, generator(wanted, 2))
-        scores.append(envs.scores((played.items >= 0).sum(1), played.rewards.sum(1)))
-    return Outcome(*scores, [row[row >= 0] for row in played.items])
 
 
 def added(rows: Sequence[Counts]) -> Counts:
@@ -492,8 +474,8 @@ def added(rows: Sequence[Counts]) -> Counts:
 
 def calls(live: Live) -> dict[str, Counts]:
     """Calls and tokens per role."""
-    none = {"calls": 0, **Usage()._asdict()}
-    return {role: added([none, *live.tally.get(role, ())]) for role in ("planner", "actor", "critic", "reflector")}
+    none, roles = {"calls": 0, **Usage()._asdict()}, ("planner", "actor", "critic", "reflector")
+    return {role: added([none, *live.tally.get(role, ())]) for role in roles}
 
 
 def cost(outcome: Outcome, live: Live, began: float) -> dict[str, Any]:
@@ -517,7 +499,7 @@ def run(args: argparse.Namespace, live: Live) -> None:
     with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
         outcome = perform(wanted, env, rows, (partial(counted, llm, live), embed), map, watched=True)
     if args.dry_run:
-        print("\n".join([EXPECTED, *ledger(live)]))
+        print("\n".join([EXPECTED, *ledger(calls(live), {})]))
         return
     lessons = [record.value for record in billp.records(outcome.agent.planner)]
     summary = {**wanted._asdict(), "config": {**wanted.config, **wanted.rule},      # what scripts read
@@ -531,18 +513,18 @@ def run(args: argparse.Namespace, live: Live) -> None:
     write(path / "summary.json", dumps(summary, indent=1) + "\n")
     print("\n".join([*report(summary, env.about, lessons[-2:]), f"run       {path}"]))
     if live.stats:
-        say(ledger(live)[-1])
+        say(ledger({}, live.stats)[0])
 
 
 # ----------------------------------------------------------------------------------- tables
 
 
-def grid(rows: Iterable[tuple[str, dict[str, Sequence[float]]]], width: int) -> list[str]:
+def grid(rows: Sequence[tuple[str, dict[str, Sequence[float]]]], width: int) -> list[str]:
     """A table: a line of headings, then one a row, each figure with its interval."""
-    rows = list(rows)
-    return [" " * width + "".join(f"{name + ' [95 %]':>24}" for name in rows[0][1])] + [
-        f"{label:{width}}" + "".join(f"{f'{mean:.2f} [{low:.2f}, {high:.2f}]':>24}"
-                                     for mean, low, high in figures.values()) for label, figures in rows]
+    lines = [("", [f"{name} [95 %]" for name in rows[0][1]])]
+    lines += [(label, [f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in figures.values()])
+              for label, figures in rows]
+    return [f"{label:{width}}" + "".join(f"{text:>24}" for text in texts) for label, texts in lines]
 
 
 def spelled(counts: Iterable[tuple[str, Any]]) -> str:
@@ -550,16 +532,12 @@ def spelled(counts: Iterable[tuple[str, Any]]) -> str:
     return ", ".join(f"{name} {'?' if count is None else count}" for name, count in counts)
 
 
-def call_table(calls: dict[str, Counts]) -> list[str]:
-    """Calls and tokens per role."""
-    return [f"{role:10}{row['calls']} calls, tokens: {spelled(list(row.items())[1:])}"
-            for role, row in calls.items() if row["calls"]]
-
-
-def ledger(live: Live) -> list[str]:
-    """All that is known of a run's calls, however it ended; last, what an endpoint's client saw."""
-    retried, system = len(live.stats.get("retries", ())), live.stats.get("system_fingerprint") or "?"
-    return call_table(calls(live)) + [f"retries {retried}, system {system}"] * bool(live.stats)
+def ledger(calls: dict[str, Counts], stats: dict[str, Any]) -> list[str]:
+    """Calls and tokens per role; last, what an endpoint's client saw, if there was one."""
+    lines = [f"{role:10}{row['calls']} calls, tokens: {spelled(list(row.items())[1:])}"
+             for role, row in calls.items() if row["calls"]]
+    retried, system = len(stats.get("retries", ())), stats.get("system_fingerprint") or "?"
+    return lines + [f"retries {retried}, system {system}"] * bool(stats)
 
 
 def report(s: dict[str, Any], about: str, lessons: Sequence[str]) -> list[str]:
@@ -568,11 +546,11 @@ def report(s: dict[str, Any], about: str, lessons: Sequence[str]) -> list[str]:
     model = "none: this policy sees the numbers" if policy else NAMES.get(s["model"], s["model"])
     lines = [f"{s['method']} on {s['world']}, seed {s['seed']}: {s['episodes']} learning episodes, then "
              f"{s['users']} held-out users", *[f"world     {about}"] * bool(about), f"model     {model}", "",
-             *grid(((row, s[row]) for row in ("before", "after", "difference")), 10), ""]
+             *grid([(row, s[row]) for row in ("before", "after", "difference")], 10), ""]
     if learning:
         lines.append(f"learning  {sparkline(learning)}  mean Len of each batch, {min(learning):.1f} to "
                      f"{max(learning):.1f}")
-    lines += [*(f"lesson    {text}" for text in lessons), *call_table(s["calls"])]
+    lines += [*(f"lesson    {text}" for text in lessons), *ledger(s["calls"], {})]
     if s["calls"]["actor"]["calls"]:
         lines.append(f"replies   malformed {s['malformed']}, fallbacks {s['fallbacks']}, "
                      f"actions that named no item {s['ungrounded']:.0%}")
@@ -606,10 +584,11 @@ def story(e: dict[str, Any]) -> str:
     lines = [f"{e['phase']} episode {e['episode']}, user {e['user']}", "", "liked before"]
     lines += [f"    {line}" for line in e["history"]]
     for n, step in enumerate(e["steps"]):
-        tried, left = step["experience"], e["left"] if n == len(e["steps"]) - 1 else ""
+        tried, more = step["experience"][:5], len(step["experience"]) - 5
+        left = e["left"] if n == len(e["steps"]) - 1 else ""
         rows = [*(("recalled", lesson) for lesson in step["lessons"]), ("thought", step["thought"]),
-                *((prompts.VERDICT[v], line) for line, v in tried[:5]),
-                ("", f"and {len(tried) - 5} more experiences" if len(tried) > 5 else ""), ("said", step["said"]),
+                *((prompts.VERDICT[v], line) for line, v in tried),
+                ("", f"and {more} more experiences" if more > 0 else ""), ("said", step["said"]),
                 ("item", step["item"] + " (the nearest; no title was named)" * (not step["exact"])),
                 ("reward", f"{step['reward']:g}" + (f", the user left: {left}" if left else ""))]
         if e["advantages"]:
@@ -634,8 +613,8 @@ def change(base: Settings, changes: dict[str, Any], seed: int) -> Settings:
 
 def plan(args: argparse.Namespace, base: Settings, name: str) -> list[tuple[dict, list[Settings]]]:
     """An experiment's series and places, a run a seed for each; a mistake is found before any run begins."""
-    models = [(model, None, {"model": model}) for model in (args.models or base.model).split(",")]
-    table = EXPERIMENTS[name][0] or models
+    models = (args.models or base.model).split(",")
+    table = EXPERIMENTS[name][0] or [(model, None, {"model": model}) for model in models]
     known = list(dict.fromkeys(series for series, *_ in table))
     rows = args.rows.split(",") if args.rows else known
     if not set(rows) <= set(known):
@@ -677,18 +656,18 @@ def shares(env: envs.Env, outcome: Outcome) -> dict[str, Any]:
 
 def values_of(wanted: Settings, env: envs.Env, outcome: Outcome, models: tuple[LLM, Embed], map: Callable,
               states: int = 40, draws: int = 8) -> list[list[float]]:
-    """[states, 3] of held-out episodes: the mean return of `draws` continuations, one return, the critic's V."""
-    (llm, embed), config, agent = models, Config(**wanted.config), outcome.agent
+    """[states, 3] of held-out episodes: mean return of `draws` continuations, one return, the critic's V."""
+    (llm, embed), config = models, Config(**wanted.config)
     played = [(t, n) for t in outcome.episodes["after"] for n in range(len(t.steps))]
     some = [played[i] for i in generator(wanted, 3).integers(len(played), size=states)]
     starts = [Trajectory(t.user, t.steps[:n], t.steps[n].state, False) for t, n in some]
-    keys = [(wanted.seed, "continue", draw) for draw in range(draws)]
-    go_on = partial(continuation, billp.catalog(env, embed), agent, llm, config)
-    sampled = np.array(list(map(go_on, *zip(*product(starts, keys))))).reshape(states, draws)
-    single = [billp.discounted_return([s.reward for s in t.steps[n:]], config.gamma) for t, n in some]
-    critic = partial(billp.critic, memory=agent.critic, llm=llm, config=config)
+    tries = product(starts, [(wanted.seed, "continue", draw) for draw in range(draws)])
+    go_on = partial(continuation, billp.catalog(env, embed), outcome.agent, llm, config)
+    sampled = np.reshape(list(map(go_on, *zip(*tries))), (states, draws))
+    critic = partial(billp.critic, memory=outcome.agent.critic, llm=llm, config=config)
     answers = [answer.value for answer, _ in map(critic, [start.last for start in starts])]
-    return [list(row) for row in zip(sampled.mean(1).tolist(), single, answers)]
+    single = [billp.discounted_return([s.reward for s in t.steps[n:]], config.gamma) for t, n in some]
+    return list(map(list, zip(sampled.mean(1).tolist(), single, answers)))
 
 
 def continuation(catalog: billp.Catalog, agent: Agent, llm: LLM, config: Config, start: Trajectory,
@@ -716,32 +695,31 @@ def measured(name: str, results: list[dict]) -> list[dict[str, Any]]:
     """The rows that one cell gives: a popularity group each in fig3, an estimate each in fig4, else one."""
     head = {key: results[0][key] for key in ("series", "x")}
     if name == "fig3":
-        def share(counts: np.ndarray) -> np.ndarray:
-            return counts.sum((-3, -2)) / np.maximum(counts.sum((-3, -2, -1)), 1)[..., None]
+        groups = envs.bootstrap(lambda n: n.sum((-3, -2)) / np.maximum(n.sum((-3, -2, -1)), 1)[..., None],
+                                column(results, "shares"))
         pair = column(results, "gini", "coverage")[:, None]                     # of all items together
-        whole = dict(zip(("gini", "coverage"), envs.bootstrap(lambda s: s.mean((-3, -2)), pair)))
-        groups = enumerate(envs.bootstrap(share, column(results, "shares")), 1)
-        return [{**head, "x": group, "figures": {"share": figure, **whole}} for group, figure in groups]
+        whole = dict(zip(("gini", "coverage"), envs.bootstrap(lambda n: n.mean((-3, -2)), pair)))
+        return [{**head, "x": x, "figures": {"share": share, **whole}} for x, share in enumerate(groups, 1)]
     if name == "fig4":
-        values, places = column(results, "values"), {"one return": 1, "critic": 2}
-        return [{**head, "series": series, "figures": dict(zip(
-            ("bias", "variance", "MSE"), envs.bootstrap(errors, values[..., [0, place]])))}
-            for series, place in places.items()]
+        values = column(results, "values")
+        found = {series: envs.bootstrap(errors, values[..., [0, place]])
+                 for place, series in enumerate(("one return", "critic"), 1)}
+        return [{**head, "series": series, "figures": dict(zip(("bias", "variance", "MSE"), figures))}
+                for series, figures in found.items()]
     return [{**head, "figures": envs.metrics(column(results, "scores"))}]
 
 
 def tabulate(name: str, found: list[list[dict]]) -> list[dict[str, Any]]:
     """An experiment's rows. R_traj is held against the row above in table3 and table6, else against billp."""
-    rows = []
+    rows, billps = [], {results[0]["x"]: results for results in found if results[0]["series"] == "billp"}
     for above, results in zip(found[:1] + found, found):
         rows += measured(name, results)
         if name not in ("fig3", "fig4"):
-            row, billps = rows[-1], [other for other in found if other[0]["series"] == "billp"]
-            twins = [other for other in billps if other[0]["x"] == row["x"]] or [results]
-            other = above if name in ("table3", "table6") else twins[0]
-            pair = [column(cell, "scores") for cell in (results, other)]
+            row = rows[-1]
+            other = above if name in ("table3", "table6") else billps.get(row["x"], results)
+            scores = [column(cell, "scores") for cell in (results, other)]
             row |= {"against": title(other[0]),
-                    "gain": envs.metrics(*pair)["R_traj"] if other is not results else None,
+                    "gain": envs.metrics(*scores)["R_traj"] if other is not results else None,
                     "paper": PAPER.get(row["series"], "") if row["x"] is None else ""}
     return rows
 
@@ -766,12 +744,11 @@ def plot(name: str, heading: str, rows: list[dict[str, Any]], path: Path) -> Non
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        say("no picture: pip install 'billp[plot]' draws it")
-        return
+        return say("no picture: pip install 'billp[plot]' draws it")
     _, what, label, *axis = EXPERIMENTS[name]
-    measured, names = f"{label}\n(mean, 95 % interval)", list(dict.fromkeys(row["series"] for row in rows))
     figure, image = Figure((8, 4.5), dpi=100, layout="constrained"), BytesIO()
-    axes = figure.subplots()
+    axes, names = figure.subplots(), list(dict.fromkeys(row["series"] for row in rows))
+    label += "\n(mean, 95 % interval)"
     for i, series in enumerate(names):
         mine = [row for row in rows if row["series"] == series]
         mean, low, high = np.array([row["figures"][what] for row in mine]).T
@@ -780,10 +757,10 @@ def plot(name: str, heading: str, rows: list[dict[str, Any]], path: Path) -> Non
                  dict(x=mean, y=[i], xerr=span))
         axes.errorbar(**place, color=COLOURS[i % len(COLOURS)], marker="osD^vPX*"[i % 8], capsize=3)
     if axis:
-        axes.set(xlabel=axis[0], ylabel=measured, xticks=sorted({row["x"] for row in rows}))
+        axes.set(xlabel=axis[0], ylabel=label, xticks=sorted({row["x"] for row in rows}))
         axes.legend(frameon=False)
     else:
-        axes.set(xlabel=measured, yticks=range(len(names)), yticklabels=names)
+        axes.set(xlabel=label, yticks=range(len(names)), yticklabels=names)
         axes.invert_yaxis()
     axes.set_title(heading, fontsize=9)
     axes.grid(alpha=0.3)
@@ -795,17 +772,13 @@ def bill(results: list[dict]) -> str:
     """What one cell cost over all its seeds: calls, tokens, replies that were of no use, seconds."""
     counts = added([role for result in results for role in result["calls"].values()])
     means = column(results, "malformed", "fallbacks", "ungrounded", "seconds").mean(0)
-    malformed, fallbacks, ungrounded, seconds = means
-    return (f"{title(results[0]):24}{spelled(counts.items())}; a run: malformed {malformed:.1f}, fallbacks "
-            f"{fallbacks:.1f}, named no item {ungrounded:.0%}, {seconds:.1f} s")
+    return (f"{title(results[0]):24}{spelled(counts.items())}; a run: "
+            "malformed {:.1f}, fallbacks {:.1f}, named no item {:.0%}, {:.1f} s".format(*means))
 
 
 def gather(args: argparse.Namespace, base: Settings, start: dict, jobs: list[tuple[Settings, list[str]]],
            path: Path | None, live: Live) -> list[dict]:
-    """The results of the runs, in order.
-
-    Offline there is a process for each run, else run follows run and each has threads of its own.
-    """
+    """The results of the runs, in order: side by side offline, else one by one with threads of its own."""
     models = {model: connect(args, base._replace(model=model), path and path / quote(model, ""), live)
               for model in dict.fromkeys(wanted.model for wanted, _ in jobs)}      # one client and log each
     if args.dry_run or set(models) == {"offline"}:
@@ -822,11 +795,11 @@ def gather(args: argparse.Namespace, base: Settings, start: dict, jobs: list[tup
 
 
 def experiments(args: argparse.Namespace, live: Live) -> None:
-    """Those asked for, each with a table, a JSON file and a picture; a run that two of them need is made once."""
+    """Those asked for; a run that two of them need is made once."""
     began, base = time.perf_counter(), settings(args)
     plans, jobs = {name: plan(args, base, name) for name in args.experiment}, {}
     for name, table in plans.items():
-        for wanted in (wanted for _, runs in table for wanted in runs):
+        for wanted in chain.from_iterable(runs for _, runs in table):
             jobs.setdefault(dumps(wanted), (wanted, []))[1].append(name)
     start = load_memory(args.load, base.embedding) if args.load else {}
     also = {key: getattr(args, key) for key in ("experiment", "seeds", "models", "rows")}
@@ -843,18 +816,16 @@ def experiments(args: argparse.Namespace, live: Live) -> None:
 
 def publish(name: str, base: Settings, found: list[list[dict]], path: Path) -> None:
     """The table of an experiment on stdout, NAME.json and NAME.png in the run directory."""
-    rows, seeds = tabulate(name, found), [result["seed"] for result in found[0]]
+    rows, cells, seeds = tabulate(name, found), list(chain(*found)), [result["seed"] for result in found[0]]
     models = [results[0]["series"] for results in found] if name == "table6" else [base.model]
     heading = (f"{name} on {base.world}, seeds {seeds[0]} to {seeds[-1]}, {base.users} held-out users each\n"
                f"model {', '.join(NAMES.get(model, model) for model in models)}")
     lines = grid([(title(row), row["figures"]) for row in rows], 24)
-    table = [lines[0], *(line + remark(row) for line, row in zip(lines[1:], rows))]
-    bills = [bill(results) for results in found if results[0]["calls"]["actor"]["calls"]]
-    print("\n".join([heading, "", *table, *[ORIENTATION] * any(row.get("paper") for row in rows), "",
-                     *bills, ""]))
-    results = [result for cell in found for result in cell]
-    seconds = [result.pop("seconds") for result in results]
-    held = {"experiment": name, "settings": base._asdict(), "rows": rows, "cells": results, "seconds": seconds}
+    print("\n".join([heading, "", *map(str.__add__, lines, ["", *map(remark, rows)]),
+                     *[ORIENTATION] * any(row.get("paper") for row in rows), "",
+                     *[bill(results) for results in found if results[0]["calls"]["actor"]["calls"]], ""]))
+    seconds = [result.pop("seconds") for result in cells]
+    held = {"experiment": name, "settings": base._asdict(), "rows": rows, "cells": cells, "seconds": seconds}
     write(path / f"{name}.json", dumps(held) + "\n")
     plot(name, heading, rows, path / f"{name}.png")
 
@@ -868,10 +839,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     except (KeyboardInterrupt, prompts.BudgetSpent) as error:
-        spent = isinstance(error, prompts.BudgetSpent)
-        last = f"run.py: {error}" if spent else "interrupted; run the same command again: answered calls are kept"
-        say("\n".join([*ledger(live), last]))
-        return 3 if spent else 130
+        last, code = ((f"run.py: {error}", 3) if isinstance(error, prompts.BudgetSpent) else
+                      ("interrupted; run the same command again: answered calls are kept", 130))
+        say("\n".join([*ledger(calls(live), live.stats), last]))
+        return code
     except MENDABLE as error:
         named = isinstance(error, OSError) and error.filename
         say(f"run.py: {f'cannot use {error.filename}: {error.strerror}' if named else error}")
