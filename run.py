@@ -39,7 +39,7 @@ import numpy as np
 import billp
 import envs
 import prompts
-from billp import Agent, Config, Trajectory
+from billp import Agent, Catalog, Config, Trajectory
 from prompts import LLM, Embed, Usage
 
 
@@ -56,9 +56,10 @@ WORLDS = "films, synthetic:USERSxITEMS, movielens:DIR, steam:DIR, amazon:DIR"
 METHODS = (*envs.POLICIES, *billp.METHODS)
 BUDGET = 100                            # learning episodes of language models in the paper
 Counts = dict[str, "int | None"]        # calls and tokens; None where the server does not say
-
-
 Cell = tuple[str, Any, dict[str, Any]]  # series, place on the x axis if any, and the settings it changes
+Job = tuple["Settings", list[str]]      # a run and the experiments that need it
+Row = dict[str, Any]                    # what is known of a cell, or of a row in a table
+URLS = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
 REWARD = ("R_traj", "reward an episode")
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()     # Okabe and Ito
 PAPER = {"billp": "69.19, 42.44", "reflexion": "57.42, 40.67", "billp-no-macro": "64.96, -",
@@ -149,10 +150,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
 
+def chosen(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The flags among `names` that were given."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags, each within its bounds."""
-    parser = Parser(allow_abbrev=False, description="BiLLP learns, then is evaluated. The built-in model is "
-                    + NAMES["offline"])
+    text = f"BiLLP learns, then is evaluated. The built-in model is {NAMES['offline']}"
+    parser = Parser(description=text, allow_abbrev=False)
     for flag, how in FLAGS.items():
         parser.add_argument(flag, **how)
     for title, record in GROUPS.items():
@@ -176,11 +182,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if isinstance(json.loads(args.extra_body), dict):
             return args
     raise UserError("--extra-body takes a JSON object, such as '{\"top_p\": 0.9}'")
-
-
-def chosen(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """The flags among `names` that were given."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 class Settings(NamedTuple):
@@ -210,8 +211,7 @@ def variable(*names: str) -> str:
 
 def settings(args: argparse.Namespace) -> Settings:
     """What the flags and the environment ask for; an experiment's cells add their own method's row."""
-    told = args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY")
-    live = bool(told or args.replay)
+    live = bool(args.base_url or args.replay or variable(*URLS, "OPENAI_API_KEY"))
     compared = (args.models or "").split(",")
     model = args.model or (live and variable("OPENAI_MODEL")) or compared[0] or ("" if live else "offline")
     models = {model, *(compared if args.models else ())}
@@ -378,7 +378,7 @@ def connect(args: argparse.Namespace, wanted: Settings, path: Path | None, live:
     """The model and the embedding of a run; those of an endpoint are recorded in its directory."""
     if args.dry_run or wanted.model == "offline":
         return estimated if args.dry_run else prompts.offline, prompts.hashed_ngrams
-    url = args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE") or "https://api.openai.com/v1"
+    url = args.base_url or variable(*URLS) or "https://api.openai.com/v1"
     options = dict(key=variable("OPENAI_API_KEY"), timeout=args.timeout, notice=say,
                    extra=json.loads(args.extra_body), stats=live.stats, sleep=live.stop.wait,
                    headers=dict(header.split("=", 1) for header in args.header))
@@ -501,12 +501,11 @@ def run(args: argparse.Namespace, live: Live) -> None:
     if args.dry_run:
         print("\n".join([EXPECTED, *ledger(calls(live), {})]))
         return
-    lessons = [record.value for record in billp.records(outcome.agent.planner)]
-    summary = {**wanted._asdict(), "config": {**wanted.config, **wanted.rule},      # what scripts read
-               "learning": outcome.learning, "before": envs.metrics(outcome.before),
-               "after": envs.metrics(outcome.after), "difference": envs.metrics(outcome.after, outcome.before),
-               "reflections": len(lessons), **cost(outcome, live, began)}
-    del summary["rule"]
+    lessons, summary = [record.value for record in billp.records(outcome.agent.planner)], wanted._asdict()
+    summary |= {"config": {**wanted.config, **summary.pop("rule")}, "learning": outcome.learning,
+                "before": envs.metrics(outcome.before), "after": envs.metrics(outcome.after),
+                "difference": envs.metrics(outcome.after, outcome.before), "reflections": len(lessons),
+                **cost(outcome, live, began)}       # the contract that scripts read
     episodes = [describe(env, phase, t) for phase, ts in outcome.episodes.items() for t in ts]
     write(path / "episodes.jsonl", "".join(dumps(episode) + "\n" for episode in episodes))
     write(path / "memory.json", save_memory(outcome.agent, wanted.embedding))
@@ -527,17 +526,17 @@ def grid(rows: Sequence[tuple[str, dict[str, Sequence[float]]]], width: int) -> 
     return [f"{label:{width}}" + "".join(f"{text:>24}" for text in texts) for label, texts in lines]
 
 
-def spelled(counts: Iterable[tuple[str, Any]]) -> str:
-    """Counts with their names; ? where the server does not say."""
-    return ", ".join(f"{name} {'?' if count is None else count}" for name, count in counts)
+def spelled(counts: Counts) -> str:
+    """Tokens by kind; ? where the server does not say."""
+    return ", ".join(f"{name} {'?' if counts[name] is None else counts[name]}" for name in Usage._fields)
 
 
 def ledger(calls: dict[str, Counts], stats: dict[str, Any]) -> list[str]:
     """Calls and tokens per role; last, what an endpoint's client saw, if there was one."""
-    lines = [f"{role:10}{row['calls']} calls, tokens: {spelled(list(row.items())[1:])}"
-             for role, row in calls.items() if row["calls"]]
+    asked = {role: row for role, row in calls.items() if row["calls"]}
     retried, system = len(stats.get("retries", ())), stats.get("system_fingerprint") or "?"
-    return lines + [f"retries {retried}, system {system}"] * bool(stats)
+    return [*(f"{role:10}{row['calls']} calls, tokens: {spelled(row)}" for role, row in asked.items()),
+            *[f"retries {retried}, system {system}"] * bool(stats)]
 
 
 def report(s: dict[str, Any], about: str, lessons: Sequence[str]) -> list[str]:
@@ -581,8 +580,8 @@ def show(path: Path, pick: str) -> None:
 
 def story(e: dict[str, Any]) -> str:
     """An episode in words: what was recalled, thought, done, seen and learnt at each step."""
-    lines = [f"{e['phase']} episode {e['episode']}, user {e['user']}", "", "liked before"]
-    lines += [f"    {line}" for line in e["history"]]
+    lines = [f"{e['phase']} episode {e['episode']}, user {e['user']}", "",
+             "liked before", *(f"    {line}" for line in e["history"])]
     for n, step in enumerate(e["steps"]):
         tried, more = step["experience"][:5], len(step["experience"]) - 5
         left = e["left"] if n == len(e["steps"]) - 1 else ""
@@ -611,7 +610,7 @@ def change(base: Settings, changes: dict[str, Any], seed: int) -> Settings:
                            episodes=0 if idle else wanted.episodes)
 
 
-def plan(args: argparse.Namespace, base: Settings, name: str) -> list[tuple[dict, list[Settings]]]:
+def plan(args: argparse.Namespace, base: Settings, name: str) -> list[tuple[Row, list[Settings]]]:
     """An experiment's series and places, a run a seed for each; a mistake is found before any run begins."""
     models = (args.models or base.model).split(",")
     table = EXPERIMENTS[name][0] or [(model, None, {"model": model}) for model in models]
@@ -628,8 +627,7 @@ def plan(args: argparse.Namespace, base: Settings, name: str) -> list[tuple[dict
     return [job for job in jobs if not (args.dry_run and job[1][0].method in envs.POLICIES)]
 
 
-def run_cell(rows: dict, models: dict[str, tuple[LLM, Embed]], workers: int,
-             job: tuple[Settings, list[str]]) -> dict[str, dict[str, Any]]:
+def run_cell(rows: dict, models: dict[str, tuple[LLM, Embed]], workers: int, job: Job) -> dict[str, Row]:
     """One run, as each of the experiments that it belongs to sees it."""
     (wanted, names), began, live = job, time.perf_counter(), Live({}, {}, Event())
     (llm, embed), env = models[wanted.model], build_world(wanted)
@@ -657,27 +655,27 @@ def shares(env: envs.Env, outcome: Outcome) -> dict[str, Any]:
 def values_of(wanted: Settings, env: envs.Env, outcome: Outcome, models: tuple[LLM, Embed], map: Callable,
               states: int = 40, draws: int = 8) -> list[list[float]]:
     """[states, 3] of held-out episodes: mean return of `draws` continuations, one return, the critic's V."""
-    (llm, embed), config = models, Config(**wanted.config)
+    (llm, embed), config, agent = models, Config(**wanted.config), outcome.agent
     played = [(t, n) for t in outcome.episodes["after"] for n in range(len(t.steps))]
     some = [played[i] for i in generator(wanted, 3).integers(len(played), size=states)]
     starts = [Trajectory(t.user, t.steps[:n], t.steps[n].state, False) for t, n in some]
     tries = product(starts, [(wanted.seed, "continue", draw) for draw in range(draws)])
-    go_on = partial(continuation, billp.catalog(env, embed), outcome.agent, llm, config)
+    play = partial(billp.episode, agent=agent, llm=llm, config=config)
+    go_on = partial(continuation, billp.catalog(env, embed), play, config.gamma)
     sampled = np.reshape(list(map(go_on, *zip(*tries))), (states, draws))
-    critic = partial(billp.critic, memory=outcome.agent.critic, llm=llm, config=config)
+    critic = partial(billp.critic, memory=agent.critic, llm=llm, config=config)
     answers = [answer.value for answer, _ in map(critic, [start.last for start in starts])]
     single = [billp.discounted_return([s.reward for s in t.steps[n:]], config.gamma) for t, n in some]
     return list(map(list, zip(sampled.mean(1).tolist(), single, answers)))
 
 
-def continuation(catalog: billp.Catalog, agent: Agent, llm: LLM, config: Config, start: Trajectory,
-                 key: tuple) -> float:
+def continuation(catalog: Catalog, play: Callable, gamma: float, start: Trajectory, key: tuple) -> float:
     """The discounted return of a session played on, until what may come is discounted below 1/1000."""
     most = catalog.env.max_steps
-    far = next((n for n in range(most) if config.gamma ** n < 0.001), most)
+    far = next((n for n in range(most) if gamma ** n < 0.001), most)
     env = catalog.env._replace(max_steps=min(len(start.steps) + far, most))
-    played = billp.episode(catalog._replace(env=env), start.user, key, agent, llm, config, start)
-    return billp.discounted_return([step.reward for step in played.steps], config.gamma)
+    played = play(catalog._replace(env=env), start.user, key, start=start)
+    return billp.discounted_return([step.reward for step in played.steps], gamma)
 
 
 def errors(samples: np.ndarray) -> np.ndarray:
@@ -686,12 +684,17 @@ def errors(samples: np.ndarray) -> np.ndarray:
     return np.stack([error.mean(-1), error.var(-1), (error ** 2).mean(-1)], -1)
 
 
-def column(results: list[dict], *keys: str) -> np.ndarray:
+def column(results: list[Row], *keys: str) -> np.ndarray:
     """What was measured over a cell's seeds [S, ...]; several things side by side [S, keys]."""
     return np.array([itemgetter(*keys)(result) for result in results], float)
 
 
-def measured(name: str, results: list[dict]) -> list[dict[str, Any]]:
+def title(row: Row) -> str:
+    """A row's or a cell's name in tables."""
+    return row["series"] + ("" if row["x"] is None else f", {row['x']}")
+
+
+def measured(name: str, results: list[Row]) -> list[Row]:
     """The rows that one cell gives: a popularity group each in fig3, an estimate each in fig4, else one."""
     head = {key: results[0][key] for key in ("series", "x")}
     if name == "fig3":
@@ -701,15 +704,14 @@ def measured(name: str, results: list[dict]) -> list[dict[str, Any]]:
         whole = dict(zip(("gini", "coverage"), envs.bootstrap(lambda n: n.mean((-3, -2)), pair)))
         return [{**head, "x": x, "figures": {"share": share, **whole}} for x, share in enumerate(groups, 1)]
     if name == "fig4":
-        values = column(results, "values")
-        found = {series: envs.bootstrap(errors, values[..., [0, place]])
-                 for place, series in enumerate(("one return", "critic"), 1)}
-        return [{**head, "series": series, "figures": dict(zip(("bias", "variance", "MSE"), figures))}
-                for series, figures in found.items()]
+        values, kinds = column(results, "values"), ("bias", "variance", "MSE")
+        pairs = {"one return": values[..., [0, 1]], "critic": values[..., [0, 2]]}
+        return [{**head, "series": series, "figures": dict(zip(kinds, envs.bootstrap(errors, pair)))}
+                for series, pair in pairs.items()]
     return [{**head, "figures": envs.metrics(column(results, "scores"))}]
 
 
-def tabulate(name: str, found: list[list[dict]]) -> list[dict[str, Any]]:
+def tabulate(name: str, found: list[list[Row]]) -> list[Row]:
     """An experiment's rows. R_traj is held against the row above in table3 and table6, else against billp."""
     rows, billps = [], {results[0]["x"]: results for results in found if results[0]["series"] == "billp"}
     for above, results in zip(found[:1] + found, found):
@@ -724,12 +726,7 @@ def tabulate(name: str, found: list[list[dict]]) -> list[dict[str, Any]]:
     return rows
 
 
-def title(row: dict[str, Any]) -> str:
-    """A row's or a cell's name in tables."""
-    return row["series"] + ("" if row["x"] is None else f", {row['x']}")
-
-
-def remark(row: dict[str, Any]) -> str:
+def remark(row: Row) -> str:
     """What stands behind a row. It is called higher or lower only if the interval holds no 0."""
     text = f"   paper {row['paper']}" if row.get("paper") else ""
     if not row.get("gain"):
@@ -739,16 +736,16 @@ def remark(row: dict[str, Any]) -> str:
     return f"   R_traj {mean:+.2f} [{low:.2f}, {high:.2f}] against {row['against']}: {verdict}{text}"
 
 
-def plot(name: str, heading: str, rows: list[dict[str, Any]], path: Path) -> None:
+def plot(name: str, heading: str, rows: list[Row], path: Path) -> None:
     """One figure with its intervals: lines over x, or one point a row where there is no x."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return say("no picture: pip install 'billp[plot]' draws it")
     _, what, label, *axis = EXPERIMENTS[name]
+    label += "\n(mean, 95 % interval)"
     figure, image = Figure((8, 4.5), dpi=100, layout="constrained"), BytesIO()
     axes, names = figure.subplots(), list(dict.fromkeys(row["series"] for row in rows))
-    label += "\n(mean, 95 % interval)"
     for i, series in enumerate(names):
         mine = [row for row in rows if row["series"] == series]
         mean, low, high = np.array([row["figures"][what] for row in mine]).T
@@ -768,17 +765,17 @@ def plot(name: str, heading: str, rows: list[dict[str, Any]], path: Path) -> Non
     write(path, image.getvalue())
 
 
-def bill(results: list[dict]) -> str:
+def bill(results: list[Row]) -> str:
     """What one cell cost over all its seeds: calls, tokens, replies that were of no use, seconds."""
     counts = added([role for result in results for role in result["calls"].values()])
     means = column(results, "malformed", "fallbacks", "ungrounded", "seconds").mean(0)
-    return (f"{title(results[0]):24}{spelled(counts.items())}; a run: "
+    return (f"{title(results[0]):24}calls {counts['calls']}, {spelled(counts)}; a run: "
             "malformed {:.1f}, fallbacks {:.1f}, named no item {:.0%}, {:.1f} s".format(*means))
 
 
-def gather(args: argparse.Namespace, base: Settings, start: dict, jobs: list[tuple[Settings, list[str]]],
-           path: Path | None, live: Live) -> list[dict]:
-    """The results of the runs, in order: side by side offline, else one by one with threads of its own."""
+def gather(args: argparse.Namespace, base: Settings, jobs: list[Job], path: Path | None, start: dict,
+           live: Live) -> list[dict[str, Row]]:
+    """What the runs give, in order: side by side offline, else one by one with threads of its own."""
     models = {model: connect(args, base._replace(model=model), path and path / quote(model, ""), live)
               for model in dict.fromkeys(wanted.model for wanted, _ in jobs)}      # one client and log each
     if args.dry_run or set(models) == {"offline"}:
@@ -799,12 +796,12 @@ def experiments(args: argparse.Namespace, live: Live) -> None:
     began, base = time.perf_counter(), settings(args)
     plans, jobs = {name: plan(args, base, name) for name in args.experiment}, {}
     for name, table in plans.items():
-        for wanted in chain.from_iterable(runs for _, runs in table):
+        for wanted in chain(*(runs for _, runs in table)):
             jobs.setdefault(dumps(wanted), (wanted, []))[1].append(name)
     start = load_memory(args.load, base.embedding) if args.load else {}
     also = {key: getattr(args, key) for key in ("experiment", "seeds", "models", "rows")}
     path = None if args.dry_run else run_directory(args, {**base._asdict(), **also})
-    results = dict(zip(jobs, gather(args, base, start, list(jobs.values()), path, live)))
+    results = dict(zip(jobs, gather(args, base, list(jobs.values()), path, start, live)))
     for name, table in plans.items():
         found = [[{**head, **results[dumps(wanted)][name]} for wanted in runs] for head, runs in table]
         if args.dry_run:
@@ -814,16 +811,16 @@ def experiments(args: argparse.Namespace, live: Live) -> None:
     print(f"seconds   {time.perf_counter() - began:.1f}\nrun       {path}")
 
 
-def publish(name: str, base: Settings, found: list[list[dict]], path: Path) -> None:
+def publish(name: str, base: Settings, found: list[list[Row]], path: Path) -> None:
     """The table of an experiment on stdout, NAME.json and NAME.png in the run directory."""
     rows, cells, seeds = tabulate(name, found), list(chain(*found)), [result["seed"] for result in found[0]]
     models = [results[0]["series"] for results in found] if name == "table6" else [base.model]
     heading = (f"{name} on {base.world}, seeds {seeds[0]} to {seeds[-1]}, {base.users} held-out users each\n"
                f"model {', '.join(NAMES.get(model, model) for model in models)}")
-    lines = grid([(title(row), row["figures"]) for row in rows], 24)
-    print("\n".join([heading, "", *map(str.__add__, lines, ["", *map(remark, rows)]),
+    lines = zip(grid([(title(row), row["figures"]) for row in rows], 24), ["", *map(remark, rows)])
+    print("\n".join([heading, "", *(line + remarked for line, remarked in lines),
                      *[ORIENTATION] * any(row.get("paper") for row in rows), "",
-                     *[bill(results) for results in found if results[0]["calls"]["actor"]["calls"]], ""]))
+                     *(bill(results) for results in found if results[0]["calls"]["actor"]["calls"]), ""]))
     seconds = [result.pop("seconds") for result in cells]
     held = {"experiment": name, "settings": base._asdict(), "rows": rows, "cells": cells, "seconds": seconds}
     write(path / f"{name}.json", dumps(held) + "\n")
@@ -839,10 +836,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     except (KeyboardInterrupt, prompts.BudgetSpent) as error:
-        last, code = ((f"run.py: {error}", 3) if isinstance(error, prompts.BudgetSpent) else
-                      ("interrupted; run the same command again: answered calls are kept", 130))
-        say("\n".join([*ledger(calls(live), live.stats), last]))
-        return code
+        spent = isinstance(error, prompts.BudgetSpent)
+        halted = "interrupted; run the same command again: answered calls are kept"
+        say("\n".join([*ledger(calls(live), live.stats), f"run.py: {error}" if spent else halted]))
+        return 3 if spent else 130
     except MENDABLE as error:
         named = isinstance(error, OSError) and error.filename
         say(f"run.py: {f'cannot use {error.filename}: {error.strerror}' if named else error}")
