@@ -25,10 +25,11 @@ from concurrent import futures
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial, reduce
 from io import BytesIO
+from itertools import chain, product
+from operator import itemgetter
 from pathlib import Path
 from signal import SIG_IGN, SIGINT, signal
-from threading import Event
-from threading import enumerate as threads
+from threading import Event, enumerate as threads
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 from urllib.parse import quote
 
@@ -38,7 +39,7 @@ import numpy as np
 import billp
 import envs
 import prompts
-from billp import Agent, Config, Trajectory
+from billp import Agent, Catalog, Config, Trajectory
 from prompts import LLM, Embed, Usage
 
 
@@ -46,38 +47,48 @@ class UserError(Exception):
     """A mistake that the person at the keyboard can mend: one line, exit code 2."""
 
 
-STAND_IN = ("offline, a rule-based stand-in: it shows the mechanism at work and is no evidence about "
-            "real models")
 MENDABLE = (UserError, prompts.EndpointError, envs.BadData, OSError, MemoryError, RecursionError,
             futures.BrokenExecutor)
-NAMES = {"offline": STAND_IN}           # what is no language model never passes for one
+NAMES = {"offline": "offline, a rule-based stand-in: it shows the mechanism at work and is no evidence about "
+                    "real models"}      # what is no language model never passes for one
 EXPECTED = "expected, by a run of the offline reader at 4 characters a token:"
-ROLES = ("planner", "actor", "critic", "reflector")
 WORLDS = "films, synthetic:USERSxITEMS, movielens:DIR, steam:DIR, amazon:DIR"
 METHODS = (*envs.POLICIES, *billp.METHODS)
 BUDGET = 100                            # learning episodes of language models in the paper
-SIZES, WINDOWS = (10, 50, 100, 200), (1, 2, 4, 6, 8)
+Counts = dict[str, "int | None"]        # calls and tokens; None where the server does not say
+Cell = tuple[str, Any, dict[str, Any]]  # series, place on the x axis if any, and the settings it changes
+Job = tuple["Settings", list[str]]      # a run and the experiments that need it
+Row = dict[str, Any]                    # what is known of a cell, or of a row in a table
+URLS = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
+REWARD = ("R_traj", "reward an episode")
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()     # Okabe and Ito
-EXPERIMENTS = {                         # what each measures, and on which axes it is drawn
-    "table3": ("R_traj", "reward an episode"), "table5": ("R_traj", "reward an episode"),
-    "fig3": ("share", "share of recommendations", "popularity group of items (1: least popular fifth)"),
-    "fig4": ("MSE", "mean squared error of the value", "learning episodes"),
-    "fig5": ("R_traj", "reward an episode", "window W (items a user remembers)"),
-    "table6": ("R_traj", "reward an episode"), "curve": ("R_traj", "reward an episode", "learning episodes")}
 PAPER = {"billp": "69.19, 42.44", "reflexion": "57.42, 40.67", "billp-no-macro": "64.96, -",
          "billp-no-micro": "64.72, -"}
 ORIENTATION = ("paper: R_traj on Steam and Amazon-Book with gpt-3.5-turbo; its worlds and models differ from "
                "these, the figures are for orientation only")
-Counts = dict[str, "int | None"]        # calls and tokens; None where the server does not say
-NO_CALLS: Counts = {"calls": 0, **Usage()._asdict()}
 
 
-class Live(NamedTuple):
-    """What is known of a run's calls at any moment, however it ends."""
-    tally: dict[str, list[Counts]]      # of each call answered, per role
-    stats: dict[str, Any]               # what an endpoint's client saw: retries, fingerprint
-    stop: Event                         # set when calls under way shall give up
+def by_method(names: str) -> list[Cell]:
+    """A cell for each name, which is a method or a method:episodes."""
+    pairs = [name.partition(":")[::2] for name in names.split()]
+    return [(f"{method}, {int(n):,}", None, {"method": method, "episodes": int(n)}) if n else
+            (method, None, {"method": method}) for method, n in pairs]
 
+
+EXPERIMENTS: dict[str, tuple] = {       # the cells of each, what it measures, and the axes this is drawn on
+    "table3": (by_method("random popular greedy a2c a2c:100000 act react reflexion billp oracle"), *REWARD),
+    "table5": (by_method("billp-no-macro billp-no-micro billp-no-critic billp"), *REWARD),
+    "fig3": (by_method("billp a2c:10000"),              # a tenth of what RL gets already gives the picture
+             "share", "share of recommendations", "popularity group of items (1: least popular fifth)"),
+    "fig4": ([("billp", size, {"episodes": size}) for size in (10, 50, 100, 200)],
+             "MSE", "mean squared error of the value", "learning episodes"),
+    "fig5": ([(method, width, {"method": method, "rule": {"window": width}})
+              for method in ("react", "a2c", "reflexion", "billp") for width in (1, 2, 4, 6, 8)],
+             *REWARD, "window W (items a user remembers)"),
+    "table6": ([], *REWARD),                            # a cell for each of --models
+    "curve": ([(method, size, {"method": method, "episodes": size})
+               for method in ("a2c", "billp") for size in (0, 10, 20, 50, 100, 200)],
+              *REWARD, "learning episodes")}
 
 # ------------------------------------------------------------------------------------ flags
 
@@ -94,7 +105,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--episodes": dict(type=int, help=f"learning episodes (default 50; {BUDGET} in experiments)"),
     "--users": dict(type=int, default=50, help="held-out users to evaluate on (default 50)"),
     "--method": dict(default="billp", choices=METHODS, metavar="METHOD", help=" ".join(METHODS)),
-    "--world": dict(default="films", help=WORLDS + " (default films)"),
+    "--world": dict(default="films", help=f"{WORLDS} (default films)"),
     "--seed": dict(type=int, default=0, help="names every random draw (default 0)"),
     "--workers": dict(type=int, help="episodes played at once (default: 1 offline, else a batch)"),
     "--out": dict(type=Path, help="run directory (default: one of its own under runs/)"),
@@ -112,7 +123,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--timeout": dict(type=float, default=300.0, help="seconds for one answer (default 300)"),
     "--header": dict(action="append", default=[], metavar="K=V", help="one more request header"),
     "--extra-body": dict(default="{}", metavar="JSON", help="more fields for each request"),
-    "--max-calls": dict(type=int, help="stop cleanly after so many live calls of the model (embeddings are free)"),
+    "--max-calls": dict(type=int, help="stop cleanly after so many live calls of the model (embeddings are "
+                        "free)"),
     "--max-tokens": dict(type=int, help="stop cleanly after so many tokens"),
     "--replay": dict(action="store_true", help="answer from the run's log alone"),
     "--dry-run": dict(action="store_true", help="expected calls and tokens; sends nothing"),
@@ -138,10 +150,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
 
+def chosen(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The flags among `names` that were given."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags, each within its bounds."""
-    parser = Parser(description="BiLLP learns, then is evaluated. The built-in model is " + STAND_IN,
-                    allow_abbrev=False)
+    text = f"BiLLP learns, then is evaluated. The built-in model is {NAMES['offline']}"
+    parser = Parser(description=text, allow_abbrev=False)
     for flag, how in FLAGS.items():
         parser.add_argument(flag, **how)
     for title, record in GROUPS.items():
@@ -151,7 +168,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             kind = type(default)
             how = KINDS.get(kind, dict(type=kind, metavar=kind.__name__))
             text = why if kind is bool else f"{why} (default {default})".replace("%", "%%")
-            group.add_argument("--" + name.replace("_", "-"), help=text, **how)
+            group.add_argument(f"--{name.replace('_', '-')}", help=text, **how)
     args = parser.parse_args(argv)
     if args.episodes is None:
         args.episodes = BUDGET if args.experiment else 50
@@ -165,14 +182,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if isinstance(json.loads(args.extra_body), dict):
             return args
     raise UserError("--extra-body takes a JSON object, such as '{\"top_p\": 0.9}'")
-
-
-def chosen(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """The flags among `names` that were given."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
-
-# --------------------------------------------------------------------------------- settings
 
 
 class Settings(NamedTuple):
@@ -197,26 +206,25 @@ def digest(content: bytes) -> str:
 
 def variable(*names: str) -> str:
     """The first of these environment variables that is set."""
-    return next((os.environ[name] for name in names if os.environ.get(name)), "")
+    return next(filter(None, map(os.environ.get, names)), "")
 
 
 def settings(args: argparse.Namespace) -> Settings:
     """What the flags and the environment ask for; an experiment's cells add their own method's row."""
-    live = bool(args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY")
-                or args.replay)
-    model = (args.model or (live and variable("OPENAI_MODEL")) or (args.models or "").partition(",")[0]
-             or ("" if live else "offline"))
-    models = {model, *(args.models or model).split(",")}
+    live = bool(args.base_url or args.replay or variable(*URLS, "OPENAI_API_KEY"))
+    compared = (args.models or "").split(",")
+    model = args.model or (live and variable("OPENAI_MODEL")) or compared[0] or ("" if live else "offline")
+    models = {model, *(compared if args.models else ())}
     if "" in models or not (live or models == {"offline"}):
         raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
                         "or give --base-url and --model; --model offline is the built-in reader")
     embedding = args.embed_model or (live and variable("OPENAI_EMBED_MODEL")) or "hashed_ngrams"
+    load = digest(args.load.read_bytes()) if args.load else ""
+    extra = digest(args.extra_body.encode()) if args.extra_body != "{}" else ""
     row = {} if args.experiment else billp.METHODS.get(args.method, {})
+    config = {**Config()._asdict(), **row, **chosen(args, Config._fields)}
     return Settings(args.world, args.method, model, embedding, args.seed, args.episodes, args.users,
-                    digest(args.load.read_bytes()) if args.load else "",
-                    digest(args.extra_body.encode()) if args.extra_body != "{}" else "",
-                    {**Config()._asdict(), **row, **chosen(args, Config._fields)},
-                    chosen(args, reasons(envs.Env)))
+                    load, extra, config, chosen(args, reasons(envs.Env)))
 
 
 @lru_cache(8)
@@ -274,7 +282,7 @@ def run_directory(args: argparse.Namespace, wanted: dict[str, Any]) -> Path:
     """The directory of this run, made if need be; refused if it holds anything else."""
     text = (dumps(wanted, indent=1) + "\n").encode()
     what = f"{wanted['world'].partition(':')[0]}-{'+'.join(args.experiment or [wanted['method']])}"
-    path = args.out or Path("runs") / f"{what}-{digest(text)[:8]}"
+    path = args.out or Path("runs", f"{what}-{digest(text)[:8]}")
     held = path / "config.json"
     if held.exists():
         if held.read_bytes() != text:
@@ -336,7 +344,14 @@ def describe(env: envs.Env, phase: str, t: Trajectory) -> dict[str, Any]:
             "values": values, "advantages": advantages, "reflection": reflection}
 
 
-# ----------------------------------------------------------------------------------- models
+# ---------------------------------------------------------------------------------- running
+
+
+class Live(NamedTuple):
+    """What is known of a run's calls at any moment, however it ends."""
+    tally: dict[str, list[Counts]]      # of each call answered, per role
+    stats: dict[str, Any]               # what an endpoint's client saw: retries, fingerprint
+    stop: Event                         # set when calls under way shall give up
 
 
 def say(text: str) -> None:
@@ -355,8 +370,7 @@ def counted(llm: LLM, live: Live, ask: prompts.Ask) -> prompts.Reply:
 
 def estimated(ask: prompts.Ask) -> prompts.Reply:
     """The offline reader, with the tokens that a model would be paid for: 4 characters each."""
-    reply = prompts.offline(ask)
-    sent = sum(len(text) for _, text in ask.messages)
+    reply, sent = prompts.offline(ask), sum(len(text) for _, text in ask.messages)
     return reply._replace(usage=Usage(sent // 4, None, len(reply.text) // 4))
 
 
@@ -364,7 +378,7 @@ def connect(args: argparse.Namespace, wanted: Settings, path: Path | None, live:
     """The model and the embedding of a run; those of an endpoint are recorded in its directory."""
     if args.dry_run or wanted.model == "offline":
         return estimated if args.dry_run else prompts.offline, prompts.hashed_ngrams
-    url = args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE") or "https://api.openai.com/v1"
+    url = args.base_url or variable(*URLS) or "https://api.openai.com/v1"
     options = dict(key=variable("OPENAI_API_KEY"), timeout=args.timeout, notice=say,
                    extra=json.loads(args.extra_body), stats=live.stats, sleep=live.stop.wait,
                    headers=dict(header.split("=", 1) for header in args.header))
@@ -378,9 +392,6 @@ def connect(args: argparse.Namespace, wanted: Settings, path: Path | None, live:
     return prompts.recorded(llm, log), embed
 
 
-# ---------------------------------------------------------------------------------- running
-
-
 @contextmanager
 def mapping(executor: Callable, count: int, stop: Event) -> Iterator[Callable]:
     """A map: the built-in one, or a pool's. An error or Ctrl-C also stops what is under way."""
@@ -390,13 +401,12 @@ def mapping(executor: Callable, count: int, stop: Event) -> Iterator[Callable]:
     pool = executor(count)
     try:
         yield pool.map
-    except prompts.BudgetSpent:         # what is under way is paid for: it is finished and recorded
-        raise
-    except BaseException:
-        from multiprocessing import active_children
-        stop.set()
-        for process in active_children():
-            process.terminate()         # it would go on, and then wait for its parent for ever
+    except BaseException as error:
+        if not isinstance(error, prompts.BudgetSpent):  # else what is under way is paid for: it is recorded
+            from multiprocessing import active_children
+            stop.set()
+            for process in active_children():
+                process.terminate()     # it would go on, and then wait for its parent for ever
         raise
     finally:
         pool.shutdown(wait=not stop.is_set(), cancel_futures=True)
@@ -412,9 +422,8 @@ def progress(batches: Iterable, total: int, size: int) -> Iterator:
         from tqdm import tqdm
     except ImportError:
         for agent, trajectories in batches:
-            lengths = [billp.score(t)[0] for t in trajectories]
-            done = trajectories[-1].last.key[2] + 1
-            say(f"learning: {done} of {total} episodes, mean Len {np.mean(lengths):.1f}")
+            mean = np.mean([billp.score(t)[0] for t in trajectories])
+            say(f"learning: {trajectories[-1].last.key[2] + 1} of {total} episodes, mean Len {mean:.1f}")
             yield agent, trajectories
     else:
         yield from tqdm(batches, "learning", total=-(-total // size), unit="batch", file=sys.stderr)
@@ -426,46 +435,31 @@ class Outcome(NamedTuple):
     after: np.ndarray
     items: list[np.ndarray]             # of each user: what was recommended after learning
     agent: Agent = billp.NOVICE
-    learning: tuple[float, ...] = ()
+    learning: tuple[float, ...] = ()    # mean Len of each batch
     episodes: dict[str, tuple[Trajectory, ...]] = {}
 
 
-def learn(wanted: Settings, env: envs.Env, agent: Agent, llm: LLM, embed: Embed, map: Callable,
-          watched: bool) -> Outcome:
-    """Evaluate, learn, evaluate the same users again; unwatched, only learn and evaluate."""
-    config, catalog = Config(**wanted.config), billp.catalog(env, embed)
+def perform(wanted: Settings, env: envs.Env, rows: dict, models: tuple[LLM, Embed], map: Callable,
+            watched: bool = False) -> Outcome:
+    """Evaluate, learn, evaluate the same users again, starting from memory records; unwatched, not before."""
     learners, held_out = choose_users(env, wanted)
-
-    def evaluate(agent: Agent, phase: str) -> tuple[Trajectory, ...]:
-        return billp.evaluate(catalog, held_out, agent, llm, wanted.seed, phase, config, map)
-    before, learnt, lengths = evaluate(agent, "before") if watched else (), (), ()
+    if policy := envs.POLICIES.get(wanted.method):      # only a2c learns
+        played = [envs.rollout(env, np.array(held_out), policy(env, n, wanted.seed), generator(wanted, 2))
+                  for n in (0, wanted.episodes)]
+        scores = [envs.scores((p.items >= 0).sum(1), p.rewards.sum(1)) for p in played]
+        return Outcome(*scores, [row[row >= 0] for row in played[-1].items])
+    (llm, embed), config = models, Config(**wanted.config)
+    catalog, agent = billp.catalog(env, embed), embed_memory(rows, embed)
+    evaluate = partial(billp.evaluate, catalog, held_out, llm=llm, seed=wanted.seed, config=config, map=map)
+    before, learnt, lengths = evaluate(agent, phase="before") if watched else (), (), ()
     batches = billp.train(catalog, learners, llm, wanted.seed, agent, config, map)
     for agent, trajectories in progress(batches, len(learners), config.batch) if watched else batches:
         learnt += trajectories
         lengths += (float(np.mean([billp.score(t)[0] for t in trajectories])),)
-    after = evaluate(agent, "after")
+    after = evaluate(agent, phase="after")
     first, last = (envs.scores(*zip(*map(billp.score, ts))) for ts in (before or after, after))
     items = [np.array([step.act.value for step in t.steps[:billp.score(t)[0]]], int) for t in after]
     return Outcome(first, last, items, agent, lengths, {"before": before, "learn": learnt, "after": after})
-
-
-def roll(wanted: Settings, env: envs.Env) -> Outcome:
-    """The same flow for a policy that sees the numbers; only a2c learns."""
-    users, scores = np.array(choose_users(env, wanted)[1]), []
-    for episodes in (0, wanted.episodes):
-        policy = envs.POLICIES[wanted.method](env, episodes, wanted.seed)
-        played = envs.rollout(env, users, policy, generator(wanted, 2))
-        scores.append(envs.scores((played.items >= 0).sum(1), played.rewards.sum(1)))
-    return Outcome(*scores, [row[row >= 0] for row in played.items])
-
-
-def perform(wanted: Settings, rows: dict, models: tuple[LLM, Embed], map: Callable, live: Live,
-            watched: bool = False) -> Outcome:
-    """One run in memory: from a model, and memory records to start from, to an outcome."""
-    env, (llm, embed) = build_world(wanted), models
-    if wanted.method in envs.POLICIES:
-        return roll(wanted, env)
-    return learn(wanted, env, embed_memory(rows, embed), partial(counted, llm, live), embed, map, watched)
 
 
 def added(rows: Sequence[Counts]) -> Counts:
@@ -480,15 +474,16 @@ def added(rows: Sequence[Counts]) -> Counts:
 
 def calls(live: Live) -> dict[str, Counts]:
     """Calls and tokens per role."""
-    return {role: added([NO_CALLS, *live.tally.get(role, ())]) for role in ROLES}
+    none, roles = {"calls": 0, **Usage()._asdict()}, ("planner", "actor", "critic", "reflector")
+    return {role: added([none, *live.tally.get(role, ())]) for role in roles}
 
 
 def cost(outcome: Outcome, live: Live, began: float) -> dict[str, Any]:
     """What a run cost: replies that were of no use, calls and tokens, seconds."""
-    everything = [t for ts in outcome.episodes.values() for t in ts]
-    acts = [step.act for t in everything for step in t.steps]
-    answers = acts + [step.plan for t in everything for step in t.steps if step.plan] + [
-        answer for t in everything if t.lesson for answer in t.lesson.answers]
+    played = [t for ts in outcome.episodes.values() for t in ts]
+    acts = [step.act for t in played for step in t.steps]
+    plans = [step.plan for t in played for step in t.steps if step.plan]
+    answers = [*acts, *plans, *(answer for t in played if t.lesson for answer in t.lesson.answers)]
     return {"malformed": sum(a.malformed for a in answers), "fallbacks": sum(a.fallback for a in answers),
             "ungrounded": round(float(np.mean([not a.exact for a in acts])), 4) if acts else 0.0,
             "calls": calls(live), "seconds": round(time.perf_counter() - began, 2)}
@@ -499,69 +494,62 @@ def run(args: argparse.Namespace, live: Live) -> None:
     began, wanted = time.perf_counter(), settings(args)
     env, rows = build_world(wanted), load_memory(args.load, wanted.embedding) if args.load else {}
     path = None if args.dry_run else run_directory(args, wanted._asdict())
-    models = connect(args, wanted, path, live)
+    llm, embed = connect(args, wanted, path, live)
     workers = args.workers or (1 if args.dry_run or wanted.model == "offline" else wanted.config["batch"])
     with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
-        outcome = perform(wanted, rows, models, map, live, watched=True)
+        outcome = perform(wanted, env, rows, (partial(counted, llm, live), embed), map, watched=True)
     if args.dry_run:
-        print("\n".join([EXPECTED, *ledger(live)]))
+        print("\n".join([EXPECTED, *ledger(calls(live), {})]))
         return
-    summary = {         # the contract that scripts read
-        **{k: v for k, v in wanted._asdict().items() if k != "rule"},
-        "config": {**wanted.config, **wanted.rule}, "learning": outcome.learning,
-        "before": envs.metrics(outcome.before), "after": envs.metrics(outcome.after),
-        "difference": envs.metrics(outcome.after, outcome.before),
-        "reflections": len(billp.records(outcome.agent.planner)), **cost(outcome, live, began)}
-    lines = [dumps(describe(env, phase, t)) + "\n" for phase, ts in outcome.episodes.items() for t in ts]
-    write(path / "episodes.jsonl", "".join(lines))
+    lessons, summary = [record.value for record in billp.records(outcome.agent.planner)], wanted._asdict()
+    summary |= {"config": {**wanted.config, **summary.pop("rule")}, "learning": outcome.learning,
+                "before": envs.metrics(outcome.before), "after": envs.metrics(outcome.after),
+                "difference": envs.metrics(outcome.after, outcome.before), "reflections": len(lessons),
+                **cost(outcome, live, began)}       # the contract that scripts read
+    episodes = [describe(env, phase, t) for phase, ts in outcome.episodes.items() for t in ts]
+    write(path / "episodes.jsonl", "".join(dumps(episode) + "\n" for episode in episodes))
     write(path / "memory.json", save_memory(outcome.agent, wanted.embedding))
     write(path / "summary.json", dumps(summary, indent=1) + "\n")
-    lessons = [record.value for record in billp.records(outcome.agent.planner)[-2:]]
-    print("\n".join([*report(summary, env.about, lessons), f"run       {path}"]))
+    print("\n".join([*report(summary, env.about, lessons[-2:]), f"run       {path}"]))
     if live.stats:
-        say(ledger(live)[-1])
+        say(ledger({}, live.stats)[0])
 
 
 # ----------------------------------------------------------------------------------- tables
 
 
-def grid(rows: Iterable[tuple[str, dict[str, Sequence[float]]]], width: int) -> list[str]:
+def grid(rows: Sequence[tuple[str, dict[str, Sequence[float]]]], width: int) -> list[str]:
     """A table: a line of headings, then one a row, each figure with its interval."""
-    rows = list(rows)
-    return [" " * width + "".join(f"{name + ' [95 %]':>24}" for name in rows[0][1])] + [
-        f"{label:{width}}" + "".join(f"{f'{mean:.2f} [{low:.2f}, {high:.2f}]':>24}"
-                                     for mean, low, high in figures.values()) for label, figures in rows]
+    lines = [("", [f"{name} [95 %]" for name in rows[0][1]])]
+    lines += [(label, [f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in figures.values()])
+              for label, figures in rows]
+    return [f"{label:{width}}" + "".join(f"{text:>24}" for text in texts) for label, texts in lines]
 
 
-def spelled(counts: Iterable[tuple[str, Any]]) -> str:
-    """Counts with their names."""
-    return ", ".join(f"{name} {'?' if count is None else count}" for name, count in counts)
+def spelled(counts: Counts) -> str:
+    """Tokens by kind; ? where the server does not say."""
+    return ", ".join(f"{name} {'?' if counts[name] is None else counts[name]}" for name in Usage._fields)
 
 
-def call_table(calls: dict[str, Counts]) -> list[str]:
-    """Calls and tokens per role; ? where the server does not say."""
-    return [f"{role:10}{row['calls']} calls, tokens: {spelled(list(row.items())[1:])}"
-            for role, row in calls.items() if row["calls"]]
-
-
-def ledger(live: Live) -> list[str]:
-    """All that is known of a run's calls, however it ended; last, what an endpoint's client saw."""
-    retried, system = len(live.stats.get("retries", ())), live.stats.get("system_fingerprint") or "?"
-    return call_table(calls(live)) + [f"retries {retried}, system {system}"] * bool(live.stats)
+def ledger(calls: dict[str, Counts], stats: dict[str, Any]) -> list[str]:
+    """Calls and tokens per role; last, what an endpoint's client saw, if there was one."""
+    asked = {role: row for role, row in calls.items() if row["calls"]}
+    retried, system = len(stats.get("retries", ())), stats.get("system_fingerprint") or "?"
+    return [*(f"{role:10}{row['calls']} calls, tokens: {spelled(row)}" for role, row in asked.items()),
+            *[f"retries {retried}, system {system}"] * bool(stats)]
 
 
 def report(s: dict[str, Any], about: str, lessons: Sequence[str]) -> list[str]:
     """The results as a person reads them, from summary.json."""
-    policy = s["method"] in envs.POLICIES
+    policy, learning = s["method"] in envs.POLICIES, s["learning"]
     model = "none: this policy sees the numbers" if policy else NAMES.get(s["model"], s["model"])
     lines = [f"{s['method']} on {s['world']}, seed {s['seed']}: {s['episodes']} learning episodes, then "
-             f"{s['users']} held-out users", *([f"world     {about}"] if about else []),
-             f"model     {model}", "",
-             *grid(((row, s[row]) for row in ("before", "after", "difference")), 10), ""]
-    if s["learning"]:
-        lines.append(f"learning  {sparkline(s['learning'])}  mean Len of each batch, "
-                     f"{min(s['learning']):.1f} to {max(s['learning']):.1f}")
-    lines += [*(f"lesson    {text}" for text in lessons), *call_table(s["calls"])]
+             f"{s['users']} held-out users", *[f"world     {about}"] * bool(about), f"model     {model}", "",
+             *grid([(row, s[row]) for row in ("before", "after", "difference")], 10), ""]
+    if learning:
+        lines.append(f"learning  {sparkline(learning)}  mean Len of each batch, {min(learning):.1f} to "
+                     f"{max(learning):.1f}")
+    lines += [*(f"lesson    {text}" for text in lessons), *ledger(s["calls"], {})]
     if s["calls"]["actor"]["calls"]:
         lines.append(f"replies   malformed {s['malformed']}, fallbacks {s['fallbacks']}, "
                      f"actions that named no item {s['ungrounded']:.0%}")
@@ -592,19 +580,20 @@ def show(path: Path, pick: str) -> None:
 
 def story(e: dict[str, Any]) -> str:
     """An episode in words: what was recalled, thought, done, seen and learnt at each step."""
-    lines = [f"{e['phase']} episode {e['episode']}, user {e['user']}", "", "liked before"]
-    lines += [f"    {line}" for line in e["history"]]
+    lines = [f"{e['phase']} episode {e['episode']}, user {e['user']}", "",
+             "liked before", *(f"    {line}" for line in e["history"])]
     for n, step in enumerate(e["steps"]):
-        more, left = len(step["experience"]) - 5, e["left"] if n == len(e["steps"]) - 1 else ""
-        rows = [("recalled", lesson) for lesson in step["lessons"]] + [("thought", step["thought"])]
-        rows += [(prompts.VERDICT[v], line) for line, v in step["experience"][:5]]
-        rows += [("", f"and {more} more experiences" if more > 0 else ""), ("said", step["said"]),
-                 ("item", step["item"] + " (the nearest; no title was named)" * (not step["exact"])),
-                 ("reward", f"{step['reward']:g}" + (f", the user left: {left}" if left else ""))]
+        tried, more = step["experience"][:5], len(step["experience"]) - 5
+        left = e["left"] if n == len(e["steps"]) - 1 else ""
+        rows = [*(("recalled", lesson) for lesson in step["lessons"]), ("thought", step["thought"]),
+                *((prompts.VERDICT[v], line) for line, v in tried),
+                ("", f"and {more} more experiences" if more > 0 else ""), ("said", step["said"]),
+                ("item", step["item"] + " (the nearest; no title was named)" * (not step["exact"])),
+                ("reward", f"{step['reward']:g}" + (f", the user left: {left}" if left else ""))]
         if e["advantages"]:
             a = e["advantages"][n]
             rows.append(("value", f"{e['values'][n]:.2f}, advantage {a:+.2f}: {prompts.VERDICT[a >= 0]}"))
-        lines += ["", f"step {n + 1}"] + [f"    {label:12}{text}" for label, text in rows if text]
+        lines += ["", f"step {n + 1}", *(f"    {label:12}{text}" for label, text in rows if text)]
     lines += [] if e["left"] else ["", "the user stayed to the last step"]
     return "\n".join(lines + (["", f"reflection  {e['reflection']}"] if e["reflection"] else []))
 
@@ -612,73 +601,47 @@ def story(e: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------ experiments
 
 
-class Cell(NamedTuple):
-    """One run of an experiment, repeated over seeds."""
-    series: str
-    x: Any                      # its place on the horizontal axis, None in a plain table
-    changes: dict[str, Any]     # of the settings; those of `rule` are merged
-
-
-def by_method(names: str) -> list[Cell]:
-    """A cell for each name, which is a method or a method:episodes."""
-    pairs = [name.partition(":")[::2] for name in names.split()]
-    return [Cell(f"{method}, {int(n):,}", None, {"method": method, "episodes": int(n)}) if n else
-            Cell(method, None, {"method": method}) for method, n in pairs]
-
-
-def cells(name: str, models: Sequence[str]) -> list[Cell]:
-    """The experiments of the paper, each a table of runs over one and the same path."""
-    return {
-        "table3": by_method("random popular greedy a2c a2c:100000 act react reflexion billp oracle"),
-        "table5": by_method("billp-no-macro billp-no-micro billp-no-critic billp"),
-        "fig3": by_method("billp a2c:10000"),           # a tenth of what RL gets already gives the picture
-        "fig4": [Cell("billp", size, {"episodes": size}) for size in SIZES],
-        "fig5": [Cell(method, width, {"method": method, "rule": {"window": width}})
-                 for method in ("react", "a2c", "reflexion", "billp") for width in WINDOWS],
-        "table6": [Cell(model, None, {"model": model}) for model in models],
-        "curve": [Cell(method, size, {"method": method, "episodes": size})
-                  for method in ("a2c", "billp") for size in sorted({0, 20, *SIZES})]}[name]
-
-
-def change(base: Settings, cell: Cell, seed: int) -> Settings:
+def change(base: Settings, changes: dict[str, Any], seed: int) -> Settings:
     """The settings of one cell for one seed."""
-    wanted = base._replace(seed=seed)._replace(**cell.changes)
+    wanted = base._replace(seed=seed, **changes)
     config = {**base.config, **billp.METHODS.get(wanted.method, {})}
     idle = config["lessons"] == "none" and not config["experience"]         # nothing to learn
     return wanted._replace(rule={**base.rule, **wanted.rule}, config=config,
                            episodes=0 if idle else wanted.episodes)
 
 
-def plan(args: argparse.Namespace, base: Settings, name: str) -> list[tuple[Cell, list[Settings]]]:
-    """An experiment's cells with their runs, one a seed; a mistake is found before any of them begins."""
-    table = cells(name, (args.models or base.model).split(","))
-    known = list(dict.fromkeys(cell.series for cell in table))
+def plan(args: argparse.Namespace, base: Settings, name: str) -> list[tuple[Row, list[Settings]]]:
+    """An experiment's series and places, a run a seed for each; a mistake is found before any run begins."""
+    models = (args.models or base.model).split(",")
+    table = EXPERIMENTS[name][0] or [(model, None, {"model": model}) for model in models]
+    known = list(dict.fromkeys(series for series, *_ in table))
     rows = args.rows.split(",") if args.rows else known
     if not set(rows) <= set(known):
         raise UserError(f"--rows {args.rows}: {name} has no such rows, only {' '.join(known)}")
     if name == "fig4" and base.method in envs.POLICIES:
         raise UserError(f"--method {base.method}: it has no Critic, which is what fig4 is about")
-    jobs = [(cell, [change(base, cell, base.seed + s) for s in range(args.seeds)])
-            for cell in table if cell.series in rows]
+    jobs = [({"series": series, "x": x}, [change(base, changes, base.seed + s) for s in range(args.seeds)])
+            for series, x, changes in table if series in rows]
     for _, runs in jobs:
         build_world(runs[0])
     return [job for job in jobs if not (args.dry_run and job[1][0].method in envs.POLICIES)]
 
 
-def run_cell(rows: dict, models: dict[str, tuple[LLM, Embed]], workers: int,
-             job: tuple[Settings, list[str]]) -> dict[str, Any]:
-    """One run for the experiments it belongs to: the default flow, and what they read off it besides."""
+def run_cell(rows: dict, models: dict[str, tuple[LLM, Embed]], workers: int, job: Job) -> dict[str, Row]:
+    """One run, as each of the experiments that it belongs to sees it."""
     (wanted, names), began, live = job, time.perf_counter(), Live({}, {}, Event())
     (llm, embed), env = models[wanted.model], build_world(wanted)
+    mine = partial(counted, llm, live), embed
     with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
-        outcome = perform(wanted, rows, (llm, embed), map, live)
-        result = {"seed": wanted.seed, "scores": outcome.after[0].tolist(), **cost(outcome, live, began)}
+        outcome = perform(wanted, env, rows, mine, map)
+        seen = {"seed": wanted.seed, "scores": outcome.after[0].tolist(), **cost(outcome, live, began)}
+        views = dict.fromkeys(names, seen)
         if "fig3" in names:
-            result["fig3"] = shares(env, outcome)
+            views["fig3"] = {**seen, **shares(env, outcome)}
         if "fig4" in names:
-            values = values_of(wanted, env, outcome, (partial(counted, llm, live), embed), map)
-            result["fig4"] = {"values": values, **cost(outcome, live, began)}
-    return result
+            values = values_of(wanted, env, outcome, mine, map)
+            views["fig4"] = {**seen, "values": values, **cost(outcome, live, began)}
+    return views
 
 
 def shares(env: envs.Env, outcome: Outcome) -> dict[str, Any]:
@@ -689,36 +652,32 @@ def shares(env: envs.Env, outcome: Outcome) -> dict[str, Any]:
             "gini": envs.gini(counts), "coverage": float((counts > 0).mean())}
 
 
-def values_of(wanted: Settings, env: envs.Env, outcome: Outcome, models: tuple[LLM, Embed], map: Callable,
+def values_of(wanted: Settings, env: envs.Env, outcome: Outcome, llm: LLM, embed: Embed, map: Callable,
               states: int = 40, draws: int = 8) -> list[list[float]]:
-    """[states, 3]: for states of held-out episodes the Monte-Carlo value, one return, the critic's V.
-
-    Monte-Carlo: the mean discounted return of `draws` continuations with the frozen agent.
-    """
-    (llm, embed), config, agent = models, Config(**wanted.config), outcome.agent
+    """[states, 3]: for states of held-out episodes their Monte-Carlo value, one return and the critic's V."""
+    config, agent = Config(**wanted.config), outcome.agent
     played = [(t, n) for t in outcome.episodes["after"] for n in range(len(t.steps))]
-    some = [played[i] for i in generator(wanted, 3).integers(len(played), size=states)]
-    starts = [Trajectory(t.user, t.steps[:n], t.steps[n].state, False) for t, n in some]
-    keys = [(wanted.seed, "continue", draw) for draw in range(draws)]
-    go_on = partial(continuation, billp.catalog(env, embed), agent, llm, config)
-    sampled = np.array(list(map(go_on, *zip(*((start, key) for start in starts for key in keys)))))
-    answers = map(partial(billp.critic, memory=agent.critic, llm=llm, config=config), [s.last for s in starts])
-    single = [billp.discounted_return([s.reward for s in t.steps[n:]], config.gamma) for t, n in some]
-    truth = sampled.reshape(states, draws).mean(1).tolist()
-    return [[*row, answer.value] for *row, (answer, _) in zip(truth, single, answers)]
+    starts = [played[i] for i in generator(wanted, 3).integers(len(played), size=states)]
+    tries = product(starts, [(wanted.seed, "continue", draw) for draw in range(draws)])
+    play = partial(billp.play, agent=agent, llm=llm, config=config)
+    go_on = partial(continuation, billp.catalog(env, embed), play, config.gamma)
+    sampled = np.reshape(list(map(go_on, *zip(*tries))), (states, draws))
+    critic = partial(billp.critic, memory=agent.critic, llm=llm, config=config)
+    answers = [answer.value for answer, _ in map(critic, [t.steps[n].state for t, n in starts])]
+    single = [billp.discounted_return([step.reward for step in t.steps[n:]], config.gamma) for t, n in starts]
+    return [list(row) for row in zip(sampled.mean(1).tolist(), single, answers)]
 
 
-def continuation(catalog: billp.Catalog, agent: Agent, llm: LLM, config: Config, start: Trajectory,
+def continuation(catalog: Catalog, play: Callable, gamma: float, start: tuple[Trajectory, int],
                  key: tuple) -> float:
-    """The discounted return of a session played on, until what may come is discounted below 1/1000."""
-    most, state = catalog.env.max_steps, start.last
-    far = next((n for n in range(most) if config.gamma ** n < 0.001), most)
-    env = catalog.env._replace(max_steps=min(len(start.steps) + far, most))
-    world = reduce(lambda world, step: envs.step(env, world, step.act.value)[0], start.steps,
-                   envs.reset(env, start.user))
-    state = state._replace(key=key + state.key[-1:])
-    played = billp.play(catalog._replace(env=env), world, state, agent, llm, config)
-    return billp.discounted_return([step.reward for step in played.steps], config.gamma)
+    """The return of an episode played anew from its step n, as far as discounts are above 1/1000."""
+    (t, n), most = start, catalog.env.max_steps
+    far = next((steps for steps in range(most) if gamma ** steps < 0.001), most)
+    env, state = catalog.env._replace(max_steps=min(n + far, most)), t.steps[n].state
+    world = reduce(lambda world, step: envs.step(env, world, step.act.value)[0], t.steps[:n],
+                   envs.reset(env, t.user))
+    played = play(catalog._replace(env=env), world, state._replace(key=key + state.key[-1:]))
+    return billp.discounted_return([step.reward for step in played.steps], gamma)
 
 
 def errors(samples: np.ndarray) -> np.ndarray:
@@ -727,56 +686,49 @@ def errors(samples: np.ndarray) -> np.ndarray:
     return np.stack([error.mean(-1), error.var(-1), (error ** 2).mean(-1)], -1)
 
 
-def spread(results: list[dict], head: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows by popularity group: its share of recommendations; Gini and coverage are of all items."""
-    def share(counts: np.ndarray) -> np.ndarray:
-        return counts.sum((-3, -2)) / np.maximum(counts.sum((-3, -2, -1)), 1)[..., None]
-    whole = {key: envs.bootstrap(lambda s: s.mean((-3, -2)), column(results, key)[:, None, None])[0]
-             for key in ("gini", "coverage")}
-    figures = envs.bootstrap(share, column(results, "shares"))
-    return [{**head, "x": x, "figures": {"share": figure, **whole}} for x, figure in enumerate(figures, 1)]
+def column(results: list[Row], *keys: str) -> np.ndarray:
+    """What was measured over a cell's seeds [S, ...]; several things side by side [S, keys]."""
+    return np.array([itemgetter(*keys)(result) for result in results], float)
 
 
-def misses(results: list[dict], head: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of errors against Monte-Carlo: those of a single episode's return and of the Critic."""
-    values, rows = column(results, "values"), []
-    for place, series in ((1, "one return"), (2, "critic")):
-        figures = zip(("bias", "variance", "MSE"), envs.bootstrap(errors, values[..., [0, place]]))
-        rows.append({**head, "series": series, "figures": dict(figures)})
-    return rows
-
-
-def column(results: list[dict], key: str) -> np.ndarray:
-    """One thing that was measured, over a cell's seeds [S, ...]."""
-    return np.array([result[key] for result in results], float)
-
-
-def tabulate(name: str, found: list[list[dict]]) -> list[dict[str, Any]]:
-    """The rows of an experiment's table, from each cell's results over seeds.
-
-    What a row's R_traj is compared with: the row above in table3 and table6, elsewhere billp at the
-    same place.
-    """
-    rows, heads = [], [{key: results[0][key] for key in ("series", "x")} for results in found]
-    for i, (head, results) in enumerate(zip(heads, found)):
-        if name in ("fig3", "fig4"):
-            rows += (spread if name == "fig3" else misses)(results, head)
-        else:
-            twin = next((j for j, other in enumerate(heads) if other == {**head, "series": "billp"}), i)
-            other = max(i - 1, 0) if name in ("table3", "table6") else twin
-            scores, others = column(results, "scores"), column(found[other], "scores")
-            rows.append({**head, "figures": envs.metrics(scores), "against": title(heads[other]),
-                         "gain": envs.metrics(scores, others)["R_traj"] if other != i else None,
-                         "paper": "" if head["x"] is not None else PAPER.get(head["series"], "")})
-    return rows
-
-
-def title(row: dict[str, Any]) -> str:
+def title(row: Row) -> str:
     """A row's or a cell's name in tables."""
     return row["series"] + ("" if row["x"] is None else f", {row['x']}")
 
 
-def remark(row: dict[str, Any]) -> str:
+def measured(name: str, results: list[Row]) -> list[Row]:
+    """The rows that one cell gives: a popularity group each in fig3, an estimate each in fig4, else one."""
+    head = {key: results[0][key] for key in ("series", "x")}
+    if name == "fig3":
+        groups = envs.bootstrap(lambda n: n.sum((-3, -2)) / np.maximum(n.sum((-3, -2, -1)), 1)[..., None],
+                                column(results, "shares"))
+        pair = column(results, "gini", "coverage")[:, None]                     # of all items together
+        whole = dict(zip(("gini", "coverage"), envs.bootstrap(lambda n: n.mean((-3, -2)), pair)))
+        return [{**head, "x": x, "figures": {"share": share, **whole}} for x, share in enumerate(groups, 1)]
+    if name == "fig4":
+        values, kinds = column(results, "values"), ("bias", "variance", "MSE")
+        pairs = {"one return": values[..., [0, 1]], "critic": values[..., [0, 2]]}
+        return [{**head, "series": series, "figures": dict(zip(kinds, envs.bootstrap(errors, pair)))}
+                for series, pair in pairs.items()]
+    return [{**head, "figures": envs.metrics(column(results, "scores"))}]
+
+
+def tabulate(name: str, found: list[list[Row]]) -> list[Row]:
+    """An experiment's rows. R_traj is held against the row above in table3 and table6, else against billp."""
+    rows, billps = [], {results[0]["x"]: results for results in found if results[0]["series"] == "billp"}
+    for above, results in zip(found[:1] + found, found):
+        rows += measured(name, results)
+        if name not in ("fig3", "fig4"):
+            row = rows[-1]
+            other = above if name in ("table3", "table6") else billps.get(row["x"], results)
+            scores = [column(cell, "scores") for cell in (results, other)]
+            row |= {"against": title(other[0]),
+                    "gain": envs.metrics(*scores)["R_traj"] if other is not results else None,
+                    "paper": PAPER.get(row["series"], "") if row["x"] is None else ""}
+    return rows
+
+
+def remark(row: Row) -> str:
     """What stands behind a row. It is called higher or lower only if the interval holds no 0."""
     text = f"   paper {row['paper']}" if row.get("paper") else ""
     if not row.get("gain"):
@@ -786,17 +738,16 @@ def remark(row: dict[str, Any]) -> str:
     return f"   R_traj {mean:+.2f} [{low:.2f}, {high:.2f}] against {row['against']}: {verdict}{text}"
 
 
-def plot(name: str, heading: str, rows: list[dict[str, Any]], path: Path) -> None:
+def plot(name: str, heading: str, rows: list[Row], path: Path) -> None:
     """One figure with its intervals: lines over x, or one point a row where there is no x."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        say("no picture: pip install 'billp[plot]' draws it")
-        return
-    what, label, *axis = EXPERIMENTS[name]
-    measured, names = f"{label}\n(mean, 95 % interval)", list(dict.fromkeys(row["series"] for row in rows))
+        return say("no picture: pip install 'billp[plot]' draws it")
+    _, what, label, *axis = EXPERIMENTS[name]
+    label += "\n(mean, 95 % interval)"
     figure, image = Figure((8, 4.5), dpi=100, layout="constrained"), BytesIO()
-    axes = figure.subplots()
+    axes, names = figure.subplots(), list(dict.fromkeys(row["series"] for row in rows))
     for i, series in enumerate(names):
         mine = [row for row in rows if row["series"] == series]
         mean, low, high = np.array([row["figures"][what] for row in mine]).T
@@ -805,10 +756,10 @@ def plot(name: str, heading: str, rows: list[dict[str, Any]], path: Path) -> Non
                  dict(x=mean, y=[i], xerr=span))
         axes.errorbar(**place, color=COLOURS[i % len(COLOURS)], marker="osD^vPX*"[i % 8], capsize=3)
     if axis:
-        axes.set(xlabel=axis[0], ylabel=measured, xticks=sorted({row["x"] for row in rows}))
+        axes.set(xlabel=axis[0], ylabel=label, xticks=sorted({row["x"] for row in rows}))
         axes.legend(frameon=False)
     else:
-        axes.set(xlabel=measured, yticks=range(len(names)), yticklabels=names)
+        axes.set(xlabel=label, yticks=range(len(names)), yticklabels=names)
         axes.invert_yaxis()
     axes.set_title(heading, fontsize=9)
     axes.grid(alpha=0.3)
@@ -816,21 +767,17 @@ def plot(name: str, heading: str, rows: list[dict[str, Any]], path: Path) -> Non
     write(path, image.getvalue())
 
 
-def bill(results: list[dict]) -> str:
+def bill(results: list[Row]) -> str:
     """What one cell cost over all its seeds: calls, tokens, replies that were of no use, seconds."""
     counts = added([role for result in results for role in result["calls"].values()])
-    malformed, fallbacks, ungrounded, seconds = (
-        column(results, key).mean() for key in ("malformed", "fallbacks", "ungrounded", "seconds"))
-    return (f"{title(results[0]):24}{spelled(counts.items())}; a run: malformed {malformed:.1f}, fallbacks "
-            f"{fallbacks:.1f}, named no item {ungrounded:.0%}, {seconds:.1f} s")
+    means = column(results, "malformed", "fallbacks", "ungrounded", "seconds").mean(0)
+    return (f"{title(results[0]):24}calls {counts['calls']}, {spelled(counts)}; a run: "
+            "malformed {:.1f}, fallbacks {:.1f}, named no item {:.0%}, {:.1f} s".format(*means))
 
 
-def gather(args: argparse.Namespace, base: Settings, start: dict, jobs: list[tuple[Settings, list[str]]],
-           path: Path | None, live: Live) -> list[dict]:
-    """The results of the runs, in order.
-
-    Offline there is a process for each run, else run follows run and each has threads of its own.
-    """
+def gather(args: argparse.Namespace, base: Settings, jobs: list[Job], path: Path | None, start: dict,
+           live: Live) -> list[dict[str, Row]]:
+    """What the runs give, in order: side by side offline, else one by one with threads of its own."""
     models = {model: connect(args, base._replace(model=model), path and path / quote(model, ""), live)
               for model in dict.fromkeys(wanted.model for wanted, _ in jobs)}      # one client and log each
     if args.dry_run or set(models) == {"offline"}:
@@ -847,18 +794,18 @@ def gather(args: argparse.Namespace, base: Settings, start: dict, jobs: list[tup
 
 
 def experiments(args: argparse.Namespace, live: Live) -> None:
-    """Those asked for, each with a table, a JSON file and a picture; a run that two of them need is made once."""
+    """Those asked for; a run that two of them need is made once."""
     began, base = time.perf_counter(), settings(args)
     plans, jobs = {name: plan(args, base, name) for name in args.experiment}, {}
     for name, table in plans.items():
-        for wanted in (wanted for _, runs in table for wanted in runs):
+        for wanted in chain(*(runs for _, runs in table)):
             jobs.setdefault(dumps(wanted), (wanted, []))[1].append(name)
     start = load_memory(args.load, base.embedding) if args.load else {}
     also = {key: getattr(args, key) for key in ("experiment", "seeds", "models", "rows")}
     path = None if args.dry_run else run_directory(args, {**base._asdict(), **also})
-    results = dict(zip(jobs, gather(args, base, start, list(jobs.values()), path, live)))
+    results = dict(zip(jobs, gather(args, base, list(jobs.values()), path, start, live)))
     for name, table in plans.items():
-        found = [[view(name, cell, results[dumps(wanted)]) for wanted in runs] for cell, runs in table]
+        found = [[{**head, **results[dumps(wanted)][name]} for wanted in runs] for head, runs in table]
         if args.dry_run:
             print("\n".join([f"{name}: {EXPECTED}", *map(bill, found), ""]))
         else:
@@ -866,26 +813,18 @@ def experiments(args: argparse.Namespace, live: Live) -> None:
     print(f"seconds   {time.perf_counter() - began:.1f}\nrun       {path}")
 
 
-def view(name: str, cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
-    """A run's result as one experiment sees it."""
-    own = {key: value for key, value in result.items() if key not in EXPERIMENTS}
-    return {"series": cell.series, "x": cell.x, **own, **result.get(name, {})}
-
-
-def publish(name: str, base: Settings, found: list[list[dict]], path: Path) -> None:
+def publish(name: str, base: Settings, found: list[list[Row]], path: Path) -> None:
     """The table of an experiment on stdout, NAME.json and NAME.png in the run directory."""
-    rows, seeds = tabulate(name, found), [result["seed"] for result in found[0]]
+    rows, cells, seeds = tabulate(name, found), list(chain(*found)), [result["seed"] for result in found[0]]
     models = [results[0]["series"] for results in found] if name == "table6" else [base.model]
     heading = (f"{name} on {base.world}, seeds {seeds[0]} to {seeds[-1]}, {base.users} held-out users each\n"
                f"model {', '.join(NAMES.get(model, model) for model in models)}")
-    lines = grid([(title(row), row["figures"]) for row in rows], 24)
-    table = [lines[0], *(line + remark(row) for line, row in zip(lines[1:], rows))]
-    bills = [bill(results) for results in found if results[0]["calls"]["actor"]["calls"]]
-    print("\n".join([heading, "", *table, *[ORIENTATION] * any(row.get("paper") for row in rows), "",
-                     *bills, ""]))
-    results = [result for cell in found for result in cell]
-    seconds = [result.pop("seconds") for result in results]
-    held = {"experiment": name, "settings": base._asdict(), "rows": rows, "cells": results, "seconds": seconds}
+    lines = zip(grid([(title(row), row["figures"]) for row in rows], 24), ["", *map(remark, rows)])
+    print("\n".join([heading, "", *(line + remarked for line, remarked in lines),
+                     *[ORIENTATION] * any(row.get("paper") for row in rows), "",
+                     *(bill(results) for results in found if results[0]["calls"]["actor"]["calls"]), ""]))
+    seconds = [result.pop("seconds") for result in cells]
+    held = {"experiment": name, "settings": base._asdict(), "rows": rows, "cells": cells, "seconds": seconds}
     write(path / f"{name}.json", dumps(held) + "\n")
     plot(name, heading, rows, path / f"{name}.png")
 
@@ -900,8 +839,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (KeyboardInterrupt, prompts.BudgetSpent) as error:
         spent = isinstance(error, prompts.BudgetSpent)
-        last = f"run.py: {error}" if spent else "interrupted; run the same command again: answered calls are kept"
-        say("\n".join([*ledger(live), last]))
+        halted = "interrupted; run the same command again: answered calls are kept"
+        say("\n".join([*ledger(calls(live), live.stats), f"run.py: {error}" if spent else halted]))
         return 3 if spent else 130
     except MENDABLE as error:
         named = isinstance(error, OSError) and error.filename
