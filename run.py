@@ -80,7 +80,7 @@ EXPERIMENTS: dict[str, tuple] = {       # the cells of each, what it measures, a
     "table5": (by_method("billp-no-macro billp-no-micro billp-no-critic billp"), *REWARD),
     "fig3": (by_method("billp a2c:10000"),              # a tenth of what RL gets already gives the picture
              "share", "share of recommendations", "popularity group of items (1: least popular fifth)"),
-    "fig4": ([("billp", size, {"episodes": size}) for size in (10, 50, 100, 200)],
+    "fig4": ([("billp", size, {"method": "billp", "episodes": size}) for size in (10, 50, 100, 200)],
              "MSE", "mean squared error of the value", "learning episodes"),
     "fig5": ([(method, width, {"method": method, "rule": {"window": width}})
               for method in ("react", "a2c", "reflexion", "billp") for width in (1, 2, 4, 6, 8)],
@@ -220,7 +220,7 @@ def settings(args: argparse.Namespace) -> Settings:
                         "or give --base-url and --model; --model offline is the built-in reader")
     embedding = args.embed_model or (live and variable("OPENAI_EMBED_MODEL")) or "hashed_ngrams"
     load = digest(args.load.read_bytes()) if args.load else ""
-    extra = digest(args.extra_body.encode()) if args.extra_body != "{}" else ""
+    extra = digest(args.extra_body.encode("utf-8", "replace")) if args.extra_body != "{}" else ""
     row = {} if args.experiment else billp.METHODS.get(args.method, {})
     config = {**Config()._asdict(), **row, **chosen(args, Config._fields)}
     return Settings(args.world, args.method, model, embedding, args.seed, args.episodes, args.users,
@@ -280,7 +280,7 @@ def write(path: Path, content: str | bytes) -> None:
 
 def run_directory(args: argparse.Namespace, wanted: dict[str, Any]) -> Path:
     """The directory of this run, made if need be; refused if it holds anything else."""
-    text = (dumps(wanted, indent=1) + "\n").encode()
+    text = (dumps(wanted, indent=1) + "\n").encode("utf-8", "replace")
     what = f"{wanted['world'].partition(':')[0]}-{'+'.join(args.experiment or [wanted['method']])}"
     path = args.out or Path("runs", f"{what}-{digest(text)[:8]}")
     held = path / "config.json"
@@ -319,7 +319,7 @@ def load_memory(path: Path, embedding: str) -> dict[str, list[billp.Record]]:
             raise ValueError
         if held["embedding"] != embedding:
             raise UserError(f"{path} was made with the embedding {held['embedding']}, not {embedding}")
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise UserError(f"{path} is not a memory.json of this program, which is JSON in UTF-8")
     return rows
 
@@ -382,6 +382,7 @@ def connect(args: argparse.Namespace, wanted: Settings, path: Path | None, live:
     options = dict(key=variable("OPENAI_API_KEY"), timeout=args.timeout, notice=say,
                    extra=json.loads(args.extra_body), stats=live.stats, sleep=live.stop.wait,
                    headers=dict(header.split("=", 1) for header in args.header))
+    sys.setswitchinterval(0.0005)       # an answer waits less for its turn to be recorded: a kill loses fewer
     path.mkdir(exist_ok=True)
     log = prompts.open_log(path / "calls.jsonl", [wanted.model, wanted.embedding, wanted.extra],
                            replay=args.replay, notice=say)
@@ -612,14 +613,12 @@ def change(base: Settings, changes: dict[str, Any], seed: int) -> Settings:
 
 def plan(args: argparse.Namespace, base: Settings, name: str) -> list[tuple[Row, list[Settings]]]:
     """An experiment's series and places, a run a seed for each; a mistake is found before any run begins."""
-    models = (args.models or base.model).split(",")
+    models = dict.fromkeys((args.models or base.model).split(","))
     table = EXPERIMENTS[name][0] or [(model, None, {"model": model}) for model in models]
     known = list(dict.fromkeys(series for series, *_ in table))
     rows = args.rows.split(",") if args.rows else known
     if not set(rows) <= set(known):
         raise UserError(f"--rows {args.rows}: {name} has no such rows, only {' '.join(known)}")
-    if name == "fig4" and base.method in envs.POLICIES:
-        raise UserError(f"--method {base.method}: it has no Critic, which is what fig4 is about")
     jobs = [({"series": series, "x": x}, [change(base, changes, base.seed + s) for s in range(args.seeds)])
             for series, x, changes in table if series in rows]
     for _, runs in jobs:
@@ -639,7 +638,7 @@ def run_cell(rows: dict, models: dict[str, tuple[LLM, Embed]], workers: int, job
         if "fig3" in names:
             views["fig3"] = {**seen, **shares(env, outcome)}
         if "fig4" in names:
-            values = values_of(wanted, env, outcome, mine, map)
+            values = values_of(wanted, env, outcome, *mine, map)
             views["fig4"] = {**seen, "values": values, **cost(outcome, live, began)}
     return views
 
@@ -781,7 +780,7 @@ def gather(args: argparse.Namespace, base: Settings, jobs: list[Job], path: Path
     models = {model: connect(args, base._replace(model=model), path and path / quote(model, ""), live)
               for model in dict.fromkeys(wanted.model for wanted, _ in jobs)}      # one client and log each
     if args.dry_run or set(models) == {"offline"}:
-        count, workers = min(args.workers or os.cpu_count() or 1, len(jobs), 60), 1
+        count, workers = max(min(args.workers or os.cpu_count() or 1, len(jobs), 60), 1), 1
     else:
         count, workers = 1, args.workers or base.config["batch"]
         models = {model: (partial(counted, llm, live), embed) for model, (llm, embed) in models.items()}
@@ -801,7 +800,8 @@ def experiments(args: argparse.Namespace, live: Live) -> None:
         for wanted in chain(*(runs for _, runs in table)):
             jobs.setdefault(dumps(wanted), (wanted, []))[1].append(name)
     start = load_memory(args.load, base.embedding) if args.load else {}
-    also = {key: getattr(args, key) for key in ("experiment", "seeds", "models", "rows")}
+    also = {"experiment": ",".join(args.experiment), "seeds": args.seeds, "models": args.models,
+            "rows": args.rows}
     path = None if args.dry_run else run_directory(args, {**base._asdict(), **also})
     results = dict(zip(jobs, gather(args, base, list(jobs.values()), path, start, live)))
     for name, table in plans.items():
@@ -810,7 +810,7 @@ def experiments(args: argparse.Namespace, live: Live) -> None:
             print("\n".join([f"{name}: {EXPECTED}", *map(bill, found), ""]))
         else:
             publish(name, base, found, path)
-    print(f"seconds   {time.perf_counter() - began:.1f}\nrun       {path}")
+    print(f"seconds   {time.perf_counter() - began:.1f}" + f"\nrun       {path}" * (not args.dry_run))
 
 
 def publish(name: str, base: Settings, found: list[list[Row]], path: Path) -> None:
