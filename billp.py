@@ -16,18 +16,17 @@ Left out on purpose: weights, gradients, schedules.
 """
 from __future__ import annotations
 
-from collections import Counter
 from functools import partial, reduce
 from itertools import chain, islice
 from operator import methodcaller
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
 import envs
 import prompts
-from envs import EnvState
-from prompts import LLM, Ask, Catalog, Malformed, catalog, ground
+from envs import EnvState, advantage, discounted_return, td_target
+from prompts import LLM, Ask, Catalog, Malformed, catalog, ground       # callers find the latter two here
 
 # --------------------------------------------------------------------------------- config
 
@@ -130,36 +129,6 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
     return tuple(found.values())
 
 
-# ----------------------------------------------------------------------------------- credit
-
-
-def td_target(reward, gamma, next_value, terminated):
-    """r_n + gamma V(s_{n+1}), where V = 0 once the user has left (terminated). Floats or arrays.
-
-    >>> td_target(4.0, 0.5, 6.0, False), td_target(0.0, 0.5, 6.0, True)
-    (7.0, 0.0)
-    """
-    return reward + gamma * next_value * (1 - terminated)
-
-
-def advantage(reward, gamma, value, next_value, terminated):
-    """A(s_n, a_n) = r_n + gamma V(s_{n+1}) - V(s_n): how much better than the critic expected.
-
-    >>> advantage(4.0, 0.5, 5.0, 6.0, False)
-    2.0
-    """
-    return td_target(reward, gamma, next_value, terminated) - value
-
-
-def discounted_return(rewards: Sequence[float], gamma: float) -> float:
-    """The sum over n of gamma^n r_n.
-
-    >>> discounted_return([4, 4, 4], 0.5)
-    7.0
-    """
-    return reduce(lambda later, reward: reward + gamma * later, reversed(rewards), 0.0)
-
-
 # ------------------------------------------------------------------------------------ roles
 
 
@@ -171,7 +140,6 @@ class State(NamedTuple):
     text: str                       # the last `titles` item lines: the key of the memories
     vector: np.ndarray              # float32 [d] embeds the text
     taken: tuple[int, ...]          # items that may not be recommended
-    hint: str                       # the category analysis of the history
     top: float                      # the largest value there can be: 5 at every step to the cap
     thought: str = ""
 
@@ -229,7 +197,7 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
     """
     found = recall(memory, state.vector, config.k_actions * config.experience, config.tau_actor)
     tried = tuple((record.action, record.value) for record in found)
-    question = prompts.render_actor(state.key[-1] + 1, state.thought, state.hint, tried)
+    question = prompts.render_actor(state.key[-1] + 1, state.thought, prompts.analysis(state.history), tried)
     answer = consult(llm, "actor", state, question, prompts.parse_actor, config, state.thought or state.text)
     item, exact = ground(answer.value, catalog, () if config.repeats else state.taken)
     return answer._replace(value=item, recalled=tried, exact=exact), memory
@@ -295,11 +263,9 @@ def opening(catalog: Catalog, user: int, key: tuple, config: Config = DEFAULT) -
     """The state before the first step of a session; key is (seed, phase, episode)."""
     items = catalog.env.histories[user].tolist()
     history = tuple(catalog.lines[i] for i in items[-config.titles:])
-    counts = Counter(chain.from_iterable(map(prompts.line_tags, history)))
-    hint = ", ".join(f"{name} {count}" for name, count in counts.most_common()) or "nothing yet"
-    top = discounted_return([5.0] * catalog.env.max_steps, config.gamma)
     text = "\n".join(history)
-    return State(key + (0,), history, "", text, catalog.embed([text])[0], tuple(items), hint, top)
+    top = discounted_return([5.0] * catalog.env.max_steps, config.gamma)
+    return State(key + (0,), history, "", text, catalog.embed([text])[0], tuple(items), top)
 
 
 def advance(state: State, catalog: Catalog, step: Step, left: bool, cut: bool, config: Config) -> State:

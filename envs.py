@@ -20,7 +20,7 @@ import html
 import json
 import pickle
 import re
-from functools import partial
+from functools import partial, reduce
 from itertools import accumulate, compress
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
@@ -222,6 +222,36 @@ def rollout(env: Env, users: Array, policy: Policy, rng: Rng) -> Rollout:
     return Rollout(items, rewards)
 
 
+# ------------------------------------------------------------------------------------- credit
+
+
+def td_target(reward, gamma, next_value, terminated):
+    """r_n + gamma V(s_{n+1}), where V = 0 once the user has left (terminated). Floats or arrays.
+
+    >>> td_target(4.0, 0.5, 6.0, False), td_target(0.0, 0.5, 6.0, True)
+    (7.0, 0.0)
+    """
+    return reward + gamma * next_value * (1 - terminated)
+
+
+def advantage(reward, gamma, value, next_value, terminated):
+    """A(s_n, a_n) = r_n + gamma V(s_{n+1}) - V(s_n): how much better than the critic expected.
+
+    >>> advantage(4.0, 0.5, 5.0, 6.0, False)
+    2.0
+    """
+    return td_target(reward, gamma, next_value, terminated) - value
+
+
+def discounted_return(rewards: Sequence[float], gamma: float) -> float:
+    """The sum over n of gamma^n r_n.
+
+    >>> discounted_return([4, 4, 4], 0.5)
+    7.0
+    """
+    return reduce(lambda later, reward: reward + gamma * later, reversed(rewards), 0.0)
+
+
 # ------------------------------------------------------- a policy that learns: actor-critic
 
 CHOICES = 48                # items that the learner chooses among at a time, or a 16th if that is more
@@ -232,11 +262,6 @@ class Weights(NamedTuple):
     match: Array                        # [2d + 1, d]: x @ match is the kind of item wanted now
     appeal: Array                       # [m]: of each item, to anyone
     value: Array                        # [2d + 1]: V(s) = x @ value
-
-
-def advantage(reward, gamma, value, next_value, terminated):
-    """A = r + gamma V(s') - V(s), V(s') = 0 once the user has left: the formula of billp.py."""
-    return reward + gamma * next_value * (1 - terminated) - value
 
 
 def observe(env: Env, state: EnvState, past: Array | None = None) -> Array:

@@ -298,6 +298,13 @@ Action {n}: recommend """
 VERDICT = ("discouraged", "encouraged")         # v_n = 0 and v_n = 1
 
 
+@lru_cache(1024)
+def analysis(history: tuple[str, ...]) -> str:
+    """The actor's tool: how often each category occurs in the history, most frequent first."""
+    counts = Counter(name for line in history for name in line_tags(line))
+    return ", ".join(f"{name} {count}" for name, count in counts.most_common()) or "nothing yet"
+
+
 def render_actor(n: int, thought: str, hint: str, experience: Sequence[tuple[str, int]]) -> str:
     """The actor's question at step n: thought, category analysis, (item line, v_n) pairs."""
     lines = [f"{VERDICT[v]}: {line}" for line, v in experience]
