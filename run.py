@@ -810,7 +810,12 @@ def experiments(args: argparse.Namespace, live: Live) -> None:
             print("\n".join([f"{name}: {EXPECTED}", *map(bill, found), ""]))
         else:
             publish(name, base, found, path)
-    print(f"seconds   {time.perf_counter() - began:.1f}" + f"\nrun       {path}" * (not args.dry_run))
+    if path:
+        print(f"seconds   {time.perf_counter() - began:.1f}\nrun       {path}")
+    elif results:
+        whole = [views.get("fig4", next(iter(views.values()))) for views in results.values()]   # fig4 asks most
+        counts = added([role for view in whole for role in view["calls"].values()])
+        print(f"in all, each run once: calls {counts['calls']}, {spelled(counts)}")
 
 
 def publish(name: str, base: Settings, found: list[list[Row]], path: Path) -> None:
