@@ -737,7 +737,11 @@ def test_every_method_runs(method, tmp_path):
     (("--episodes", 501), "500 learning users"), (("--users", 501), "500 held-out"), (("--gamma", "nan"), "gamma"),
     (("--users", 0), "--users"), (("--workers", 0), "--workers"), (("--load", "nowhere.json"), "nowhere.json"),
     (("--load", "foreign.json"), "foreign.json"), (("--load", "binary.json"), "UTF-8"),
-    (("--show", "nowhere"), "nowhere"), (("--out", "foreign.json"), "foreign.json"), (("--out", "full"), "full")])
+    (("--show", "nowhere"), "nowhere"), (("--out", "foreign.json"), "foreign.json"), (("--out", "full"), "full"),
+    (("--experiment", "table5,table9"), "no experiment 'table5,table9'"),
+    (("--experiment", "table5", "--rows", "billp,act"), "no such rows, only billp-no-macro"),
+    (("--experiment", "table5,fig4", "--method", "a2c"), "no Critic"),
+    (("--experiment", "table6", "--models", "m,n"), "--base-url")])
 def test_bad_input_gets_one_clear_line_and_changes_nothing(argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("foreign.json").write_text('{"billp": 1, "planner": [[1]]}')
@@ -755,6 +759,53 @@ def test_a_run_directory_is_never_overwritten_by_another_run(tmp_path):
     held = result(tmp_path)
     code, _, err = cli(*small, "--seed", 1, "--gamma", 0.9)
     assert code == 2 and "seed, gamma" in err and result(tmp_path) == held
+
+
+# ------------------------------------------------------------------------------- experiments
+
+
+def test_what_experiments_measure_by_hand():
+    """Errors -1, 3, 0 and 2; ten items, the last of them liked least by those who learn."""
+    assert run.errors(np.array([[[2, 1], [0, 3]], [[4, 4], [1, 3]]])).tolist() == [1, 2.5, 3.5]
+    many = np.random.default_rng(0).normal(size=(7, 2, 5, 2))               # a figure for each of 7 draws
+    assert np.allclose(run.errors(many)[:, 0] ** 2 + run.errors(many)[:, 1], run.errors(many)[:, 2])
+    env = world(0, items=10)._replace(ratings=np.repeat([np.arange(10)[::-1], 2 * np.arange(10)], 3, axis=0))
+    outcome = run.Outcome((), (), [np.array(items, int) for items in ([9, 8, 0], [], [0])])
+    assert run.shares(env, outcome) == {
+        "shares": [[2, 0, 0, 0, 1], [0] * 5, [0, 0, 0, 0, 1]], "gini": 0.75, "coverage": 0.3}
+
+
+def test_a_row_is_compared_user_by_user_with_its_own_other_and_higher_only_if_the_interval_holds_no_zero():
+    found = [[{"series": name, "x": None, "scores": [[1, low], [1, low + 8]]}]
+             for name, low in (("act", 1), ("billp", 4), ("react", 2))]
+    for name, against, gains in (("table5", ["billp"] * 3, [[-3] * 3, None, [-2] * 3]),
+                                 ("table6", ["act", "act", "billp"], [None, [3] * 3, [-2] * 3])):
+        rows = run.tabulate(name, found)
+        assert [row["figures"]["R_traj"] for row in rows] == [[5, 1, 9], [8, 4, 12], [6, 2, 10]]
+        assert [row["gain"] for row in rows] == gains and [row["against"] for row in rows] == against
+    for low, high, verdict in ((0, 2, "not told apart"), (0.01, 2, "higher"), (-2, 0, "not told apart"),
+                               (-2, -0.01, "lower"), (-2, 2, "not told apart")):
+        assert run.remark({"gain": [0.5, low, high], "against": "billp"}).endswith(": " + verdict)
+
+
+def trial(out, names, *flags, **env):
+    """A small experiment: exit code, stdout, stderr and the JSON of each name but for its seconds."""
+    told = cli("--seeds", 2, "--episodes", 3, "--users", 3, "--max-steps", 4, "--experiment", names, "--out", out,
+               *flags, **env)
+    files = [out / f"{name}.json" for name in names.split(",") if (out / f"{name}.json").exists()]
+    return *told, [{**json.loads(file.read_text("utf-8")), "seconds": 0} for file in files]
+
+
+def test_experiments_share_runs_and_give_what_each_gives_alone_for_any_worker_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "SIZES", (3,))                 # the cells of fig4, and with 0 and 20 of curve
+    names = "table5,fig3,fig4,fig5,curve"
+    code, out, err, held = trial(tmp_path / "a", names, "--rows", "billp", "--workers", 1)
+    assert code == 0 and all(f"{name} on films, seeds 0 to 1" in out for name in names.split(","))
+    made = [line.partition(":")[0] for line in err.splitlines() if " of " in line]
+    assert made == ["table5 fig3 fig4 curve"] * 2 + ["fig5"] * 10 + ["curve"] * 4
+    assert trial(tmp_path / "b", names, "--rows", "billp", "--workers", 2)[3] == held
+    alone = [trial(tmp_path / name, name, "--rows", "billp", "--workers", 1)[3] for name in names.split(",")]
+    assert sum(alone, []) == held
 
 
 # ------------------------------------------------------------------------- the outside world
@@ -1287,6 +1338,23 @@ def test_a_run_that_is_killed_or_interrupted_resumes_and_asks_nothing_answered_t
         assert not set(before) & set(asked()[start:])
     assert before and result(tmp_path)[0] == undisturbed()[0]
     assert len(asked()) - len(set(asked())) <= 3 * 4        # what was in flight, one a worker
+
+
+def test_models_are_compared_over_http_foretold_stopped_resumed_and_replayed_with_the_server_gone(tmp_path):
+    cast()
+    flags = ("table6", "--models", "m,n", "--base-url")
+    code, foretold, _, _ = trial(tmp_path / "a", *flags, server().url, "--dry-run")
+    assert code == 0 and not bodies() and not (tmp_path / "a").exists()      # it sends and makes nothing
+    code, out, _, held = trial(tmp_path / "a", *flags, server().url)
+    bills = [line.rpartition(",")[0] for line in foretold.splitlines() if "; a run: " in line]    # but for seconds
+    assert code == 0 and len(bills) == 2 and all(bill in out for bill in bills)
+    asks = [(body["model"], *ask) for body, ask in zip(bodies(), asked())]
+    assert len(asks) == len(set(asks))
+    _, _, _, offline = trial(tmp_path / "offline", "table6")
+    assert [row["figures"] for row in held[0]["rows"]] == [offline[0]["rows"][0]["figures"]] * 2
+    assert trial(tmp_path / "a", *flags, closed_port(), "--replay")[3] == held
+    assert trial(tmp_path / "b", *flags, server().url, "--max-calls", 20)[0] == 3
+    assert trial(tmp_path / "b", *flags, server().url)[3] == held and len(bodies()) == 2 * len(asks)
 
 
 CURABLE = {**{name: (*FATAL[name][:2], None) for name in ("401", "403", "404", "quota")},
