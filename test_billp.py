@@ -409,11 +409,10 @@ def test_malformed_or_malicious_files_are_refused_in_one_line(tmp_path, monkeypa
 
 @given(junk)
 def test_parsers_are_total(text):
-    for parser, kind in ((prompts.parse_planner, str), (prompts.parse_actor, str),
-                         (prompts.parse_critic, float), (prompts.parse_reflector, str)):
+    assert isinstance(prompts.parse_critic(text), (float, prompts.Malformed))
+    for parser in (prompts.parse_planner, prompts.parse_actor, prompts.parse_reflector):
         value = parser(text)
-        assert isinstance(value, (kind, prompts.Malformed))
-        assert kind is float or isinstance(value, prompts.Malformed) or value == prompts.clean(value, 600) != ""
+        assert isinstance(value, prompts.Malformed) or value == prompts.clean(value, 600) != ""
 
 
 plain = junk.map(prompts.clean).map(lambda t: t.strip("*#>_- \"'“”[]:")).filter(
@@ -491,12 +490,12 @@ def test_grounding_by_title_ignores_case_accents_and_year(text, title):
 def test_roles_that_only_read_return_the_very_same_memory():
     agent, trajectories = learn()[-1]
     state = trajectories[0].steps[-1].state
-    for role, memory in ((billp.planner, agent.planner), (billp.critic, agent.critic)):
-        assert role(state, memory, prompts.offline)[1] is memory
+    assert billp.planner(state, agent.planner, prompts.offline)[1] is agent.planner
+    assert billp.critic(state, agent.critic, prompts.offline)[1] is agent.critic
     assert billp.actor(state, agent.actor, prompts.offline, CATALOG)[1] is agent.actor
     reflection, after = billp.reflector(trajectories[0], agent.planner, prompts.offline)
-    assert billp.records(after)[:-1] == billp.records(agent.planner)
-    assert billp.records(after)[-1].value == reflection.value
+    *before, last = billp.records(after)
+    assert tuple(before) == billp.records(agent.planner) and last.value == reflection.value
 
 
 ASKED = {"act": {"actor"}, "react": {"planner", "actor"}, "reflexion": {"planner", "actor", "reflector"},
@@ -507,15 +506,15 @@ ASKED = {"act": {"actor"}, "react": {"planner", "actor"}, "reflexion": {"planner
 
 @pytest.mark.parametrize("method", billp.METHODS)
 def test_a_method_asks_its_roles_and_no_other_and_the_critic_only_while_learning(method):
-    asks = []
-    agent, _ = learn(method, llm=lambda ask: asks.append(ask) or prompts.offline(ask))[-1]
-    assert {ask.role for ask in asks} == ASKED[method]
-    micro, macro = "critic" in ASKED[method] or method == "billp-no-critic", "reflector" in ASKED[method]
-    assert [bool(m) for m in agent] == [macro, micro, "critic" in ASKED[method]]
+    asks, roles = [], ASKED[method]
+    llm, config = lambda ask: asks.append(ask.role) or prompts.offline(ask), Config()._replace(**billp.METHODS[method])
+    agent, _ = learn(method, llm=llm)[-1]
+    assert set(asks) == roles
+    micro = "critic" in roles or method == "billp-no-critic"
+    assert [bool(memory) for memory in agent] == ["reflector" in roles, micro, "critic" in roles]
     asks.clear()
-    config = Config()._replace(**billp.METHODS[method])
-    billp.evaluate(CATALOG, [500], agent, lambda ask: asks.append(ask) or prompts.offline(ask), 0, "after", config)
-    assert {ask.role for ask in asks} == ASKED[method] - {"critic", "reflector"}
+    billp.evaluate(CATALOG, [500], agent, llm, 0, "after", config)
+    assert set(asks) == roles - {"critic", "reflector"}
 
 
 def test_the_sign_of_the_advantage_is_what_the_actor_remembers():
@@ -580,10 +579,8 @@ def test_an_episode_worked_by_hand():
 
 
 def test_running_out_of_steps_bootstraps_and_leaving_does_not():
-    env = hand_world()._replace(max_steps=2)
-    llm = prompts.scripted({"planner": ["Thought: t"], "actor": ["Ant", "Bee"], "reflector": ["r"],
-                            "critic": ["6", "5", "2"]})
-    (_, (t,)), = billp.train(billp.catalog(env), [0], llm)
+    llm = prompts.scripted({"planner": ["t"], "actor": ["Ant", "Bee"], "reflector": ["r"], "critic": ["6", "5", "2"]})
+    (_, (t,)), = billp.train(billp.catalog(hand_world()._replace(max_steps=2)), [0], llm)
     assert not t.terminated and t.lesson.values == (6, 5, 2) and t.lesson.advantages == (0.5, 1.0)
     assert billp.score(t) == (2, 9) and t.last.session.endswith("(last step)\n")
 
@@ -644,24 +641,20 @@ def cli(*argv, **variables):
             return run.main([str(a) for a in argv]), out.getvalue(), err.getvalue()
 
 
-FILES = ("episodes.jsonl", "memory.json")
-
-
 def result(path):
+    """What a run left: the bytes of its episodes and memory, and its summary but for the seconds."""
     summary = json.loads((path / "summary.json").read_text("utf-8"))
-    return [(path / f).read_bytes() for f in FILES], {**summary, "seconds": 0}
+    return [(path / name).read_bytes() for name in ("episodes.jsonl", "memory.json")], {**summary, "seconds": 0}
 
 
 def test_the_same_bytes_for_any_worker_count_and_a_second_run(tmp_path):
-    small = ("--episodes", 20, "--users", 10)
     for name, workers in (("a", 1), ("b", 8), ("a", 1)):
-        code, out, err = cli(*small, "--workers", workers, "--out", tmp_path / name)
+        code, out, err = cli("--episodes", 20, "--users", 10, "--workers", workers, "--out", tmp_path / name)
         assert code == 0 and "no evidence about real models" in out and "learning" in err
     assert result(tmp_path / "a") == result(tmp_path / "b")
     summary = result(tmp_path / "a")[1]
-    assert set(summary) >= {"world", "method", "model", "seed", "episodes", "users", "config", "learning",
-                            "before", "after", "difference", "reflections", "malformed", "fallbacks",
-                            "ungrounded", "calls", "seconds"}
+    assert set(summary) >= set("world method model seed episodes users config learning before after difference "
+                               "reflections malformed fallbacks ungrounded calls seconds".split())
     assert summary["reflections"] == 20 and summary["calls"]["reflector"]["calls"] == 20
     code, out, _ = cli("--show", tmp_path / "a")
     assert code == 0 and all(w in out for w in ("liked before", "recalled", "thought", "encouraged", "said",
@@ -672,11 +665,10 @@ def test_the_same_bytes_for_any_worker_count_and_a_second_run(tmp_path):
 def test_a_loaded_memory_is_the_agent_that_was_saved(tmp_path):
     cold = ("--users", 5, "--temperature", 0)               # else before and after draw differently
     assert cli(*cold, "--episodes", 10, "--out", tmp_path / "a")[0] == 0
-    assert cli(*cold, "--episodes", 0, "--load", tmp_path / "a" / "memory.json",
-               "--out", tmp_path / "b")[0] == 0
-    (_, memory), first = result(tmp_path / "a")
-    (_, loaded), second = result(tmp_path / "b")
-    assert memory == loaded and first["after"] == second["before"] == second["after"]
+    loaded = ("--episodes", 0, "--load", tmp_path / "a" / "memory.json")
+    assert cli(*cold, *loaded, "--out", tmp_path / "b")[0] == 0
+    ((_, memory), first), ((_, again), second) = result(tmp_path / "a"), result(tmp_path / "b")
+    assert memory == again and first["after"] == second["before"] == second["after"]
 
 
 @pytest.mark.parametrize("method", [*envs.POLICIES, "act", "react", "reflexion"])
@@ -1076,6 +1068,8 @@ def test_no_text_forges_a_line_an_action_a_message_or_a_record(titles, categorie
     env = hand_world()._replace(titles=tuple(titles), categories=tuple(categories), max_steps=3)
     catalog, asks = billp.catalog(env), []
     assert all(line.isprintable() and line.count("[") == line.count("]") == 1 for line in catalog.lines)
+    turn = prompts.turn(1, replies[0], catalog.lines[0], 5, False, False)
+    assert len(turn.splitlines()) == 2 + bool(prompts.clean(replies[0]))
 
     def babble(ask):
         asks.append(ask)
@@ -1181,11 +1175,10 @@ def undisturbed(temperature=0.5):
         return result(Path(folder))
 
 
-def child(out, *flags):
-    """The same run in a process of its own."""
-    flags = *SMALL, 0.5, "--base-url", server().url, "--model", "m", "--workers", 4, "--out", out, *flags
-    return subprocess.Popen([sys.executable, run.__file__, *map(str, flags)], env=quiet(), text=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def replayed(path, *flags, **more):
+    """The same, replayed with nobody listening."""
+    assert live(path, *flags, "--replay", base=closed_port(), **more)[0] == 0
+    return result(path)
 
 
 def asked():
@@ -1221,32 +1214,30 @@ def test_no_sequences_of_faults_change_a_run(temperature, slow, data):
         row["calls"] for row in summary["calls"].values())
 
 
-def test_a_run_over_http_is_the_offline_run_foretold_and_replayed_with_the_server_gone(tmp_path):
+@pytest.mark.parametrize("temperature", [0, 0.5])
+def test_a_run_over_http_is_the_offline_run_foretold_and_replayed_with_the_server_gone(temperature, tmp_path):
     cast()
-    code, expected, _ = live(tmp_path / "a", "--dry-run")
-    assert code == 0 and not bodies() and not (tmp_path / "a").exists()      # it sends and makes nothing
-    code, out, err = live(tmp_path / "a")
-    files, summary = result(tmp_path / "a")
-    assert code == 0 and files == undisturbed()[0] and "no evidence" not in out
+    a, b, small = tmp_path / "a", tmp_path / "b", partial(live, temperature=temperature)
+    code, expected, _ = small(a, "--dry-run")
+    assert code == 0 and not bodies() and not a.exists()    # it sends and makes nothing
+    code, out, err = small(a)
+    files, summary = held = result(a)
+    assert code == 0 and files == undisturbed(temperature)[0] and "no evidence" not in out
     foretold = [line for line in expected.splitlines() if " calls, tokens" in line]
     assert len(foretold) == 4 and all(line in out for line in foretold)
-    offline = undisturbed()[1]
+    offline = undisturbed(temperature)[1]
     assert {k for k in summary if summary[k] != offline[k]} == {"model", "calls"}
     asks = len(bodies())
     assert asks == len(set(asked())) == sum(row["calls"] for row in summary["calls"].values())
-    assert live(tmp_path / "a")[0] == 0 and result(tmp_path / "a") == (files, summary)     # all from the log
-    assert live(tmp_path / "a", "--replay", base=closed_port())[0] == 0
-    assert result(tmp_path / "a") == (files, summary) and len(bodies()) == asks
-    (tmp_path / "b").mkdir()                                # a replay needs only config.json and the log
+    assert small(a)[0] == 0 and result(a) == held == replayed(a, temperature=temperature)
+    b.mkdir()                                               # a replay needs only config.json and the log
     for name in ("config.json", "calls.jsonl"):
-        (tmp_path / "b" / name).write_bytes((tmp_path / "a" / name).read_bytes())
-    assert live(tmp_path / "b", "--replay", base=closed_port())[0] == 0
-    assert result(tmp_path / "b") == (files, summary)
-    log = tmp_path / "b" / "calls.jsonl"
-    lines = log.read_text().splitlines(True)
+        (b / name).write_bytes((a / name).read_bytes())
+    assert replayed(b, temperature=temperature) == held and len(bodies()) == asks
+    lines = (b / "calls.jsonl").read_text().splitlines(True)
     lost = json.loads(lines.pop(len(lines) // 2))
-    log.write_text("".join(lines))
-    code, _, err = live(tmp_path / "b", "--replay", base=closed_port())
+    (b / "calls.jsonl").write_text("".join(lines))
+    code, _, err = small(b, "--replay", base=closed_port())
     assert code == 2 and f"no answer for {lost['role']} {lost['key']}" in err.splitlines()[-1]
 
 
@@ -1255,9 +1246,7 @@ def test_embeddings_over_http_are_recorded_too_and_never_mixed(tmp_path):
     flags = ("--embed-model", "e", "--max-steps", 2)
     assert live(tmp_path / "a", *flags)[0] == 0
     held = result(tmp_path / "a")
-    assert json.loads(held[0][1])["embedding"] == "e"
-    assert live(tmp_path / "a", *flags, "--replay", base=closed_port())[0] == 0
-    assert result(tmp_path / "a") == held
+    assert json.loads(held[0][1])["embedding"] == "e" and replayed(tmp_path / "a", *flags) == held
     code, _, err = live(tmp_path / "b", "--load", tmp_path / "a" / "memory.json")
     assert code == 2 and "embedding e" in err
 
@@ -1266,9 +1255,8 @@ def test_embeddings_over_http_are_recorded_too_and_never_mixed(tmp_path):
 def test_a_spent_budget_ends_with_3_and_what_was_answered_is_never_asked_again(budget, amounts, tmp_path):
     cast().plan = lambda body: time.sleep(0.005)            # so that some calls are under way at the end
     for most in amounts:
-        run_ = child(tmp_path, budget, most)
-        _, err = run_.communicate(timeout=20)
-        assert run_.returncode == 3 and "raise " + budget in err and "actor" in err, err
+        code, _, err = live(tmp_path, budget, most)
+        assert code == 3 and "raise " + budget in err and "actor" in err, err
     assert budget == "--max-tokens" or len(bodies()) == sum(amounts)
     assert live(tmp_path)[0] == 0 and result(tmp_path)[0] == undisturbed()[0]
     assert len(asked()) == len(set(asked()))
@@ -1276,14 +1264,17 @@ def test_a_spent_budget_ends_with_3_and_what_was_answered_is_never_asked_again(b
 
 def test_a_run_that_is_killed_or_interrupted_resumes_and_asks_nothing_answered_twice(tmp_path):
     cast().plan = lambda body: time.sleep(0.002)
+    flags = *SMALL, 0.5, "--base-url", server().url, "--model", "m", "--workers", 4, "--out", tmp_path
     for sent, code, more in (("SIGKILL", -9, 7), ("SIGINT", 130, 12), ("SIGKILL", -9, random.randrange(1, 30)),
                              ("", 0, 999)):
-        before, start, run_ = answered(tmp_path / "calls.jsonl"), len(bodies()), child(tmp_path)
-        while run_.poll() is None and len(bodies()) < start + more:
+        before, start = answered(tmp_path / "calls.jsonl"), len(bodies())
+        child = subprocess.Popen([sys.executable, run.__file__, *map(str, flags)], env=quiet(), text=True,
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while child.poll() is None and len(bodies()) < start + more:
             time.sleep(0.0005)
-        sent and run_.send_signal(getattr(signal, sent))
-        _, err = run_.communicate(timeout=20)
-        assert run_.returncode == code and ("answered calls are kept" in err) == (code == 130), err
+        sent and child.send_signal(getattr(signal, sent))
+        _, err = child.communicate(timeout=20)
+        assert child.returncode == code and ("answered calls are kept" in err) == (code == 130), err
         assert not set(before) & set(asked()[start:])
     assert before and result(tmp_path)[0] == undisturbed()[0]
     assert len(asked()) - len(set(asked())) <= 3 * 4        # what was in flight, one a worker
@@ -1306,7 +1297,7 @@ def test_models_are_compared_over_http_foretold_stopped_resumed_and_replayed_wit
     assert trial(tmp_path / "b", *flags, server().url)[3] == held and len(bodies()) == 2 * len(asks)
 
 
-CURABLE = {**{name: (*FATAL[name][:2], None) for name in ("401", "403", "404", "quota")},
+CURABLE = {"401": (*FATAL["401"][:2], None), "quota": (*FATAL["quota"][:2], None),
            "model": (error(400, "model 'm' does not exist", code="model_not_found"), "400 exist --model", None),
            "refused": (None, "answer from http:// start --base-url", closed_port),
            "bad URL": (None, "htp://nowhere http://localhost:8080/v1", "htp://nowhere".strip)}
