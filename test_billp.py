@@ -297,10 +297,8 @@ def write(path, items="movies.csv", sep=",", ratings="ratings.csv", tab=","):
     (path / ratings).write_text("\n".join(map(tab.join, votes)), code)
 
 
-MOVIELENS = [(), ("movies.dat", "::", "ratings.dat", "::"), ("u.item", "|", "u.data", "\t")]
-
-
-@pytest.mark.parametrize("layout", MOVIELENS)
+@pytest.mark.parametrize("layout", [
+    (), ("movies.dat", "::", "ratings.dat", "::"), ("u.item", "|", "u.data", "\t")])
 def test_movielens_layouts(tmp_path, layout):
     (tmp_path / "deep").mkdir()
     write(tmp_path / "deep", *layout)
@@ -1066,15 +1064,13 @@ def test_embeddings_are_batched_ordered_unit_rows_each_asked_once(tmp_path):
         assert words in failure(plain, ["b", "c"])
 
 
-LABEL = re.compile(r"(?i)(thought|action|observation|value|reflection|system|user) ?\d*:")
-
-
 @settings(max_examples=40, deadline=None)
 @given(st.lists(junk, min_size=4, max_size=4), st.lists(junk, min_size=2, max_size=2),
        st.lists(junk, min_size=1, max_size=5))
 def test_no_text_forges_a_line_an_action_a_message_or_a_record(titles, categories, replies):
     env = hand_world()._replace(titles=tuple(titles), categories=tuple(categories), max_steps=3)
     catalog, asks = billp.catalog(env), []
+    label = re.compile(r"(?i)(thought|action|observation|value|reflection|system|user) ?\d*:")
     assert all(line.isprintable() and line.count("[") == line.count("]") == 1 for line in catalog.lines)
     turn = prompts.turn(1, replies[0], catalog.lines[0], 5, False, False)
     assert len(turn.splitlines()) == 2 + bool(prompts.clean(replies[0]))
@@ -1108,7 +1104,7 @@ def test_no_text_forges_a_line_an_action_a_message_or_a_record(titles, categorie
         for ask in (ask for ask in asks if ask.key[2] == episode):
             lines, step = ask.messages[1][1].splitlines(), ask.key[3]
             thought = turns[step][:-2] if ask.role == "actor" else []
-            assert [line for line in lines if LABEL.match(line)] == sum(turns[:step], []) + thought + lines[-1:]
+            assert [line for line in lines if label.match(line)] == sum(turns[:step], []) + thought + lines[-1:]
             assert [role for role, _ in ask.messages] == ["system", "user"] + ["assistant", "user"] * ask.key[4]
             assert all(len(text.splitlines()) == 1 for _, text in ask.messages[2:])
 
