@@ -351,9 +351,9 @@ def offline(ask: Ask) -> Reply:
     return Reply(READERS[ask.role](ask.messages[1][1], seed_of(ask.key) if ask.temperature else 0))
 
 
-ACTIONS = re.compile(r"^Action \d+: recommend (.*) \[(.*)\]$", re.M)
-LIKED = re.compile(r"^- (.*) \[(.*)\]$", re.M)
-TRIED = re.compile(r"^- (discouraged|encouraged): (.*) \[(.*)\]$", re.M)
+ACTIONS = re.compile(r"\nAction \d+: recommend (.*) \[(.*)\]")      # beginning in text, these are searched fast
+LIKED = re.compile(r"\n- (.*) \[(.*)\]")
+TRIED = re.compile(r"\n- (discouraged|encouraged): (.*) \[(.*)\]")
 NUMBERS = re.compile(r"^- (-?[\d.]+)$", re.M)
 APART = re.compile(r"\b([1-9]\d?) steps apart")
 AVOID = re.compile(r"Avoid (.*?)\.")
@@ -367,7 +367,7 @@ def pick(options: Sequence, text: str, seed: int) -> Any:
 
 def offline_planner(text: str, seed: int) -> str:
     """A liked category, away from the last items and from what the lessons warn of."""
-    history, _, rest = text.partition("\n\nSession so far:\n")
+    history, _, rest = text.partition("\n\nSession so far:")
     session, _, lessons = rest.rpartition("\nLessons from sessions")
     liked = [c for _, found in LIKED.findall(history) for c in line_tags(found)]
     shown = [line_tags(found) for _, found in ACTIONS.findall(session)]
@@ -385,7 +385,7 @@ def offline_planner(text: str, seed: int) -> str:
 
 def offline_actor(text: str, seed: int) -> str:
     """The encouraged item that fits the plan best, or else categories and something liked."""
-    history, _, rest = text.partition("\n\nSession so far:\n")
+    history, _, rest = text.partition("\n\nSession so far:")
     session, _, tail = rest.rpartition("Category analysis")
     liked, shown = LIKED.findall(history), ACTIONS.findall(session)
     plan = PLAN.search(session, max(session.rfind("Thought"), 0))
@@ -416,7 +416,7 @@ def offline_critic(text: str, seed: int) -> str:
 
 def offline_reflector(text: str, seed: int) -> str:
     """Reads off the transcript why the user left: like items too close, or a disappointment."""
-    history, _, session = text.partition("\n\nSession so far:\n")
+    history, _, session = text.partition("\n\nSession so far:")
     liked = Counter(c for _, found in LIKED.findall(history) for c in line_tags(found))
     shown = [(title, set(line_tags(found))) for title, found in ACTIONS.findall(session)]
     warned = {c for found in AVOID.findall(session) for c in line_tags(found)}

@@ -803,6 +803,7 @@ def experiments(args: argparse.Namespace, live: Live) -> None:
     also = {"experiment": ",".join(args.experiment), "seeds": args.seeds, "models": args.models,
             "rows": args.rows}
     path = None if args.dry_run else run_directory(args, {**base._asdict(), **also})
+    jobs = dict(sorted(jobs.items(), key=lambda job: -job[1][0].episodes))      # long ones last would wait alone
     results = dict(zip(jobs, gather(args, base, list(jobs.values()), path, start, live)))
     for name, table in plans.items():
         found = [[{**head, **results[dumps(wanted)][name]} for wanted in runs] for head, runs in table]

@@ -594,7 +594,7 @@ def test_a_session_cut_anywhere_goes_on_as_it_went_and_is_worth_what_it_earned()
     for n in range(len(rewards)):
         worth = run.continuation(CATALOG, play, 0.5, (t, n), t.last.key[:3])
         assert abs(worth - billp.discounted_return(rewards[n:], 0.5)) < 0.01
-        same = again[n].last.session.removesuffix(" (last step)\n")          # what is worth next to nothing is cut
+        same = again[n].last.session.removesuffix(" (last step)\n")         # cut where discounts are tiny
         assert t.last.session.startswith(same) and [s.reward for s in again[n].steps] == rewards[n:n + 10]
 
 
