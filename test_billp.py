@@ -761,7 +761,7 @@ def test_experiments_share_runs_and_give_what_each_gives_alone_for_any_worker_co
     code, out, err, held = trial(tmp_path / "a", names, "--rows", "billp", "--workers", 1)
     assert code == 0 and all(f"{name} on films, seeds 0 to 1" in out for name in names.split(","))
     made = [line.partition(":")[0] for line in err.splitlines() if " of " in line]
-    assert made == ["table5 fig3 fig4 curve"] * 2 + ["fig5"] * 10 + ["curve"] * 4
+    assert Counter(made) == {"table5 fig3 fig4 curve": 2, "fig5": 10, "curve": 4} and made[0] == "curve"  # longest
     assert trial(tmp_path / "b", names, "--rows", "billp", "--workers", 2)[3] == held
     alone = [trial(tmp_path / name, name, "--rows", "billp", "--workers", 1)[3] for name in names.split(",")]
     assert sum(alone, []) == held
