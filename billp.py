@@ -26,7 +26,7 @@ import numpy as np
 import envs
 import prompts
 from envs import EnvState, advantage, discounted_return, td_target
-from prompts import LLM, Ask, Catalog, Malformed, catalog, ground       # callers find the latter two here
+from prompts import LLM, Ask, Catalog, Malformed, ground
 
 # --------------------------------------------------------------------------------- config
 
@@ -36,7 +36,7 @@ class Config(NamedTuple):
     thoughts: bool = True           # the planner is asked for a thought t_n before each action
     lessons: str = "nearest"        # which reflections the planner gets: none, latest or nearest
     experience: bool = True         # the actor recalls M_A and the critic M_C, and both are written
-    baseline: bool = True           # the critic's V(s) counts; without it V = 0 everywhere
+    baseline: bool = True           # the critic's V(s) counts; without it V = 0, so that all is encouraged
     gamma: float = 0.5              # discount of later rewards; the paper's gamma
     k_lessons: int = 2              # reflections recalled; the paper's K
     k_actions: int = 24             # experiences recalled for the actor, enough to choose among
@@ -45,11 +45,11 @@ class Config(NamedTuple):
     tau_critic: float = 1.2         # farthest value, squared L2: cos >= 0.4 suits n-grams; paper: 0.1
     titles: int = 10                # items in the text that a state is remembered by; as the paper
     batch: int = 10                 # episodes between updates of the memories; as the paper
-    transcript: int = 24000         # characters of a session in a prompt, about 6,000 tokens; contexts end
+    transcript: int = 24000         # characters of a session in a prompt, about 6,000 tokens: fits contexts
     temperature: float = 0.5        # of every ask; as the paper
     reply_tokens: int = 256         # longest reply asked for; reasoning models need thousands
     retries: int = 2                # times a malformed reply is asked for again
-    repeats: bool = False           # whether an item may be recommended twice in an episode
+    repeats: bool = False           # whether items liked before or shown already may be recommended
 
 
 DEFAULT = Config()
@@ -141,7 +141,7 @@ class State(NamedTuple):
     vector: np.ndarray              # float32 [d] embeds the text
     taken: tuple[int, ...]          # items that may not be recommended
     top: float                      # the largest value there can be: 5 at every step to the cap
-    thought: str = ""
+    thought: str = ""               # t_n, once the planner has spoken: for the actor alone
 
 
 class Answer(NamedTuple):
@@ -151,7 +151,7 @@ class Answer(NamedTuple):
     recalled: tuple = ()            # what the memory contributed, nearest first
     malformed: int = 0              # replies that could not be parsed
     fallback: bool = False          # none could
-    exact: bool = True              # the actor named a catalogue item
+    exact: bool = True              # the actor named a free item of the catalogue
 
 
 class Agent(NamedTuple):
@@ -204,7 +204,7 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
 
 
 def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> tuple[Answer, Memory]:
-    """Micro level: V(s_n) in [0, state.top], given targets of states like it. Fallback: their mean."""
+    """Micro level: V(s_n) in [0, state.top], given targets of states like it. Fallback: their mean, or 0."""
     found = recall(memory, state.vector, config.k_values, config.tau_critic)
     values = tuple(record.value for record in found)
     question = prompts.render_critic(values, config.gamma, state.top)
@@ -271,7 +271,7 @@ def opening(catalog: Catalog, user: int, key: tuple, config: Config = DEFAULT) -
 def advance(state: State, catalog: Catalog, step: Step, left: bool, cut: bool, config: Config) -> State:
     """The state after one more step: the transcript grown by one turn, nothing rewritten."""
     n = state.key[-1] + 1
-    text = "\n".join((state.text.split("\n") + [step.line])[-config.titles:])
+    text = "\n".join([*state.text.splitlines(), step.line][-config.titles:])
     thought = step.plan.value if step.plan else ""
     return state._replace(
         key=state.key[:-1] + (n,), text=text, vector=catalog.embed([text])[0],
@@ -334,7 +334,8 @@ def study(trajectories: Sequence[Trajectory], agent: Agent, llm: LLM, config: Co
           map: Callable = map) -> tuple[Trajectory, ...]:
     """The batch with its lessons. All questions of the batch are asked side by side."""
     jobs = [homework(trajectory, agent, llm, config) for trajectory in trajectories]
-    replies = iter(map(methodcaller("__call__"), list(chain.from_iterable(jobs))))
+    do = methodcaller("__call__")       # can be sent elsewhere, for any map
+    replies = iter(map(do, list(chain.from_iterable(jobs))))
     return tuple(t._replace(lesson=conclude(t, list(islice(replies, len(asked))), config))
                  for t, asked in zip(trajectories, jobs))
 
@@ -346,9 +347,9 @@ def absorb(agent: Agent, gained: Agent) -> Agent:
 
 def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, seed: int, phase: str,
              config: Config = DEFAULT, map: Callable = map, first: int = 0) -> tuple[Trajectory, ...]:
-    """One episode a user with a frozen agent: nothing is learned, the critic is not asked."""
-    play = partial(episode, catalog, agent=agent, llm=llm, config=config)
-    return tuple(map(play, users, [(seed, phase, first + i) for i in range(len(users))]))
+    """One episode a user, the agent frozen, the critic not asked; (seed, phase, first + i) names the draws."""
+    one = partial(episode, catalog, agent=agent, llm=llm, config=config)
+    return tuple(map(one, users, [(seed, phase, first + i) for i in range(len(users))]))
 
 
 def train(catalog: Catalog, users: Sequence[int], llm: LLM, seed: int = 0, agent: Agent = NOVICE,

@@ -9,6 +9,7 @@ one user or an array of B users through the same code: numbers-only policies nee
     terminated   the user left; truncated: the step cap was reached. Never both.
     Len, R_each, R_traj   steps an episode, reward a step, reward an episode (leaving step excluded)
     free         bool [B, m]: items that a policy may still recommend to each of B users
+    credit       td_target, advantage: here because BiLLP and the actor-critic share them
 
 Left out on purpose: slates, clicks, time. One item a step, one integer rating back.
 """
@@ -163,7 +164,7 @@ def greedy(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
 
 
 def popularity(env: Env) -> Array:
-    """float [m]: each item's mean rating over the learners (of factors: before rounding)."""
+    """float [m]: each item's mean rating over the learners (of factors: before rounding, up to a constant)."""
     if isinstance(env.ratings, Factors):
         return env.ratings.items @ env.ratings.users[:env.learners].mean(0)
     if isinstance(env.ratings, Halves):
@@ -188,9 +189,9 @@ def oracle(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     near = distances(env, state.user[:, None], state.recent, every) < env.beta
     near &= (state.recent >= 0)[..., None]
     safe, still = good & ~near.any(1), (good & ~near[:, 1:].any(1))[:, some]
-    close = distances(env, env.learners, some, every) < env.beta
+    close = distances(env, env.learners, some, every) < env.beta      # as held-out users feel: breaks ties
     lost = still @ close.astype(np.float32) / np.maximum(still.sum(-1, keepdims=True), 1)
-    return np.argmax(np.where(safe, 6 + ratings - lost, free), -1)
+    return np.argmax(np.where(safe, 6 + ratings - lost, free), -1)      # 6: above all that is not safe
 
 
 def distances(env: Env, users, items: Array, among: Array) -> Array:
@@ -343,7 +344,7 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: 
     return partial(a2c, weights)
 
 
-POLICIES: dict[str, Callable[[Env, int, int], Policy]] = {      # (env, episodes, seed) -> policy
+POLICIES: dict[str, Callable[..., Policy]] = {      # (env, episodes, seed, gamma) -> policy
     "random": lambda *_: random, "popular": lambda env, *_: partial(popular, popularity(env)),
     "greedy": lambda *_: greedy, "oracle": lambda *_: oracle, "a2c": learn_a2c}
 

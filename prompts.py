@@ -1,10 +1,11 @@
 """Language: what is asked of a model, how its reply is read, and the models themselves.
 
-An `Ask` is everything that determines an answer; an `LLM` is a function from Ask to Reply and the only effect
-in this project. For each of the four roles one trio stands together: a template, `render_*` (text out of a
-state) and `parse_*` (a value out of any text, or `Malformed`).
+An `Ask` is everything that determines an answer; an `LLM` is a function from Ask to Reply and the method's only
+effect. For each of the four roles one trio stands together: a template, `render_*` (text out of a state) and
+`parse_*` (a value out of any text, or `Malformed`).
 
     line        one item as the model reads it, "Alien (1979) [Horror, Sci-Fi]"
+    Catalog     a world as language; `ground` finds the item that a text names
     history     the lines of the items a user liked before the session, oldest first
     session     the transcript so far: Thought / Action / Observation lines, append-only
     shared      history + session, the part of a prompt that the next prompt extends
@@ -30,7 +31,6 @@ from itertools import compress, groupby
 from operator import itemgetter
 from pathlib import Path
 from threading import Lock, get_ident
-from types import SimpleNamespace as Wire
 from typing import Any, Callable, Iterable, NamedTuple, Sequence
 from urllib.parse import urlsplit
 from zlib import crc32
@@ -156,7 +156,7 @@ def title_key(line: str) -> str:
 
 
 def ground(text: str, catalog: Catalog, exclude: Iterable[int] = ()) -> tuple[int, bool]:
-    """The item a text names, and whether it named one: by exact title, else the nearest in L2.
+    """The free item a text names, and whether it named one: by exact title, else the nearest in L2.
 
     Case, accents and the year do not matter. Never an item in `exclude`, unless all are in it.
     """
@@ -493,6 +493,20 @@ class Fault(NamedTuple):
     reply: Reply | None = None
 
 
+class Wire(NamedTuple):
+    """One route of an endpoint, and what a client keeps of it."""
+    post: Callable                  # body -> httpx's streamed response
+    url: str                        # fit to be shown
+    secrets: tuple[str, ...]        # never to be shown
+    stats: dict[str, Any]           # gathers retries and the system fingerprint
+    learnt: set[str]                # gathers what the server turns out to refuse
+    extra: dict[str, Any]           # the user's own fields of each request
+    timeout: float                  # seconds for one attempt
+    retries: int
+    notice: Callable[[str], Any]
+    sleep: Callable[[float], Any]   # true when told to stop
+
+
 def scrubbed(text: str, secrets: Sequence[str]) -> str:
     """The text on one line, any part of a secret longer than 6 characters starred out."""
     text = clean(text, 999)
@@ -529,11 +543,7 @@ def address(base: str, route: str) -> str:
 def dial(base_url: str, route: str, key: str | None, *, timeout: float = 300.0, extra: dict | None = None,
          headers: dict | None = None, retries: int = 6, notice: Callable = warnings.warn,
          sleep: Callable = time.sleep, stats: dict | None = None) -> Wire:
-    """Check what a user can get wrong, then make the clients, one a thread; `timeout` bounds one attempt.
-
-    `stats` gathers retries and the system fingerprint, `learnt` what the server turns out to refuse; `url` is
-    fit to be shown: no credentials, no query.
-    """
+    """Check what a user can get wrong, then make the clients, one a thread."""
     import httpx
     parts = urlsplit(url := address(base_url, route))
     user, _, host = parts.netloc.rpartition("@")

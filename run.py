@@ -5,10 +5,11 @@
     python run.py --show RUN                one episode of a finished run, step by step
     python run.py --experiment table5       one of the paper's tables or figures, over several seeds, or all
 
-Every effect of the project is here, but for the part of prompts.py that speaks HTTP. Results go to
-stdout, progress and errors to stderr. A run directory holds config.json (what determines the
-result), calls.jsonl (a real model's answers), episodes.jsonl, memory.json and summary.json. The same
-command again continues or repeats the run; a directory of another configuration is never touched.
+Every effect is here, but for the sections "the outside world": data files in envs.py, HTTP and the log in
+prompts.py. Results go to stdout, progress and errors to stderr. A run directory holds config.json (what
+determines the result), calls.jsonl (a real model's answers), episodes.jsonl, memory.json and summary.json; that
+of experiments config.json, MODEL/calls.jsonl, and NAME.json and NAME.png of each. The same command again
+continues or repeats the run; a directory of another configuration is never touched.
 Exit codes: 0 done, 2 a mistake that can be mended, 3 the budget is spent, 130 interrupted.
 """
 from __future__ import annotations
@@ -70,9 +71,9 @@ ORIENTATION = ("paper: R_traj on Steam and Amazon-Book with gpt-3.5-turbo; its w
 
 def by_method(names: str) -> list[Cell]:
     """A cell for each name, which is a method or a method:episodes."""
-    pairs = [name.partition(":")[::2] for name in names.split()]
-    return [(f"{method}, {int(n):,}", None, {"method": method, "episodes": int(n)}) if n else
-            (method, None, {"method": method}) for method, n in pairs]
+    pairs = [(name, *name.partition(":")[::2]) for name in names.split()]
+    return [(name, None, {"method": method, **({"episodes": int(n)} if n else {})})
+            for name, method, n in pairs]
 
 
 EXPERIMENTS: dict[str, tuple] = {       # the cells of each, what it measures, and the axes this is drawn on
@@ -107,7 +108,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--method": dict(default="billp", choices=METHODS, metavar="METHOD", help=" ".join(METHODS)),
     "--world": dict(default="films", help=f"{WORLDS} (default films)"),
     "--seed": dict(type=int, default=0, help="names every random draw (default 0)"),
-    "--workers": dict(type=int, help="episodes played at once (default: 1 offline, else a batch)"),
+    "--workers": dict(type=int, help="episodes at once (default: 1 offline, else a batch); of offline "
+                      "experiments runs at once (default: all cores)"),
     "--out": dict(type=Path, help="run directory (default: one of its own under runs/)"),
     "--load": dict(type=Path, help="start from another run's memory.json"),
     "--show": dict(type=Path, metavar="RUN", help="print one episode of a run"),
@@ -123,9 +125,9 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--timeout": dict(type=float, default=300.0, help="seconds for one answer (default 300)"),
     "--header": dict(action="append", default=[], metavar="K=V", help="one more request header"),
     "--extra-body": dict(default="{}", metavar="JSON", help="more fields for each request"),
-    "--max-calls": dict(type=int, help="stop cleanly after so many live calls of the model (embeddings are "
+    "--max-calls": dict(type=int, help="stop cleanly after so many live calls of each model (embeddings are "
                         "free)"),
-    "--max-tokens": dict(type=int, help="stop cleanly after so many tokens"),
+    "--max-tokens": dict(type=int, help="stop cleanly after so many tokens of each model"),
     "--replay": dict(action="store_true", help="answer from the run's log alone"),
     "--dry-run": dict(action="store_true", help="expected calls and tokens; sends nothing"),
 }
@@ -445,12 +447,12 @@ def perform(wanted: Settings, env: envs.Env, rows: dict, models: tuple[LLM, Embe
     """Evaluate, learn, evaluate the same users again, starting from memory records; unwatched, not before."""
     learners, held_out = choose_users(env, wanted)
     if policy := envs.POLICIES.get(wanted.method):      # only a2c learns
-        played = [envs.rollout(env, np.array(held_out), policy(env, n, wanted.seed), generator(wanted, 2))
-                  for n in (0, wanted.episodes)]
+        played = [envs.rollout(env, np.array(held_out), policy(env, n, wanted.seed, wanted.config["gamma"]),
+                               generator(wanted, 2)) for n in (0, wanted.episodes)[not watched:]]
         scores = [envs.scores((p.items >= 0).sum(1), p.rewards.sum(1)) for p in played]
-        return Outcome(*scores, [row[row >= 0] for row in played[-1].items])
+        return Outcome(scores[0], scores[-1], [row[row >= 0] for row in played[-1].items])
     (llm, embed), config = models, Config(**wanted.config)
-    catalog, agent = billp.catalog(env, embed), embed_memory(rows, embed)
+    catalog, agent = prompts.catalog(env, embed), embed_memory(rows, embed)
     evaluate = partial(billp.evaluate, catalog, held_out, llm=llm, seed=wanted.seed, config=config, map=map)
     before, learnt, lengths = evaluate(agent, phase="before") if watched else (), (), ()
     batches = billp.train(catalog, learners, llm, wanted.seed, agent, config, map)
@@ -553,7 +555,7 @@ def report(s: dict[str, Any], about: str, lessons: Sequence[str]) -> list[str]:
     lines += [*(f"lesson    {text}" for text in lessons), *ledger(s["calls"], {})]
     if s["calls"]["actor"]["calls"]:
         lines.append(f"replies   malformed {s['malformed']}, fallbacks {s['fallbacks']}, "
-                     f"actions that named no item {s['ungrounded']:.0%}")
+                     f"actions that named no free item {s['ungrounded']:.0%}")
     return [*lines, f"seconds   {s['seconds']}"]
 
 
@@ -589,7 +591,7 @@ def story(e: dict[str, Any]) -> str:
         rows = [*(("recalled", lesson) for lesson in step["lessons"]), ("thought", step["thought"]),
                 *((prompts.VERDICT[v], line) for line, v in tried),
                 ("", f"and {more} more experiences" if more > 0 else ""), ("said", step["said"]),
-                ("item", step["item"] + " (the nearest; no title was named)" * (not step["exact"])),
+                ("item", step["item"] + " (the nearest; no free title was named)" * (not step["exact"])),
                 ("reward", f"{step['reward']:g}" + (f", the user left: {left}" if left else ""))]
         if e["advantages"]:
             a = e["advantages"][n]
@@ -607,8 +609,9 @@ def change(base: Settings, changes: dict[str, Any], seed: int) -> Settings:
     wanted = base._replace(seed=seed, **changes)
     config = {**base.config, **billp.METHODS.get(wanted.method, {})}
     idle = config["lessons"] == "none" and not config["experience"]         # nothing to learn
-    return wanted._replace(rule={**base.rule, **wanted.rule}, config=config,
-                           episodes=0 if idle else wanted.episodes)
+    own = load_world(wanted.world, seed)                                    # whose own rule is no change
+    rule = {name: value for name, value in {**base.rule, **wanted.rule}.items() if value != getattr(own, name)}
+    return wanted._replace(rule=rule, config=config, episodes=0 if idle else wanted.episodes)
 
 
 def plan(args: argparse.Namespace, base: Settings, name: str) -> list[tuple[Row, list[Settings]]]:
@@ -659,7 +662,7 @@ def values_of(wanted: Settings, env: envs.Env, outcome: Outcome, llm: LLM, embed
     starts = [played[i] for i in generator(wanted, 3).integers(len(played), size=states)]
     tries = product(starts, [(wanted.seed, "continue", draw) for draw in range(draws)])
     play = partial(billp.play, agent=agent, llm=llm, config=config)
-    go_on = partial(continuation, billp.catalog(env, embed), play, config.gamma)
+    go_on = partial(continuation, prompts.catalog(env, embed), play, config.gamma)
     sampled = np.reshape(list(map(go_on, *zip(*tries))), (states, draws))
     critic = partial(billp.critic, memory=agent.critic, llm=llm, config=config)
     answers = [answer.value for answer, _ in map(critic, [t.steps[n].state for t, n in starts])]
@@ -680,7 +683,11 @@ def continuation(catalog: Catalog, play: Callable, gamma: float, start: tuple[Tr
 
 
 def errors(samples: np.ndarray) -> np.ndarray:
-    """[..., S, N, 2] of (truth, estimate) -> [..., 3]: bias, variance and mean squared error."""
+    """[..., S, N, 2] of (truth, estimate) -> [..., 3]: bias, variance and mean squared error.
+
+    The variance is that of the error over all states and seeds, not of an estimator at one state; the truth is
+    itself a mean of a few returns, whose noise is in both rows of fig4.
+    """
     error = (samples[..., 1] - samples[..., 0]).reshape(*samples.shape[:-3], -1)
     return np.stack([error.mean(-1), error.var(-1), (error ** 2).mean(-1)], -1)
 
@@ -771,7 +778,7 @@ def bill(results: list[Row]) -> str:
     counts = added([role for result in results for role in result["calls"].values()])
     means = column(results, "malformed", "fallbacks", "ungrounded", "seconds").mean(0)
     return (f"{title(results[0]):24}calls {counts['calls']}, {spelled(counts)}; a run: "
-            "malformed {:.1f}, fallbacks {:.1f}, named no item {:.0%}, {:.1f} s".format(*means))
+            "malformed {:.1f}, fallbacks {:.1f}, named no free item {:.0%}, {:.1f} s".format(*means))
 
 
 def gather(args: argparse.Namespace, base: Settings, jobs: list[Job], path: Path | None, start: dict,
@@ -803,7 +810,7 @@ def experiments(args: argparse.Namespace, live: Live) -> None:
     also = {"experiment": ",".join(args.experiment), "seeds": args.seeds, "models": args.models,
             "rows": args.rows}
     path = None if args.dry_run else run_directory(args, {**base._asdict(), **also})
-    jobs = dict(sorted(jobs.items(), key=lambda job: -job[1][0].episodes))      # long ones last would wait alone
+    jobs = dict(sorted(jobs.items(), key=lambda job: -job[1][0].episodes))      # long ones last would run alone
     results = dict(zip(jobs, gather(args, base, list(jobs.values()), path, start, live)))
     for name, table in plans.items():
         found = [[{**head, **results[dumps(wanted)][name]} for wanted in runs] for head, runs in table]
@@ -814,7 +821,7 @@ def experiments(args: argparse.Namespace, live: Live) -> None:
     if path:
         print(f"seconds   {time.perf_counter() - began:.1f}\nrun       {path}")
     elif results:
-        whole = [views.get("fig4", next(iter(views.values()))) for views in results.values()]   # fig4 asks most
+        whole = [views.get("fig4", [*views.values()][0]) for views in results.values()]     # fig4 asks most
         counts = added([role for view in whole for role in view["calls"].values()])
         print(f"in all, each run once: calls {counts['calls']}, {spelled(counts)}")
 

@@ -109,7 +109,7 @@ def naive_near(env, user, items):
 
 
 FILMS = envs.films(0)
-CATALOG = billp.catalog(FILMS)
+CATALOG = prompts.catalog(FILMS)
 
 
 def learn(method="billp", seed=0, episodes=20, map=map, llm=prompts.offline):
@@ -557,7 +557,7 @@ def test_an_episode_worked_by_hand():
         "planner": ["Thought: bugs", "Thought: bugs still", "Thought: a beast"],
         "actor": ["Action: recommend Ant", "Action: recommend Bee (1990)", "Action: recommend bat"],
         "critic": ["Value: 6.5", "Value: 5", "Value: 2"], "reflector": ["Reflection: Bat is like Bee."]})
-    catalog = billp.catalog(hand_world())
+    catalog = prompts.catalog(hand_world())
     (agent, (t,)), = billp.train(catalog, [0], llm)
     assert [s.line for s in t.steps] == ["Ant [Bug]", "Bee (1990) [Bug]", "Bat (1991) [Beast]"]
     assert [s.reward for s in t.steps] == [4, 5, 0] and t.terminated and billp.score(t) == (2, 9)
@@ -578,7 +578,7 @@ def test_an_episode_worked_by_hand():
 
 def test_running_out_of_steps_bootstraps_and_leaving_does_not():
     said = {"planner": ["t"], "actor": ["Ant", "Bee"], "reflector": ["r"], "critic": ["6", "5", "2"]}
-    (_, (t,)), = billp.train(billp.catalog(hand_world()._replace(max_steps=2)), [0], prompts.scripted(said))
+    (_, (t,)), = billp.train(prompts.catalog(hand_world()._replace(max_steps=2)), [0], prompts.scripted(said))
     assert not t.terminated and t.lesson.values == (6, 5, 2) and t.lesson.advantages == (0.5, 1.0)
     assert billp.score(t) == (2, 9) and t.last.session.endswith("(last step)\n")
 
@@ -761,7 +761,8 @@ def test_experiments_share_runs_and_give_what_each_gives_alone_for_any_worker_co
     code, out, err, held = trial(tmp_path / "a", names, "--rows", "billp", "--workers", 1)
     assert code == 0 and all(f"{name} on films, seeds 0 to 1" in out for name in names.split(","))
     made = [line.partition(":")[0] for line in err.splitlines() if " of " in line]
-    assert Counter(made) == {"table5 fig3 fig4 curve": 2, "fig5": 10, "curve": 4} and made[0] == "curve"  # longest
+    assert Counter(made) == {"table5 fig3 fig4 fig5 curve": 2, "fig5": 8, "curve": 4}
+    assert made[0] == "curve"                               # its longest runs go first
     assert trial(tmp_path / "b", names, "--rows", "billp", "--workers", 2)[3] == held
     alone = [trial(tmp_path / name, name, "--rows", "billp", "--workers", 1)[3] for name in names.split(",")]
     assert sum(alone, []) == held
@@ -1075,7 +1076,7 @@ def test_embeddings_are_batched_ordered_unit_rows_each_asked_once(tmp_path):
        st.lists(junk, min_size=1, max_size=5))
 def test_no_text_forges_a_line_an_action_a_message_or_a_record(titles, categories, replies):
     env = hand_world()._replace(titles=tuple(titles), categories=tuple(categories), max_steps=3)
-    catalog, asks = billp.catalog(env), []
+    catalog, asks = prompts.catalog(env), []
     label = re.compile(r"(?i)(thought|action|observation|value|reflection|system|user) ?\d*:")
     assert all(line.isprintable() and line.count("[") == line.count("]") == 1 for line in catalog.lines)
     turn = prompts.turn(1, replies[0], catalog.lines[0], 5, False, False)
