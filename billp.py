@@ -303,41 +303,42 @@ def episode(catalog: Catalog, user: int, key: tuple, agent: Agent, llm: LLM,
 # --------------------------------------------------------------------------------- learning
 
 
-def homework(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config) -> list[Callable]:
-    """The questions an episode leaves: its reflection, then each state's value unless known to be 0."""
+def homework(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config) -> tuple[list, list]:
+    """The questions an episode leaves: its reflection, and each state's value unless known to be 0."""
     states = [step.state for step in trajectory.steps] + [trajectory.last] * (not trajectory.terminated)
-    reflections = [partial(reflector, trajectory, EMPTY, llm, config)] * (config.lessons != "none")
-    values = [partial(critic, state, agent.critic, llm, config) for state in states]
-    return reflections + values * (config.experience and config.baseline)
+    reflects, values = config.lessons != "none", config.experience and config.baseline
+    return ([partial(reflector, trajectory, EMPTY, llm, config)] if reflects else [],
+            [partial(critic, state, agent.critic, llm, config) for state in states] if values else [])
 
 
-def conclude(trajectory: Trajectory, replies: Sequence[tuple[Answer, Memory]], config: Config) -> Lesson:
-    """The lesson of one episode, from the replies to its homework."""
-    reflections = replies[:config.lessons != "none"]
-    estimates, steps = [answer.value for answer, _ in replies[len(reflections):]], trajectory.steps
-    n = len(steps)
-    values = np.array(estimates + [0.0] * (n + 1 - len(estimates)))
+def conclude(trajectory: Trajectory, reflections: list, values: list, config: Config) -> Lesson:
+    """The lesson of an episode, from the (answer, memory) that reflector and critic gave to its homework."""
+    steps, n = trajectory.steps, len(trajectory.steps)
+    known = [answer.value for answer, _ in values]
+    v = np.array(known + [0.0] * (n + 1 - len(known)))              # V(s_1) .. V(s_{N+1})
     rewards = np.array([step.reward for step in steps])
     ended = np.arange(1, n + 1) > n - trajectory.terminated         # true at the leaving step alone
-    targets = td_target(rewards, config.gamma, values[1:], ended).tolist()
-    advantages = advantage(rewards, config.gamma, values[:-1], values[1:], ended).tolist()
+    targets = td_target(rewards, config.gamma, v[1:], ended).tolist()
+    advantages = advantage(rewards, config.gamma, v[:-1], v[1:], ended).tolist()
     vectors = np.stack([step.state.vector for step in steps])
-    tried = tuple(Record(s.state.text, s.line, int(a >= 0)) for s, a in zip(steps, advantages))
-    valued = tuple(Record(s.state.text, "", target) for s, target in zip(steps, targets))
-    gained = Agent(reflections[0][1] if reflections else EMPTY, (Chunk(tried, vectors),) * config.experience,
-                   (Chunk(valued, vectors),) * bool(estimates))
-    reflection = reflections[0][0].value if reflections else ""
-    return Lesson(tuple(values.tolist()), tuple(advantages), tuple(a for a, _ in replies), reflection, gained)
+    tried = Chunk(tuple(Record(s.state.text, s.line, int(a >= 0)) for s, a in zip(steps, advantages)), vectors)
+    valued = Chunk(tuple(Record(s.state.text, "", target) for s, target in zip(steps, targets)), vectors)
+    gained = Agent(reflections[0][1] if reflections else EMPTY, (tried,) if config.experience else EMPTY,
+                   (valued,) if values else EMPTY)
+    answers = tuple(answer for answer, _ in reflections + values)
+    reflection = answers[0].value if reflections else ""
+    return Lesson(tuple(v.tolist()), tuple(advantages), answers, reflection, gained)
 
 
 def study(trajectories: Sequence[Trajectory], agent: Agent, llm: LLM, config: Config = DEFAULT,
           map: Callable = map) -> tuple[Trajectory, ...]:
     """The batch with its lessons. All questions of the batch are asked side by side."""
-    jobs = [homework(trajectory, agent, llm, config) for trajectory in trajectories]
+    asked = [homework(trajectory, agent, llm, config) for trajectory in trajectories]
     do = methodcaller("__call__")       # can be sent elsewhere, for any map
-    replies = iter(map(do, list(chain.from_iterable(jobs))))
-    return tuple(t._replace(lesson=conclude(t, list(islice(replies, len(asked))), config))
-                 for t, asked in zip(trajectories, jobs))
+    replies = iter(map(do, [job for parts in asked for part in parts for job in part]))
+    lessons = (conclude(t, *(list(islice(replies, len(part))) for part in parts), config)
+               for t, parts in zip(trajectories, asked))
+    return tuple(t._replace(lesson=lesson) for t, lesson in zip(trajectories, lessons))
 
 
 def absorb(agent: Agent, gained: Agent) -> Agent:
