@@ -420,16 +420,18 @@ def mapping(executor: Callable, count: int, stop: Event) -> Iterator[Callable]:
 
 
 def progress(batches: Iterable, total: int, size: int) -> Iterator:
-    """The batches as they come, with a bar on stderr (tqdm) or a line each."""
+    """The batches as they come, with a bar on a terminal (tqdm) or a line each."""
     try:
         from tqdm import tqdm
     except ImportError:
-        for agent, trajectories in batches:
-            mean = np.mean([billp.score(t)[0] for t in trajectories])
-            say(f"learning: {trajectories[-1].last.key[2] + 1} of {total} episodes, mean Len {mean:.1f}")
-            yield agent, trajectories
-    else:
-        yield from tqdm(batches, "learning", total=-(-total // size), unit="batch", file=sys.stderr)
+        tqdm = None
+    if tqdm and sys.stderr.isatty():
+        yield from tqdm(batches, "learning", total=-(-total // size), unit="batch", leave=False)
+        return
+    for agent, trajectories in batches:
+        mean = np.mean([billp.score(t)[0] for t in trajectories])
+        say(f"learning: {trajectories[-1].last.key[2] + 1} of {total} episodes, mean Len {mean:.1f}")
+        yield agent, trajectories
 
 
 class Outcome(NamedTuple):
@@ -502,7 +504,7 @@ def run(args: argparse.Namespace, live: Live) -> None:
     with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
         outcome = perform(wanted, env, rows, (partial(counted, llm, live), embed), map, watched=True)
     if args.dry_run:
-        print("\n".join([EXPECTED, *ledger(calls(live), {})]))
+        print("\n".join([EXPECTED, *(ledger(calls(live), {}) or ["no calls"])]))
         return
     lessons, summary = [record.value for record in billp.records(outcome.agent.planner)], wanted._asdict()
     summary |= {"config": {**wanted.config, **summary.pop("rule")}, "learning": outcome.learning,
@@ -578,7 +580,7 @@ def show(path: Path, pick: str) -> None:
                   and e["episode"] == int(number or e["episode"])] or episodes * (not pick)
         print(story(wanted[-1]))
     except (ValueError, LookupError, TypeError, OverflowError):
-        raise UserError(f"{path} holds no episode {pick}".rstrip())
+        raise UserError(f"{path} holds no episode {pick}".rstrip() + " (they are kept of language methods)")
 
 
 def story(e: dict[str, Any]) -> str:
@@ -795,7 +797,8 @@ def gather(args: argparse.Namespace, base: Settings, jobs: list[Job], path: Path
     with mapping(pool, count, live.stop) as map:
         for (wanted, names), result in zip(jobs, map(partial(run_cell, start, models, workers), jobs)):
             results.append(result)
-            say(f"{' '.join(names)}: {len(results)} of {len(jobs)}, {wanted.method}, seed {wanted.seed}")
+            what = [wanted.method, f"{wanted.episodes} episodes", *(f"{k} {v}" for k, v in wanted.rule.items())]
+            say(f"{' '.join(names)}: {len(results)} of {len(jobs)}, {', '.join(what)}, seed {wanted.seed}")
     return results
 
 
