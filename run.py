@@ -354,6 +354,7 @@ class Live(NamedTuple):
     tally: dict[str, list[Counts]]      # of each call answered, per role
     stats: dict[str, Any]               # what an endpoint's client saw: retries, fingerprint
     stop: Event                         # set when calls under way shall give up
+    files: list[Any]                    # logs open for writing: closed at the end, for another run in this process
 
 
 def say(text: str) -> None:
@@ -388,6 +389,7 @@ def connect(args: argparse.Namespace, wanted: Settings, path: Path | None, live:
     path.mkdir(exist_ok=True)
     log = prompts.open_log(path / "calls.jsonl", [wanted.model, wanted.embedding, wanted.extra],
                            replay=args.replay, notice=say)
+    live.files.append(log.file)
     llm = prompts.limited(prompts.openai(url, wanted.model, **options), args.max_calls, args.max_tokens)
     embed = prompts.hashed_ngrams
     if wanted.embedding != "hashed_ngrams":
@@ -633,7 +635,7 @@ def plan(args: argparse.Namespace, base: Settings, name: str) -> list[tuple[Row,
 
 def run_cell(rows: dict, models: dict[str, tuple[LLM, Embed]], workers: int, job: Job) -> dict[str, Row]:
     """One run, as each of the experiments that it belongs to sees it."""
-    (wanted, names), began, live = job, time.perf_counter(), Live({}, {}, Event())
+    (wanted, names), began, live = job, time.perf_counter(), Live({}, {}, Event(), [])
     (llm, embed), env = models[wanted.model], build_world(wanted)
     mine = partial(counted, llm, live), embed
     with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
@@ -847,7 +849,7 @@ def publish(name: str, base: Settings, found: list[list[Row]], path: Path) -> No
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Does what the flags say; the exit code."""
-    live = Live({}, {}, Event())
+    live = Live({}, {}, Event(), [])
     try:
         args = parse(argv)
         show(args.show, args.pick) if args.show else (experiments if args.experiment else run)(args, live)
@@ -862,6 +864,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         named = isinstance(error, OSError) and error.filename
         say(f"run.py: {f'cannot use {error.filename}: {error.strerror}' if named else error}")
         return 2
+    finally:
+        for file in filter(None, live.files):
+            file.close()
 
 
 if __name__ == "__main__":
