@@ -559,8 +559,11 @@ def read_movie(fields: list[str]) -> tuple[int, str, int | None, list[str]]:
     (2571, 'The Matrix', 1999, ['Action', 'Sci-Fi'])
     """
     tags = fields[2].split("|") if len(fields) == 3 else compress(GENRES, map("1".__eq__, fields[5:]))
-    title, year = re.fullmatch(r"(?s)(.*?)\s*(?:\((\d{4})(?:[-–]\d*)?\))?\s*", fields[1]).groups()
-    title = re.sub(ARTICLE, r"\2 \1", title or fields[1]).replace("L' ", "L'")
+    if int(fields[0]) >= 2 ** 53:
+        raise ValueError(f"the id {fields[0]} is too large")
+    name = " ".join(fields[1].split())          # a long run of spaces would be tried at every length
+    title, year = re.fullmatch(r"(.*?) ?(?:\((\d{4})(?:[-–]\d*)?\))?", name).groups()
+    title = re.sub(ARTICLE, r"\2 \1", title or name).replace("L' ", "L'")
     known = [tag for tag in tags if tag not in ("", "unknown", "(no genres listed)")]
     return int(fields[0]), title, year and int(year), known
 
@@ -656,8 +659,10 @@ def read_matrix(file: Path) -> Array:
     """One matrix of numbers: .npy memory-mapped, a pickle through `ArraysOnly`."""
     with file.open("rb") as stream:
         array = np.load(file, "r", allow_pickle=False) if file.suffix == ".npy" else ArraysOnly(stream).load()
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iuf":
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iuf" or not array.size:
         raise ValueError("it does not hold one matrix of numbers")
+    if not np.isfinite(array).all():
+        raise ValueError("not all of its numbers are finite")
     return array
 
 
@@ -670,7 +675,7 @@ def read_titles(count: int, file: Path) -> tuple[str, ...]:
 def read_tags(titles: Sequence[str], file: Path) -> tuple[tuple[str, ...], Array]:
     """The `labels` of the titles' genres, none where list_genre.json has none."""
     tags = {html.unescape(k): v for k, v in json.loads(file.read_text("utf-8")).items()}
-    return labels([ast.literal_eval(tags.get(title, "[]")) for title in titles])
+    return labels([[*map(str, ast.literal_eval(tags.get(title, "[]")))] for title in titles])
 
 
 def read_users(titles: Sequence[str], file: Path) -> list[tuple[int, Array]]:

@@ -32,7 +32,7 @@ from operator import itemgetter
 from pathlib import Path
 from threading import Lock, get_ident
 from typing import Any, Callable, Iterable, NamedTuple, Sequence
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from zlib import crc32
 
 import numpy as np
@@ -185,12 +185,13 @@ def shared(history: Sequence[str], session: str) -> str:
 
 
 def bounded(session: str, limit: int) -> str:
-    """The newest whole turns of the session, at most `limit` characters, so that no context overflows."""
+    """The session's newest turns or lines, at most `limit` characters, so that no context overflows."""
     if len(session) <= limit:
         return session
     half = max(limit // 2, 1)       # cut by half a limit at a time, most prompts extend the one before
     end = session.find("\nObservation", -(-(len(session) - limit) // half) * half)
-    return session[session.find("\n", end + 1) + 1:] if end >= 0 else ""
+    whole = session[session.find("\n", end + 1) + 1:] if end >= 0 else ""
+    return whole or session[session.find("\n", len(session) - limit) + 1:]      # a turn too long: cut at a line
 
 
 def turn(n: int, thought: str, line: str, reward: float, left: bool, last: bool) -> str:
@@ -424,10 +425,10 @@ def offline_reflector(text: str, seed: int) -> str:
             for n in range(len(shown))]     # from each item back to its nearest like
     borne = min(gaps[:-1], default=9)       # like items this close have done no harm
     apart = min(max(map(int, APART.findall(session)), default=3), borne)
-    title, last = shown[-1]
+    title, last = (shown or [("it", set())])[-1]
     if "the user left" not in session:
         why = f"The user stayed for all {len(shown)} steps"
-    elif gaps[-1] < borne:
+    elif gaps and gaps[-1] < borne:
         why = f"The user left because {title} came {gaps[-1]} steps after {shown[-1 - gaps[-1]][0]}, its like"
         apart = max(apart, gaps[-1] + 1)
     else:
@@ -547,6 +548,7 @@ def dial(base_url: str, route: str, key: str | None, *, timeout: float = 300.0, 
     import httpx
     parts = urlsplit(url := address(base_url, route))
     user, _, host = parts.netloc.rpartition("@")
+    basic = base64.b64encode((plain := unquote(user)).encode()).decode()        # as httpx sends it
     shown = parts._replace(netloc=host, query="***" if parts.query else "").geturl()
     sent = {checked("a header's name", name, r"(?a)[\w-]+"): checked("a header", value)
             for name, value in (headers or {}).items()}
@@ -565,7 +567,8 @@ def dial(base_url: str, route: str, key: str | None, *, timeout: float = 300.0, 
         trouble = type(error).__name__              # no more: the text may quote a proxy's password
     else:
         return Wire(post=lambda body: client(get_ident()).stream("POST", target, content=body), url=shown,
-                    secrets=(user, parts.query, *sent.values()), stats={} if stats is None else stats,
+                    secrets=(user, plain, basic, parts.query, *sent.values()),
+                    stats={} if stats is None else stats,
                     learnt=set(), extra=extra or {}, timeout=timeout, retries=retries, notice=notice,
                     sleep=sleep)
     raise EndpointError(f"no client for {shown} ({trouble}): check its port, HTTP_PROXY, ALL_PROXY (socks "
@@ -798,7 +801,7 @@ def open_log(path: str | Path, model_id: Any, *, replay: bool = False, notice: C
         for number, line in enumerate(whole.split(b"\n")[1:-1], 2):
             try:
                 record = json.loads(line)
-                known.setdefault(record["ask"], Reply(record["text"], Usage(*record["usage"])))
+                known.setdefault(record["ask"], Reply("" + record["text"], Usage(*record["usage"])))
             except (ValueError, TypeError, LookupError):
                 raise EndpointError(f"{path}: line {number} is damaged: delete it") from None
         if file:

@@ -30,7 +30,7 @@ from itertools import chain, product
 from operator import itemgetter
 from pathlib import Path
 from signal import SIG_IGN, SIGINT, signal
-from threading import Event, enumerate as threads
+from threading import Event, Thread, enumerate as threads
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 from urllib.parse import quote
 
@@ -220,7 +220,10 @@ def settings(args: argparse.Namespace) -> Settings:
     if "" in models or not (live or models == {"offline"}):
         raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
                         "or give --base-url and --model; --model offline is the built-in reader")
-    embedding = args.embed_model or (live and variable("OPENAI_EMBED_MODEL")) or "hashed_ngrams"
+    named = args.embed_model or (models != {"offline"} and variable("OPENAI_EMBED_MODEL"))
+    embedding = named or "hashed_ngrams"
+    if "offline" in models and embedding != "hashed_ngrams":
+        raise UserError(f"the built-in reader takes no embedding model such as {embedding}")
     load = digest(args.load.read_bytes()) if args.load else ""
     extra = digest(args.extra_body.encode("utf-8", "replace")) if args.extra_body != "{}" else ""
     row = {} if args.experiment else billp.METHODS.get(args.method, {})
@@ -229,7 +232,7 @@ def settings(args: argparse.Namespace) -> Settings:
                     load, extra, config, chosen(args, reasons(envs.Env)))
 
 
-@lru_cache(8)
+@lru_cache(64)
 def load_world(name: str, seed: int) -> envs.Env:
     """A world by its name on the command line."""
     kind, _, rest = name.partition(":")
@@ -280,9 +283,17 @@ def write(path: Path, content: str | bytes) -> None:
     os.replace(draft, path)
 
 
-def run_directory(args: argparse.Namespace, wanted: dict[str, Any]) -> Path:
+def contents(env: envs.Env) -> str:
+    """A digest of a world that comes from files, where the same name may come to stand for other data."""
+    if env.name.startswith(("films", "synthetic")):
+        return ""
+    held = dumps([env.titles, env.about, [history.tolist() for history in env.histories]])
+    return digest(held.encode("utf-8", "replace") + b"".join(map(bytes, getattr(env.ratings, "tables", ()))))
+
+
+def run_directory(args: argparse.Namespace, wanted: dict[str, Any], env: envs.Env) -> Path:
     """The directory of this run, made if need be; refused if it holds anything else."""
-    text = (dumps(wanted, indent=1) + "\n").encode("utf-8", "replace")
+    text = (dumps({**wanted, "data": contents(env)}, indent=1) + "\n").encode("utf-8", "replace")
     what = f"{wanted['world'].partition(':')[0]}-{'+'.join(args.experiment or [wanted['method']])}"
     path = args.out or Path("runs", f"{what}-{digest(text)[:8]}")
     held = path / "config.json"
@@ -311,7 +322,7 @@ def save_memory(agent: Agent, embedding: str) -> str:
 
 def load_memory(path: Path, embedding: str) -> dict[str, list[billp.Record]]:
     """The records that `save_memory` wrote, per role; anything else is refused."""
-    usable = {"planner": lambda v: isinstance(v, str), "actor": (0, 1).__contains__,
+    usable = {"planner": lambda v: isinstance(v, str), "actor": lambda v: type(v) is int and v in (0, 1),
               "critic": lambda v: np.isfinite(v + 0.0)}
     try:
         held = json.loads(path.read_bytes())
@@ -354,7 +365,7 @@ class Live(NamedTuple):
     tally: dict[str, list[Counts]]      # of each call answered, per role
     stats: dict[str, Any]               # what an endpoint's client saw: retries, fingerprint
     stop: Event                         # set when calls under way shall give up
-    files: list[Any]                    # logs open for writing: closed at the end, for another run in this process
+    files: list[Any]                    # logs open for writing; closed at the end
 
 
 def say(text: str) -> None:
@@ -500,7 +511,7 @@ def run(args: argparse.Namespace, live: Live) -> None:
     """The default flow: learn, evaluate, write the run directory, print the results."""
     began, wanted = time.perf_counter(), settings(args)
     env, rows = build_world(wanted), load_memory(args.load, wanted.embedding) if args.load else {}
-    path = None if args.dry_run else run_directory(args, wanted._asdict())
+    path = None if args.dry_run else run_directory(args, wanted._asdict(), env)
     llm, embed = connect(args, wanted, path, live)
     workers = args.workers or (1 if args.dry_run or wanted.model == "offline" else wanted.config["batch"])
     with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
@@ -613,8 +624,9 @@ def change(base: Settings, changes: dict[str, Any], seed: int) -> Settings:
     wanted = base._replace(seed=seed, **changes)
     config = {**base.config, **billp.METHODS.get(wanted.method, {})}
     idle = config["lessons"] == "none" and not config["experience"]         # nothing to learn
-    own = load_world(wanted.world, seed)                                    # whose own rule is no change
-    rule = {name: value for name, value in {**base.rule, **wanted.rule}.items() if value != getattr(own, name)}
+    own = load_world(base.world, base.seed)         # whose window is no change: a cell of it is any other's
+    rule = {name: value for name, value in {**base.rule, **wanted.rule}.items()
+            if name not in changes.get("rule", {}) or value != getattr(own, name)}
     return wanted._replace(rule=rule, config=config, episodes=0 if idle else wanted.episodes)
 
 
@@ -771,7 +783,7 @@ def plot(name: str, heading: str, rows: list[Row], path: Path) -> None:
     else:
         axes.set(xlabel=label, yticks=range(len(names)), yticklabels=names)
         axes.invert_yaxis()
-    axes.set_title(heading, fontsize=9)
+    axes.set_title(heading, fontsize=9, parse_math=False)
     axes.grid(alpha=0.3)
     figure.savefig(image)
     write(path, image.getvalue())
@@ -785,17 +797,25 @@ def bill(results: list[Row]) -> str:
             "malformed {:.1f}, fallbacks {:.1f}, named no free item {:.0%}, {:.1f} s".format(*means))
 
 
+def follow() -> None:
+    """A worker process leaves Ctrl-C to its parent, and ends when its parent does, however that ends."""
+    from multiprocessing import parent_process
+    signal(SIGINT, SIG_IGN)
+    Thread(target=lambda: os._exit(parent_process().join() or 1), daemon=True).start()
+
+
 def gather(args: argparse.Namespace, base: Settings, jobs: list[Job], path: Path | None, start: dict,
            live: Live) -> list[dict[str, Row]]:
     """What the runs give, in order: side by side offline, else one by one with threads of its own."""
-    models = {model: connect(args, base._replace(model=model), path and path / quote(model, ""), live)
+    folder = partial(quote, safe="", errors="replace")
+    models = {model: connect(args, base._replace(model=model), path and path / folder(model), live)
               for model in dict.fromkeys(wanted.model for wanted, _ in jobs)}      # one client and log each
     if args.dry_run or set(models) == {"offline"}:
         count, workers = max(min(args.workers or os.cpu_count() or 1, len(jobs), 60), 1), 1
     else:
         count, workers = 1, args.workers or base.config["batch"]
         models = {model: (partial(counted, llm, live), embed) for model, (llm, embed) in models.items()}
-    pool, results = partial(futures.ProcessPoolExecutor, initializer=signal, initargs=(SIGINT, SIG_IGN)), []
+    pool, results = partial(futures.ProcessPoolExecutor, initializer=follow), []
     with mapping(pool, count, live.stop) as map:
         for (wanted, names), result in zip(jobs, map(partial(run_cell, start, models, workers), jobs)):
             results.append(result)
@@ -814,7 +834,8 @@ def experiments(args: argparse.Namespace, live: Live) -> None:
     start = load_memory(args.load, base.embedding) if args.load else {}
     also = {"experiment": ",".join(args.experiment), "seeds": args.seeds, "models": args.models,
             "rows": args.rows}
-    path = None if args.dry_run else run_directory(args, {**base._asdict(), **also})
+    world = load_world(base.world, base.seed)
+    path = None if args.dry_run else run_directory(args, {**base._asdict(), **also}, world)
     jobs = dict(sorted(jobs.items(), key=lambda job: -job[1][0].episodes))      # long ones last would run alone
     results = dict(zip(jobs, gather(args, base, list(jobs.values()), path, start, live)))
     for name, table in plans.items():
@@ -862,7 +883,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 3 if spent else 130
     except MENDABLE as error:
         named = isinstance(error, OSError) and error.filename
-        say(f"run.py: {f'cannot use {error.filename}: {error.strerror}' if named else error}")
+        text = f"cannot use {error.filename}: {error.strerror}" if named else str(error)
+        say("run.py: " + prompts.clean(text, 999))
         return 2
     finally:
         for file in filter(None, live.files):
@@ -870,7 +892,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")        # a console without bars gets question marks
+    sys.stdout = sys.stdout or open(os.devnull, "w")        # it may have been closed
+    sys.stdout.reconfigure(errors="replace")                # a console without bars gets question marks
     code = main()
     with suppress(OSError):
         sys.stdout.flush()

@@ -1,6 +1,7 @@
 """Laws of the memories, the credit, the world, the prompts and the run; a hand-worked episode; the
 command line. Each was seen to fail with the line it guards broken."""
 import ast
+import base64
 import email.utils
 import http.server
 import importlib.util
@@ -431,6 +432,9 @@ def test_a_bounded_session_keeps_whole_newest_turns(n, limit):
     kept = prompts.bounded(session, limit)
     assert len(kept) <= limit and session.endswith(kept) and kept.startswith("Thought")
     assert kept == session or len(kept) >= limit // 2 - 400
+    huge = prompts.bounded(session + prompts.turn(n + 1, "", "X" * limit, 5, True, False), limit)
+    assert huge == f"Observation {n + 1}: the user left\n"        # the newest line is kept at least
+    assert prompts.offline_reflector(prompts.shared(["L [A]"], huge), 0).startswith("Reflection: The user left")
 
 
 def test_no_lesson_sends_the_offline_reader_on_a_long_count():
@@ -1335,6 +1339,10 @@ def test_no_part_of_a_key_is_ever_shown_or_written(key, tmp_path):
         code, out, err = live(tmp_path / name, base=base, OPENAI_API_KEY=key)
         assert code == (0 if name == "good" and key.strip() == KEY else 2)
         assert not leaks(out + err), err
+    cast(lambda body: error(400, server().seen[-1][1]["Authorization"] + f" u:{KEY}%"))     # as it came
+    code, _, err = live(tmp_path / "basic", base=server().url.replace("//", f"//u:{KEY}%25@"), OPENAI_API_KEY="")
+    basic = base64.b64encode(f"u:{KEY}%".encode()).decode()
+    assert code == 2 and "***" in err and not leaks(err) and basic[:7] not in err and basic[-9:-2] not in err
     code, _, err = live(tmp_path / "h", "--header", f"Authorization: Bearer {KEY}==", OPENAI_API_KEY=key)
     assert code == 2 and not leaks(err)
     for path in tmp_path.rglob("*"):
