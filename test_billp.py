@@ -1340,7 +1340,8 @@ def test_no_part_of_a_key_is_ever_shown_or_written(key, tmp_path):
         assert code == (0 if name == "good" and key.strip() == KEY else 2)
         assert not leaks(out + err), err
     cast(lambda body: error(400, server().seen[-1][1]["Authorization"] + f" u:{KEY}%"))     # as it came
-    code, _, err = live(tmp_path / "basic", base=server().url.replace("//", f"//u:{KEY}%25@"), OPENAI_API_KEY="")
+    url = server().url.replace("//", f"//u:{KEY}%25@")
+    code, _, err = live(tmp_path / "basic", base=url, OPENAI_API_KEY="")
     basic = base64.b64encode(f"u:{KEY}%".encode()).decode()
     assert code == 2 and "***" in err and not leaks(err) and basic[:7] not in err and basic[-9:-2] not in err
     code, _, err = live(tmp_path / "h", "--header", f"Authorization: Bearer {KEY}==", OPENAI_API_KEY=key)
