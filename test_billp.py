@@ -722,6 +722,17 @@ def test_a_run_directory_is_never_overwritten_by_another_run(tmp_path):
     assert code == 2 and "seed, gamma" in err and result(tmp_path) == held
 
 
+def test_a_run_stands_when_the_data_behind_its_world_has_changed(tmp_path):
+    flags = ("--world", f"movielens:{tmp_path}", "--episodes", 3, "--users", 3, "--out", tmp_path / "r")
+    write(tmp_path)
+    assert cli(*flags)[0] == 0
+    held, votes = result(tmp_path / "r"), tmp_path / "ratings.csv"
+    votes.write_text(votes.read_text("utf-8").replace("20,1,3", "20,1,5"), "utf-8")
+    run.load_world.cache_clear()
+    code, _, err = cli(*flags)
+    assert code == 2 and "(data)" in err and result(tmp_path / "r") == held
+
+
 # ------------------------------------------------------------------------------- experiments
 
 
