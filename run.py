@@ -29,7 +29,7 @@ from io import BytesIO
 from itertools import chain, product
 from operator import itemgetter
 from pathlib import Path
-from signal import SIG_IGN, SIGINT, signal
+from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, default_int_handler, signal
 from threading import Event, Thread, enumerate as threads
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 from urllib.parse import quote
@@ -211,9 +211,14 @@ def variable(*names: str) -> str:
     return next(filter(None, map(os.environ.get, names)), "")
 
 
+def endpoint(args: argparse.Namespace) -> bool:
+    """Whether the flags or the environment point to an endpoint."""
+    return bool(args.base_url or args.replay or variable(*URLS, "OPENAI_API_KEY"))
+
+
 def settings(args: argparse.Namespace) -> Settings:
     """What the flags and the environment ask for; an experiment's cells add their own method's row."""
-    live = bool(args.base_url or args.replay or variable(*URLS, "OPENAI_API_KEY"))
+    live = endpoint(args)
     compared = (args.models or "").split(",")
     model = args.model or (live and variable("OPENAI_MODEL")) or compared[0] or ("" if live else "offline")
     models = {model, *(compared if args.models else ())}
@@ -369,8 +374,9 @@ class Live(NamedTuple):
 
 
 def say(text: str) -> None:
-    """What is no result goes to stderr."""
-    print(text, file=sys.stderr)
+    """What is no result goes to stderr, if anybody still listens."""
+    with suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def counted(llm: LLM, live: Live, ask: prompts.Ask) -> prompts.Reply:
@@ -396,7 +402,6 @@ def connect(args: argparse.Namespace, wanted: Settings, path: Path | None, live:
     options = dict(key=variable("OPENAI_API_KEY"), timeout=args.timeout, notice=say,
                    extra=json.loads(args.extra_body), stats=live.stats, sleep=live.stop.wait,
                    headers=dict(header.split("=", 1) for header in args.header))
-    sys.setswitchinterval(0.0005)       # an answer waits less for its turn to be recorded: a kill loses fewer
     path.mkdir(exist_ok=True)
     log = prompts.open_log(path / "calls.jsonl", [wanted.model, wanted.embedding, wanted.extra],
                            replay=args.replay, notice=say)
@@ -410,8 +415,8 @@ def connect(args: argparse.Namespace, wanted: Settings, path: Path | None, live:
 
 @contextmanager
 def mapping(executor: Callable, count: int, stop: Event) -> Iterator[Callable]:
-    """A map: the built-in one, or a pool's. An error or Ctrl-C also stops what is under way."""
-    if count == 1:
+    """A map: the built-in one for 0, or a pool's. An error or Ctrl-C also stops what is under way."""
+    if not count:
         yield map
         return
     pool = executor(count)
@@ -430,6 +435,14 @@ def mapping(executor: Callable, count: int, stop: Event) -> Iterator[Callable]:
         for thread in threads() if stop.is_set() else ():
             if thread.name.startswith("ThreadPoolExecutor"):
                 thread.join(max(last - time.monotonic(), 0))
+
+
+def follow(told: Any = SIG_DFL) -> None:
+    """A worker process leaves Ctrl-C to its parent, and is told to stop when that ends, however it ends."""
+    from multiprocessing import parent_process
+    signal(SIGINT, SIG_IGN)
+    signal(SIGTERM, told)
+    Thread(target=lambda: os.kill(os.getpid(), parent_process().join() or SIGTERM), daemon=True).start()
 
 
 def progress(batches: Iterable, total: int, size: int) -> Iterator:
@@ -513,7 +526,7 @@ def run(args: argparse.Namespace, live: Live) -> None:
     env, rows = build_world(wanted), load_memory(args.load, wanted.embedding) if args.load else {}
     path = None if args.dry_run else run_directory(args, wanted._asdict(), env)
     llm, embed = connect(args, wanted, path, live)
-    workers = args.workers or (1 if args.dry_run or wanted.model == "offline" else wanted.config["batch"])
+    workers = args.workers or (0 if args.dry_run or wanted.model == "offline" else wanted.config["batch"])
     with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
         outcome = perform(wanted, env, rows, (partial(counted, llm, live), embed), map, watched=True)
     if args.dry_run:
@@ -797,13 +810,6 @@ def bill(results: list[Row]) -> str:
             "malformed {:.1f}, fallbacks {:.1f}, named no free item {:.0%}, {:.1f} s".format(*means))
 
 
-def follow() -> None:
-    """A worker process leaves Ctrl-C to its parent, and ends when its parent does, however that ends."""
-    from multiprocessing import parent_process
-    signal(SIGINT, SIG_IGN)
-    Thread(target=lambda: os._exit(parent_process().join() or 1), daemon=True).start()
-
-
 def gather(args: argparse.Namespace, base: Settings, jobs: list[Job], path: Path | None, start: dict,
            live: Live) -> list[dict[str, Row]]:
     """What the runs give, in order: side by side offline, else one by one with threads of its own."""
@@ -811,9 +817,10 @@ def gather(args: argparse.Namespace, base: Settings, jobs: list[Job], path: Path
     models = {model: connect(args, base._replace(model=model), path and path / folder(model), live)
               for model in dict.fromkeys(wanted.model for wanted, _ in jobs)}      # one client and log each
     if args.dry_run or set(models) == {"offline"}:
-        count, workers = max(min(args.workers or os.cpu_count() or 1, len(jobs), 60), 1), 1
+        count, workers = min(args.workers or os.cpu_count() or 1, len(jobs), 60), 0
+        count *= count > 1                              # one alone needs no process of its own
     else:
-        count, workers = 1, args.workers or base.config["batch"]
+        count, workers = 0, args.workers or base.config["batch"]
         models = {model: (partial(counted, llm, live), embed) for model, (llm, embed) in models.items()}
     pool, results = partial(futures.ProcessPoolExecutor, initializer=follow), []
     with mapping(pool, count, live.stop) as map:
@@ -868,11 +875,13 @@ def publish(name: str, base: Settings, found: list[list[Row]], path: Path) -> No
     plot(name, heading, rows, path / f"{name}.png")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Does what the flags say; the exit code."""
+def main(argv: Sequence[str] | None = None, guarded: bool = False) -> int:
+    """Does what the flags say, with an endpoint in a process apart if guarded; the exit code."""
     live = Live({}, {}, Event(), [])
     try:
         args = parse(argv)
+        if guarded and endpoint(args):
+            return guard(argv)
         show(args.show, args.pick) if args.show else (experiments if args.experiment else run)(args, live)
         sys.stdout.flush()
         return 0
@@ -891,10 +900,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             file.close()
 
 
-if __name__ == "__main__":
+def guard(argv: Sequence[str] | None) -> int:
+    """main in a process of its own: if this one is killed, the answers on their way are still recorded."""
+    from multiprocessing import Process
+    worker = Process(target=enter, args=(argv,))
+    worker.start()
+    signal(SIGINT, lambda *_: worker.terminate())
+    worker.join()
+    return worker.exitcode if worker.exitcode >= 0 else 128 - worker.exitcode
+
+
+def enter(argv: Sequence[str] | None) -> None:
+    """What `guard` runs; told to stop, it does what others do at Ctrl-C."""
+    follow(default_int_handler)
+    leave(argv)
+
+
+def leave(argv: Sequence[str] | None = None, guarded: bool = False) -> None:
+    """main as a whole process, which ends with its exit code."""
     sys.stdout = sys.stdout or open(os.devnull, "w")        # it may have been closed
     sys.stdout.reconfigure(errors="replace")                # a console without bars gets question marks
-    code = main()
+    code = main(argv, guarded)
     with suppress(OSError):
         sys.stdout.flush()
     os._exit(code)              # threads that still wait for an answer must not hold up the end
+
+
+if __name__ == "__main__":
+    leave(guarded=True)
