@@ -12,13 +12,11 @@ After "Large Language Models are Learnable Planners for Long-Term Recommendation
     key            (seed, phase, episode, step): names every draw, so that a run repeats itself
 
 All functions are pure: the model comes in as `llm`, parallelism as `map` (any that keeps the order).
-Left out on purpose: weights, gradients, schedules.
 """
 from __future__ import annotations
 
 from functools import partial, reduce
 from itertools import chain, islice
-from operator import methodcaller
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
@@ -162,6 +160,8 @@ class Agent(NamedTuple):
 
 
 NOVICE = Agent()
+SILENCE = Answer("", "")            # the plan of a method without thoughts
+Output = tuple[Answer, Memory]      # of every role; one that only reads gives back the very same memory
 
 
 def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, config: Config,
@@ -176,11 +176,8 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
     return Answer(value, str(value), malformed=malformed)
 
 
-def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> tuple[Answer, Memory]:
-    """Macro level: the thought t_n, given the state and K reflections. Fallback: no thought.
-
-    All roles share one shape; those that only read give the very same memory back.
-    """
+def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
+    """Macro level: the thought t_n, given the state and K reflections. Fallback: no thought."""
     vector = state.vector * (config.lessons != "latest")            # a zero vector recalls the newest
     k = config.k_lessons * (config.lessons != "none")
     lessons = tuple(record.value for record in recall(memory, vector, k))
@@ -189,8 +186,7 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
     return answer._replace(recalled=lessons), memory
 
 
-def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
-          config: Config = DEFAULT) -> tuple[Answer, Memory]:
+def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog, config: Config = DEFAULT) -> Output:
     """Micro level: the item a_n, given state, thought and what was tried in states like this.
 
     Fallback: the item nearest to the thought, or to the state where there is none.
@@ -203,7 +199,7 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
     return answer._replace(value=item, recalled=tried, exact=exact), memory
 
 
-def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> tuple[Answer, Memory]:
+def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
     """Micro level: V(s_n) in [0, state.top], given targets of states like it. Fallback: their mean, or 0."""
     found = recall(memory, state.vector, config.k_values, config.tau_critic)
     values = tuple(record.value for record in found)
@@ -213,12 +209,8 @@ def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> 
     return answer._replace(value=min(max(answer.value, 0.0), state.top), recalled=values), memory
 
 
-def reflector(trajectory: Trajectory, memory: Memory, llm: LLM,
-              config: Config = DEFAULT) -> tuple[Answer, Memory]:
-    """Macro level: a principle drawn from a finished episode, and the memory with it.
-
-    It is kept under the state at which the episode began. Fallback: nothing is remembered.
-    """
+def reflector(trajectory: Trajectory, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
+    """Macro level: a principle drawn from an episode, kept under its first state. Fallback: nothing is kept."""
     question, first = prompts.render_reflector(), trajectory.steps[0].state
     answer = consult(llm, "reflector", trajectory.last, question, prompts.parse_reflector, config, "")
     return answer, memory if answer.fallback else remember(memory, first.text, answer.value, first.vector)
@@ -230,7 +222,7 @@ def reflector(trajectory: Trajectory, memory: Memory, llm: LLM,
 class Step(NamedTuple):
     """One recommendation: what was known, thought, done and earned."""
     state: State
-    plan: Answer | None             # None where the method has no thoughts
+    plan: Answer
     act: Answer
     line: str                       # the recommended item as the model reads it
     reward: float
@@ -241,7 +233,6 @@ class Lesson(NamedTuple):
     values: tuple[float, ...]       # V(s_1) .. V(s_{N+1}), the last 0 if the user left
     advantages: tuple[float, ...]   # A(s_n, a_n)
     answers: tuple[Answer, ...]     # of critic and reflector
-    reflection: str                 # "" where there is none
     gained: Agent
 
 
@@ -272,10 +263,9 @@ def advance(state: State, catalog: Catalog, step: Step, left: bool, cut: bool, c
     """The state after one more step: the transcript grown by one turn, nothing rewritten."""
     n = state.key[-1] + 1
     text = "\n".join([*state.text.splitlines(), step.line][-config.titles:])
-    thought = step.plan.value if step.plan else ""
     return state._replace(
         key=state.key[:-1] + (n,), text=text, vector=catalog.embed([text])[0],
-        session=state.session + prompts.turn(n, thought, step.line, step.reward, left, cut),
+        session=state.session + prompts.turn(n, step.plan.value, step.line, step.reward, left, cut),
         taken=state.taken + (step.act.value,))
 
 
@@ -283,9 +273,8 @@ def play(catalog: Catalog, world: EnvState, state: State, agent: Agent, llm: LLM
     """Think, act, observe from this state on, until the user leaves or the cap is reached."""
     steps, left, cut = (), False, False
     while not (left or cut):
-        plan = planner(state, agent.planner, llm, config)[0] if config.thoughts else None
-        aware = state._replace(thought=plan.value) if plan else state
-        act, _ = actor(aware, agent.actor, llm, catalog, config)
+        plan = planner(state, agent.planner, llm, config)[0] if config.thoughts else SILENCE
+        act, _ = actor(state._replace(thought=plan.value), agent.actor, llm, catalog, config)
         world, reward, *ends = envs.step(catalog.env, world, act.value)
         left, cut = map(bool, ends)
         steps += (Step(state, plan, act, catalog.lines[act.value], float(reward)),)
@@ -296,26 +285,16 @@ def play(catalog: Catalog, world: EnvState, state: State, agent: Agent, llm: LLM
 def episode(catalog: Catalog, user: int, key: tuple, agent: Agent, llm: LLM,
             config: Config = DEFAULT) -> Trajectory:
     """One session with one user. The agent is read, never changed; key = (seed, phase, episode)."""
-    world, state = envs.reset(catalog.env, user), opening(catalog, user, key, config)
-    return play(catalog, world, state, agent, llm, config)
+    return play(catalog, envs.reset(catalog.env, user), opening(catalog, user, key, config), agent, llm, config)
 
 
 # --------------------------------------------------------------------------------- learning
 
 
-def homework(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config) -> tuple[list, list]:
-    """The questions an episode leaves: its reflection, and each state's value unless known to be 0."""
-    states = [step.state for step in trajectory.steps] + [trajectory.last] * (not trajectory.terminated)
-    reflects, values = config.lessons != "none", config.experience and config.baseline
-    return ([partial(reflector, trajectory, EMPTY, llm, config)] if reflects else [],
-            [partial(critic, state, agent.critic, llm, config) for state in states] if values else [])
-
-
-def conclude(trajectory: Trajectory, reflections: list, values: list, config: Config) -> Lesson:
-    """The lesson of an episode, from the (answer, memory) that reflector and critic gave to its homework."""
+def conclude(trajectory: Trajectory, values: Sequence[Output], drawn: Output | None, config: Config) -> Lesson:
+    """The lesson of an episode, from what the critic made of its states and the reflector of it all."""
     steps, n = trajectory.steps, len(trajectory.steps)
-    known = [answer.value for answer, _ in values]
-    v = np.array(known + [0.0] * (n + 1 - len(known)))              # V(s_1) .. V(s_{N+1})
+    v = np.array([answer.value for answer, _ in values] + [0.0] * (n + 1 - len(values)))
     rewards = np.array([step.reward for step in steps])
     ended = np.arange(1, n + 1) > n - trajectory.terminated         # true at the leaving step alone
     targets = td_target(rewards, config.gamma, v[1:], ended).tolist()
@@ -323,22 +302,22 @@ def conclude(trajectory: Trajectory, reflections: list, values: list, config: Co
     vectors = np.stack([step.state.vector for step in steps])
     tried = Chunk(tuple(Record(s.state.text, s.line, int(a >= 0)) for s, a in zip(steps, advantages)), vectors)
     valued = Chunk(tuple(Record(s.state.text, "", target) for s, target in zip(steps, targets)), vectors)
-    gained = Agent(reflections[0][1] if reflections else EMPTY, (tried,) if config.experience else EMPTY,
+    gained = Agent(drawn[1] if drawn else EMPTY, (tried,) if config.experience else EMPTY,
                    (valued,) if values else EMPTY)
-    answers = tuple(answer for answer, _ in reflections + values)
-    reflection = answers[0].value if reflections else ""
-    return Lesson(tuple(v.tolist()), tuple(advantages), answers, reflection, gained)
+    answers = tuple(answer for answer, _ in [*values, *[drawn] * bool(drawn)])
+    return Lesson(tuple(v.tolist()), tuple(advantages), answers, gained)
 
 
 def study(trajectories: Sequence[Trajectory], agent: Agent, llm: LLM, config: Config = DEFAULT,
           map: Callable = map) -> tuple[Trajectory, ...]:
-    """The batch with its lessons. All questions of the batch are asked side by side."""
-    asked = [homework(trajectory, agent, llm, config) for trajectory in trajectories]
-    do = methodcaller("__call__")       # can be sent elsewhere, for any map
-    replies = iter(map(do, [job for parts in asked for part in parts for job in part]))
-    lessons = (conclude(t, *(list(islice(replies, len(part))) for part in parts), config)
-               for t, parts in zip(trajectories, asked))
-    return tuple(t._replace(lesson=lesson) for t, lesson in zip(trajectories, lessons))
+    """The batch with its lessons. The critic is asked about each state but those known to be worth 0."""
+    states = [[step.state for step in t.steps] + [t.last] * (not t.terminated) for t in trajectories]
+    values = iter(map(partial(critic, memory=agent.critic, llm=llm, config=config),
+                      chain(*states) if config.experience and config.baseline else ()))
+    drawn = iter(map(partial(reflector, memory=EMPTY, llm=llm, config=config),
+                     trajectories if config.lessons != "none" else ()))
+    return tuple(t._replace(lesson=conclude(t, list(islice(values, len(own))), next(drawn, None), config))
+                 for t, own in zip(trajectories, states))
 
 
 def absorb(agent: Agent, gained: Agent) -> Agent:
