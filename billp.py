@@ -291,8 +291,8 @@ def episode(catalog: Catalog, user: int, key: tuple, agent: Agent, llm: LLM,
 # --------------------------------------------------------------------------------- learning
 
 
-def conclude(trajectory: Trajectory, values: Sequence[Output], drawn: Output | None, config: Config) -> Lesson:
-    """The lesson of an episode, from what the critic made of its states and the reflector of it all."""
+def conclude(trajectory: Trajectory, values: list[Output], drawn: list[Output], config: Config) -> Lesson:
+    """The lesson of an episode, from what critic and reflector made of it, where they were asked."""
     steps, n = trajectory.steps, len(trajectory.steps)
     v = np.array([answer.value for answer, _ in values] + [0.0] * (n + 1 - len(values)))
     rewards = np.array([step.reward for step in steps])
@@ -302,9 +302,9 @@ def conclude(trajectory: Trajectory, values: Sequence[Output], drawn: Output | N
     vectors = np.stack([step.state.vector for step in steps])
     tried = Chunk(tuple(Record(s.state.text, s.line, int(a >= 0)) for s, a in zip(steps, advantages)), vectors)
     valued = Chunk(tuple(Record(s.state.text, "", target) for s, target in zip(steps, targets)), vectors)
-    gained = Agent(drawn[1] if drawn else EMPTY, (tried,) if config.experience else EMPTY,
+    gained = Agent(drawn[0][1] if drawn else EMPTY, (tried,) if config.experience else EMPTY,
                    (valued,) if values else EMPTY)
-    answers = tuple(answer for answer, _ in [*values, *[drawn] * bool(drawn)])
+    answers = tuple(answer for answer, _ in values + drawn)
     return Lesson(tuple(v.tolist()), tuple(advantages), answers, gained)
 
 
@@ -316,7 +316,7 @@ def study(trajectories: Sequence[Trajectory], agent: Agent, llm: LLM, config: Co
                       chain(*states) if config.experience and config.baseline else ()))
     drawn = iter(map(partial(reflector, memory=EMPTY, llm=llm, config=config),
                      trajectories if config.lessons != "none" else ()))
-    return tuple(t._replace(lesson=conclude(t, list(islice(values, len(own))), next(drawn, None), config))
+    return tuple(t._replace(lesson=conclude(t, list(islice(values, len(own))), list(islice(drawn, 1)), config))
                  for t, own in zip(trajectories, states))
 
 
