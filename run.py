@@ -29,7 +29,7 @@ from io import BytesIO
 from itertools import chain, product
 from operator import itemgetter
 from pathlib import Path
-from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, default_int_handler, signal
+from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, signal
 from threading import Event, Thread, enumerate as threads
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 from urllib.parse import quote
@@ -911,9 +911,15 @@ def guard(argv: Sequence[str] | None) -> int:
 
 
 def enter(argv: Sequence[str] | None) -> None:
-    """What `guard` runs; told to stop, it does what others do at Ctrl-C."""
-    follow(default_int_handler)
+    """What `guard` runs."""
+    follow(interrupt)
     leave(argv)
+
+
+def interrupt(*_: Any) -> None:
+    """Does as at Ctrl-C when told to stop, and is told but once."""
+    signal(SIGTERM, SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def leave(argv: Sequence[str] | None = None, guarded: bool = False) -> None:
