@@ -228,21 +228,16 @@ class Step(NamedTuple):
     reward: float
 
 
-class Lesson(NamedTuple):
-    """What one episode teaches: numbers for the reader, and three small memories to merge."""
-    values: tuple[float, ...]       # V(s_1) .. V(s_{N+1}), the last 0 if the user left
-    advantages: tuple[float, ...]   # A(s_n, a_n)
-    answers: tuple[Answer, ...]     # of critic and reflector
-    gained: Agent
-
-
 class Trajectory(NamedTuple):
-    """One episode, from its first step to the state after its last."""
+    """One episode, from its first step to the state after its last, and what it teaches once studied."""
     user: int
     steps: tuple[Step, ...]         # at least one; the last is the leaving step if terminated
     last: State                     # s_{N+1}
     terminated: bool                # the user left
-    lesson: Lesson | None = None    # None until it was studied
+    values: tuple[float, ...] = ()          # V(s_1) .. V(s_{N+1}), the last 0 if the user left
+    advantages: tuple[float, ...] = ()      # A(s_n, a_n)
+    answers: tuple[Answer, ...] = ()        # of critic and reflector
+    gained: Agent = NOVICE                  # three small memories to merge
 
 
 def score(trajectory: Trajectory) -> tuple[int, float]:
@@ -291,8 +286,8 @@ def episode(catalog: Catalog, user: int, key: tuple, agent: Agent, llm: LLM,
 # --------------------------------------------------------------------------------- learning
 
 
-def conclude(trajectory: Trajectory, values: list[Output], drawn: list[Output], config: Config) -> Lesson:
-    """The lesson of an episode, from what critic and reflector made of it, where they were asked."""
+def conclude(trajectory: Trajectory, values: list[Output], drawn: list[Output], config: Config) -> Trajectory:
+    """The episode and what it teaches, by what critic and reflector made of it, where they were asked."""
     steps, n = trajectory.steps, len(trajectory.steps)
     v = np.array([answer.value for answer, _ in values] + [0.0] * (n + 1 - len(values)))
     rewards = np.array([step.reward for step in steps])
@@ -304,25 +299,25 @@ def conclude(trajectory: Trajectory, values: list[Output], drawn: list[Output], 
     valued = Chunk(tuple(Record(s.state.text, "", target) for s, target in zip(steps, targets)), vectors)
     gained = Agent(drawn[0][1] if drawn else EMPTY, (tried,) if config.experience else EMPTY,
                    (valued,) if values else EMPTY)
-    answers = tuple(answer for answer, _ in values + drawn)
-    return Lesson(tuple(v.tolist()), tuple(advantages), answers, gained)
+    return trajectory._replace(values=tuple(v.tolist()), advantages=tuple(advantages),
+                               answers=tuple(answer for answer, _ in values + drawn), gained=gained)
 
 
 def study(trajectories: Sequence[Trajectory], agent: Agent, llm: LLM, config: Config = DEFAULT,
           map: Callable = map) -> tuple[Trajectory, ...]:
-    """The batch with its lessons. The critic is asked about each state but those known to be worth 0."""
+    """The batch and what it teaches. The critic is asked about each state but those known to be worth 0."""
     states = [[step.state for step in t.steps] + [t.last] * (not t.terminated) for t in trajectories]
     values = iter(map(partial(critic, memory=agent.critic, llm=llm, config=config),
                       chain(*states) if config.experience and config.baseline else ()))
     drawn = iter(map(partial(reflector, memory=EMPTY, llm=llm, config=config),
                      trajectories if config.lessons != "none" else ()))
-    return tuple(t._replace(lesson=conclude(t, list(islice(values, len(own))), list(islice(drawn, 1)), config))
+    return tuple(conclude(t, list(islice(values, len(own))), list(islice(drawn, 1)), config)
                  for t, own in zip(trajectories, states))
 
 
-def absorb(agent: Agent, gained: Agent) -> Agent:
-    """M <- M + what an episode taught, for each of the three memories."""
-    return Agent(*map(merge, agent, gained))
+def absorb(agent: Agent, trajectory: Trajectory) -> Agent:
+    """M <- M + M' for each of the three memories, with what an episode teaches."""
+    return Agent(*map(merge, agent, trajectory.gained))
 
 
 def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, seed: int, phase: str,
@@ -342,5 +337,5 @@ def train(catalog: Catalog, users: Sequence[int], llm: LLM, seed: int = 0, agent
         batch = users[first:first + config.batch]
         played = evaluate(catalog, batch, agent, llm, seed, "learn", config, map, first)
         studied = study(played, agent, llm, config, map)
-        agent = reduce(absorb, (t.lesson.gained for t in studied), agent)
+        agent = reduce(absorb, studied, agent)
         yield agent, studied

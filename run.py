@@ -355,11 +355,10 @@ def describe(env: envs.Env, phase: str, t: Trajectory) -> dict[str, Any]:
     steps = [{"lessons": s.plan.recalled, "thought": s.plan.value, "experience": s.act.recalled,
               "said": s.act.said, "exact": s.act.exact, "item": s.line, "reward": s.reward} for s in t.steps]
     left = envs.why_left(env, t.user, [s.act.value for s in t.steps]) if t.terminated else ""
-    values, advantages, _, gained = t.lesson or ((), (), (), billp.NOVICE)
-    reflection = "".join(record.value for record in billp.records(gained.planner))
+    reflection = "".join(record.value for record in billp.records(t.gained.planner))
     return {"phase": phase, "episode": t.last.key[2], "user": t.user, "history": t.last.history,
             "steps": steps, "left": prompts.clean(left),        # it names titles, which are data
-            "values": values, "advantages": advantages, "reflection": reflection}
+            "values": t.values, "advantages": t.advantages, "reflection": reflection}
 
 
 # ---------------------------------------------------------------------------------- running
@@ -514,7 +513,7 @@ def cost(outcome: Outcome, live: Live, began: float) -> dict[str, Any]:
     played = [t for ts in outcome.episodes.values() for t in ts]
     acts = [step.act for t in played for step in t.steps]
     plans = [step.plan for t in played for step in t.steps]
-    answers = [*acts, *plans, *(answer for t in played if t.lesson for answer in t.lesson.answers)]
+    answers = [*acts, *plans, *(answer for t in played for answer in t.answers)]
     return {"malformed": sum(a.malformed for a in answers), "fallbacks": sum(a.fallback for a in answers),
             "ungrounded": round(float(np.mean([not a.exact for a in acts])), 4) if acts else 0.0,
             "calls": calls(live), "seconds": round(time.perf_counter() - began, 2)}

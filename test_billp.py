@@ -521,10 +521,10 @@ def test_a_method_asks_its_roles_and_no_other_and_the_critic_only_while_learning
 def test_the_sign_of_the_advantage_is_what_the_actor_remembers():
     for _, trajectories in learn(episodes=30):
         for t in trajectories:
-            kept = [r.value for r in billp.records(t.lesson.gained.actor)]
-            assert kept == [int(a >= 0) for a in t.lesson.advantages]
-            values, targets = t.lesson.values, [r.value for r in billp.records(t.lesson.gained.critic)]
-            assert np.allclose(np.array(targets) - values[:-1], t.lesson.advantages)
+            kept = [r.value for r in billp.records(t.gained.actor)]
+            assert kept == [int(a >= 0) for a in t.advantages]
+            values, targets = t.values, [r.value for r in billp.records(t.gained.critic)]
+            assert np.allclose(np.array(targets) - values[:-1], t.advantages)
             assert values[-1] == 0 or not t.terminated
 
 
@@ -565,9 +565,9 @@ def test_an_episode_worked_by_hand():
     (agent, (t,)), = billp.train(catalog, [0], llm)
     assert [s.line for s in t.steps] == ["Ant [Bug]", "Bee (1990) [Bug]", "Bat (1991) [Beast]"]
     assert [s.reward for s in t.steps] == [4, 5, 0] and t.terminated and billp.score(t) == (2, 9)
-    assert t.lesson.values == (6.5, 5, 2, 0)
+    assert t.values == (6.5, 5, 2, 0)
     # A = 4 + .5*5 - 6.5, 5 + .5*2 - 5, 0 - 2; targets 4 + .5*5, 5 + .5*2, 0; as good as expected is encouraged
-    assert t.lesson.advantages == (0.0, 1.0, -2.0)
+    assert t.advantages == (0.0, 1.0, -2.0)
     assert [r.value for r in billp.records(agent.critic)] == [6.5, 6.0, 0.0]
     assert [(r.action, r.value) for r in billp.records(agent.actor)] == [
         ("Ant [Bug]", 1), ("Bee (1990) [Bug]", 1), ("Bat (1991) [Beast]", 0)]
@@ -583,7 +583,7 @@ def test_an_episode_worked_by_hand():
 def test_running_out_of_steps_bootstraps_and_leaving_does_not():
     said = {"planner": ["t"], "actor": ["Ant", "Bee"], "reflector": ["r"], "critic": ["6", "5", "2"]}
     (_, (t,)), = billp.train(prompts.catalog(hand_world()._replace(max_steps=2)), [0], prompts.scripted(said))
-    assert not t.terminated and t.lesson.values == (6, 5, 2) and t.lesson.advantages == (0.5, 1.0)
+    assert not t.terminated and t.values == (6, 5, 2) and t.advantages == (0.5, 1.0)
     assert billp.score(t) == (2, 9) and t.last.session.endswith("(last step)\n")
 
 
