@@ -499,13 +499,13 @@ class Wire(NamedTuple):
     post: Callable                  # body -> httpx's streamed response
     url: str                        # fit to be shown
     secrets: tuple[str, ...]        # never to be shown
-    stats: dict[str, Any]           # gathers retries and the system fingerprint
     learnt: set[str]                # gathers what the server turns out to refuse
+    stats: dict[str, Any]           # gathers retries and the system fingerprint
     extra: dict[str, Any]           # the user's own fields of each request
     timeout: float                  # seconds for one attempt
-    retries: int
-    notice: Callable[[str], Any]
-    sleep: Callable[[float], Any]   # true when told to stop
+    retries: int = 6
+    notice: Callable[[str], Any] = warnings.warn
+    sleep: Callable[[float], Any] = time.sleep      # true when told to stop
 
 
 def scrubbed(text: str, secrets: Sequence[str]) -> str:
@@ -541,10 +541,9 @@ def address(base: str, route: str) -> str:
     return parts._replace(path=f"{path}/{route}", fragment="").geturl()
 
 
-def dial(base_url: str, route: str, key: str | None, *, timeout: float = 300.0, extra: dict | None = None,
-         headers: dict | None = None, retries: int = 6, notice: Callable = warnings.warn,
-         sleep: Callable = time.sleep, stats: dict | None = None) -> Wire:
-    """Check what a user can get wrong, then make the clients, one a thread."""
+def dial(base_url: str, route: str, key: str | None, *, timeout: float = 300.0, headers: dict | None = None,
+         extra: dict | None = None, stats: dict | None = None, **options: Any) -> Wire:
+    """Check what a user can get wrong, then make the clients, one a thread; other options are Wire's."""
     import httpx
     parts = urlsplit(url := address(base_url, route))
     user, _, host = parts.netloc.rpartition("@")
@@ -567,10 +566,8 @@ def dial(base_url: str, route: str, key: str | None, *, timeout: float = 300.0, 
         trouble = type(error).__name__              # no more: the text may quote a proxy's password
     else:
         return Wire(post=lambda body: client(get_ident()).stream("POST", target, content=body), url=shown,
-                    secrets=(user, plain, basic, parts.query, *sent.values()),
-                    stats={} if stats is None else stats,
-                    learnt=set(), extra=extra or {}, timeout=timeout, retries=retries, notice=notice,
-                    sleep=sleep)
+                    secrets=(user, plain, basic, parts.query, *sent.values()), learnt=set(),
+                    stats={} if stats is None else stats, extra=extra or {}, timeout=timeout, **options)
     raise EndpointError(f"no client for {shown} ({trouble}): check its port, HTTP_PROXY, ALL_PROXY (socks "
                         "needs httpx[socks]) and SSL_CERT_FILE")
 
