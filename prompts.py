@@ -32,7 +32,7 @@ from operator import itemgetter
 from pathlib import Path
 from threading import Lock, get_ident
 from typing import Any, Callable, Iterable, NamedTuple, Sequence
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 from zlib import crc32
 
 import numpy as np
@@ -524,51 +524,51 @@ def checked(name: str, value: str, allowed: str = "[ -~]*") -> str:
                         "from a web page): copy it again")
 
 
-def address(base: str, route: str) -> str:
-    """The full URL of a route, from a base URL in any form people paste.
+def address(base: str, route: str) -> tuple[str, str, str, str, str]:
+    """Scheme, login, host, path and query of a route's URL, from a base URL in any form people paste.
 
     >>> address("localhost:8080", "chat/completions")
-    'http://localhost:8080/v1/chat/completions'
+    ('http://', '', 'localhost:8080', '/v1/chat/completions', '')
     """
     if "://" not in (base := base.strip()):
         base = f"http{'' if LOOPBACK.match(base) else 's'}://{base}"
-    host = r"([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?"
-    if not re.fullmatch(rf"(?a)(?=[!-~]*\Z)https?://([^/?#]*@)?{host}(/[^?@]*)?(\?.*)?", base):
+    host = r"(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::(?P<port>\d{1,5}))?"
+    found = re.fullmatch(rf"(?a)(?=[!-~]*\Z)(https?://)([^/?#]*@)?({host})(/[^?#@]*)?(\?[^#]*)?(#[^@]*)?", base)
+    if not found or int(found["port"] or 0) > 65535:
         raise EndpointError("the base URL should look like http://localhost:8080/v1, not like "
                             + clean(re.sub(r"(?s)^.*@|[?#].*", "", base), 200))
-    parts = urlsplit(base)
-    path = re.sub(r"(/chat/completions|/embeddings)?/*$", "", parts.path) or "/v1"
-    return parts._replace(path=f"{path}/{route}", fragment="").geturl()
+    scheme, login, host, _, path, query, _ = found.groups("")
+    path = re.sub(r"(/chat/completions|/embeddings)?/*$", "", path) or "/v1"
+    return scheme, login, host, f"{path}/{route}", query
 
 
 def dial(base_url: str, route: str, key: str | None, *, timeout: float = 300.0, headers: dict | None = None,
          extra: dict | None = None, stats: dict | None = None, **options: Any) -> Wire:
     """Check what a user can get wrong, then make the clients, one a thread; other options are Wire's."""
     import httpx
-    parts = urlsplit(url := address(base_url, route))
-    user, _, host = parts.netloc.rpartition("@")
-    basic = base64.b64encode((plain := unquote(user)).encode()).decode()        # as httpx sends it
-    shown = parts._replace(netloc=host, query="***" if parts.query else "").geturl()
+    scheme, login, host, path, query = parts = address(base_url, route)
+    shown = f"{scheme}{host}{path}{query and '?***'}"
+    basic = base64.b64encode((plain := unquote(login[:-1])).encode()).decode()      # as httpx sends it
     sent = {checked("a header's name", name, r"(?a)[\w-]+"): checked("a header", value)
             for name, value in (headers or {}).items()}
     if key := checked("the API key", key or "", "[!-~]*"):      # Azure has a header of its own for it
-        sent |= {"api-key": key} if "api-version" in parts.query else {"Authorization": f"Bearer {key}"}
+        sent |= {"api-key": key} if "api-version" in query else {"Authorization": f"Bearer {key}"}
 
     @cache
     def client(thread: int) -> httpx.Client:        # one for all looks through its connections at every call
         return httpx.Client(headers={"Content-Type": "application/json"} | sent, verify=trusted,
                             trust_env=not LOOPBACK.match(host), timeout=httpx.Timeout(timeout, connect=10))
     try:
-        target, _ = httpx.URL(url), parts.port      # the latter raises beyond 65535
+        target = httpx.URL("".join(parts))
         trusted = httpx.create_ssl_context()        # slow to make, so once; honours SSL_CERT_FILE
         client(get_ident())
     except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
         trouble = type(error).__name__              # no more: the text may quote a proxy's password
     else:
         return Wire(post=lambda body: client(get_ident()).stream("POST", target, content=body), url=shown,
-                    secrets=(user, plain, basic, parts.query, *sent.values()), learnt=set(),
+                    secrets=(login, plain, basic, query, *sent.values()), learnt=set(),
                     stats={} if stats is None else stats, extra=extra or {}, timeout=timeout, **options)
-    raise EndpointError(f"no client for {shown} ({trouble}): check its port, HTTP_PROXY, ALL_PROXY (socks "
+    raise EndpointError(f"no client for {shown} ({trouble}): check its host, HTTP_PROXY, ALL_PROXY (socks "
                         "needs httpx[socks]) and SSL_CERT_FILE")
 
 

@@ -1018,7 +1018,7 @@ def test_base_urls_of_every_form(base, path):
 
 
 @pytest.mark.parametrize("base", [
-    "htp://x", "http://", "http://a b", "http://x:999999", "http://x:99999", "http://[::1", "",
+    "htp://x", "http://", "http://a b", "http://x:999999", "http://x:99999", "http://[::1", "http://[1:2]", "",
     f"http://u:{KEY}@x y", f"//{KEY}@x?{KEY} y", f"http://u:{KEY}@x\n:1",
     f"http://u:{KEY}/b@x/v1", f"http://{KEY}/b@x"])
 def test_bad_urls_are_refused(base):
