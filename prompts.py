@@ -25,7 +25,7 @@ import time
 import unicodedata
 import warnings
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cache, lru_cache, partial
 from itertools import compress, groupby
 from operator import itemgetter
@@ -573,12 +573,9 @@ def dial(base_url: str, route: str, key: str | None, *, timeout: float = 300.0, 
 
 
 def attempt(wire: Wire, body: dict, read: Callable) -> Any:
-    """One request: what `read` makes of the answer, or a Fault (httpx's errors may quote headers).
-
-    Bytes that trickle in (blank keep-alive lines) reset httpx's clock, so a second one runs here.
-    """
+    """One request: what `read` makes of the answer, or a Fault (httpx's errors may quote headers)."""
     import httpx
-    end, raw = time.monotonic() + wire.timeout, b""
+    end, raw = time.monotonic() + wire.timeout, b""     # blank lines to keep alive reset httpx's own clock
     try:
         with wire.post(json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")) as response:
             response.request.extensions["timeout"]["read"] = max(end - time.monotonic(), 0.001)
@@ -605,12 +602,13 @@ def attempt(wire: Wire, body: dict, read: Callable) -> Any:
 
 def asked_wait(headers: Any) -> float | None:
     """Seconds the server asks us to wait, at most 60; None where it does not say."""
-    from email.utils import mktime_tz, parsedate_tz
+    from email.utils import parsedate_to_datetime
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         if re.fullmatch(r"\d+(\.\d*)?", text := headers.get(name, "").strip()):
             return min(float(text) * unit, 60.0)
-    date = parsedate_tz(headers.get("retry-after", ""))
-    return min(max(mktime_tz(date) - time.time(), 0.0), 60.0) if date else None
+    with suppress(ValueError, OverflowError, OSError):      # no date either, or one beyond the calendar
+        return min(max(parsedate_to_datetime(text).timestamp() - time.time(), 0.0), 60.0)
+    return None
 
 
 def judged(status: int, headers: Any, data: Any, text: str) -> Fault:

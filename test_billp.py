@@ -1028,6 +1028,7 @@ def test_bad_urls_are_refused(base):
 @pytest.mark.parametrize("headers, low, high", [
     ({"Retry-After": "7"}, 7, 7), ({"retry-after-ms": "1500", "Retry-After": "9"}, 1.5, 1.5),
     ({"Retry-After": "9999"}, 60, 60), ({"Retry-After": "soon"}, 0.37, 0.5), ({}, 0.37, 0.5),
+    ({"Retry-After": "Mon, 01 Jan 99999 00:00:00 GMT"}, 0.37, 0.5),
     ({"Retry-After": email.utils.formatdate(time.time() + 50, usegmt=True)}, 1, 50)], ids=str)
 def test_waits_are_what_the_server_asks_or_back_off(headers, low, high):
     told = error(400, headers={"x-should-retry": "true"})
