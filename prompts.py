@@ -826,11 +826,7 @@ def locked(file: Any, patience: float = 2.0) -> bool:
 
 
 def replies(log: Log, asks: Sequence[Ask], live: Callable[[list[Ask]], Iterable[Reply]]) -> list[Reply]:
-    """The log's answers; those it lacks come from `live` and are appended. A miss ends a replay.
-
-    A record is named by a hash of all that determines the answer: no API key. One write a line, so that a kill
-    tears the last one at most; in ASCII, so that no text ends it. Of two threads the quicker's reply counts.
-    """
+    """The log's answers; those it lacks come from `live` and are appended. A miss ends a replay."""
     names = [hashlib.sha256(json.dumps([log.model_id, ask]).encode()).hexdigest() for ask in asks]
     missing = {name: ask for name, ask in zip(names, asks) if name not in log.known}
     if missing and log.file is None:
@@ -841,8 +837,8 @@ def replies(log: Log, asks: Sequence[Ask], live: Callable[[list[Ask]], Iterable[
     for (name, ask), reply in zip(missing.items(), answers, strict=True):
         line = json.dumps({"ask": name, "role": ask.role, "key": ask.key, **reply._asdict()})
         with log.lock:
-            if name not in log.known:
-                log.file.write(line.encode() + b"\n")
+            if name not in log.known:       # of two threads the quicker's reply counts
+                log.file.write(line.encode() + b"\n")       # one write, in ASCII: a kill tears one line at most
                 log.known[name] = reply
     return [log.known[name] for name in names]
 
@@ -867,10 +863,7 @@ def recorded_embed(embed: Embed, log: Log) -> Embed:
 
 
 def limited(llm: LLM, max_calls: int | None = None, max_tokens: int | None = None) -> LLM:
-    """The same model within a budget; it stands inside `recorded`, so replayed answers are free.
-
-    Unknown usage counts four characters a token; calls under way when it runs out are finished.
-    """
+    """The same model within a budget; it stands inside `recorded`, so replayed answers are free."""
     spent, lock = Counter(), Lock()
 
     def answer(ask: Ask) -> Reply:
@@ -880,8 +873,8 @@ def limited(llm: LLM, max_calls: int | None = None, max_tokens: int | None = Non
                     raise BudgetSpent(f"the {most} {name} allowed are used up: raise --max-{name} and run the "
                                       "same command: it resumes")
             spent["calls"] += 1
-        reply = llm(ask)
-        sent = sum(len(content) for _, content in ask.messages)
+        reply = llm(ask)        # and is finished, should others use the budget up
+        sent = sum(len(content) for _, content in ask.messages)     # what is not told: 4 characters a token
         used = (reply.usage.prompt, sent), (reply.usage.completion, len(reply.text))
         with lock:
             spent["tokens"] += sum(length // 4 if count is None else count for count, length in used)
