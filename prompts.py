@@ -595,7 +595,7 @@ def attempt(wire: Wire, body: dict, read: Callable) -> Any:
         data = json.loads(raw)
         if response.status_code < 300 and not data.get("error"):
             return read(data)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
         data = None  # not JSON, or not in the shape of an answer
     return judged(response.status_code, response.headers, data, raw.decode("utf-8", "replace"))
 

@@ -1082,7 +1082,8 @@ def test_embeddings_are_batched_ordered_unit_rows_each_asked_once(tmp_path):
     replayed = prompts.recorded_embed(None, prompts.open_log(tmp_path / "calls.jsonl", "m", replay=True))
     assert replayed(texts).tobytes() == rows.tobytes() and embed([]).shape == (0, 4)
     for data, words in (([[1] * 5, [1] * 5], "4 and 5"), ([[1] * 4], "1 embeddings for 2"),
-                        ([[1] * 4, [0] * 4], "zero"), ([[1] * 4, ["x"] * 4], "embedding")):
+                        ([[1] * 4, [0] * 4], "zero"), ([[1] * 4, ["x"] * 4], "embedding"),
+                        ([[1] * 4, [10 ** 400] * 4], "embedding")):
         cast(*[(200, {}, {"data": [{"index": i, "embedding": row} for i, row in enumerate(data)]})] * 2)
         assert words in failure(plain, ["b", "c"])
 
