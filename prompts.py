@@ -638,7 +638,7 @@ def healed(wire: Wire, body: dict, fault: Fault) -> bool:
         return False
     names = [n for n in INSTEAD if n in body and n not in wire.extra
              and REFUSED.search(said) and re.search(rf"\b{n}\b", said)]
-    if NO_SYSTEM.search(said) and folded(messages) != messages:
+    if NO_SYSTEM.search(said) and "messages" not in wire.extra and folded(messages) != messages:
         names = ["system"]
     if names and (name := names[0]) not in wire.learnt:
         wire.learnt.add(name)
@@ -853,7 +853,7 @@ def recorded_embed(embed: Embed, log: Log) -> Embed:
     size = []
 
     def live(asks: list[Ask]) -> list[Reply]:
-        rows = embed([text for ask in asks for _, text in ask.messages])
+        rows = stacked(list(embed([text for ask in asks for _, text in ask.messages])), size)
         return [Reply(base64.b64encode(row.tobytes()).decode()) for row in rows]
 
     def answer(texts: Sequence[str]) -> np.ndarray:

@@ -966,6 +966,8 @@ def test_refusals_of_other_kinds():
     llm, _, _ = play(REFUSED["max_tokens"], refuses("max_completion_tokens"))
     assert llm(ASK) == GOOD and not {"max_tokens", "max_completion_tokens"} & set(bodies()[2])
     assert "seed" in failure(play(*[REFUSED["seed"]] * 3, extra={"seed": 1})[0], ASK)   # insisted on
+    insisted = [{"role": "system", "content": "Hi"}, {"role": "user", "content": "Hi"}]
+    assert "System role" in failure(play(*[REFUSED["system"]] * 9, extra={"messages": insisted})[0], ASK)
     llm, notes, _ = play(*[lambda body: time.sleep(0.05) or REFUSED["max_tokens"](body)] * 8, timeout=5)
     with ThreadPoolExecutor(8) as pool:                     # all refused at once: one cure, told once
         assert list(pool.map(llm, [ASK] * 8)) == [GOOD] * 8 and len(bodies()) == 16 and len(notes) == 1
@@ -1086,6 +1088,11 @@ def test_embeddings_are_batched_ordered_unit_rows_each_asked_once(tmp_path):
                         ([[1] * 4, [10 ** 400] * 4], "embedding")):
         cast(*[(200, {}, {"data": [{"index": i, "embedding": row} for i, row in enumerate(data)]})] * 2)
         assert words in failure(plain, ["b", "c"])
+    cast((200, {}, {"data": [{"index": 0, "embedding": [1] * 5}]}))        # another model after a resumption
+    held, log = (tmp_path / "calls.jsonl").read_bytes(), prompts.open_log(tmp_path / "calls.jsonl", "m")
+    resumed = prompts.recorded_embed(prompts.embeddings(server().url, "e", KEY), log)
+    assert resumed(texts).tobytes() == rows.tobytes() and "4 and 5" in failure(resumed, ["new"])
+    assert (tmp_path / "calls.jsonl").read_bytes() == held
 
 
 @settings(max_examples=40, deadline=None)
