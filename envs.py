@@ -21,6 +21,7 @@ import html
 import json
 import pickle
 import re
+from contextlib import contextmanager
 from functools import partial, reduce
 from itertools import accumulate, compress
 from pathlib import Path
@@ -511,37 +512,37 @@ AUTHORS = "the authors' repository, github.com/jizhi-zhang/BiLLP"
 ARTICLE = r"^([^(]*), (The|A|An|Les?|La|L'|Il|El|Los|Las|Das|Der|Die|Une?)(?= \(|$)"
 GENRES = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy "
           "Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western").split()
-LAYOUTS = {"movies.csv": ("ratings.csv", ",", ","), "movies.dat": ("ratings.dat", "::", "::"),
-           "u.item": ("u.data", "|", "\t")}     # items: ratings, what separates the fields of each
+LAYOUTS = {"movies.csv": "ratings.csv", "movies.dat": "ratings.dat", "u.item": "u.data"}    # items: ratings
+SEPARATORS = {".dat": "::", ".item": "|", ".data": "\t"}       # of the fields, in all but csv files
 
 
 class BadData(ValueError):
     """A data file is missing or malformed; one line names the file, the place and a source."""
 
 
-def find(path: str | Path, source: str, *names: str, world: str = "") -> Path:
-    """The file of one of these names at or below path, rather in a folder named as the world."""
+@contextmanager
+def reading(path: str | Path, source: str, *names: str, world: str = "") -> Iterator[Path]:
+    """The file of one of these names at or below path, rather in a folder named as the world.
+
+    Whatever fails while it is read becomes one line that names the file and the source.
+    """
     found = [file for name in names for file in Path(path).rglob(name) if file.is_file()]
     if not found:
         raise BadData(f"{path}: no {' or '.join(names)} there or below; it can be had from {source}")
-    return min(found, key=lambda f: (names.index(f.name), world not in f.parts, len(f.parts), f))
-
-
-def fetch(file: Path, source: str, read: Callable[[Path], Any]) -> Any:
-    """read(file); whatever fails in it becomes one line that names the file and the source."""
+    file = min(found, key=lambda f: (names.index(f.name), world not in f.parts, len(f.parts), f))
     try:
-        return read(file)
+        yield file
     except Exception as error:      # damaged files make csv, json, numpy and pickle raise all sorts
         reason = str(error).partition("\n")[0] or type(error).__name__
         key = "no key " if isinstance(error, KeyError) else ""
         raise BadData(f"{file}: {key}{reason}; whole copies are at {source}") from None
 
 
-def table(file: Path, separator: str, widths: tuple[int, ...], read: Callable[[list[str]], Any]) -> Iterator:
+def table(file: Path, widths: tuple[int, ...], read: Callable[[list[str]], Any]) -> Iterator:
     """read(fields) of every row of a text table but a csv file's header and empty lines."""
-    number, comma = 0, separator == ","
+    number, comma = 0, file.suffix == ".csv"
     with file.open(encoding="utf-8-sig" if comma else "latin-1", newline="") as lines:
-        split = (line.rstrip("\r\n").split(separator) for line in lines)
+        split = (line.rstrip("\r\n").split(SEPARATORS[file.suffix]) for line in lines)
         try:
             for number, fields in enumerate(csv.reader(lines, strict=True) if comma else split, 1):
                 if any(fields) and number > comma:
@@ -559,8 +560,6 @@ def read_movie(fields: list[str]) -> tuple[int, str, int | None, list[str]]:
     (2571, 'The Matrix', 1999, ['Action', 'Sci-Fi'])
     """
     tags = fields[2].split("|") if len(fields) == 3 else compress(GENRES, map("1".__eq__, fields[5:]))
-    if int(fields[0]) >= 2 ** 53:
-        raise ValueError(f"the id {fields[0]} is too large")
     name = " ".join(fields[1].split())          # a long run of spaces would be tried at every length
     title, year = re.fullmatch(r"(.*?) ?(?:\((\d{4})(?:[-–]\d*)?\))?", name).groups()
     title = re.sub(ARTICLE, r"\2 \1", title or name).replace("L' ", "L'")
@@ -568,21 +567,13 @@ def read_movie(fields: list[str]) -> tuple[int, str, int | None, list[str]]:
     return int(fields[0]), title, year and int(year), known
 
 
-def read_rating(items: set[int], fields: list[str]) -> tuple[float, float, float, float]:
-    """(user, item, rating, time) of a row."""
+def read_rating(items: dict[int, int], fields: list[str]) -> tuple[int, int, float, float]:
+    """(user id, item, rating, time) of a row; `items` tells the item of an id."""
     if not 0.5 <= float(fields[2]) <= 5:
         raise ValueError(f"the rating {fields[2]} is not between 0.5 and 5")
     if int(fields[1]) not in items:
         raise ValueError(f"item {fields[1]} is not in the list of movies")
-    return int(fields[0]), int(fields[1]), float(fields[2]), float(fields[3])
-
-
-def read_log(separator: str, items: set[int], file: Path) -> Array:
-    """float [ratings, 4]: the rows of a file of ratings, sorted by user and time."""
-    log = np.fromiter(table(file, separator, (4,), partial(read_rating, items)), np.dtype((float, 4)))
-    if len(np.unique(log[:, 0])) < 2:
-        raise ValueError("fewer than two users")
-    return log[np.lexsort((log[:, 3], log[:, 0]))]
+    return int(fields[0]), items[int(fields[1])], float(fields[2]), float(fields[3])
 
 
 def movielens(path: str | Path, seed: int = 0) -> Env:
@@ -592,22 +583,25 @@ def movielens(path: str | Path, seed: int = 0) -> Env:
     last tenth. Item vectors are its item factors scaled to length 1; `beta` is the 0.2 quantile of their
     distances. Histories are the last 20 items a user rated 4 or more, or else best. Half, by `seed`, learn.
     """
-    listed = find(path, GROUPLENS, *LAYOUTS)
-    rated, *separators = LAYOUTS[listed.name]
-    movies = fetch(listed, GROUPLENS, lambda file: {
-        movie[0]: movie for movie in table(file, separators[0], (3, 24), read_movie)})
-    log = fetch(find(listed.parent, GROUPLENS, rated), GROUPLENS, partial(read_log, separators[1], set(movies)))
+    with reading(path, GROUPLENS, *LAYOUTS) as listed:
+        movies = {movie[0]: movie for movie in table(listed, (3, 24), read_movie)}
+    read = partial(read_rating, {movie: item for item, movie in enumerate(sorted(movies))})
+    with reading(listed.parent, GROUPLENS, LAYOUTS[listed.name]) as file:
+        log = np.fromiter(table(file, (4,), read), np.dtype("i8, i8, f4, f8"))
+        log = log[np.lexsort((log["f3"], log["f0"]))]
+        _, first, users = np.unique(log["f0"], return_index=True, return_inverse=True)
+        if len(first) < 2:
+            raise ValueError("fewer than two users")
+    _, titles, years, tags = zip(*sorted(movies.values()))
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(5,)))
-    ids, titles, years, tags = zip(*sorted(movies.values()))
-    _, first, users = np.unique(log[:, 0], return_index=True, return_inverse=True)
-    users, items = rng.permutation(len(first))[users], np.searchsorted(ids, log[:, 1])
-    ratings, shape = log[:, 2].astype(np.float32), (len(first), len(ids))
+    users, items, ratings = rng.permutation(len(first))[users], log["f1"], log["f2"]
+    shape = len(first), len(titles)
     held = rng.permutation(len(log)) < len(log) // 10
     models = [als(users[~held], items[~held], ratings[~held], shape, rank) for rank in (12, 0)]
     misses = (predict(model, users[held], items[held]) - ratings[held] for model in models)
     errors = [np.sqrt(np.square(miss).sum() / max(len(miss), 1)) for miss in misses]
     vectors = unit(models[0].items[:, :-2])
-    pairs = vectors[rng.integers(len(ids), size=(2, 100_000))]
+    pairs = vectors[rng.integers(len(titles), size=(2, 100_000))]
     rows = sorted(np.split(np.arange(len(log)), first[1:]), key=lambda own: users[own[0]])    # of each user
     histories = tuple(items[own[ratings[own] >= min(4, ratings[own].max())]][-20:] for own in rows)
     return Env("movielens", titles, years, *labels(tags), vectors, models[0], histories, len(first) // 2,
@@ -655,39 +649,27 @@ class ArraysOnly(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_matrix(file: Path) -> Array:
+def read_matrix(opened: Callable, name: str) -> Array:
     """One matrix of numbers: .npy memory-mapped, a pickle through `ArraysOnly`."""
-    with file.open("rb") as stream:
+    with opened(name) as file, file.open("rb") as stream:
         array = np.load(file, "r", allow_pickle=False) if file.suffix == ".npy" else ArraysOnly(stream).load()
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iuf" or not array.size:
-        raise ValueError("it does not hold one matrix of numbers")
-    if not np.isfinite(array).all():
-        raise ValueError("not all of its numbers are finite")
-    return array
+        if getattr(array, "ndim", 0) != 2 or array.dtype.kind not in "iuf" or not array.size:
+            raise ValueError("it does not hold one matrix of numbers")
+        if not np.isfinite(array).all():
+            raise ValueError("not all of its numbers are finite")
+        return array
 
 
-def read_titles(count: int, file: Path) -> tuple[str, ...]:
-    """The titles of items 0 to count - 1 of datamaps.json, "&amp;" and the like undone."""
-    titles = json.loads(file.read_text("utf-8"))["id2item_dict"]
-    return tuple(html.unescape(titles[str(item)]) for item in range(count))
-
-
-def read_tags(titles: Sequence[str], file: Path) -> tuple[tuple[str, ...], Array]:
-    """The `labels` of the titles' genres, none where list_genre.json has none."""
-    tags = {html.unescape(k): v for k, v in json.loads(file.read_text("utf-8")).items()}
-    return labels([[*map(str, ast.literal_eval(tags.get(title, "[]")))] for title in titles])
-
-
-def read_users(titles: Sequence[str], file: Path) -> list[tuple[int, Array]]:
+def read_users(opened: Callable, name: str, titles: Sequence[str]) -> list[tuple[int, Array]]:
     """(row, history) of each record: the last 20 distinct items among the titles that exist."""
-    index = {title: item for item, title in enumerate(titles)}
-    users = []
-    for record in json.loads(file.read_text("utf-8")):
-        names = map(html.unescape, reversed(record["pos_seq_name"]))
-        items = list(dict.fromkeys(index[name] for name in names if name in index))[:20]
-        users.append((int(record["userid_encoded"]), np.array(items[::-1], int)))
-    if not users:
-        raise ValueError("it holds no users")
+    index, users = {title: item for item, title in enumerate(titles)}, []
+    with opened(name) as file:
+        for record in json.loads(file.read_text("utf-8")):
+            names = map(html.unescape, reversed(record["pos_seq_name"]))
+            items = list(dict.fromkeys(index[name] for name in names if name in index))[:20]
+            users.append((int(record["userid_encoded"]), np.array(items[::-1], int)))
+        if not users:
+            raise ValueError("it holds no users")
     return users
 
 
@@ -696,14 +678,17 @@ def released(path: str | Path, name: str) -> Env:
 
     Users of train.json learn, those of test.json are held out. `a2c` alone sees vectors: genres as unit rows.
     """
-    def get(file: str, read: Callable[[Path], Any]) -> Any:
-        return fetch(find(path, AUTHORS, file, world=name), AUTHORS, read)
-    tables, apart = (tuple(get(file.format(half), read_matrix) for half in ("train", "test"))
+    opened, halves = partial(reading, path, AUTHORS, world=name), ("train", "test")
+    tables, apart = (tuple(read_matrix(opened, file.format(half)) for half in halves)
                      for file in (name + "_{}.npy", "{}_distance_mat.pickle"))
     sizes = {table.shape[1] for table in tables} | {size for a in apart for size in a.shape}
-    titles = get("datamaps.json", partial(read_titles, max(sizes)))
-    genres, belongs = get("list_genre.json", partial(read_tags, titles))
-    users = [get(f"{half}.json", partial(read_users, titles)) for half in ("train", "test")]
+    with opened("datamaps.json") as file:
+        names = json.loads(file.read_text("utf-8"))["id2item_dict"]
+        titles = tuple(html.unescape(names[str(item)]) for item in range(max(sizes)))
+    with opened("list_genre.json") as file:
+        tags = {html.unescape(k): v for k, v in json.loads(file.read_text("utf-8")).items()}
+        genres, belongs = labels([[*map(str, ast.literal_eval(tags.get(title, "[]")))] for title in titles])
+    users = [read_users(opened, f"{half}.json", titles) for half in halves]
     rows, histories = zip(*users[0], *users[1])
     if len(sizes) > 1 or not all(0 <= row < len(t) for t, half in zip(tables, users) for row, _ in half):
         raise BadData(f"{path}: the matrices of {name} do not fit each other or the users; "
