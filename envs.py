@@ -49,10 +49,7 @@ class Halves(NamedTuple):
 
 
 class Env(NamedTuple):
-    """A world with n users, m items and c categories; `about` tells what is worth knowing of its making.
-
-    `apart`: two distance matrices [m, m], for learners and for held-out; without, vectors tell.
-    """
+    """A world of n users, m items, c categories; for `apart` see `distance`, `about` tells how it was made."""
     name: str
     titles: tuple[str, ...]             # [m], without the year
     years: tuple[int | None, ...]       # [m]
@@ -86,24 +83,20 @@ def predict(factors: Factors, users, items) -> Array:
     return factors.offset + np.einsum("...k,...k->...", p, q)
 
 
-def of_half(env: Env, users, tables: tuple[Array, ...], rows, columns) -> Array:
-    """tables[0][rows, columns] for learners, tables[1][rows, columns] for held-out users."""
-    return np.where(users < env.learners, *(table[rows % len(table), columns] for table in tables))
-
-
 def rate(env: Env, users, items) -> Array:
     """What users would rate items, 1 to 5; both int [...], broadcast together."""
     if isinstance(env.ratings, Factors):
         return np.clip(np.rint(predict(env.ratings, users, items)), 1, 5)
     if isinstance(env.ratings, Halves):
-        return of_half(env, users, env.ratings.tables, env.ratings.rows[users], items)
+        row = env.ratings.rows[users]           # there may be no such row in the other table
+        return np.where(users < env.learners, *(table[row % len(table), items] for table in env.ratings.tables))
     return env.ratings[users, items]
 
 
 def distance(env: Env, users, a, b) -> Array:
     """How far apart users feel items a and b to be; all int [...], users and b broadcast to a."""
-    if env.apart:
-        return of_half(env, users, env.apart, a, b)
+    if env.apart:                               # a matrix [m, m] for learners, another for held-out users
+        return np.where(users < env.learners, *(matrix[a, b] for matrix in env.apart))
     away = env.vectors.take(a, 0)
     away -= env.vectors.take(b, 0)      # in place: half the memory traffic
     return np.sqrt(np.einsum("...d,...d->...", away, away))
@@ -131,11 +124,10 @@ def step(env: Env, state: EnvState, item) -> tuple[EnvState, Array, Array, Array
 
 def why_left(env: Env, user: int, items: Sequence[int]) -> str:
     """In words, which part of the rule ended a session at the last of its items."""
-    item, recent = items[-1], items[-1 - env.window:-1]
-    for back, past in enumerate(recent[::-1], 1):
-        if distance(env, user, past, item) < env.beta:
+    for back, past in enumerate(items[-2:-2 - env.window:-1], 1):
+        if distance(env, user, past, items[-1]) < env.beta:
             return f"too like {env.titles[past]}, {back} back"
-    return f"disappointed: would rate it {rate(env, user, item):g}"
+    return f"disappointed: would rate it {rate(env, user, items[-1]):g}"
 
 
 # --------------------------------------------------------------- policies that see the numbers
@@ -158,12 +150,6 @@ def random(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     return np.argmax(rng.random(free.shape, np.float32) * free, -1)
 
 
-def greedy(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
-    """The best rating now, the first such item: no thought of what comes after."""
-    ratings = rate(env, state.user[:, None], np.arange(free.shape[1]))
-    return np.argmax(np.where(free, ratings, -1), -1)
-
-
 def popularity(env: Env) -> Array:
     """float [m]: each item's mean rating over the learners (of factors: before rounding, up to a constant)."""
     if isinstance(env.ratings, Factors):
@@ -174,8 +160,13 @@ def popularity(env: Env) -> Array:
 
 
 def popular(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
-    """The free item of most appeal [m], for everyone alike; a `Policy` once the appeal is filled in."""
+    """The first free item of most appeal, [m] or [B, m]; a `Policy` once the appeal is filled in."""
     return np.argmax(np.where(free, appeal, -np.inf), -1)
+
+
+def greedy(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
+    """The best rating now: no thought of what comes after."""
+    return popular(rate(env, state.user[:, None], np.arange(free.shape[1])), env, state, free, rng)
 
 
 def oracle(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
@@ -371,8 +362,7 @@ def bootstrap(figure: Callable, *samples: Array, draws: int = 1000) -> list[list
     """[mean, low, high] with the interval of 95 % for each of the numbers that `figure` makes.
 
     Samples are [S, N, ...]: S seeds with N users each, the same in all. One draw takes seeds with replacement
-    and, within each, users with replacement, alike from every sample: so differences are paired. Nothing is
-    called better when the interval of its difference holds 0.
+    and, within each, users with replacement, alike from every sample: so differences are paired.
     """
     rng, (seeds, users) = np.random.default_rng(0), samples[0].shape[:2]
     drawn = rng.integers(seeds, size=(draws, seeds, 1)), rng.integers(users, size=(draws, seeds, users))
