@@ -32,7 +32,7 @@ import numpy as np
 Array = np.ndarray
 Rng = np.random.Generator
 
-# ---------------------------------------------------------------------------------- records
+# ------------------------------------------------------------- the world and its quit rule
 
 
 class Factors(NamedTuple):
@@ -73,8 +73,6 @@ class EnvState(NamedTuple):
     user: Array                         # [...] int
     recent: Array                       # [..., W] int: the last W recommended items, newest last
     t: Array                            # [...] int: steps taken
-
-# -------------------------------------------------------------------------------- the quit rule
 
 
 def predict(factors: Factors, users, items) -> Array:
@@ -215,7 +213,7 @@ def rollout(env: Env, users: Array, policy: Policy, rng: Rng) -> Rollout:
     return Rollout(items, rewards)
 
 
-# ------------------------------------------------------------------------------------- credit
+# ------------------------------------ credit, and a policy that learns from it: actor-critic
 
 
 def td_target(reward, gamma, next_value, terminated):
@@ -245,9 +243,8 @@ def discounted_return(rewards: Sequence[float], gamma: float) -> float:
     return reduce(lambda later, reward: reward + gamma * later, reversed(rewards), 0.0)
 
 
-# ------------------------------------------------------- a policy that learns: actor-critic
-
 CHOICES = 48                # items that the learner chooses among at a time, or a 16th if that is more
+ENTROPY = np.float32(0.05)  # weight of the learner's bonus for keeping its choices open
 
 
 class Weights(NamedTuple):
@@ -289,12 +286,10 @@ def sample(wanted: Array, rng: Rng) -> tuple[Array, Array, Array]:
     return log - np.log(total), chance / total, pick
 
 
-def slopes(env: Env, x: Array, among: Array, log: Array, chance: Array, pick: Array, credit: Array,
-           entropy: float) -> Weights:
+def slopes(env: Env, x: Array, among: Array, log: Array, chance: Array, pick: Array, credit: Array) -> Weights:
     """Uphill for mean(credit log chance[pick] + entropy bonus), and for the critic's fit."""
-    push = np.float32(-entropy) * log
-    push -= np.einsum("cb,cb->b", chance, push) + credit
-    push *= chance
+    push = -ENTROPY * log
+    push = chance * (push - (np.einsum("cb,cb->b", chance, push) + credit))
     push[pick, np.arange(len(pick))] += credit
     push /= np.float32(len(pick))
     appeal = np.zeros(len(env.titles), np.float32)
@@ -302,8 +297,7 @@ def slopes(env: Env, x: Array, among: Array, log: Array, chance: Array, pick: Ar
     return Weights(x.T @ (push.T @ env.vectors[among]), appeal, credit @ x / len(pick))
 
 
-def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: float = 0.3,
-              entropy: float = 0.05) -> Policy:
+def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: float = 0.3) -> Policy:
     """Advantage actor-critic in one pass over `episodes` episodes of learners, taken in turn.
 
     One in a hundred run side by side; every step of theirs, a choice from sampled items, is one of Adagrad.
@@ -330,7 +324,7 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: 
         free[among[pick], np.arange(count)], over = False, left | cut
         last, x = x, observe(env, state, x[:, :d])
         credit = advantage(reward, gamma, last @ weights.value, x @ weights.value, left).astype(np.float32)
-        slope = slopes(env, last, among, log, chance, pick, credit, entropy)
+        slope = slopes(env, last, among, log, chance, pick, credit)
         squares = [s + g * g for s, g in zip(squares, slope)]
         weights = Weights(*(w + np.float32(pace) * g / np.sqrt(s) for w, g, s in zip(weights, slope, squares)))
     return partial(a2c, weights)
@@ -631,7 +625,6 @@ class ArraysOnly(pickle.Unpickler):
     """An unpickler that admits what a pickled numpy array is made of, and calls nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The constructor so named; UnpicklingError for any other."""
         if (module.replace("_core", "core"), name) not in {
                 ("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.core.multiarray", "_reconstruct"),
                 ("numpy.core.numeric", "_frombuffer")}:
