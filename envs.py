@@ -152,9 +152,8 @@ def popularity(env: Env) -> Array:
     """float [m]: each item's mean rating over the learners (of factors: before rounding, up to a constant)."""
     if isinstance(env.ratings, Factors):
         return env.ratings.items @ env.ratings.users[:env.learners].mean(0)
-    if isinstance(env.ratings, Halves):
-        return env.ratings.tables[0][env.ratings.rows[:env.learners]].mean(0)
-    return env.ratings[:env.learners].mean(0)
+    every = np.arange(len(env.titles))
+    return sum((rate(env, user, every) for user in range(env.learners)), np.zeros(len(every))) / env.learners
 
 
 def popular(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
@@ -167,23 +166,6 @@ def greedy(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     return popular(rate(env, state.user[:, None], np.arange(free.shape[1])), env, state, free, rng)
 
 
-def oracle(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
-    """The best rating among items that do not make the user leave; an upper bound in practice, not proven so.
-
-    Among equals it takes the item that rules out the fewest of those the user would stay for at the next step.
-    """
-    every = np.arange(free.shape[1])
-    some = every[::1 + len(every) ** 2 // CELLS]
-    ratings = rate(env, state.user[:, None], every)
-    good = free & (ratings >= env.floor)
-    near = distances(env, state.user[:, None], state.recent, every) < env.beta
-    near &= (state.recent >= 0)[..., None]
-    safe, still = good & ~near.any(1), (good & ~near[:, 1:].any(1))[:, some]
-    close = distances(env, env.learners, some, every) < env.beta      # as held-out users feel: breaks ties
-    lost = still @ close.astype(np.float32) / np.maximum(still.sum(-1, keepdims=True), 1)
-    return np.argmax(np.where(safe, 6 + ratings - lost, free), -1)      # 6: above all that is not safe
-
-
 def distances(env: Env, users, items: Array, among: Array) -> Array:
     """[..., c]: how far each item [...] is from each of c others; users as for `distance`."""
     if env.apart:
@@ -191,6 +173,22 @@ def distances(env: Env, users, items: Array, among: Array) -> Array:
     a, b = env.vectors[items], env.vectors[among]
     squares = (a * a).sum(-1)[..., None] + (b * b).sum(-1) - 2 * a @ b.T
     return np.sqrt(np.maximum(squares, 0))
+
+
+def oracle(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
+    """The best rating among items that do not make the user leave; an upper bound in practice, not proven so.
+
+    Among equals it takes the item that rules out the fewest of those the user would stay for at the next step.
+    """
+    user, every = state.user[:, None], np.arange(free.shape[1])
+    some = every[::1 + len(every) ** 2 // CELLS]
+    ratings = rate(env, user, every)
+    good = free & (ratings >= env.floor)
+    near = (distances(env, user, state.recent, every) < env.beta) & (state.recent >= 0)[..., None]
+    safe, still = good & ~near.any(1), (good & ~near[:, 1:].any(1))[:, some]
+    close = distances(env, env.learners, some, every) < env.beta      # as held-out users feel: breaks ties
+    lost = still @ close.astype(np.float32) / np.maximum(still.sum(-1, keepdims=True), 1)
+    return np.argmax(np.where(safe, 6 + ratings - lost, free), -1)      # 6: above all that is not safe
 
 
 def rollout(env: Env, users: Array, policy: Policy, rng: Rng) -> Rollout:
@@ -315,8 +313,7 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: 
         if over.any():                          # the next learners sit down where an episode is over
             users = order.take(np.arange(begun, begun + np.count_nonzero(over)), mode="wrap")
             begun, fresh = begun + len(users), reset(env, users)
-            news = *fresh, unseen(env, users), observe(env, fresh)
-            for held, new in zip((*state, free.T, x), news):
+            for held, new in zip((*state, free.T, x), (*fresh, unseen(env, users), observe(env, fresh))):
                 held[over] = new
         among = rng.choice(m, choices, replace=False) if m > choices else np.arange(m)
         log, chance, pick = sample(logits(env, weights, x, free[among], among), rng)
