@@ -287,7 +287,8 @@ def sample(wanted: Array, rng: Rng) -> tuple[Array, Array, Array]:
 def slopes(env: Env, x: Array, among: Array, log: Array, chance: Array, pick: Array, credit: Array) -> Weights:
     """Uphill for mean(credit log chance[pick] + entropy bonus), and for the critic's fit."""
     push = -ENTROPY * log
-    push = chance * (push - (np.einsum("cb,cb->b", chance, push) + credit))
+    push -= np.einsum("cb,cb->b", chance, push) + credit
+    push *= chance
     push[pick, np.arange(len(pick))] += credit
     push /= np.float32(len(pick))
     appeal = np.zeros(len(env.titles), np.float32)
