@@ -57,7 +57,6 @@ WORLDS = "films, synthetic:USERSxITEMS, movielens:DIR, steam:DIR, amazon:DIR"
 METHODS = (*envs.POLICIES, *billp.METHODS)
 BUDGET = 100                            # learning episodes of language models in the paper
 Counts = dict[str, "int | None"]        # calls and tokens; None where the server does not say
-Cell = tuple[str, Any, dict[str, Any]]  # series, place on the x axis if any, and the settings it changes
 Job = tuple["Settings", list[str]]      # a run and the experiments that need it
 Row = dict[str, Any]                    # what is known of a cell, or of a row in a table
 URLS = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
@@ -67,29 +66,17 @@ PAPER = {"billp": "69.19, 42.44", "reflexion": "57.42, 40.67", "billp-no-macro":
          "billp-no-micro": "64.72, -"}
 ORIENTATION = ("paper: R_traj on Steam and Amazon-Book with gpt-3.5-turbo; its worlds and models differ from "
                "these, the figures are for orientation only")
-
-
-def by_method(names: str) -> list[Cell]:
-    """A cell for each name, which is a method or a method:episodes."""
-    pairs = [(name, *name.partition(":")[::2]) for name in names.split()]
-    return [(name, None, {"method": method, **({"episodes": int(n)} if n else {})})
-            for name, method, n in pairs]
-
-
-EXPERIMENTS: dict[str, tuple] = {       # the cells of each, what it measures, and the axes this is drawn on
-    "table3": (by_method("random popular greedy a2c a2c:100000 act react reflexion billp oracle"), *REWARD),
-    "table5": (by_method("billp-no-macro billp-no-micro billp-no-critic billp"), *REWARD),
-    "fig3": (by_method("billp a2c:10000"),              # a tenth of what RL gets already gives the picture
+EXPERIMENTS: dict[str, tuple] = {       # rows; what varies, at which places; what is measured, the axes
+    "table3": ("random popular greedy a2c a2c:100000 act react reflexion billp oracle", "method", (), *REWARD),
+    "table5": ("billp-no-macro billp-no-micro billp-no-critic billp", "method", (), *REWARD),
+    "fig3": ("billp a2c:10000", "method", (),           # a tenth of what RL gets already gives the picture
              "share", "share of recommendations", "popularity group of items (1: least popular fifth)"),
-    "fig4": ([("billp", size, {"method": "billp", "episodes": size}) for size in (10, 50, 100, 200)],
+    "fig4": ("billp", "episodes", [10, 50, 100, 200],
              "MSE", "mean squared error of the value", "learning episodes"),
-    "fig5": ([(method, width, {"method": method, "rule": {"window": width}})
-              for method in ("react", "a2c", "reflexion", "billp") for width in (1, 2, 4, 6, 8)],
-             *REWARD, "window W (items a user remembers)"),
-    "table6": ([], *REWARD),                            # a cell for each of --models
-    "curve": ([(method, size, {"method": method, "episodes": size})
-               for method in ("a2c", "billp") for size in (0, 10, 20, 50, 100, 200)],
-              *REWARD, "learning episodes")}
+    "fig5": ("react a2c reflexion billp", "window", [1, 2, 4, 6, 8], *REWARD,
+             "window W (items a user remembers)"),
+    "table6": ("", "model", (), *REWARD),               # its rows are --models
+    "curve": ("a2c billp", "episodes", [0, 10, 20, 50, 100, 200], *REWARD, "learning episodes")}
 
 # ------------------------------------------------------------------------------------ flags
 
@@ -253,27 +240,21 @@ def load_world(name: str, seed: int) -> envs.Env:
     raise UserError(f"no world {name!r}; there are {WORLDS}")
 
 
-def build_world(wanted: Settings) -> envs.Env:
-    """The world a run asks for, under the run's own rule of leaving."""
-    env = load_world(wanted.world, wanted.seed)._replace(**wanted.rule)
-    held_out = len(env.histories) - env.learners
-    if wanted.episodes > env.learners and wanted.method in billp.METHODS:
-        raise UserError(f"--episodes {wanted.episodes}: {wanted.world} has {env.learners} learning users")
-    if wanted.users > held_out:
-        raise UserError(f"--users {wanted.users}: {wanted.world} has {held_out} held-out users")
-    return env
-
-
 def generator(wanted: Settings, branch: int) -> np.random.Generator:
     """The random draws of one purpose, as the run's seed names them."""
     return np.random.default_rng(np.random.SeedSequence(wanted.seed, spawn_key=(branch,)))
 
 
-def choose_users(env: envs.Env, wanted: Settings) -> tuple[list[int], list[int]]:
-    """Learning and held-out users in an order drawn from the seed; a longer list extends a shorter."""
-    parts = np.split(np.arange(len(env.histories)), [env.learners])
-    learners, held_out = (generator(wanted, i).permutation(part).tolist() for i, part in enumerate(parts))
-    return learners[:wanted.episodes], held_out[:wanted.users]
+def build_world(wanted: Settings) -> tuple[envs.Env, list[int], list[int]]:
+    """A run's world under its rule of leaving; learning and held-out users, of which more extend fewer."""
+    env = load_world(wanted.world, wanted.seed)._replace(**wanted.rule)
+    learners, held_out = np.split(np.arange(len(env.histories)), [env.learners])
+    if wanted.episodes > len(learners) and wanted.method in billp.METHODS:
+        raise UserError(f"--episodes {wanted.episodes}: {wanted.world} has {len(learners)} learning users")
+    if wanted.users > len(held_out):
+        raise UserError(f"--users {wanted.users}: {wanted.world} has {len(held_out)} held-out users")
+    return (env, generator(wanted, 0).permutation(learners)[:wanted.episodes].tolist(),
+            generator(wanted, 1).permutation(held_out)[:wanted.users].tolist())
 
 
 # ------------------------------------------------------------------------------------ files
@@ -469,10 +450,10 @@ class Outcome(NamedTuple):
     episodes: dict[str, tuple[Trajectory, ...]] = {}
 
 
-def perform(wanted: Settings, env: envs.Env, rows: dict, models: tuple[LLM, Embed], map: Callable,
+def perform(wanted: Settings, rows: dict, models: tuple[LLM, Embed], map: Callable,
             watched: bool = False) -> Outcome:
     """Evaluate, learn, evaluate the same users again, starting from memory records; unwatched, not before."""
-    learners, held_out = choose_users(env, wanted)
+    env, learners, held_out = build_world(wanted)
     if policy := envs.POLICIES.get(wanted.method):      # only a2c learns
         played = [envs.rollout(env, np.array(held_out), policy(env, n, wanted.seed, wanted.config["gamma"]),
                                generator(wanted, 2)) for n in (0, wanted.episodes)[not watched:]]
@@ -522,12 +503,12 @@ def cost(outcome: Outcome, live: Live, began: float) -> dict[str, Any]:
 def run(args: argparse.Namespace, live: Live) -> None:
     """The default flow: learn, evaluate, write the run directory, print the results."""
     began, wanted = time.perf_counter(), settings(args)
-    env, rows = build_world(wanted), load_memory(args.load, wanted.embedding) if args.load else {}
+    (env, *_), rows = build_world(wanted), load_memory(args.load, wanted.embedding) if args.load else {}
     path = None if args.dry_run else run_directory(args, wanted._asdict(), env)
     llm, embed = connect(args, wanted, path, live)
     workers = args.workers or (0 if args.dry_run or wanted.model == "offline" else wanted.config["batch"])
     with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
-        outcome = perform(wanted, env, rows, (partial(counted, llm, live), embed), map, watched=True)
+        outcome = perform(wanted, rows, (partial(counted, llm, live), embed), map, watched=True)
     if args.dry_run:
         print("\n".join([EXPECTED, *(ledger(calls(live), {}) or ["no calls"])]))
         return
@@ -631,27 +612,30 @@ def story(e: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------ experiments
 
 
-def change(base: Settings, changes: dict[str, Any], seed: int) -> Settings:
+def change(base: Settings, name: str, series: str, x: int | None, seed: int) -> Settings:
     """The settings of one cell for one seed."""
-    wanted = base._replace(seed=seed, **changes)
-    config = {**base.config, **billp.METHODS.get(wanted.method, {})}
+    varied = EXPERIMENTS[name][1]
+    model, text = (series, base.method) if varied == "model" else (base.model, series)
+    method, _, most = text.partition(":")
+    config = {**base.config, **billp.METHODS.get(method, {})}
     idle = config["lessons"] == "none" and not config["experience"]         # nothing to learn
-    own = load_world(base.world, base.seed)         # whose window is no change: a cell of it is any other's
-    rule = {name: value for name, value in {**base.rule, **wanted.rule}.items()
-            if name not in changes.get("rule", {}) or value != getattr(own, name)}
-    return wanted._replace(rule=rule, config=config, episodes=0 if idle else wanted.episodes)
+    episodes = 0 if idle else x if varied == "episodes" else int(most or base.episodes)
+    rule = {**base.rule, "window": x} if varied == "window" else dict(base.rule)
+    if rule.get("window") == load_world(base.world, base.seed).window:
+        del rule["window"]                          # it is no change: such a cell is any other's
+    return base._replace(seed=seed, model=model, method=method, episodes=episodes, config=config, rule=rule)
 
 
 def plan(args: argparse.Namespace, base: Settings, name: str) -> list[tuple[Row, list[Settings]]]:
     """An experiment's series and places, a run a seed for each; a mistake is found before any run begins."""
-    models = dict.fromkeys((args.models or base.model).split(","))
-    table = EXPERIMENTS[name][0] or [(model, None, {"model": model}) for model in models]
-    known = list(dict.fromkeys(series for series, *_ in table))
+    methods, _, places, *_ = EXPERIMENTS[name]
+    known = methods.split() or list(dict.fromkeys((args.models or base.model).split(",")))
     rows = args.rows.split(",") if args.rows else known
     if not set(rows) <= set(known):
         raise UserError(f"--rows {args.rows}: {name} has no such rows, only {' '.join(known)}")
-    jobs = [({"series": series, "x": x}, [change(base, changes, base.seed + s) for s in range(args.seeds)])
-            for series, x, changes in table if series in rows]
+    seeds = range(base.seed, base.seed + args.seeds)
+    jobs = [({"series": series, "x": x}, [change(base, name, series, x, seed) for seed in seeds])
+            for series, x in product(known, places or [None]) if series in rows]
     for _, runs in jobs:
         build_world(runs[0])
     return [job for job in jobs if not (args.dry_run and job[1][0].method in envs.POLICIES)]
@@ -660,10 +644,10 @@ def plan(args: argparse.Namespace, base: Settings, name: str) -> list[tuple[Row,
 def run_cell(rows: dict, models: dict[str, tuple[LLM, Embed]], workers: int, job: Job) -> dict[str, Row]:
     """One run, as each of the experiments that it belongs to sees it."""
     (wanted, names), began, live = job, time.perf_counter(), Live({}, {}, Event(), [])
-    (llm, embed), env = models[wanted.model], build_world(wanted)
+    (llm, embed), (env, *_) = models[wanted.model], build_world(wanted)
     mine = partial(counted, llm, live), embed
     with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
-        outcome = perform(wanted, env, rows, mine, map)
+        outcome = perform(wanted, rows, mine, map)
         seen = {"seed": wanted.seed, "scores": outcome.after[0].tolist(), **cost(outcome, live, began)}
         views = dict.fromkeys(names, seen)
         if "fig3" in names:
@@ -778,7 +762,7 @@ def plot(name: str, heading: str, rows: list[Row], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return say("no picture: pip install 'billp[plot]' draws it")
-    _, what, label, *axis = EXPERIMENTS[name]
+    what, label, *axis = EXPERIMENTS[name][3:]
     label += "\n(mean, 95 % interval)"
     figure, image = Figure((8, 4.5), dpi=100, layout="constrained"), BytesIO()
     axes, names = figure.subplots(), list(dict.fromkeys(row["series"] for row in rows))
