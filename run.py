@@ -25,9 +25,10 @@ import time
 from concurrent import futures
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial, reduce
+from importlib.util import find_spec
 from io import BytesIO
 from itertools import chain, product
-from operator import itemgetter
+from operator import add, itemgetter
 from pathlib import Path
 from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, signal
 from threading import Event, Thread, enumerate as threads
@@ -66,7 +67,7 @@ PAPER = {"billp": "69.19, 42.44", "reflexion": "57.42, 40.67", "billp-no-macro":
          "billp-no-micro": "64.72, -"}
 ORIENTATION = ("paper: R_traj on Steam and Amazon-Book with gpt-3.5-turbo; its worlds and models differ from "
                "these, the figures are for orientation only")
-EXPERIMENTS: dict[str, tuple] = {       # rows; what varies, at which places; what is measured, the axes
+EXPERIMENTS: dict[str, tuple] = {       # methods or method:episodes; what varies, where; what is measured; axes
     "table3": ("random popular greedy a2c a2c:100000 act react reflexion billp oracle", "method", (), *REWARD),
     "table5": ("billp-no-macro billp-no-micro billp-no-critic billp", "method", (), *REWARD),
     "fig3": ("billp a2c:10000", "method", (),           # a tenth of what RL gets already gives the picture
@@ -212,8 +213,7 @@ def settings(args: argparse.Namespace) -> Settings:
     if "" in models or not (live or models == {"offline"}):
         raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
                         "or give --base-url and --model; --model offline is the built-in reader")
-    named = args.embed_model or (models != {"offline"} and variable("OPENAI_EMBED_MODEL"))
-    embedding = named or "hashed_ngrams"
+    embedding = args.embed_model or variable("OPENAI_EMBED_MODEL") * (models != {"offline"}) or "hashed_ngrams"
     if "offline" in models and embedding != "hashed_ngrams":
         raise UserError(f"the built-in reader takes no embedding model such as {embedding}")
     load = digest(args.load.read_bytes()) if args.load else ""
@@ -427,11 +427,8 @@ def follow(told: Any = SIG_DFL) -> None:
 
 def progress(batches: Iterable, total: int, size: int) -> Iterator:
     """The batches as they come, with a bar on a terminal (tqdm) or a line each."""
-    try:
+    if find_spec("tqdm") and sys.stderr.isatty():
         from tqdm import tqdm
-    except ImportError:
-        tqdm = None
-    if tqdm and sys.stderr.isatty():
         yield from tqdm(batches, "learning", total=-(-total // size), unit="batch", leave=False)
         return
     for agent, trajectories in batches:
@@ -492,11 +489,10 @@ def calls(live: Live) -> dict[str, Counts]:
 def cost(outcome: Outcome, live: Live, began: float) -> dict[str, Any]:
     """What a run cost: replies that were of no use, calls and tokens, seconds."""
     played = [t for ts in outcome.episodes.values() for t in ts]
-    acts = [step.act for t in played for step in t.steps]
-    plans = [step.plan for t in played for step in t.steps]
-    answers = [*acts, *plans, *(answer for t in played for answer in t.answers)]
+    steps = [step for t in played for step in t.steps]
+    answers = list(chain(*((s.plan, s.act) for s in steps), *(t.answers for t in played)))
     return {"malformed": sum(a.malformed for a in answers), "fallbacks": sum(a.fallback for a in answers),
-            "ungrounded": round(float(np.mean([not a.exact for a in acts])), 4) if acts else 0.0,
+            "ungrounded": round(float(np.mean([not s.act.exact for s in steps])), 4) if steps else 0.0,
             "calls": calls(live), "seconds": round(time.perf_counter() - began, 2)}
 
 
@@ -649,9 +645,7 @@ def run_cell(rows: dict, models: dict[str, tuple[LLM, Embed]], workers: int, job
     with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
         outcome = perform(wanted, rows, mine, map)
         seen = {"seed": wanted.seed, "scores": outcome.after[0].tolist(), **cost(outcome, live, began)}
-        views = dict.fromkeys(names, seen)
-        if "fig3" in names:
-            views["fig3"] = {**seen, **shares(env, outcome)}
+        views = {name: {**seen, **(shares(env, outcome) if name == "fig3" else {})} for name in names}
         if "fig4" in names:
             values = values_of(wanted, env, outcome, *mine, map)
             views["fig4"] = {**seen, "values": values, **cost(outcome, live, began)}
@@ -714,7 +708,7 @@ def title(row: Row) -> str:
     return row["series"] + ("" if row["x"] is None else f", {row['x']}")
 
 
-def measured(name: str, results: list[Row]) -> list[Row]:
+def measured(name: str, results: list[Row], other: list[Row]) -> list[Row]:
     """The rows that one cell gives: a popularity group each in fig3, an estimate each in fig4, else one."""
     head = {key: results[0][key] for key in ("series", "x")}
     if name == "fig3":
@@ -728,22 +722,18 @@ def measured(name: str, results: list[Row]) -> list[Row]:
         pairs = {"one return": values[..., [0, 1]], "critic": values[..., [0, 2]]}
         return [{**head, "series": series, "figures": dict(zip(kinds, envs.bootstrap(errors, pair)))}
                 for series, pair in pairs.items()]
-    return [{**head, "figures": envs.metrics(column(results, "scores"))}]
+    scores = [column(cell, "scores") for cell in (results, other)]
+    return [{**head, "figures": envs.metrics(scores[0]), "against": title(other[0]),
+             "gain": envs.metrics(*scores)["R_traj"] if other is not results else None,
+             "paper": PAPER.get(head["series"], "") if head["x"] is None else ""}]
 
 
 def tabulate(name: str, found: list[list[Row]]) -> list[Row]:
     """An experiment's rows. R_traj is held against the row above in table3 and table6, else against billp."""
-    rows, billps = [], {results[0]["x"]: results for results in found if results[0]["series"] == "billp"}
-    for above, results in zip(found[:1] + found, found):
-        rows += measured(name, results)
-        if name not in ("fig3", "fig4"):
-            row = rows[-1]
-            other = above if name in ("table3", "table6") else billps.get(row["x"], results)
-            scores = [column(cell, "scores") for cell in (results, other)]
-            row |= {"against": title(other[0]),
-                    "gain": envs.metrics(*scores)["R_traj"] if other is not results else None,
-                    "paper": PAPER.get(row["series"], "") if row["x"] is None else ""}
-    return rows
+    billps = {results[0]["x"]: results for results in found if results[0]["series"] == "billp"}
+    others = (found[:1] + found if name in ("table3", "table6") else
+              [billps.get(results[0]["x"], results) for results in found])
+    return [row for results, other in zip(found, others) for row in measured(name, results, other)]
 
 
 def remark(row: Row) -> str:
@@ -822,8 +812,7 @@ def experiments(args: argparse.Namespace, live: Live) -> None:
         for wanted in chain(*(runs for _, runs in table)):
             jobs.setdefault(dumps(wanted), (wanted, []))[1].append(name)
     start = load_memory(args.load, base.embedding) if args.load else {}
-    also = {"experiment": ",".join(args.experiment), "seeds": args.seeds, "models": args.models,
-            "rows": args.rows}
+    also = dict(experiment=",".join(args.experiment), seeds=args.seeds, models=args.models, rows=args.rows)
     world = load_world(base.world, base.seed)
     path = None if args.dry_run else run_directory(args, {**base._asdict(), **also}, world)
     jobs = dict(sorted(jobs.items(), key=lambda job: -job[1][0].episodes))      # long ones last would run alone
@@ -844,12 +833,12 @@ def experiments(args: argparse.Namespace, live: Live) -> None:
 
 def publish(name: str, base: Settings, found: list[list[Row]], path: Path) -> None:
     """The table of an experiment on stdout, NAME.json and NAME.png in the run directory."""
-    rows, cells, seeds = tabulate(name, found), list(chain(*found)), [result["seed"] for result in found[0]]
+    rows, cells, last = tabulate(name, found), list(chain(*found)), base.seed + len(found[0]) - 1
     models = [results[0]["series"] for results in found] if name == "table6" else [base.model]
-    heading = (f"{name} on {base.world}, seeds {seeds[0]} to {seeds[-1]}, {base.users} held-out users each\n"
+    heading = (f"{name} on {base.world}, seeds {base.seed} to {last}, {base.users} held-out users each\n"
                f"model {', '.join(NAMES.get(model, model) for model in models)}")
-    lines = zip(grid([(title(row), row["figures"]) for row in rows], 24), ["", *map(remark, rows)])
-    print("\n".join([heading, "", *(line + remarked for line, remarked in lines),
+    table = grid([(title(row), row["figures"]) for row in rows], 24)
+    print("\n".join([heading, "", *map(add, table, ["", *map(remark, rows)]),
                      *[ORIENTATION] * any(row.get("paper") for row in rows), "",
                      *(bill(results) for results in found if results[0]["calls"]["actor"]["calls"]), ""]))
     seconds = [result.pop("seconds") for result in cells]
