@@ -117,8 +117,7 @@ FLAGS: dict[str, dict[str, Any]] = {
                         "free)"),
     "--max-tokens": dict(type=int, help="stop cleanly after so many tokens of each model"),
     "--replay": dict(action="store_true", help="answer from the run's log alone"),
-    "--dry-run": dict(action="store_true", help="expected calls and tokens; sends nothing"),
-}
+    "--dry-run": dict(action="store_true", help="expected calls and tokens; sends nothing")}
 GROUPS = {"method (default: the row of --method)": Config, "world (default: the world's own)": envs.Env}
 KINDS = {bool: dict(action=argparse.BooleanOptionalAction), str: dict(choices=("none", "latest", "nearest"))}
 BOUNDS = [                              # lowest, highest, and the flags that must lie between
@@ -616,10 +615,10 @@ def change(base: Settings, name: str, series: str, x: int | None, seed: int) -> 
     config = {**base.config, **billp.METHODS.get(method, {})}
     idle = config["lessons"] == "none" and not config["experience"]         # nothing to learn
     episodes = 0 if idle else x if varied == "episodes" else int(most or base.episodes)
-    rule = {**base.rule, "window": x} if varied == "window" else dict(base.rule)
-    if rule.get("window") == load_world(base.world, base.seed).window:
-        del rule["window"]                          # it is no change: such a cell is any other's
-    return base._replace(seed=seed, model=model, method=method, episodes=episodes, config=config, rule=rule)
+    rule = {**base.rule, "window": x} if varied == "window" else base.rule
+    own = ("window", load_world(base.world, base.seed).window)      # is no change: a cell of it is any other's
+    return base._replace(seed=seed, model=model, method=method, episodes=episodes, config=config,
+                         rule={name: value for name, value in rule.items() if (name, value) != own})
 
 
 def plan(args: argparse.Namespace, base: Settings, name: str) -> list[tuple[Row, list[Settings]]]:
