@@ -33,7 +33,7 @@ class Config(NamedTuple):
     """Every number and switch of the method, each with its reason; run.py makes them flags."""
     thoughts: bool = True           # the planner is asked for a thought t_n before each action
     lessons: str = "nearest"        # which reflections the planner gets: none, latest or nearest
-    experience: bool = True         # the actor recalls M_A and the critic M_C, and both are written
+    experience: bool = True         # M_A and M_C are written and recalled; without, no critic is asked
     baseline: bool = True           # the critic's V(s) counts; without it V = 0, so that all is encouraged
     gamma: float = 0.5              # discount of later rewards; the paper's gamma
     k_lessons: int = 2              # reflections recalled; the paper's K
@@ -41,7 +41,7 @@ class Config(NamedTuple):
     k_values: int = 8               # values recalled for the critic, enough to average
     tau_actor: float = 1.2          # farthest experience, squared L2: cos >= 0.4 suits n-grams; paper: 0.01
     tau_critic: float = 1.2         # farthest value, squared L2: cos >= 0.4 suits n-grams; paper: 0.1
-    titles: int = 10                # items in the text that a state is remembered by; as the paper
+    titles: int = 10                # items in a state's text, and liked ones in a prompt; as the paper
     batch: int = 10                 # episodes between updates of the memories; as the paper
     transcript: int = 24000         # characters of a session in a prompt, about 6,000 tokens: fits contexts
     temperature: float = 0.5        # of every ask; as the paper
@@ -118,10 +118,10 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
     if not memory or k < 1:
         return ()
     distance = (2 - 2 * np.concatenate([np.vecdot(c.vectors, vector) for c in memory])).round(5)
-    everything, found, n = records(memory), {}, len(distance)
-    order = np.rint(distance * 1e5).astype(int) * n + np.arange(n)[::-1]    # nearest, then newest first
-    for i in n - 1 - np.sort(order[distance <= tau]) % n:
-        found.setdefault(everything[i][:2], everything[i])                  # by (key, action)
+    everything, found = records(memory), {}
+    near = np.flatnonzero(distance <= tau)[::-1]                    # newest first, and so among equals:
+    for i in near[np.argsort(distance[near], kind="stable")]:       # this sort is stable
+        found.setdefault(everything[i][:2], everything[i])          # by (key, action)
         if len(found) == k:
             break
     return tuple(found.values())
@@ -137,13 +137,13 @@ class State(NamedTuple):
     session: str                    # the transcript so far
     text: str                       # the last `titles` item lines: the key of the memories
     vector: np.ndarray              # float32 [d] embeds the text
-    taken: tuple[int, ...]          # items that may not be recommended
-    top: float                      # the largest value there can be: 5 at every step to the cap
+    taken: tuple[int, ...]          # items liked before or shown in this session
+    top: float                      # the largest value there can be: a 5 at every step to the cap, discounted
     thought: str = ""               # t_n, once the planner has spoken: for the actor alone
 
 
 class Answer(NamedTuple):
-    """A role's output: the value and how it came about."""
+    """What a role answers: the value and how it came about."""
     value: Any                      # thought, item, value or reflection
     said: str                       # the same in the model's words, before grounding; "" if none
     recalled: tuple = ()            # what the memory contributed, nearest first
@@ -160,7 +160,29 @@ class Agent(NamedTuple):
 
 
 NOVICE = Agent()
-SILENCE = Answer("", "")            # the plan of a method without thoughts
+
+
+class Step(NamedTuple):
+    """One recommendation: what was known, thought, done and earned."""
+    state: State
+    plan: Answer
+    act: Answer
+    line: str                       # the recommended item as the model reads it
+    reward: float
+
+
+class Trajectory(NamedTuple):
+    """One episode, from its first step to the state after its last, and what it teaches once studied."""
+    user: int
+    steps: tuple[Step, ...]         # at least one; the last is the leaving step if terminated
+    last: State                     # s_{N+1}
+    terminated: bool                # the user left
+    values: tuple[float, ...] = ()          # V(s_1) .. V(s_{N+1}), the last 0 if the user left
+    advantages: tuple[float, ...] = ()      # A(s_n, a_n)
+    answers: tuple[Answer, ...] = ()        # of critic and reflector
+    gained: Agent = NOVICE                  # three small memories to merge
+
+
 Output = tuple[Answer, Memory]      # of every role; one that only reads gives back the very same memory
 
 
@@ -178,22 +200,19 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
 
 def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
     """Macro level: the thought t_n, given the state and K reflections. Fallback: no thought."""
-    vector = state.vector * (config.lessons != "latest")            # a zero vector recalls the newest
-    k = config.k_lessons * (config.lessons != "none")
-    lessons = tuple(record.value for record in recall(memory, vector, k))
+    vector = np.zeros_like(state.vector) if config.lessons == "latest" else state.vector
+    found = recall(memory, vector, 0 if config.lessons == "none" else config.k_lessons)
+    lessons = tuple(record.value for record in found)
     question = prompts.render_planner(state.key[-1] + 1, lessons)
     answer = consult(llm, "planner", state, question, prompts.parse_planner, config, "")
     return answer._replace(recalled=lessons), memory
 
 
 def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog, config: Config = DEFAULT) -> Output:
-    """Micro level: the item a_n, given state, thought and what was tried in states like this.
-
-    Fallback: the item nearest to the thought, or to the state where there is none.
-    """
-    found = recall(memory, state.vector, config.k_actions * config.experience, config.tau_actor)
+    """Micro level: the item a_n, given thought and like experience. Fallback: nearest to thought or state."""
+    found = recall(memory, state.vector, config.k_actions if config.experience else 0, config.tau_actor)
     tried = tuple((record.action, record.value) for record in found)
-    question = prompts.render_actor(state.key[-1] + 1, state.thought, prompts.analysis(state.history), tried)
+    question = prompts.render_actor(state.key[-1] + 1, state.thought, state.history, tried, config.repeats)
     answer = consult(llm, "actor", state, question, prompts.parse_actor, config, state.thought or state.text)
     item, exact = ground(answer.value, catalog, () if config.repeats else state.taken)
     return answer._replace(value=item, recalled=tried, exact=exact), memory
@@ -217,27 +236,6 @@ def reflector(trajectory: Trajectory, memory: Memory, llm: LLM, config: Config =
 
 
 # ---------------------------------------------------------------------------------- episode
-
-
-class Step(NamedTuple):
-    """One recommendation: what was known, thought, done and earned."""
-    state: State
-    plan: Answer
-    act: Answer
-    line: str                       # the recommended item as the model reads it
-    reward: float
-
-
-class Trajectory(NamedTuple):
-    """One episode, from its first step to the state after its last, and what it teaches once studied."""
-    user: int
-    steps: tuple[Step, ...]         # at least one; the last is the leaving step if terminated
-    last: State                     # s_{N+1}
-    terminated: bool                # the user left
-    values: tuple[float, ...] = ()          # V(s_1) .. V(s_{N+1}), the last 0 if the user left
-    advantages: tuple[float, ...] = ()      # A(s_n, a_n)
-    answers: tuple[Answer, ...] = ()        # of critic and reflector
-    gained: Agent = NOVICE                  # three small memories to merge
 
 
 def score(trajectory: Trajectory) -> tuple[int, float]:
@@ -268,7 +266,7 @@ def play(catalog: Catalog, world: EnvState, state: State, agent: Agent, llm: LLM
     """Think, act, observe from this state on, until the user leaves or the cap is reached."""
     steps, left, cut = (), False, False
     while not (left or cut):
-        plan = planner(state, agent.planner, llm, config)[0] if config.thoughts else SILENCE
+        plan = planner(state, agent.planner, llm, config)[0] if config.thoughts else Answer("", "")
         act, _ = actor(state._replace(thought=plan.value), agent.actor, llm, catalog, config)
         world, reward, *ends = envs.step(catalog.env, world, act.value)
         left, cut = map(bool, ends)
@@ -287,11 +285,11 @@ def episode(catalog: Catalog, user: int, key: tuple, agent: Agent, llm: LLM,
 
 
 def conclude(trajectory: Trajectory, values: list[Output], drawn: list[Output], config: Config) -> Trajectory:
-    """The episode and what it teaches, by what critic and reflector made of it, where they were asked."""
+    """The episode with what it teaches: `values` are the critic's outputs, `drawn` the reflector's, or []."""
     steps, n = trajectory.steps, len(trajectory.steps)
-    v = np.array([answer.value for answer, _ in values] + [0.0] * (n + 1 - len(values)))
+    v = np.array([answer.value for answer, _ in values] + [0.0] * (n + 1 - len(values)))      # 0 if not asked
     rewards = np.array([step.reward for step in steps])
-    ended = np.arange(1, n + 1) > n - trajectory.terminated         # true at the leaving step alone
+    ended = np.array([False] * (n - 1) + [trajectory.terminated])
     targets = td_target(rewards, config.gamma, v[1:], ended).tolist()
     advantages = advantage(rewards, config.gamma, v[:-1], v[1:], ended).tolist()
     vectors = np.stack([step.state.vector for step in steps])
@@ -305,8 +303,8 @@ def conclude(trajectory: Trajectory, values: list[Output], drawn: list[Output], 
 
 def study(trajectories: Sequence[Trajectory], agent: Agent, llm: LLM, config: Config = DEFAULT,
           map: Callable = map) -> tuple[Trajectory, ...]:
-    """The batch and what it teaches. The critic is asked about each state but those known to be worth 0."""
-    states = [[step.state for step in t.steps] + [t.last] * (not t.terminated) for t in trajectories]
+    """The batch with what it teaches, all questions asked side by side; none on states known to be worth 0."""
+    states = [[step.state for step in t.steps] + ([] if t.terminated else [t.last]) for t in trajectories]
     values = iter(map(partial(critic, memory=agent.critic, llm=llm, config=config),
                       chain(*states) if config.experience and config.baseline else ()))
     drawn = iter(map(partial(reflector, memory=EMPTY, llm=llm, config=config),
@@ -322,17 +320,14 @@ def absorb(agent: Agent, trajectory: Trajectory) -> Agent:
 
 def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, seed: int, phase: str,
              config: Config = DEFAULT, map: Callable = map, first: int = 0) -> tuple[Trajectory, ...]:
-    """One episode a user, the agent frozen, the critic not asked; (seed, phase, first + i) names the draws."""
+    """One episode a user, the agent frozen, in learning too; (seed, phase, first + i) names the i-th's draws."""
     one = partial(episode, catalog, agent=agent, llm=llm, config=config)
     return tuple(map(one, users, [(seed, phase, first + i) for i in range(len(users))]))
 
 
 def train(catalog: Catalog, users: Sequence[int], llm: LLM, seed: int = 0, agent: Agent = NOVICE,
           config: Config = DEFAULT, map: Callable = map) -> Iterator[tuple[Agent, tuple]]:
-    """The algorithm of the paper: play a batch, study it, absorb it; yields (agent, trajectories).
-
-    Learning is a left fold over batches. Any `map` gives the same results: a thread pool's, a cluster's.
-    """
+    """The paper's algorithm, a left fold over batches: play, study, absorb; yields (agent, trajectories)."""
     for first in range(0, len(users), config.batch):
         batch = users[first:first + config.batch]
         played = evaluate(catalog, batch, agent, llm, seed, "learn", config, map, first)

@@ -122,10 +122,11 @@ def step(env: Env, state: EnvState, item) -> tuple[EnvState, Array, Array, Array
 
 def why_left(env: Env, user: int, items: Sequence[int]) -> str:
     """In words, which part of the rule ended a session at the last of its items."""
-    for back, past in enumerate(items[-2:-2 - env.window:-1], 1):
-        if distance(env, user, past, items[-1]) < env.beta:
-            return f"too like {env.titles[past]}, {back} back"
-    return f"disappointed: would rate it {rate(env, user, items[-1]):g}"
+    *past, item = items
+    for back, other in enumerate(past[::-1][:env.window], 1):
+        if distance(env, user, other, item) < env.beta:
+            return f"too like {env.titles[other]}, {back} back"
+    return f"disappointed: would rate it {rate(env, user, item):g}"
 
 
 # --------------------------------------------------------------- policies that see the numbers

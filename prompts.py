@@ -292,7 +292,7 @@ Category analysis of what the user liked before: {hint}.
 Experience in situations like this one, nearest first:
 {experience}
 
-Recommend one item by its exact title: none that was liked before, none from this session.
+Recommend one item by its exact title{but}.
 Reply with one line:
 Action {n}: recommend """
 
@@ -306,11 +306,13 @@ def analysis(history: tuple[str, ...]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.most_common()) or "nothing yet"
 
 
-def render_actor(n: int, thought: str, hint: str, experience: Sequence[tuple[str, int]]) -> str:
-    """The actor's question at step n: thought, category analysis, (item line, v_n) pairs."""
+def render_actor(n: int, thought: str, history: tuple[str, ...], experience: Sequence[tuple[str, int]],
+                 repeats: bool = False) -> str:
+    """The actor's question at step n: thought, analysis of the history, (item line, v_n) pairs."""
     lines = [f"{VERDICT[v]}: {line}" for line, v in experience]
     said = f"Thought {n}: {clean(thought)}" if thought else ""
-    return ACTOR.format(thought=said, hint=hint, experience=bullets(lines), n=n)
+    but = "" if repeats else ": none that was liked before, none from this session"
+    return ACTOR.format(thought=said, hint=analysis(history), experience=bullets(lines), but=but, n=n)
 
 
 def parse_actor(text: str) -> str | Malformed:
@@ -607,7 +609,8 @@ def asked_wait(headers: Any) -> float | None:
         if re.fullmatch(r"\d+(\.\d*)?", text := headers.get(name, "").strip()):
             return min(float(text) * unit, 60.0)
     with suppress(ValueError, OverflowError, OSError):      # no date either, or one beyond the calendar
-        return min(max(parsedate_to_datetime(text).timestamp() - time.time(), 0.0), 60.0)
+        date = parsedate_to_datetime(headers.get("retry-after", ""))
+        return min(max(date.timestamp() - time.time(), 0.0), 60.0)
     return None
 
 
@@ -772,7 +775,7 @@ def embeddings(base_url: str, model: str, key: str | None = None, *, batch: int 
 
 
 class Log(NamedTuple):
-    """A run's calls: the model they were put to, and each answer under the hash of its ask."""
+    """A run's calls: the model they were put to, and each answer under its ask's hash, which holds no key."""
     model_id: Any
     known: dict[str, Reply]
     file: Any       # None where only replay is allowed
@@ -873,7 +876,7 @@ def limited(llm: LLM, max_calls: int | None = None, max_tokens: int | None = Non
                     raise BudgetSpent(f"the {most} {name} allowed are used up: raise --max-{name} and run the "
                                       "same command: it resumes")
             spent["calls"] += 1
-        reply = llm(ask)        # and is finished, should others use the budget up
+        reply = llm(ask)        # a call under way is finished even when others use the budget up
         sent = sum(len(content) for _, content in ask.messages)     # what is not told: 4 characters a token
         used = (reply.usage.prompt, sent), (reply.usage.completion, len(reply.text))
         with lock:

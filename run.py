@@ -156,8 +156,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             default = record._field_defaults[name]
             kind = type(default)
             how = KINDS.get(kind, dict(type=kind, metavar=kind.__name__))
-            text = why if kind is bool else f"{why} (default {default})".replace("%", "%%")
-            group.add_argument(f"--{name.replace('_', '-')}", help=text, **how)
+            text = why if kind is bool or record is envs.Env else f"{why} (default {default})"
+            group.add_argument(f"--{name.replace('_', '-')}", help=text.replace("%", "%%"), **how)
     args = parser.parse_args(argv)
     if args.episodes is None:
         args.episodes = BUDGET if args.experiment else 50
@@ -212,7 +212,8 @@ def settings(args: argparse.Namespace) -> Settings:
     if "" in models or not (live or models == {"offline"}):
         raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
                         "or give --base-url and --model; --model offline is the built-in reader")
-    embedding = args.embed_model or variable("OPENAI_EMBED_MODEL") * (models != {"offline"}) or "hashed_ngrams"
+    named = "" if models == {"offline"} else variable("OPENAI_EMBED_MODEL")
+    embedding = args.embed_model or named or "hashed_ngrams"
     if "offline" in models and embedding != "hashed_ngrams":
         raise UserError(f"the built-in reader takes no embedding model such as {embedding}")
     load = digest(args.load.read_bytes()) if args.load else ""
@@ -417,11 +418,17 @@ def mapping(executor: Callable, count: int, stop: Event) -> Iterator[Callable]:
 
 
 def follow(told: Any = SIG_DFL) -> None:
-    """A worker process leaves Ctrl-C to its parent, and is told to stop when that ends, however it ends."""
-    from multiprocessing import parent_process
+    """Makes this a worker process: it leaves Ctrl-C to its parent and does not outlive it."""
     signal(SIGINT, SIG_IGN)
     signal(SIGTERM, told)
-    Thread(target=lambda: os.kill(os.getpid(), parent_process().join() or SIGTERM), daemon=True).start()
+    Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Tells this process to stop once its parent has ended, however that ended."""
+    from multiprocessing import parent_process
+    parent_process().join()
+    os.kill(os.getpid(), SIGTERM)
 
 
 def progress(batches: Iterable, total: int, size: int) -> Iterator:
@@ -750,7 +757,7 @@ def plot(name: str, heading: str, rows: list[Row], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return say("no picture: pip install 'billp[plot]' draws it")
+        return say("no picture: pip install -e '.[plot]' draws it")
     what, label, *axis = EXPERIMENTS[name][3:]
     label += "\n(mean, 95 % interval)"
     figure, image = Figure((8, 4.5), dpi=100, layout="constrained"), BytesIO()
@@ -861,6 +868,8 @@ def main(argv: Sequence[str] | None = None, guarded: bool = False) -> int:
         halted = "interrupted; run the same command again: answered calls are kept"
         say("\n".join([*ledger(calls(live), live.stats), f"run.py: {error}" if spent else halted]))
         return 3 if spent else 130
+    except BrokenPipeError:     # whoever read has seen enough
+        return 0
     except MENDABLE as error:
         named = isinstance(error, OSError) and error.filename
         text = f"cannot use {error.filename}: {error.strerror}" if named else str(error)

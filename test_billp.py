@@ -1293,7 +1293,7 @@ def test_a_spent_budget_ends_with_3_and_what_was_answered_is_never_asked_again(b
 
 
 def test_a_run_that_is_killed_or_interrupted_resumes_and_asks_nothing_answered_twice(tmp_path):
-    """Killed alone, the command's worker still records what is on its way; killed together, the log is whole."""
+    """Killed alone, the command's worker records what is on its way; killed together, the log is whole."""
     cast().plan = lambda body: time.sleep(0.002)
     flags = *SMALL, 0.5, "--base-url", server().url, "--model", "m", "--workers", 4, "--out", tmp_path
     for kill, sent, code, more in ((os.kill, "SIGKILL", -9, 7), (os.kill, "SIGINT", 130, 12),
