@@ -320,7 +320,7 @@ def absorb(agent: Agent, trajectory: Trajectory) -> Agent:
 
 def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, seed: int, phase: str,
              config: Config = DEFAULT, map: Callable = map, first: int = 0) -> tuple[Trajectory, ...]:
-    """One episode a user, the agent frozen, in learning too; (seed, phase, first + i) names the i-th's draws."""
+    """One episode a user, the agent frozen, in learning too; (seed, phase, first + i) names their draws."""
     one = partial(episode, catalog, agent=agent, llm=llm, config=config)
     return tuple(map(one, users, [(seed, phase, first + i) for i in range(len(users))]))
 

@@ -67,22 +67,36 @@ PAPER = {"billp": "69.19, 42.44", "reflexion": "57.42, 40.67", "billp-no-macro":
          "billp-no-micro": "64.72, -"}
 ORIENTATION = ("paper: R_traj on Steam and Amazon-Book with gpt-3.5-turbo; its worlds and models differ from "
                "these, the figures are for orientation only")
-EXPERIMENTS: dict[str, tuple] = {       # methods or method:episodes; what varies, where; what is measured; axes
-    "table3": ("random popular greedy a2c a2c:100000 act react reflexion billp oracle", "method", (), *REWARD),
-    "table5": ("billp-no-macro billp-no-micro billp-no-critic billp", "method", (), *REWARD),
-    "fig3": ("billp a2c:10000", "method", (),           # a tenth of what RL gets already gives the picture
-             "share", "share of recommendations", "popularity group of items (1: least popular fifth)"),
-    "fig4": ("billp", "episodes", [10, 50, 100, 200],
-             "MSE", "mean squared error of the value", "learning episodes"),
-    "fig5": ("react a2c reflexion billp", "window", [1, 2, 4, 6, 8], *REWARD,
-             "window W (items a user remembers)"),
-    "table6": ("", "model", (), *REWARD),               # its rows are --models
-    "curve": ("a2c billp", "episodes", [0, 10, 20, 50, 100, 200], *REWARD, "learning episodes")}
+
+
+class Experiment(NamedTuple):
+    """One of the paper's tables or figures."""
+    rows: str                           # methods, or method:episodes; those of table6 are --models
+    varied: str                         # what else differs between its cells,
+    places: Sequence[int]               # and where, along the x axis
+    what: str                           # the figure that is drawn,
+    label: str                          # its name there,
+    axis: str = ""                      # and that of the x axis, if there is one
+
+
+EXPERIMENTS = {
+    "table3": Experiment("random popular greedy a2c a2c:100000 act react reflexion billp oracle",
+                         "", (), *REWARD),
+    "table5": Experiment("billp-no-macro billp-no-micro billp-no-critic billp", "", (), *REWARD),
+    "fig3": Experiment("billp a2c:10000", "", (),       # a tenth of what RL gets already gives the picture
+                       "share", "share of recommendations",
+                       "popularity group of items (1: least popular fifth)"),
+    "fig4": Experiment("billp", "episodes", (10, 50, 100, 200),
+                       "MSE", "mean squared error of the value", "learning episodes"),
+    "fig5": Experiment("react a2c reflexion billp", "window", (1, 2, 4, 6, 8), *REWARD,
+                       "window W (items a user remembers)"),
+    "table6": Experiment("", "model", (), *REWARD),
+    "curve": Experiment("a2c billp", "episodes", (0, 10, 20, 50, 100, 200), *REWARD, "learning episodes")}
 
 # ------------------------------------------------------------------------------------ flags
 
 
-def names(text: str) -> list[str]:
+def experiment_names(text: str) -> list[str]:
     """The experiments that a text names, "all" or some with commas between."""
     chosen = list(EXPERIMENTS) if text == "all" else text.split(",")
     if not set(chosen) <= set(EXPERIMENTS):
@@ -102,7 +116,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--load": dict(type=Path, help="start from another run's memory.json"),
     "--show": dict(type=Path, metavar="RUN", help="print one episode of a run"),
     "--pick": dict(default="", metavar="PHASE:N", help="which one: before, learn or after, and its number"),
-    "--experiment": dict(type=names, metavar="A,B", help="the paper's tables and figures, over --seeds: "
+    "--experiment": dict(type=experiment_names, metavar="A,B", help="the paper's tables and figures, over --seeds: "
                          f"{' '.join(EXPERIMENTS)}, or all; a run that two of them need is made once"),
     "--seeds": dict(type=int, default=5, help="seeds of an experiment, from --seed on (default 5)"),
     "--rows": dict(metavar="A,B", help="only these rows of an experiment, as react,reflexion,billp"),
@@ -150,8 +164,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=text, allow_abbrev=False)
     for flag, how in FLAGS.items():
         parser.add_argument(flag, **how)
-    for title, record in GROUPS.items():
-        group = parser.add_argument_group(title)
+    for heading, record in GROUPS.items():
+        group = parser.add_argument_group(heading)
         for name, why in reasons(record).items():       # left out, the method's or world's own value stands
             default = record._field_defaults[name]
             kind = type(default)
@@ -417,7 +431,7 @@ def mapping(executor: Callable, count: int, stop: Event) -> Iterator[Callable]:
                 thread.join(max(last - time.monotonic(), 0))
 
 
-def follow(told: Any = SIG_DFL) -> None:
+def as_worker(told: Any = SIG_DFL) -> None:
     """Makes this a worker process: it leaves Ctrl-C to its parent and does not outlive it."""
     signal(SIGINT, SIG_IGN)
     signal(SIGTERM, told)
@@ -459,7 +473,7 @@ def perform(wanted: Settings, rows: dict, models: tuple[LLM, Embed], map: Callab
     env, learners, held_out = build_world(wanted)
     if policy := envs.POLICIES.get(wanted.method):      # only a2c learns
         played = [envs.rollout(env, np.array(held_out), policy(env, n, wanted.seed, wanted.config["gamma"]),
-                               generator(wanted, 2)) for n in (0, wanted.episodes)[not watched:]]
+                               generator(wanted, 2)) for n in ([0] if watched else []) + [wanted.episodes]]
         scores = [envs.scores((p.items >= 0).sum(1), p.rewards.sum(1)) for p in played]
         return Outcome(scores[0], scores[-1], [row[row >= 0] for row in played[-1].items])
     (llm, embed), config = models, Config(**wanted.config)
@@ -616,12 +630,12 @@ def story(e: dict[str, Any]) -> str:
 
 def change(base: Settings, name: str, series: str, x: int | None, seed: int) -> Settings:
     """The settings of one cell for one seed."""
-    varied = EXPERIMENTS[name][1]
+    varied = EXPERIMENTS[name].varied
     model, text = (series, base.method) if varied == "model" else (base.model, series)
-    method, _, most = text.partition(":")
+    method, _, budget = text.partition(":")
     config = {**base.config, **billp.METHODS.get(method, {})}
     idle = config["lessons"] == "none" and not config["experience"]         # nothing to learn
-    episodes = 0 if idle else x if varied == "episodes" else int(most or base.episodes)
+    episodes = 0 if idle else x if varied == "episodes" else int(budget or base.episodes)
     rule = {**base.rule, "window": x} if varied == "window" else base.rule
     own = ("window", load_world(base.world, base.seed).window)      # is no change: a cell of it is any other's
     return base._replace(seed=seed, model=model, method=method, episodes=episodes, config=config,
@@ -630,14 +644,14 @@ def change(base: Settings, name: str, series: str, x: int | None, seed: int) -> 
 
 def plan(args: argparse.Namespace, base: Settings, name: str) -> list[tuple[Row, list[Settings]]]:
     """An experiment's series and places, a run a seed for each; a mistake is found before any run begins."""
-    methods, _, places, *_ = EXPERIMENTS[name]
-    known = methods.split() or list(dict.fromkeys((args.models or base.model).split(",")))
+    experiment = EXPERIMENTS[name]
+    known = experiment.rows.split() or list(dict.fromkeys((args.models or base.model).split(",")))
     rows = args.rows.split(",") if args.rows else known
     if not set(rows) <= set(known):
         raise UserError(f"--rows {args.rows}: {name} has no such rows, only {' '.join(known)}")
     seeds = range(base.seed, base.seed + args.seeds)
     jobs = [({"series": series, "x": x}, [change(base, name, series, x, seed) for seed in seeds])
-            for series, x in product(known, places or [None]) if series in rows]
+            for series, x in product(known, experiment.places or [None]) if series in rows]
     for _, runs in jobs:
         build_world(runs[0])
     return [job for job in jobs if not (args.dry_run and job[1][0].method in envs.POLICIES)]
@@ -651,7 +665,9 @@ def run_cell(rows: dict, models: dict[str, tuple[LLM, Embed]], workers: int, job
     with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
         outcome = perform(wanted, rows, mine, map)
         seen = {"seed": wanted.seed, "scores": outcome.after[0].tolist(), **cost(outcome, live, began)}
-        views = {name: {**seen, **(shares(env, outcome) if name == "fig3" else {})} for name in names}
+        views = dict.fromkeys(names, seen)
+        if "fig3" in names:
+            views["fig3"] = {**seen, **shares(env, outcome)}
         if "fig4" in names:
             values = values_of(wanted, env, outcome, *mine, map)
             views["fig4"] = {**seen, "values": values, **cost(outcome, live, began)}
@@ -758,7 +774,7 @@ def plot(name: str, heading: str, rows: list[Row], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return say("no picture: pip install -e '.[plot]' draws it")
-    what, label, *axis = EXPERIMENTS[name][3:]
+    _, _, _, what, label, axis = EXPERIMENTS[name]
     label += "\n(mean, 95 % interval)"
     figure, image = Figure((8, 4.5), dpi=100, layout="constrained"), BytesIO()
     axes, names = figure.subplots(), list(dict.fromkeys(row["series"] for row in rows))
@@ -770,7 +786,7 @@ def plot(name: str, heading: str, rows: list[Row], path: Path) -> None:
                  dict(x=mean, y=[i], xerr=span))
         axes.errorbar(**place, color=COLOURS[i % len(COLOURS)], marker="osD^vPX*"[i % 8], capsize=3)
     if axis:
-        axes.set(xlabel=axis[0], ylabel=label, xticks=sorted({row["x"] for row in rows}))
+        axes.set(xlabel=axis, ylabel=label, xticks=sorted({row["x"] for row in rows}))
         axes.legend(frameon=False)
     else:
         axes.set(xlabel=label, yticks=range(len(names)), yticklabels=names)
@@ -797,11 +813,11 @@ def gather(args: argparse.Namespace, base: Settings, jobs: list[Job], path: Path
               for model in dict.fromkeys(wanted.model for wanted, _ in jobs)}      # one client and log each
     if args.dry_run or set(models) == {"offline"}:
         count, workers = min(args.workers or os.cpu_count() or 1, len(jobs), 60), 0
-        count *= count > 1                              # one alone needs no process of its own
+        count = count if count > 1 else 0               # one alone needs no process of its own
     else:
         count, workers = 0, args.workers or base.config["batch"]
         models = {model: (partial(counted, llm, live), embed) for model, (llm, embed) in models.items()}
-    pool, results = partial(futures.ProcessPoolExecutor, initializer=follow), []
+    pool, results = partial(futures.ProcessPoolExecutor, initializer=as_worker), []
     with mapping(pool, count, live.stop) as map:
         for (wanted, names), result in zip(jobs, map(partial(run_cell, start, models, workers), jobs)):
             results.append(result)
@@ -883,17 +899,17 @@ def main(argv: Sequence[str] | None = None, guarded: bool = False) -> int:
 def guard(argv: Sequence[str] | None) -> int:
     """main in a process of its own: if this one is killed, the answers on their way are still recorded."""
     from multiprocessing import Process
-    worker = Process(target=enter, args=(argv,))
+    worker = Process(target=guarded_main, args=(argv,))
     worker.start()
     signal(SIGINT, lambda *_: worker.terminate())
     worker.join()
     return worker.exitcode if worker.exitcode >= 0 else 128 - worker.exitcode
 
 
-def enter(argv: Sequence[str] | None) -> None:
-    """What `guard` runs."""
-    follow(interrupt)
-    leave(argv)
+def guarded_main(argv: Sequence[str] | None) -> None:
+    """main as a worker, which is told to stop by its parent or by its end."""
+    as_worker(interrupt)
+    main_and_exit(argv)
 
 
 def interrupt(*_: Any) -> None:
@@ -902,7 +918,7 @@ def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def leave(argv: Sequence[str] | None = None, guarded: bool = False) -> None:
+def main_and_exit(argv: Sequence[str] | None = None, guarded: bool = False) -> None:
     """main as a whole process, which ends with its exit code."""
     sys.stdout = sys.stdout or open(os.devnull, "w")        # it may have been closed
     sys.stdout.reconfigure(errors="replace")                # a console without bars gets question marks
@@ -913,4 +929,4 @@ def leave(argv: Sequence[str] | None = None, guarded: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    leave(guarded=True)
+    main_and_exit(guarded=True)

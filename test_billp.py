@@ -770,7 +770,7 @@ def trial(out, names, *flags):
 
 def test_experiments_share_runs_and_give_what_each_gives_alone_for_any_worker_count(tmp_path, monkeypatch):
     for name, sizes in (("fig4", (3,)), ("curve", (0, 3, 20))):             # sizes fit for a test
-        monkeypatch.setitem(run.EXPERIMENTS, name, ("billp", "episodes", sizes, *run.EXPERIMENTS[name][3:]))
+        monkeypatch.setitem(run.EXPERIMENTS, name, run.EXPERIMENTS[name]._replace(rows="billp", places=sizes))
     names = "table5,fig3,fig4,fig5,curve"
     code, out, err, held = trial(tmp_path / "a", names, "--rows", "billp", "--workers", 1)
     assert code == 0 and all(f"{name} on films, seeds 0 to 1" in out for name in names.split(","))
