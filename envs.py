@@ -568,6 +568,8 @@ def movielens(path: str | Path, seed: int = 0) -> Env:
     """
     with reading(path, GROUPLENS, *LAYOUTS) as listed:
         movies = {movie[0]: movie for movie in table(listed, (3, 24), read_movie)}
+        if not movies:
+            raise ValueError("no movies")
     read = partial(read_rating, {movie: item for item, movie in enumerate(sorted(movies))})
     with reading(listed.parent, GROUPLENS, LAYOUTS[listed.name]) as file:
         log = np.fromiter(table(file, (4,), read), np.dtype("i8, i8, f4, f8"))

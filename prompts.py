@@ -28,10 +28,10 @@ from collections import Counter
 from contextlib import ExitStack, suppress
 from functools import cache, lru_cache, partial
 from itertools import compress, groupby
-from operator import itemgetter
+from operator import index, itemgetter
 from pathlib import Path
 from threading import Lock, get_ident
-from typing import Any, Callable, Iterable, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 from urllib.parse import unquote
 from zlib import crc32
 
@@ -534,8 +534,9 @@ def address(base: str, route: str) -> tuple[str, str, str, str, str]:
     """
     if "://" not in (base := base.strip()):
         base = f"http{'' if LOOPBACK.match(base) else 's'}://{base}"
-    host = r"(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::(?P<port>\d{1,5}))?"
-    found = re.fullmatch(rf"(?a)(?=[!-~]*\Z)(https?://)([^/?#]*@)?({host})(/[^?#@]*)?(\?[^#]*)?(#[^@]*)?", base)
+    host = r"(?:[\w.-]+|\[[\da-f:.]+\])(?::(?P<port>\d{1,5}))?"
+    form = rf"(?ai)(?=[!-~]*\Z)(https?://)([^/?#]*@)?({host})(/[^?#@]*)?(\?[^#]*)?(#[^@]*)?"
+    found = re.fullmatch(form, base)
     if not found or int(found["port"] or 0) > 65535:
         raise EndpointError("the base URL should look like http://localhost:8080/v1, not like "
                             + clean(re.sub(r"(?s)^.*@|[?#].*", "", base), 200))
@@ -587,7 +588,7 @@ def attempt(wire: Wire, body: dict, read: Callable) -> Any:
                     raise httpx.ReadTimeout("bytes trickled in until the deadline")
     except (httpx.LocalProtocolError, httpx.UnsupportedProtocol) as error:
         return Fault("fatal", f"{type(error).__name__} {error}", MEND)
-    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
+    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError, UnicodeError) as error:    # bad names
         return Fault("connect", str(error), "start the server, or check --base-url")
     except httpx.TimeoutException:
         return Fault("slow", f"no answer in {wire.timeout:g} s", "raise --timeout")
@@ -799,8 +800,9 @@ def open_log(path: str | Path, model_id: Any, *, replay: bool = False, notice: C
         for number, line in enumerate(whole.split(b"\n")[1:-1], 2):
             try:
                 record = json.loads(line)
-                known.setdefault(record["ask"], Reply("" + record["text"], Usage(*record["usage"])))
-            except (ValueError, TypeError, LookupError):
+                usage = Usage(*(None if count is None else index(count) for count in record["usage"]))
+                known.setdefault(record["ask"], Reply("" + record["text"], usage))
+            except (ValueError, TypeError, LookupError, RecursionError):
                 raise EndpointError(f"{path}: line {number} is damaged: delete it") from None
         if file:
             file.truncate(len(whole))
@@ -851,17 +853,23 @@ def recorded(llm: LLM, log: Log) -> LLM:
     return lambda ask: replies(log, [ask], partial(map, llm))[0]
 
 
-def recorded_embed(embed: Embed, log: Log) -> Embed:
-    """The same embedding, each text put to it once and its row kept in the log to the bit."""
+def recorded_embed(embed: Embed, log: Log, batch: int = 64) -> Embed:
+    """The same embedding, each text put to it once, a batch at a time, and its row logged to the bit."""
     size = []
 
-    def live(asks: list[Ask]) -> list[Reply]:
-        rows = stacked(list(embed([text for ask in asks for _, text in ask.messages])), size)
-        return [Reply(base64.b64encode(row.tobytes()).decode()) for row in rows]
+    def live(asks: list[Ask]) -> Iterator[Reply]:
+        texts = [text for ask in asks for _, text in ask.messages]
+        for start in range(0, len(texts), batch):
+            for row in stacked(list(embed(texts[start:start + batch])), size):
+                yield Reply(base64.b64encode(row.tobytes()).decode())
 
     def answer(texts: Sequence[str]) -> np.ndarray:
         found = replies(log, [Ask("embed", (), (("text", t),)) for t in texts], live)
-        return stacked([np.frombuffer(base64.b64decode(reply.text), np.float32) for reply in found], size)
+        with suppress(ValueError):
+            rows = stacked([np.frombuffer(base64.b64decode(reply.text), np.float32) for reply in found], size)
+            if np.isfinite(rows).all():
+                return rows
+        raise EndpointError("the log of calls holds a damaged embedding: delete it, or use another --out")
     return answer
 
 

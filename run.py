@@ -20,6 +20,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import sys
 import time
 from concurrent import futures
@@ -30,7 +31,6 @@ from io import BytesIO
 from itertools import chain, product
 from operator import add, itemgetter
 from pathlib import Path
-from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, signal
 from threading import Event, Thread, enumerate as threads
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 from urllib.parse import quote
@@ -116,10 +116,10 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--load": dict(type=Path, help="start from another run's memory.json"),
     "--show": dict(type=Path, metavar="RUN", help="print one episode of a run"),
     "--pick": dict(default="", metavar="PHASE:N", help="which one: before, learn or after, and its number"),
-    "--experiment": dict(type=experiment_names, metavar="A,B", help="the paper's tables and figures, over --seeds: "
-                         f"{' '.join(EXPERIMENTS)}, or all; a run that two of them need is made once"),
+    "--experiment": dict(type=experiment_names, metavar="A,B", help="the paper's tables and figures, over "
+                         f"--seeds: {' '.join(EXPERIMENTS)}, or all; a run that two of them need is made once"),
     "--seeds": dict(type=int, default=5, help="seeds of an experiment, from --seed on (default 5)"),
-    "--rows": dict(metavar="A,B", help="only these rows of an experiment, as react,reflexion,billp"),
+    "--rows": dict(metavar="A,B", help="only these rows of experiments, but of table6, as react,billp"),
     "--models": dict(metavar="A,B", help="the models that table6 compares"),
     "--model": dict(help="model name, or offline (default: OPENAI_MODEL)"),
     "--base-url": dict(help="endpoint (default: OPENAI_BASE_URL; the key is read from OPENAI_API_KEY)"),
@@ -264,7 +264,8 @@ def build_world(wanted: Settings) -> tuple[envs.Env, list[int], list[int]]:
     env = load_world(wanted.world, wanted.seed)._replace(**wanted.rule)
     learners, held_out = np.split(np.arange(len(env.histories)), [env.learners])
     if wanted.episodes > len(learners) and wanted.method in billp.METHODS:
-        raise UserError(f"--episodes {wanted.episodes}: {wanted.world} has {len(learners)} learning users")
+        raise UserError(f"{wanted.world} has {len(learners)} learning users, too few for {wanted.episodes} "
+                        "episodes")
     if wanted.users > len(held_out):
         raise UserError(f"--users {wanted.users}: {wanted.world} has {len(held_out)} held-out users")
     return (env, generator(wanted, 0).permutation(learners)[:wanted.episodes].tolist(),
@@ -431,10 +432,11 @@ def mapping(executor: Callable, count: int, stop: Event) -> Iterator[Callable]:
                 thread.join(max(last - time.monotonic(), 0))
 
 
-def as_worker(told: Any = SIG_DFL) -> None:
-    """Makes this a worker process: it leaves Ctrl-C to its parent and does not outlive it."""
-    signal(SIGINT, SIG_IGN)
-    signal(SIGTERM, told)
+def as_worker(told: Any = signal.SIG_DFL) -> None:
+    """Makes this a worker process: it leaves Ctrl-C and hang-ups to its parent and does not outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(getattr(signal, "SIGHUP", signal.SIGINT), signal.SIG_IGN)     # Windows has none
+    signal.signal(signal.SIGTERM, told)
     Thread(target=end_with_parent, daemon=True).start()
 
 
@@ -442,7 +444,7 @@ def end_with_parent() -> None:
     """Tells this process to stop once its parent has ended, however that ended."""
     from multiprocessing import parent_process
     parent_process().join()
-    os.kill(os.getpid(), SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def progress(batches: Iterable, total: int, size: int) -> Iterator:
@@ -646,7 +648,7 @@ def plan(args: argparse.Namespace, base: Settings, name: str) -> list[tuple[Row,
     """An experiment's series and places, a run a seed for each; a mistake is found before any run begins."""
     experiment = EXPERIMENTS[name]
     known = experiment.rows.split() or list(dict.fromkeys((args.models or base.model).split(",")))
-    rows = args.rows.split(",") if args.rows else known
+    rows = args.rows.split(",") if args.rows and experiment.rows else known
     if not set(rows) <= set(known):
         raise UserError(f"--rows {args.rows}: {name} has no such rows, only {' '.join(known)}")
     seeds = range(base.seed, base.seed + args.seeds)
@@ -899,22 +901,30 @@ def main(argv: Sequence[str] | None = None, guarded: bool = False) -> int:
 def guard(argv: Sequence[str] | None) -> int:
     """main in a process of its own: if this one is killed, the answers on their way are still recorded."""
     from multiprocessing import Process
-    worker = Process(target=guarded_main, args=(argv,))
+    worker, told = Process(target=guarded_main, args=(argv,)), []
+    signal.signal(signal.SIGINT, lambda *_: told.append(True))        # no worker is there yet to be told
     worker.start()
-    signal(SIGINT, lambda *_: worker.terminate())
+    signal.signal(signal.SIGINT, lambda *_: worker.terminate())
+    if told:
+        worker.terminate()
     worker.join()
-    return worker.exitcode if worker.exitcode >= 0 else 128 - worker.exitcode
+    if worker.exitcode < 0:
+        say("run.py: killed from outside; run the same command again: answered calls are kept")
+    return worker.exitcode if worker.exitcode >= 0 else 130
 
 
 def guarded_main(argv: Sequence[str] | None) -> None:
     """main as a worker, which is told to stop by its parent or by its end."""
-    as_worker(interrupt)
-    main_and_exit(argv)
+    try:
+        as_worker(interrupt)
+        main_and_exit(argv)
+    except KeyboardInterrupt:       # outside main: at the very start or end
+        os._exit(130)
 
 
 def interrupt(*_: Any) -> None:
     """Does as at Ctrl-C when told to stop, and is told but once."""
-    signal(SIGTERM, SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

@@ -1011,8 +1011,8 @@ def test_the_deadline_is_one_for_headers_and_body():
     ("", "/v1"), ("/", "/v1"), ("/v1", "/v1"), ("/v1/", "/v1"), ("/v1/chat/completions", "/v1"),
     ("/api/v3", "/api/v3"), ("/openai/deployments/d?api-version=2", "/openai/deployments/d")])
 def test_base_urls_of_every_form(base, path):
-    for start in (0, 7):                                    # with and without http://
-        assert play(base=(server().url + base)[start:])[0](ASK) == GOOD
+    for begin in ("http://", "", "HTTP://"):
+        assert play(base=begin + server().url[7:] + base)[0](ASK) == GOOD
     query = "?api-version=2" * ("api-version" in base)
     assert server().seen[0][0] == path + "/chat/completions" + query
     assert server().seen[0][1].get("api-key") == (KEY if query else None)
@@ -1066,6 +1066,7 @@ def closed_port():
 def test_a_refused_connection_ends_after_two_more_tries():
     llm, _, slept = play(base=closed_port())
     assert "start the server" in failure(llm, ASK) and len(slept) == 2 and sum(slept) < 2
+    assert "check --base-url" in failure(play(base="http://a..b")[0], ASK)      # a name that cannot be one
 
 
 def test_embeddings_are_batched_ordered_unit_rows_each_asked_once(tmp_path):
@@ -1087,6 +1088,13 @@ def test_embeddings_are_batched_ordered_unit_rows_each_asked_once(tmp_path):
                         ([[1] * 4, [10 ** 400] * 4], "embedding")):
         cast(*[(200, {}, {"data": [{"index": i, "embedding": row} for i, row in enumerate(data)]})] * 2)
         assert words in failure(plain, ["b", "c"])
+    log = prompts.Log("m", {}, io.BytesIO(), threading.Lock())
+    with pytest.raises(KeyError):                           # what was answered before a fault is kept
+        prompts.recorded_embed(lambda texts: {2: AXES[:2]}[len(texts)], log, batch=2)(["a", "b", "c"])
+    assert len(log.known) == log.file.getvalue().count(b"\n") == 2
+    for row in (AXES[0].tobytes()[:-1], np.float32([1, np.nan, 0, 0]).tobytes()):      # the log was damaged
+        log.known.update(dict.fromkeys(log.known, Reply(base64.b64encode(row).decode())))
+        assert "damaged" in failure(prompts.recorded_embed(None, log), ["a"])
     cast((200, {}, {"data": [{"index": 0, "embedding": [1] * 5}]}))        # another model after a resumption
     held, log = (tmp_path / "calls.jsonl").read_bytes(), prompts.open_log(tmp_path / "calls.jsonl", "m")
     resumed = prompts.recorded_embed(prompts.embeddings(server().url, "e", KEY), log)
@@ -1158,9 +1166,10 @@ def test_a_log_resumes_refuses_strangers_and_loses_only_a_torn_line(tmp_path):
     replay = recorded(None, open_log(path, "m", replay=True))
     assert "critic [0]" in failure(replay, asks[0]._replace(role="critic"))
     assert "--out" in failure(lambda: open_log(tmp_path / "none", "m", replay=True))
-    path.write_bytes(whole.replace(b'"text"', b'"tex', 1))
-    with pytest.raises(EndpointError, match="line 2"):
-        open_log(path, "m")
+    for old, new in ((b'"text"', b'"tex'), (b'"usage": [9,', b'"usage": ["9",'), (b"[9, 4, 2]", b"[" * 9999)):
+        path.write_bytes(whole.replace(old, new, 1))
+        with pytest.raises(EndpointError, match="line 2"):
+            open_log(path, "m")
 
 
 def test_threads_write_whole_records_share_connections_and_the_first_answer_counts(tmp_path):
@@ -1297,7 +1306,7 @@ def test_a_run_that_is_killed_or_interrupted_resumes_and_asks_nothing_answered_t
     cast().plan = lambda body: time.sleep(0.002)
     flags = *SMALL, 0.5, "--base-url", server().url, "--model", "m", "--workers", 4, "--out", tmp_path
     for kill, sent, code, more in ((os.kill, "SIGKILL", -9, 7), (os.kill, "SIGINT", 130, 12),
-                                   (os.killpg, "SIGKILL", -9, 9),
+                                   (os.killpg, "SIGKILL", -9, 9), (os.killpg, "SIGHUP", -1, 9),
                                    (os.kill, "SIGKILL", -9, random.randrange(1, 30)), (None, "", 0, 999)):
         before, start = answered(tmp_path / "calls.jsonl"), len(bodies())
         child = subprocess.Popen([sys.executable, run.__file__, *map(str, flags)], env=quiet(), text=True,
@@ -1306,9 +1315,10 @@ def test_a_run_that_is_killed_or_interrupted_resumes_and_asks_nothing_answered_t
             time.sleep(0.0005)
         kill and kill(child.pid, getattr(signal, sent))
         _, err = child.communicate(timeout=20)
-        assert child.returncode == code and ("answered calls are kept" in err) == (kill is os.kill), err
+        alone = kill is os.kill or sent == "SIGHUP"             # a hang-up, which its worker leaves to it
+        assert child.returncode == code and ("answered calls are kept" in err) == alone, err
         assert not set(before) & set(asked()[start:])
-        if kill is os.kill:
+        if alone:
             assert len(set(answered(tmp_path / "calls.jsonl"))) == len(set(asked()))
     assert before and result(tmp_path)[0] == undisturbed()[0]
     assert len(asked()) - len(set(asked())) <= 4            # in flight when both were killed, one a worker
