@@ -34,7 +34,7 @@ class Config(NamedTuple):
     thoughts: bool = True           # the planner is asked for a thought t_n before each action
     lessons: str = "nearest"        # which reflections the planner gets: none, latest or nearest
     experience: bool = True         # M_A and M_C are written and recalled; without, no critic is asked
-    baseline: bool = True           # the critic's V(s) counts; without it V = 0, so that all is encouraged
+    baseline: bool = True           # the critic's V(s) counts; without, V = 0: all is encouraged, M_C is idle
     gamma: float = 0.5              # discount of later rewards; the paper's gamma
     k_lessons: int = 2              # reflections recalled; the paper's K
     k_actions: int = 24             # experiences recalled for the actor, enough to choose among
@@ -193,9 +193,8 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
     messages = (("system", prompts.SYSTEM), ("user", prompt))
     ask = Ask(role, state.key, messages, config.reply_tokens, config.temperature)
     value, malformed = prompts.insist(llm, ask, parse, config.retries)
-    if isinstance(value, Malformed):
-        return Answer(fallback, "", malformed=malformed, fallback=True)
-    return Answer(value, str(value), malformed=malformed)
+    failed = isinstance(value, Malformed)
+    return Answer(fallback if failed else value, "" if failed else str(value), (), malformed, failed)
 
 
 def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
@@ -214,16 +213,17 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog, config: Conf
     tried = tuple((record.action, record.value) for record in found)
     question = prompts.render_actor(state.key[-1] + 1, state.thought, state.history, tried, config.repeats)
     answer = consult(llm, "actor", state, question, prompts.parse_actor, config, state.thought or state.text)
-    item, exact = ground(answer.value, catalog, () if config.repeats else state.taken)
+    listed = catalog._replace(names={}) if answer.fallback else catalog        # a fallback names no title
+    item, exact = ground(answer.value, listed, () if config.repeats else state.taken)
     return answer._replace(value=item, recalled=tried, exact=exact), memory
 
 
 def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
     """Micro level: V(s_n) in [0, state.top], given targets of states like it. Fallback: their mean, or 0."""
     found = recall(memory, state.vector, config.k_values, config.tau_critic)
-    values = tuple(record.value for record in found)
+    values = tuple((record.key.rpartition("\n")[2], record.value) for record in found)
     question = prompts.render_critic(values, config.gamma, state.top)
-    fallback = sum(values) / max(len(values), 1)
+    fallback = sum(value for _, value in values) / max(len(values), 1)
     answer = consult(llm, "critic", state, question, prompts.parse_critic, config, fallback)
     return answer._replace(value=min(max(answer.value, 0.0), state.top), recalled=values), memory
 

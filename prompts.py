@@ -79,6 +79,8 @@ Embed = Callable[[Sequence[str]], np.ndarray]       # texts -> float32 [n, d], u
 
 # ----------------------------------------------------------------------------- text from data
 
+SPOKEN = 600            # characters that are kept of a line a model says
+
 
 @lru_cache(4096)
 def clean(text: str, limit: int = 300) -> str:
@@ -151,14 +153,18 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
 
 
 def title_key(line: str) -> str:
-    """A title without its categories, case and accents."""
-    return fold(line.partition(" [")[0]).strip()
+    """A title without its categories, case, accents, and what a sentence puts around it.
+
+    >>> title_key('"Alien (1979)." [Horror, Sci-Fi]')
+    'alien (1979)'
+    """
+    return fold(line.partition(" [")[0]).strip(" .\"'“”*")
 
 
 def ground(text: str, catalog: Catalog, exclude: Iterable[int] = ()) -> tuple[int, bool]:
     """The free item a text names, and whether it named one: by exact title, else the nearest in L2.
 
-    Case, accents and the year do not matter. Never an item in `exclude`, unless all are in it.
+    Case and accents do not matter; the year may be left out. Never an item in `exclude`, unless all are in it.
     """
     taken = set(exclude)
     for item in catalog.names.get(title_key(text), ()):
@@ -197,7 +203,7 @@ def bounded(session: str, limit: int) -> str:
 def turn(n: int, thought: str, line: str, reward: float, left: bool, last: bool) -> str:
     """The transcript lines of step n (from 1), to be appended to the session."""
     seen = "the user left" if left else f"rated {reward:g} of 5" + " (last step)" * last
-    head = f"Thought {n}: {clean(thought)}\n" if clean(thought) else ""
+    head = f"Thought {n}: {clean(thought, SPOKEN)}\n" if clean(thought) else ""
     return f"{head}Action {n}: recommend {line}\nObservation {n}: {seen}\n"
 
 
@@ -214,7 +220,7 @@ def line_tags(text: str) -> tuple[str, ...]:
 
 def bullets(lines: Sequence[str]) -> str:
     """The lines as a list, each made one clean line; "none yet" for none."""
-    return "\n".join(f"- {clean(line, 600)}" for line in lines) or "- none yet"
+    return "\n".join(f"- {clean(line, SPOKEN)}" for line in lines) or "- none yet"
 
 
 LABELLED = re.compile(r"(?i)[\s*#>_-]*(thought|action|observation|value|reflection)\b[\s*\d]*:[\s*]*")
@@ -231,7 +237,7 @@ def said(label: str, text: str) -> str:
     lines = [(LABELLED.match(line), line) for line in text.splitlines()]
     named = (line[head.end():] for head, line in lines if head and head[1].lower() == label.lower())
     plain = (line for head, line in lines if not head)
-    return next(filter(None, (clean(line.strip(" *"), 600) for line in (*named, *plain))), "")
+    return next(filter(None, (clean(line.strip(" *"), SPOKEN) for line in (*named, *plain))), "")
 
 
 def insist(llm: LLM, ask: Ask, parse: Callable, retries: int) -> tuple[Any, int]:
@@ -310,9 +316,9 @@ def render_actor(n: int, thought: str, history: tuple[str, ...], experience: Seq
                  repeats: bool = False) -> str:
     """The actor's question at step n: thought, analysis of the history, (item line, v_n) pairs."""
     lines = [f"{VERDICT[v]}: {line}" for line, v in experience]
-    said = f"Thought {n}: {clean(thought)}" if thought else ""
+    thought = f"Thought {n}: {clean(thought, SPOKEN)}" if thought else ""
     but = "" if repeats else ": none that was liked before, none from this session"
-    return ACTOR.format(thought=said, hint=analysis(history), experience=bullets(lines), but=but, n=n)
+    return ACTOR.format(thought=thought, hint=analysis(history), experience=bullets(lines), but=but, n=n)
 
 
 def parse_actor(text: str) -> str | Malformed:
@@ -322,7 +328,7 @@ def parse_actor(text: str) -> str | Malformed:
 
 
 CRITIC = """
-Values of situations like this one, nearest first:
+Values of situations like this one, each with the item it came after, nearest first:
 {values}
 
 Estimate the value of the present situation: the sum of the ratings still to come, where each
@@ -331,15 +337,20 @@ Reply with one line:
 Value: """
 
 
-def render_critic(values: Sequence[float], gamma: float, top: float) -> str:
-    """The critic's question, given the recalled targets and the largest value there can be."""
-    return CRITIC.format(values=bullets([f"{v:.2f}" for v in values]), gamma=gamma, top=top)
+def render_critic(values: Sequence[tuple[str, float]], gamma: float, top: float) -> str:
+    """The critic's question, given recalled (last line of the state, target) and the largest value there can be."""
+    return CRITIC.format(values=bullets([f"{v:.2f} after {line}" for line, v in values]), gamma=gamma, top=top)
 
 
 def parse_critic(text: str) -> float | Malformed:
-    """The first number after "Value", or else the first number at all."""
-    number = r"(-?\d{1,6}(?:\.\d{1,6})?)"
-    match = re.search(rf"(?i)value[^\d\n-]*{number}", text) or re.search(number, text)
+    """The first number after "Value", or else the first number at all.
+
+    >>> parse_critic("The value of 3 more films.\\nValue 4: 7.5"), parse_critic("I'd say .5")
+    (7.5, 0.5)
+    """
+    number, line = r"(-?\d{0,6}\.?\d{1,6})", said("Value", text)
+    match = (re.search(rf"(?i)value[^\d\n.-]*{number}", line) or re.search(number, line)
+             or re.search(number, text))
     return float(match[1]) if match else Malformed("the reply held no number")
 
 
@@ -357,7 +368,7 @@ def offline(ask: Ask) -> Reply:
 ACTIONS = re.compile(r"\nAction \d+: recommend (.*) \[(.*)\]")      # beginning in text, these are searched fast
 LIKED = re.compile(r"\n- (.*) \[(.*)\]")
 TRIED = re.compile(r"\n- (discouraged|encouraged): (.*) \[(.*)\]")
-NUMBERS = re.compile(r"^- (-?[\d.]+)$", re.M)
+VALUES = re.compile(r"\n- (-?[\d.]+) after ")
 APART = re.compile(r"\b([1-9]\d?) steps apart")
 AVOID = re.compile(r"Avoid (.*?)\.")
 PLAN = re.compile(r"Next: (.*?)\. Keep away from: (.*?)\.")
@@ -371,7 +382,7 @@ def pick(options: Sequence, text: str, seed: int) -> Any:
 def offline_planner(text: str, seed: int) -> str:
     """A liked category, away from the last items and from what the lessons warn of."""
     history, _, rest = text.partition("\n\nSession so far:")
-    session, _, lessons = rest.rpartition("\nLessons from sessions")
+    session, _, lessons = rest.partition("\nLessons from sessions")
     liked = [c for _, found in LIKED.findall(history) for c in line_tags(found)]
     shown = [line_tags(found) for _, found in ACTIONS.findall(session)]
     apart = max(map(int, APART.findall(lessons)), default=3)
@@ -389,7 +400,7 @@ def offline_planner(text: str, seed: int) -> str:
 def offline_actor(text: str, seed: int) -> str:
     """The encouraged item that fits the plan best, or else categories and something liked."""
     history, _, rest = text.partition("\n\nSession so far:")
-    session, _, tail = rest.rpartition("Category analysis")
+    session, _, tail = rest.partition("\nCategory analysis")
     liked, shown = LIKED.findall(history), ACTIONS.findall(session)
     plan = PLAN.search(session, max(session.rfind("Thought"), 0))
     target, away = (plan[1], set(line_tags(plan[2]))) if plan else ("", set())
@@ -412,7 +423,7 @@ def offline_actor(text: str, seed: int) -> str:
 
 def offline_critic(text: str, seed: int) -> str:
     """The mean of the recalled values; with none, the middle of the scale."""
-    values = [float(v) for v in NUMBERS.findall(text.rpartition("\nValues of situations")[2])]
+    values = [float(v) for v in VALUES.findall(text.partition("\nValues of situations")[2])]
     top = float(re.search(r"at most ([\d.]+)\.", text)[1])
     return f"Value: {sum(values) / len(values) if values else top / 2:.2f}"
 

@@ -99,10 +99,10 @@ EXPERIMENTS = {
 
 def experiment_names(text: str) -> list[str]:
     """The experiments that a text names, "all" or some with commas between."""
-    chosen = list(EXPERIMENTS) if text == "all" else text.split(",")
-    if not set(chosen) <= set(EXPERIMENTS):
+    names = list(EXPERIMENTS) if text == "all" else text.split(",")
+    if not set(names) <= set(EXPERIMENTS):
         raise argparse.ArgumentTypeError(f"no experiment {text!r}; there are all, {', '.join(EXPERIMENTS)}")
-    return list(dict.fromkeys(chosen))
+    return list(dict.fromkeys(names))
 
 
 FLAGS: dict[str, dict[str, Any]] = {
@@ -353,9 +353,10 @@ def describe(env: envs.Env, phase: str, t: Trajectory) -> dict[str, Any]:
               "said": s.act.said, "exact": s.act.exact, "item": s.line, "reward": s.reward} for s in t.steps]
     left = envs.why_left(env, t.user, [s.act.value for s in t.steps]) if t.terminated else ""
     reflection = "".join(record.value for record in billp.records(t.gained.planner))
+    values, advantages = (t.values, t.advantages) if t.gained.actor else ((), ())       # else nobody is credited
     return {"phase": phase, "episode": t.last.key[2], "user": t.user, "history": t.last.history,
             "steps": steps, "left": prompts.clean(left),        # it names titles, which are data
-            "values": t.values, "advantages": t.advantages, "reflection": reflection}
+            "values": values, "advantages": advantages, "reflection": reflection}
 
 
 # ---------------------------------------------------------------------------------- running
@@ -557,15 +558,20 @@ def grid(rows: Sequence[tuple[str, dict[str, Sequence[float]]]], width: int) -> 
 
 
 def spelled(counts: Counts) -> str:
-    """Tokens by kind; ? where the server does not say."""
-    return ", ".join(f"{name} {'?' if counts[name] is None else counts[name]}" for name in Usage._fields)
+    """Calls, and tokens by kind where any are counted; ? for those the server does not count.
+
+    >>> spelled({"calls": 2, "prompt": 9, "cached": None, "completion": 4})
+    '2 calls, tokens: prompt 9, cached ?, completion 4'
+    """
+    known = any(counts[name] is not None for name in Usage._fields)
+    kinds = (f"{name} {'?' if counts[name] is None else counts[name]}" for name in Usage._fields)
+    return f"{counts['calls']} calls" + (", tokens: " + ", ".join(kinds) if known else "")
 
 
-def ledger(calls: dict[str, Counts], stats: dict[str, Any]) -> list[str]:
+def ledger(roles: dict[str, Counts], stats: dict[str, Any]) -> list[str]:
     """Calls and tokens per role; last, what an endpoint's client saw, if there was one."""
-    asked = {role: row for role, row in calls.items() if row["calls"]}
     retried, system = len(stats.get("retries", ())), stats.get("system_fingerprint") or "?"
-    return [*(f"{role:10}{row['calls']} calls, tokens: {spelled(row)}" for role, row in asked.items()),
+    return [*(f"{role:10}{spelled(counts)}" for role, counts in roles.items() if counts["calls"]),
             *[f"retries {retried}, system {system}"] * bool(stats)]
 
 
@@ -804,7 +810,7 @@ def bill(results: list[Row]) -> str:
     """What one cell cost over all its seeds: calls, tokens, replies that were of no use, seconds."""
     counts = added([role for result in results for role in result["calls"].values()])
     means = column(results, "malformed", "fallbacks", "ungrounded", "seconds").mean(0)
-    return (f"{title(results[0]):24}calls {counts['calls']}, {spelled(counts)}; a run: "
+    return (f"{title(results[0]):24}{spelled(counts)}; a run: "
             "malformed {:.1f}, fallbacks {:.1f}, named no free item {:.0%}, {:.1f} s".format(*means))
 
 
@@ -853,7 +859,7 @@ def experiments(args: argparse.Namespace, live: Live) -> None:
     elif results:
         whole = [views.get("fig4", [*views.values()][0]) for views in results.values()]     # fig4 asks most
         counts = added([role for view in whole for role in view["calls"].values()])
-        print(f"in all, each run once: calls {counts['calls']}, {spelled(counts)}")
+        print(f"in all, each run once: {spelled(counts)}")
 
 
 def publish(name: str, base: Settings, found: list[list[Row]], path: Path) -> None:
