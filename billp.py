@@ -87,14 +87,14 @@ EMPTY: Memory = ()
 
 def push(memory: Memory, chunk: Chunk) -> Memory:
     """The memory with a chunk of newer records behind it."""
-    while memory and len(memory[-1].records) < 2 * len(chunk.records):      # else sizes would not halve
+    while memory and len(memory[-1].records) < 2 * len(chunk.records):    # each stays twice the next
         last, memory = memory[-1], memory[:-1]
         chunk = Chunk(last.records + chunk.records, np.concatenate([last.vectors, chunk.vectors]))
     return memory + (chunk,)
 
 
 def merge(memory: Memory, newer: Memory) -> Memory:
-    """All records of both, `newer` counting as newer. Associative, with EMPTY as unit."""
+    """All records of both, `newer` counting as newer. Associative in its records, EMPTY is its unit."""
     return reduce(push, newer, memory)
 
 
@@ -303,7 +303,7 @@ def conclude(trajectory: Trajectory, values: list[Output], drawn: list[Output], 
 
 def study(trajectories: Sequence[Trajectory], agent: Agent, llm: LLM, config: Config = DEFAULT,
           map: Callable = map) -> tuple[Trajectory, ...]:
-    """The batch with what it teaches, all questions asked side by side; none on states known to be worth 0."""
+    """The batch with what it teaches, all questions asked side by side; none about a state that a user left."""
     states = [[step.state for step in t.steps] + ([] if t.terminated else [t.last]) for t in trajectories]
     values = iter(map(partial(critic, memory=agent.critic, llm=llm, config=config),
                       chain(*states) if config.experience and config.baseline else ()))
@@ -320,7 +320,7 @@ def absorb(agent: Agent, trajectory: Trajectory) -> Agent:
 
 def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, seed: int, phase: str,
              config: Config = DEFAULT, map: Callable = map, first: int = 0) -> tuple[Trajectory, ...]:
-    """One episode a user, the agent frozen, in learning too; (seed, phase, first + i) names their draws."""
+    """One episode a user with the agent frozen, in `train` too; (seed, phase, first + i) names their draws."""
     one = partial(episode, catalog, agent=agent, llm=llm, config=config)
     return tuple(map(one, users, [(seed, phase, first + i) for i in range(len(users))]))
 

@@ -338,7 +338,7 @@ Value: """
 
 
 def render_critic(values: Sequence[tuple[str, float]], gamma: float, top: float) -> str:
-    """The critic's question, given recalled (last line of the state, target) and the largest value there can be."""
+    """The critic's question, given (last line of a recalled state, its target) and the largest value possible."""
     return CRITIC.format(values=bullets([f"{v:.2f} after {line}" for line, v in values]), gamma=gamma, top=top)
 
 
@@ -884,6 +884,13 @@ def recorded_embed(embed: Embed, log: Log, batch: int = 64) -> Embed:
     return answer
 
 
+def guessed(ask: Ask, reply: Reply) -> Usage:
+    """The usage of a call; what the server does not say is put at 4 characters a token."""
+    told, characters = reply.usage, sum(len(content) for _, content in ask.messages)
+    return Usage(characters // 4 if told.prompt is None else told.prompt, told.cached,
+                 len(reply.text) // 4 if told.completion is None else told.completion)
+
+
 def limited(llm: LLM, max_calls: int | None = None, max_tokens: int | None = None) -> LLM:
     """The same model within a budget; it stands inside `recorded`, so replayed answers are free."""
     spent, lock = Counter(), Lock()
@@ -896,9 +903,8 @@ def limited(llm: LLM, max_calls: int | None = None, max_tokens: int | None = Non
                                       "same command: it resumes")
             spent["calls"] += 1
         reply = llm(ask)        # a call under way is finished even when others use the budget up
-        sent = sum(len(content) for _, content in ask.messages)     # what is not told: 4 characters a token
-        used = (reply.usage.prompt, sent), (reply.usage.completion, len(reply.text))
+        prompt, _, completion = guessed(ask, reply)
         with lock:
-            spent["tokens"] += sum(length // 4 if count is None else count for count, length in used)
+            spent["tokens"] += prompt + completion
         return reply
     return answer

@@ -72,12 +72,12 @@ ORIENTATION = ("paper: R_traj on Steam and Amazon-Book with gpt-3.5-turbo; its w
 
 class Experiment(NamedTuple):
     """One of the paper's tables or figures."""
-    rows: str                           # methods, or method:episodes; those of table6 are --models
-    varied: str                         # what else differs between its cells,
-    places: Sequence[int]               # and where, along the x axis
-    what: str                           # the figure that is drawn,
-    label: str                          # its name there,
-    axis: str = ""                      # and that of the x axis, if there is one
+    rows: str                           # methods, or method:episodes; table6 has --models instead
+    varied: str                         # what else differs between its cells, "" for nothing
+    places: Sequence[int]               # the values of that, along the x axis
+    what: str                           # the figure that is drawn
+    label: str                          # that figure's name in the picture
+    axis: str = ""                      # the x axis's name, "" where there is none
 
 
 EXPERIMENTS = {
@@ -353,7 +353,7 @@ def describe(env: envs.Env, phase: str, t: Trajectory) -> dict[str, Any]:
               "said": s.act.said, "exact": s.act.exact, "item": s.line, "reward": s.reward} for s in t.steps]
     left = envs.why_left(env, t.user, [s.act.value for s in t.steps]) if t.terminated else ""
     reflection = "".join(record.value for record in billp.records(t.gained.planner))
-    values, advantages = (t.values, t.advantages) if t.gained.actor else ((), ())       # else nobody is credited
+    values, advantages = (t.values, t.advantages) if t.gained.actor else ((), ())      # else none is credited
     return {"phase": phase, "episode": t.last.key[2], "user": t.user, "history": t.last.history,
             "steps": steps, "left": prompts.clean(left),        # it names titles, which are data
             "values": values, "advantages": advantages, "reflection": reflection}
@@ -386,9 +386,9 @@ def counted(llm: LLM, live: Live, ask: prompts.Ask) -> prompts.Reply:
 
 
 def estimated(ask: prompts.Ask) -> prompts.Reply:
-    """The offline reader, with the tokens that a model would be paid for: 4 characters each."""
-    reply, sent = prompts.offline(ask), sum(len(text) for _, text in ask.messages)
-    return reply._replace(usage=Usage(sent // 4, None, len(reply.text) // 4))
+    """The offline reader, with about as many tokens as a model would be paid for."""
+    reply = prompts.offline(ask)
+    return reply._replace(usage=prompts.guessed(ask, reply))
 
 
 def connect(args: argparse.Namespace, wanted: Settings, path: Path | None, live: Live) -> tuple[LLM, Embed]:
@@ -473,7 +473,7 @@ class Outcome(NamedTuple):
 
 def perform(wanted: Settings, rows: dict, models: tuple[LLM, Embed], map: Callable,
             watched: bool = False) -> Outcome:
-    """Evaluate, learn, evaluate the same users again, starting from memory records; unwatched, not before."""
+    """Evaluate if watched, learn, evaluate the same users (again), starting from memory records."""
     env, learners, held_out = build_world(wanted)
     if policy := envs.POLICIES.get(wanted.method):      # only a2c learns
         played = [envs.rollout(env, np.array(held_out), policy(env, n, wanted.seed, wanted.config["gamma"]),
@@ -646,7 +646,7 @@ def change(base: Settings, name: str, series: str, x: int | None, seed: int) -> 
     idle = config["lessons"] == "none" and not config["experience"]         # nothing to learn
     episodes = 0 if idle else x if varied == "episodes" else int(budget or base.episodes)
     rule = {**base.rule, "window": x} if varied == "window" else base.rule
-    own = ("window", load_world(base.world, base.seed).window)      # is no change: a cell of it is any other's
+    own = ("window", load_world(base.world, base.seed).window)     # named, it would be no other run
     return base._replace(seed=seed, model=model, method=method, episodes=episodes, config=config,
                          rule={name: value for name, value in rule.items() if (name, value) != own})
 
@@ -944,7 +944,7 @@ def interrupt(*_: Any) -> None:
 
 def main_and_exit(argv: Sequence[str] | None = None, guarded: bool = False) -> None:
     """main as a whole process, which ends with its exit code."""
-    gc.set_threshold(10**5)     # a run keeps most of what it makes: to search it for garbage holds all threads up
+    gc.set_threshold(10**5)     # a run keeps most of what it makes: to search that for garbage costs time
     sys.stdout = sys.stdout or open(os.devnull, "w")        # it may have been closed
     sys.stdout.reconfigure(errors="replace")                # a console without bars gets question marks
     code = main(argv, guarded)

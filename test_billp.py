@@ -544,7 +544,30 @@ def test_malformed_replies_are_asked_again_then_fall_back_and_are_counted():
     trajectory = billp.episode(CATALOG, 0, (0, "learn", 0), Agent(), flaky)
     first = trajectory.steps[0]
     assert first.plan.value == "go on" and first.plan.malformed == 1 and not first.plan.fallback
-    assert first.act.malformed == 3 and first.act.fallback
+    assert first.act.malformed == 3 and first.act.fallback and not first.act.exact
+
+
+def test_a_fallback_names_no_title_though_it_may_hold_one():
+    llm = prompts.scripted({"planner": ["Thought: Alien"], "actor": [""]})
+    for config in (billp.DEFAULT, billp.DEFAULT._replace(repeats=True, thoughts=False)):
+        act = billp.episode(CATALOG, 0, (0, "learn", 0), Agent(), llm, config).steps[0].act
+        assert act.fallback and not act.exact and act.said == ""
+
+
+def test_a_thought_reaches_the_actor_and_the_transcript_as_long_as_it_was_kept():
+    asks, thought = [], "word " * 119 + "end"
+    told = prompts.scripted({"planner": [f"Thought: {thought}"], "actor": ["Action: recommend Alien"]})
+    trajectory = billp.episode(CATALOG, 0, (0, "learn", 0), Agent(), lambda ask: asks.append(ask) or told(ask))
+    assert trajectory.steps[0].plan.value == thought in trajectory.last.session
+    assert thought in next(ask for ask in asks if ask.role == "actor").messages[1][1]
+
+
+def test_the_critic_is_shown_each_value_with_the_item_it_came_after():
+    asks, state = [], billp.opening(CATALOG, 0, (0, "learn", 0))
+    memory = billp.remember(billp.EMPTY, "A [B]\nC (1990) [D]", 6.5, state.vector)
+    answer, same = billp.critic(state, memory, lambda ask: asks.append(ask) or prompts.offline(ask))
+    assert "\n- 6.50 after C (1990) [D]\n" in asks[0].messages[1][1] and answer.value == 6.5
+    assert answer.recalled == (("C (1990) [D]", 6.5),) and same is memory
 
 
 def hand_world():
@@ -692,6 +715,8 @@ def test_a_loaded_memory_is_the_agent_that_was_saved(tmp_path):
 @pytest.mark.parametrize("method", [*envs.POLICIES, "act", "react", "reflexion"])
 def test_every_method_runs(method, tmp_path):
     assert cli("--method", method, "--episodes", 10, "--users", 5, "--out", tmp_path / "r")[0] == 0
+    shown = cli("--show", tmp_path / "r", "--pick", "learn:3")
+    assert ("reward" in shown[1] or shown[0] == 2) and "advantage" not in shown[1]    # none is remembered
 
 
 @pytest.mark.parametrize("argv, words", [
