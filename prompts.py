@@ -338,7 +338,7 @@ Value: """
 
 
 def render_critic(values: Sequence[tuple[str, float]], gamma: float, top: float) -> str:
-    """The critic's question, given (last line of a recalled state, its target) and the largest value possible."""
+    """The critic's question, given (last line of a recalled state, target) and the largest value possible."""
     return CRITIC.format(values=bullets([f"{v:.2f} after {line}" for line, v in values]), gamma=gamma, top=top)
 
 
