@@ -646,7 +646,7 @@ def change(base: Settings, name: str, series: str, x: int | None, seed: int) -> 
     idle = config["lessons"] == "none" and not config["experience"]         # nothing to learn
     episodes = 0 if idle else x if varied == "episodes" else int(budget or base.episodes)
     rule = {**base.rule, "window": x} if varied == "window" else base.rule
-    own = ("window", load_world(base.world, base.seed).window)     # named, it would be no other run
+    own = ("window", load_world(base.world, base.seed).window)     # no other run, though named
     return base._replace(seed=seed, model=model, method=method, episodes=episodes, config=config,
                          rule={name: value for name, value in rule.items() if (name, value) != own})
 
