@@ -32,6 +32,7 @@ from io import BytesIO
 from itertools import chain, product
 from operator import add, itemgetter
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Event, Thread, enumerate as threads
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 from urllib.parse import quote
@@ -410,6 +411,22 @@ def connect(args: argparse.Namespace, wanted: Settings, path: Path | None, live:
     return prompts.recorded(llm, log), embed
 
 
+def submitted(pool: futures.Executor, done: SimpleQueue, f: Callable, *columns: Iterable) -> Iterator:
+    """As the pool's map; but `done` gathers all of its tasks as they end, for `in_turn`."""
+    tasks = [pool.submit(f, *row) for row in zip(*columns)]
+    for task in tasks:
+        task.add_done_callback(done.put)
+    return in_turn(tasks, done)
+
+
+def in_turn(tasks: Sequence[futures.Future], done: SimpleQueue) -> Iterator:
+    """Their results in order. The failure of any task of the pool is raised at once, whoever's turn it is."""
+    for task in tasks:
+        while not task.done():
+            done.get().result()
+        yield task.result()
+
+
 @contextmanager
 def mapping(executor: Callable, count: int, stop: Event) -> Iterator[Callable]:
     """A map: the built-in one for 0, or a pool's. An error or Ctrl-C also stops what is under way."""
@@ -418,7 +435,7 @@ def mapping(executor: Callable, count: int, stop: Event) -> Iterator[Callable]:
         return
     pool = executor(count)
     try:
-        yield pool.map
+        yield partial(submitted, pool, SimpleQueue())
     except BaseException as error:
         if not isinstance(error, prompts.BudgetSpent):  # else what is under way is paid for: it is recorded
             from multiprocessing import active_children

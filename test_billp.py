@@ -276,6 +276,68 @@ def test_synthetic_worlds_cost_what_their_users_and_items_cost():
     assert liked > any_item + 0.5
 
 
+def test_exactly_beta_apart_is_not_too_alike_and_exactly_the_floor_is_borne():
+    env = hand_world()._replace(vectors=np.float32([[0], [5], [6], [9]]), floor=3.0)     # Bat is 1.0 from Bee
+    state, _, left, _ = envs.step(env, envs.reset(env, 0), 1)
+    state, reward, gone, _ = envs.step(env, state, 2)
+    assert not left and not gone and reward == 3
+    assert roll(env._replace(ratings=np.array([[2, 3, 2, 2]])), [0], envs.oracle).items[0, 0] == 1
+
+
+@given(seeds, kinds)
+def test_a_rollout_is_each_users_own_episode_and_nothing_after(seed, kind):
+    env = world(seed, kind)
+    for user, (items, rewards) in enumerate(zip(*roll(env, range(6), envs.greedy))):
+        state, n = envs.reset(env, user), (items >= 0).sum()
+        for item, reward in zip(items[:n], rewards[:n]):
+            state, earned, left, _ = envs.step(env, state, item)
+            assert reward == earned and not left
+        assert (items[n:] == -1).all() and (rewards[n:] == 0).all()
+
+
+def test_many_users_in_blocks_fare_as_all_at_once(monkeypatch):
+    env = world(1, users=20, floor=0.0, beta=0.3)
+    make = {name: envs.POLICIES[name] for name in ("popular", "greedy")}
+    whole = {name: roll(env, range(20), make[name](env, 20, 0)) for name in make}
+    monkeypatch.setattr(envs, "CELLS", 27)
+    for name in make:
+        assert all(map(np.array_equal, whole[name], roll(env, range(20), make[name](env, 20, 0))))
+
+
+def test_popularity_is_the_learners_opinion_alone():
+    env = world(3, "factors")
+    p, q, offset = env.ratings
+    others = envs.Factors(np.concatenate([p[:env.learners], 9 + 0 * p[env.learners:]]), q, offset)
+    assert np.allclose(envs.popularity(env._replace(ratings=others)), envs.popularity(env))
+    unloved = partial(envs.popular, envs.popularity(env) - 99)              # below what is taken already, too
+    for row, liked in zip(roll(env._replace(beta=0, floor=0), range(6), unloved).items, env.histories):
+        assert len(set(row)) == 6 and not set(row) & set(liked)
+
+
+def test_an_interval_holds_95_percent_and_seeds_vary_as_well_as_users():
+    mean = partial(np.mean, axis=(-2, -1))
+    for scores, error in ((np.random.default_rng(0).normal(size=(1, 400)), 1 / 20),
+                          (np.repeat(np.random.default_rng(1).normal(size=(50, 1)), 30, 1), 1 / 50 ** 0.5)):
+        _, low, high = envs.bootstrap(mean, scores)
+        assert abs((high - low) / (2 * 1.96 * scores.std() * error) - 1) < 0.1      # 90 % would give 0.84
+
+
+def test_a_seed_draws_users_of_its_own():
+    for make in (envs.films, partial(envs.synthetic, 50, 60)):
+        a, b, same = (make(seed=seed) for seed in (0, 1, 1))
+        rated = [envs.rate(env, np.arange(50)[:, None], np.arange(60)) for env in (a, b, same)]
+        assert not np.array_equal(*rated[:2]) and np.array_equal(*rated[1:]) and a.titles == b.titles
+
+
+def test_what_the_actor_critic_observes_by_hand_and_that_its_discount_counts():
+    env = hand_world()._replace(vectors=hand_world().vectors + 1)
+    state = envs.EnvState(np.array([0]), np.array([[0, 2]]), np.array([2]))
+    assert envs.observe(env, state).tolist() == [[10, 1 + 6.5, 1]]
+    assert envs.observe(env, envs.reset(env, np.array([0]))).tolist() == [[10, 0, 1]]
+    near, far = (envs.learn_a2c(FILMS, 200, 0, gamma).args[0].value for gamma in (0.0, 0.9))
+    assert not np.allclose(near, far)
+
+
 # ---------------------------------------------------------------------------- worlds from files
 
 MOVIES = [("1", "Matrix, The (1999)", "Action|Sci-Fi"), ("2", 'Say "Hi", [now]', "(no genres listed)"),
@@ -315,6 +377,16 @@ def test_movielens_layouts(tmp_path, layout):
     assert roll(env, range(11, 22), envs.oracle).rewards.sum() > 0
     rmse = [float(x) for x in re.findall(r"0\.\d{4}", env.about)]
     assert rmse[0] < rmse[1]                                                # factors, biases alone
+
+
+def test_a_history_is_its_own_users_and_who_learns_depends_on_the_seed(tmp_path):
+    write(tmp_path)
+    worlds = [envs.movielens(tmp_path, seed) for seed in range(3)]
+    for env in worlds:
+        rated = envs.predict(env.ratings, np.arange(22)[:, None], np.arange(6))
+        liked = [rated[user, own].mean() > rated[user].mean() for user, own in enumerate(env.histories)]
+        assert np.mean(liked) > 0.9
+    assert len({tuple(map(tuple, env.histories)) for env in worlds}) == 3
 
 
 @settings(max_examples=30, deadline=None)
@@ -486,6 +558,18 @@ def test_grounding_by_title_ignores_case_accents_and_year(text, title):
     assert exact and FILMS.titles[item] == title
 
 
+def test_every_other_item_comes_before_an_excluded_one_and_categories_hold_no_comma():
+    opposite = prompts.Catalog(hand_world(), lambda texts: AXES[[0] * len(texts)], ("",) * 2, AXES[[0, 4]], {})
+    assert billp.ground("x", opposite, {0}) == (1, False)
+    assert prompts.item_line("X", None, ["A, B", "C"]) == "X [A B, C]"
+
+
+def test_most_cut_sessions_extend_the_one_before():
+    turns = [prompts.turn(i, "t" * 80, "X [A]", 5, False, False) for i in range(1, 200)]
+    kept = [prompts.bounded("".join(turns[:n]), 2000) for n in range(1, 200)]
+    assert sum(b.startswith(a) for a, b in zip(kept, kept[1:])) > 160
+
+
 # ----------------------------------------------------------------------- roles and learning
 
 
@@ -576,6 +660,71 @@ def hand_world():
                     np.array([[1, 0], [1, 0], [0, 1], [0, 1]], bool),
                     np.array([[0.0], [5.0], [5.5], [9.0]], np.float32), np.array([[4, 5, 3, 1]]),
                     (np.array([3]),), 1, window=2, beta=1.0)
+
+
+def noting(**texts):
+    """A scripted model that notes what it is asked, and its notes."""
+    asks, llm = [], prompts.scripted(texts)
+    return lambda ask: asks.append(ask) or llm(ask), asks
+
+
+def test_asks_carry_the_configured_length_temperature_retries_and_session():
+    config = Config(reply_tokens=77, temperature=0.25, retries=1, transcript=1000)
+    llm, asks = noting(planner=[""], actor=[""], critic=[""])
+    state = billp.opening(CATALOG, 0, (0, "learn", 0), config)._replace(session="x\n" * 9999)
+    for role in (billp.planner, billp.critic, partial(billp.actor, catalog=CATALOG)):
+        role(state, EMPTY, llm, config=config)
+    assert len(asks) == 6 and {(ask.max_tokens, ask.temperature) for ask in asks} == {(77, 0.25)}
+    assert all(len(ask.messages[1][1]) < 4000 for ask in asks)
+
+
+def test_each_memory_is_searched_by_its_own_k_and_tau_and_only_if_the_method_uses_it():
+    state = billp.opening(CATALOG, 0, (0, "learn", 0))
+    far = np.roll(state.vector, 1)                                          # not alike at all
+    memory = merge(remember(EMPTY, "a", 1, state.vector, "A"), remember(EMPTY, "b", 0, far, "B"))
+    lessons = merge(remember(EMPTY, "a", "near", state.vector), remember(EMPTY, "b", "late", far))
+    llm, _ = noting(planner=["t"], actor=["x"], critic=["1"])
+    for tau_a, tau_c, k_a, k_v in ((4, 0.1, 9, 9), (0.1, 4, 9, 9), (4, 4, 1, 2), (4, 4, 2, 1)):
+        config = Config(tau_actor=tau_a, tau_critic=tau_c, k_actions=k_a, k_values=k_v)
+        tried, _ = billp.actor(state, memory, llm, CATALOG, config)
+        values, _ = billp.critic(state, memory, llm, config)
+        assert len(tried.recalled) == min(k_a, 1 + (tau_a == 4))
+        assert len(values.recalled) == min(k_v, 1 + (tau_c == 4))
+    for method, best, tried in (("billp", ("near",), 1), ("reflexion", ("late",), 0), ("react", (), 0)):
+        config = Config(k_lessons=1)._replace(**billp.METHODS[method])
+        assert billp.planner(state, lessons, llm, config)[0].recalled == best
+        assert len(billp.actor(state, memory, llm, CATALOG, config)[0].recalled) == tried
+
+
+def test_a_value_lies_between_0_and_the_largest_there_can_be_and_falls_back_to_the_mean():
+    state = billp.opening(CATALOG, 0, (0, "learn", 0))
+    memory = merge(remember(EMPTY, "a", 2.0, state.vector), remember(EMPTY, "b", 4.0, state.vector))
+    for text, value in (("999", state.top), ("Value: -3", 0), ("hm", 3), ("Step 12: Value: 7", 7)):
+        assert billp.critic(state, memory, noting(critic=[text])[0])[0].value == value
+    assert billp.critic(state, EMPTY, noting(critic=["hm"])[0])[0].value == 0
+    assert billp.opening(prompts.catalog(FILMS._replace(max_steps=1)), 0, (0, "learn", 0)).top == 5
+
+
+def test_a_state_is_the_last_titles_and_remembers_all_that_is_taken():
+    config, liked = Config(titles=3), [CATALOG.lines[item] for item in FILMS.histories[500]]
+    steps = billp.episode(CATALOG, 500, (0, "after", 0), Agent(), prompts.offline, config).steps
+    for n, step in enumerate(steps):
+        assert step.state.text.splitlines() == (liked + [past.line for past in steps[:n]])[-3:]
+        assert step.state.history == tuple(liked[-3:])
+        assert step.state.taken == (*FILMS.histories[500], *(past.act.value for past in steps[:n]))
+
+
+def test_what_was_liked_long_ago_is_not_recommended_unless_repeats_are_wanted():
+    world = prompts.catalog(hand_world()._replace(histories=(np.array([3, 0]),), max_steps=1))
+    first = [billp.episode(world, 0, (0, "after", 0), Agent(), noting(planner=["t"], actor=["Cow"])[0],
+                           Config(titles=1, repeats=repeats)).steps[0].act.value for repeats in (False, True)]
+    assert first[0] in (1, 2) and first[1] == 3
+
+
+def test_no_reflection_that_can_be_read_is_no_lesson():
+    trajectory = billp.episode(CATALOG, 0, (0, "learn", 0), Agent(), prompts.offline)
+    answer, memory = billp.reflector(trajectory, EMPTY, noting(reflector=[""])[0])
+    assert answer.fallback and memory is EMPTY
 
 
 def test_an_episode_worked_by_hand():
@@ -758,6 +907,95 @@ def test_a_run_stands_when_the_data_behind_its_world_has_changed(tmp_path):
     assert code == 2 and "(data)" in err and result(tmp_path / "r") == held
 
 
+def wanted(text):
+    return run.settings(run.parse(text.split()))
+
+
+def test_flags_reach_what_they_name():
+    env = run.build_world(wanted("--beta 0.3 --floor 0 --window 2 --grace 3 --max-steps 7"))[0]
+    assert (env.window, env.beta, env.floor, env.grace, env.max_steps) == (2, 0.3, 0, 3, 7)
+    config = wanted("--method act --thoughts --lessons latest").config      # a flag beats the method's row
+    assert config["thoughts"] and config["lessons"] == "latest" and not config["experience"]
+    for flag in ("--gamma 1.1", "--temperature 2.1", "--users 9999999999", "--seeds 1001"):
+        with pytest.raises(run.UserError, match="must lie"):
+            run.parse(flag.split())
+
+
+def test_learners_and_held_out_users_never_mix():
+    for users in (5, 500):
+        _, learners, held_out = run.build_world(wanted(f"--users {users}"))
+        assert max(learners) < FILMS.learners <= min(held_out) and len(set(held_out)) == users
+
+
+def test_a_run_with_another_memory_or_other_fields_is_another_run(tmp_path):
+    (tmp_path / "m.json").write_text(run.save_memory(billp.NOVICE, "hashed_ngrams"))
+    flags = "", f"--load {tmp_path}/m.json", '--extra-body {"a":1}'
+    assert len(set(map(run.dumps, map(wanted, flags)))) == 3
+
+
+def test_a_memory_file_holds_only_what_its_role_may_remember(tmp_path):
+    for role, value in (("planner", 1), ("actor", 2), ("actor", 0.5), ("critic", "x"), ("critic", math.nan)):
+        agent = Agent()._replace(**{role: remember(EMPTY, "k", value, AXES[0])})
+        (tmp_path / "m.json").write_text(run.save_memory(agent, "hashed_ngrams"))
+        with pytest.raises(run.UserError):
+            run.load_memory(tmp_path / "m.json", "hashed_ngrams")
+
+
+def test_a_run_killed_at_its_very_start_resumes_and_a_failed_replay_leaves_nothing(tmp_path):
+    (tmp_path / "config.json.77.part").write_text("torn")
+    assert cli("--method", "random", "--users", 4, "--out", tmp_path)[0] == 0
+    assert cli("--replay", "--model", "m", "--out", tmp_path / "none")[0] == 2
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_numbers_of_a_run_are_those_of_its_episodes(tmp_path):
+    assert cli("--episodes", 10, "--users", 8, "--out", tmp_path)[0] == 0
+    (episodes, _), told = result(tmp_path)
+    rows = [json.loads(line) for line in episodes.splitlines()]
+    assert [row["phase"] for row in rows] == ["before"] * 8 + ["learn"] * 10 + ["after"] * 8
+    for phase in ("before", "after"):
+        mine = [row for row in rows if row["phase"] == phase]
+        lengths = [len(row["steps"]) - bool(row["left"]) for row in mine]
+        totals = [sum(step["reward"] for step in row["steps"]) for row in mine]
+        assert [told[phase][m][0] for m in envs.METRICS] == pytest.approx(
+            [np.mean(lengths), sum(totals) / sum(lengths), np.mean(totals)], abs=1e-4)
+    for m in envs.METRICS:
+        assert told["difference"][m][0] == pytest.approx(told["after"][m][0] - told["before"][m][0], abs=2e-4)
+    unnamed = [not step["exact"] for row in rows for step in row["steps"]]
+    assert told["ungrounded"] == pytest.approx(np.mean(unnamed), abs=1e-4)
+
+
+def test_what_a_run_costs_by_hand():
+    answer = partial(billp.Answer, "x", "x")
+    step = billp.Step(billp.opening(CATALOG, 0, (0, "learn", 0)), answer(malformed=1),
+                      answer(malformed=3, fallback=True, exact=False), "line", 5.0)
+    played = billp.Trajectory(0, (step, step._replace(act=answer())), step.state, False,
+                              answers=(answer(malformed=1, fallback=True),))
+    cost = run.cost(run.Outcome((), (), [], episodes={"learn": (played,)}), run.Live({}, {}, None, []), 0.0)
+    assert (cost["malformed"], cost["fallbacks"], cost["ungrounded"]) == (6, 2, 0.5)
+
+
+def test_what_was_recommended_counts_item_0_and_leaves_out_the_leaving_item():
+    outcome = run.perform(wanted("--episodes 0 --users 20"), {}, (prompts.offline, prompts.hashed_ngrams), map)
+    assert [len(row) for row in outcome.items] == outcome.after[0, :, 0].tolist()
+    env = hand_world()._replace(histories=(np.array([3]),) * 2, learners=1,
+                                ratings=np.array([[5, 1, 1, 1]] * 2))
+    with mock.patch.object(run, "load_world", lambda *_: env):
+        outcome = run.perform(wanted("--method greedy --users 1"), {}, (), map)
+    assert outcome.after.tolist() == [[[1, 5]]] and [row.tolist() for row in outcome.items] == [[0]]
+
+
+def test_show_tells_the_episode_asked_for(tmp_path):
+    assert cli("--episodes", 3, "--users", 4, "--out", tmp_path)[0] == 0
+    for pick, first in (("", "learn episode 2,"), ("before:1", "before episode 1,"), (":0", "learn episode 0")):
+        out = cli("--show", tmp_path, "--pick", pick)[1]
+        assert out.startswith(first) and out.count("the user left") + out.count("stayed to the last") == 1
+        credit = [line for line in out.splitlines() if "advantage" in line]
+        assert all(("encouraged" in line) == ("advantage +" in line) for line in credit)
+        assert bool(credit) == first.startswith("learn")
+    assert cli("--show", tmp_path, "--pick", "before:99")[0] == 2
+
+
 # ------------------------------------------------------------------------------- experiments
 
 
@@ -783,6 +1021,41 @@ def test_a_row_is_compared_user_by_user_with_its_own_other_and_higher_only_if_th
     for low, high, verdict in ((0, 2, "not told apart"), (0.01, 2, "higher"), (-2, 0, "not told apart"),
                                (-2, -0.01, "lower"), (-2, 2, "not told apart")):
         assert run.remark({"gain": [0.5, low, high], "against": "billp"}).endswith(": " + verdict)
+
+
+def test_rows_are_held_against_the_one_above_or_billp_at_the_same_place_and_estimates_keep_their_names():
+    cell = [{"series": "billp", "x": 10, "values": [[5, 5, 7]] * 4}] * 2
+    assert {row["series"]: row["figures"]["bias"][0] for row in run.measured("fig4", cell, cell)} == {
+        "one return": 0, "critic": 2}
+    found = [[{"series": series, "x": x, "scores": [[1, reward]] * 2}] for series, x, reward in
+             (("billp", 1, 3), ("billp", 2, 5), ("act", 1, 1), ("act", 2, 2))]
+    assert [row["gain"] and row["gain"][0] for row in run.tabulate("fig5", found)] == [None, None, -2, -3]
+    above = [row["against"] for row in run.tabulate("table3", found)]
+    assert above == ["billp, 1", "billp, 1", "billp, 2", "act, 1"]
+
+
+def test_cells_start_at_the_seed_learn_only_if_they_can_and_a_mistake_is_found_before_any_run(tmp_path):
+    args = run.parse("--experiment table5 --seed 3 --seeds 2".split())
+    assert args.episodes == 100 and run.parse([]).episodes == 50
+    cells = sum((cells for _, cells in run.plan(args, run.settings(args), "table5")), [])
+    assert [cell.seed for cell in cells] == [3, 4] * 4
+    base = wanted("--experiment table3 --episodes 7")
+    for series, episodes in (("act", 0), ("react", 0), ("reflexion", 7), ("billp-no-macro", 7), ("a2c:99", 99)):
+        assert run.change(base, "table3", series, None, 0).episodes == episodes
+    assert cli("--experiment", "table5,curve", "--users", 501, "--out", tmp_path / "x")[0] == 2
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_values_of_fig4_are_returns_from_their_step_on():
+    cell = wanted("--episodes 0 --users 3 --max-steps 5")
+    models = prompts.offline, prompts.hashed_ngrams
+    outcome = run.perform(cell, {}, models, map)
+    rows = run.values_of(cell, run.build_world(cell)[0], outcome, *models, map, 30, 1)
+    returns = {round(billp.discounted_return([step.reward for step in t.steps[n:]], 0.5), 9)
+               for t in outcome.episodes["after"] for n in range(len(t.steps))}
+    assert len(returns) > 3 and {round(row[1], 9) for row in rows} == returns
+    top = billp.discounted_return([5.0] * 5, 0.5)
+    assert all(row[2] == pytest.approx(top / 2, abs=0.01) for row in rows)      # nothing learnt: the middle
 
 
 def trial(out, names, *flags):
@@ -1065,6 +1338,39 @@ def test_waits_are_what_the_server_asks_or_back_off(headers, low, high):
     assert "stopped" in failure(stopped, ASK) and len(bodies()) == 1
 
 
+def test_waits_double_up_to_eight_seconds_with_noise_past_dates_are_now_and_far_ones_a_minute():
+    llm, _, slept = play(*[error(503)] * 7, retries=7)
+    assert llm(ASK) == GOOD
+    shares = [wait / full for wait, full in zip(slept, (0.5, 1, 2, 4, 8, 8, 8), strict=True)]
+    assert all(0.75 <= share <= 1 for share in shares) and len(set(shares)) > 1
+    llm, _, slept = play(error(503, headers={"Retry-After": "0"}))
+    assert llm(ASK) == GOOD and slept == [0]
+    for seconds, wait in ((-50, 0), (5000, 60)):
+        date = email.utils.formatdate(time.time() + seconds, usegmt=True)
+        assert prompts.asked_wait({"retry-after": date}) == wait
+
+
+def test_what_ails_is_told_whatever_the_status_or_the_field():
+    for status in (400, 413, 422, 500):
+        llm, _, _ = play(error(status, "context length exceeded"))
+        assert "allow the prompt fewer tokens" in failure(llm, ASK)
+    assert "top up" in failure(play(error(429, "pay", type="insufficient_quota"))[0], ASK)
+    llm, notes, _ = play()
+    llm(ASK._replace(messages=(("user", "x" * 1050),)))     # few tokens were counted, but so they may be
+    assert not notes
+
+
+def test_the_tail_of_a_secret_its_decoded_form_and_a_fingerprint_are_starred_too():
+    assert prompts.scrubbed(f"end {KEY[-7:]}.", [KEY]) == "end ***."
+    base = server().url.replace("//", "//u:pa%41%42%43%44%45ss@")
+    llm, _, _ = play(error(400, "you are u:paABCDEss"), base=base)
+    assert "paABCDE" not in failure(llm, ASK)
+    status, headers, data = said()
+    data |= {"system_fingerprint": f"fp {KEY} " + "x" * 999}
+    play((status, headers, data), stats=(stats := {}))[0](ASK)
+    assert not leaks(stats["system_fingerprint"]) and len(stats["system_fingerprint"]) <= 200
+
+
 @pytest.mark.parametrize("key", [KEY + "\n" + KEY, f"\u201c{KEY}\u201d", KEY[:9] + " " + KEY[9:],
                                  KEY + "\x00", KEY + "\u00e9", KEY + "\ud800"])
 def test_a_damaged_key_or_header_is_refused_unseen(key):
@@ -1315,6 +1621,17 @@ def test_embeddings_over_http_are_recorded_too_and_never_mixed(tmp_path):
     assert code == 2 and "embedding e" in err
 
 
+def test_the_users_own_fields_headers_and_deadline_reach_the_endpoint(tmp_path):
+    cast()
+    flags = "--extra-body", '{"top_p": 0.9, "seed": 7}', "--header", "X-Team=a=b"
+    assert live(tmp_path / "a", *flags)[0] == 0
+    assert all((body["top_p"], body["seed"]) == (0.9, 7) for body in bodies())      # on top of ours
+    assert server().seen[0][1]["X-Team"] == "a=b"
+    cast(*["hang"] * 20)
+    code, _, err = live(tmp_path / "b", "--timeout", 0.2)
+    assert code == 2 and "0.2 s" in err
+
+
 @pytest.mark.parametrize("budget, amounts", [("--max-calls", (9, 30)), ("--max-tokens", (2000, 9999))])
 def test_a_spent_budget_ends_with_3_and_what_was_answered_is_never_asked_again(budget, amounts, tmp_path):
     cast().plan = lambda body: time.sleep(0.005)            # so that some calls are under way at the end
@@ -1326,12 +1643,26 @@ def test_a_spent_budget_ends_with_3_and_what_was_answered_is_never_asked_again(b
     assert len(asked()) == len(set(asked()))
 
 
-def test_a_run_that_is_killed_or_interrupted_resumes_and_asks_nothing_answered_twice(tmp_path):
+def test_a_fatal_fault_stops_at_once_who_waits_who_hangs_and_who_would_ask_more(tmp_path, monkeypatch):
+    """Of four asks one is told to wait for half a minute, two are answered later, and one ends the run."""
+    monkeypatch.setattr(sys.modules[__name__], "Quick", threading.Event)
+    acts = iter([error(429, headers={"Retry-After": "30"}), lambda body: time.sleep(3),
+                 lambda body: time.sleep(0.6), lambda body: time.sleep(0.3) or error(401)])
+    cast().plan, began = lambda body: next(acts, None), time.monotonic()
+    code, _, err = live(tmp_path, "--users", 4)
+    assert code == 2 and "401" in err and time.monotonic() - began < 2.6
+    assert len(bodies()) == 4 and len(answered(tmp_path / "calls.jsonl")) == 1      # the one that came in time
+
+
+def test_a_run_that_is_killed_or_interrupted_resumes_and_asks_nothing_answered_twice(tmp_path, request):
     """Killed alone, the command's worker records what is on its way; killed together, the log is whole."""
+    for told, how in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        request.addfinalizer(partial(signal.signal, told, signal.signal(told, how)))    # nohup had them ignored
     cast().plan = lambda body: time.sleep(0.002)
     flags = *SMALL, 0.5, "--base-url", server().url, "--model", "m", "--workers", 4, "--out", tmp_path
     for kill, sent, code, more in ((os.kill, "SIGKILL", -9, 7), (os.kill, "SIGINT", 130, 12),
                                    (os.killpg, "SIGKILL", -9, 9), (os.killpg, "SIGHUP", -1, 9),
+                                   (os.killpg, "SIGINT", 130, 9),           # as a terminal's Ctrl-C
                                    (os.kill, "SIGKILL", -9, random.randrange(1, 30)), (None, "", 0, 999)):
         before, start = answered(tmp_path / "calls.jsonl"), len(bodies())
         child = subprocess.Popen([sys.executable, run.__file__, *map(str, flags)], env=quiet(), text=True,
@@ -1340,7 +1671,7 @@ def test_a_run_that_is_killed_or_interrupted_resumes_and_asks_nothing_answered_t
             time.sleep(0.0005)
         kill and kill(child.pid, getattr(signal, sent))
         _, err = child.communicate(timeout=20)
-        alone = kill is os.kill or sent == "SIGHUP"             # a hang-up, which its worker leaves to it
+        alone = kill is os.kill or sent in ("SIGHUP", "SIGINT")         # which its worker leaves to it
         assert child.returncode == code and ("answered calls are kept" in err) == alone, err
         assert not set(before) & set(asked()[start:])
         if alone:
