@@ -663,7 +663,7 @@ def change(base: Settings, name: str, series: str, x: int | None, seed: int) -> 
     idle = config["lessons"] == "none" and not config["experience"]         # nothing to learn
     episodes = 0 if idle else x if varied == "episodes" else int(budget or base.episodes)
     rule = {**base.rule, "window": x} if varied == "window" else base.rule
-    own = ("window", load_world(base.world, base.seed).window)     # no other run, though named
+    own = ("window", load_world(base.world, base.seed).window)     # what is so anyway makes no other run
     return base._replace(seed=seed, model=model, method=method, episodes=episodes, config=config,
                          rule={name: value for name, value in rule.items() if (name, value) != own})
 

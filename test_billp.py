@@ -454,6 +454,8 @@ class Evil:
     ("movies.csv", b"a,header\n1,Am\xe9lie,Comedy\n", "movies.csv: line 1: 'utf-8' codec"),
     ("ratings.csv", b"a,header\n1,1,4,0\n1,2,nan,0\n", "ratings.csv: line 3: the rating nan"),
     ("ratings.csv", b"a,header\n1,1,4,0\n1,2,4\n", "ratings.csv: line 3: 3 fields"),
+    ("ratings.csv", b"a,header\n1,1,5.5,0\n", "the rating 5.5"), ("ratings.csv", b"a,h\n1,1,0,0\n", "the rating 0"),
+    ("train_distance_mat.pickle", np.full((5, 5), np.nan), "finite"),
     ("ratings.csv", b"a,header\n1,77,4,0\n2,1,4,0\n", "ratings.csv: line 2: item 77 is not"),
     ("ratings.csv", b"", "fewer than two"), ("test_distance_mat.pickle", Evil(), "mkdir, which is refused"),
     ("test_distance_mat.pickle", np.array([[Evil()]], object), "mkdir, which is refused"),
@@ -473,6 +475,15 @@ def test_malformed_or_malicious_files_are_refused_in_one_line(tmp_path, monkeypa
         envs.movielens(tmp_path) if file.endswith(".csv") else envs.released(tmp_path, "steam")
     source = envs.GROUPLENS if file.endswith(".csv") else envs.AUTHORS
     assert source in str(error.value) and "\n" not in str(error.value) and not Path("evidence").exists()
+
+
+@pytest.mark.parametrize("row", [-1, 4])
+def test_a_user_without_a_row_of_ratings_is_refused(tmp_path, row):
+    release(tmp_path)
+    users = [{"userid_encoded": row, "pos_seq_name": ["Doom"]}]
+    (tmp_path / "data" / "steam" / "train.json").write_text(json.dumps(users))
+    with pytest.raises(envs.BadData, match="do not fit"):
+        envs.released(tmp_path, "steam")
 
 
 # ----------------------------------------------------------------------------------- prompts
