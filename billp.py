@@ -303,7 +303,7 @@ def conclude(trajectory: Trajectory, values: list[Output], drawn: list[Output], 
 
 def study(trajectories: Sequence[Trajectory], agent: Agent, llm: LLM, config: Config = DEFAULT,
           map: Callable = map) -> tuple[Trajectory, ...]:
-    """The batch with what it teaches, all questions asked side by side; none about a state that a user left."""
+    """The batch with what it teaches, all questions asked side by side; none about what follows a leaving."""
     states = [[step.state for step in t.steps] + ([] if t.terminated else [t.last]) for t in trajectories]
     values = iter(map(partial(critic, memory=agent.critic, llm=llm, config=config),
                       chain(*states) if config.experience and config.baseline else ()))

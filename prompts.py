@@ -79,7 +79,7 @@ Embed = Callable[[Sequence[str]], np.ndarray]       # texts -> float32 [n, d], u
 
 # ----------------------------------------------------------------------------- text from data
 
-SPOKEN = 600            # characters that are kept of a line a model says
+SPOKEN = 600            # characters kept of a line that a model says: about a hundred words
 
 
 @lru_cache(4096)
@@ -203,7 +203,8 @@ def bounded(session: str, limit: int) -> str:
 def turn(n: int, thought: str, line: str, reward: float, left: bool, last: bool) -> str:
     """The transcript lines of step n (from 1), to be appended to the session."""
     seen = "the user left" if left else f"rated {reward:g} of 5" + " (last step)" * last
-    head = f"Thought {n}: {clean(thought, SPOKEN)}\n" if clean(thought) else ""
+    thought = clean(thought, SPOKEN)
+    head = f"Thought {n}: {thought}\n" if thought else ""
     return f"{head}Action {n}: recommend {line}\nObservation {n}: {seen}\n"
 
 
@@ -478,6 +479,7 @@ MEND = "mend the request (--model, --extra-body), then run the same command: it 
 CURES = {401: "check OPENAI_API_KEY", 402: "top up the account, then run the same command",
          403: "use a key that may use this model", 404: "check --base-url and --model",
          "context": "allow the prompt fewer tokens, or the server more (-c, num_ctx, n_ctx)"}
+BATCH = 64              # texts embedded in one request; servers have limits
 # A kind of fault that a repeat rarely cures is tried again this often, any other `retries` times.
 LIMITS = {"fatal": 0, "page": 1, "slow": 1, "silent": 1, "connect": 2}
 INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
@@ -775,7 +777,8 @@ def read_vectors(count: int, data: dict) -> np.ndarray | Fault:
     return matrix / norms
 
 
-def embeddings(base_url: str, model: str, key: str | None = None, *, batch: int = 64, **options: Any) -> Embed:
+def embeddings(base_url: str, model: str, key: str | None = None, *, batch: int = BATCH,
+               **options: Any) -> Embed:
     """Unit vectors from an endpoint, `batch` texts a request; the other options are dial's."""
     wire, size = dial(base_url, "embeddings", key, **options), []
 
@@ -864,7 +867,7 @@ def recorded(llm: LLM, log: Log) -> LLM:
     return lambda ask: replies(log, [ask], partial(map, llm))[0]
 
 
-def recorded_embed(embed: Embed, log: Log, batch: int = 64) -> Embed:
+def recorded_embed(embed: Embed, log: Log, batch: int = BATCH) -> Embed:
     """The same embedding, each text put to it once, a batch at a time, and its row logged to the bit."""
     size = []
 

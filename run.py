@@ -663,7 +663,7 @@ def change(base: Settings, name: str, series: str, x: int | None, seed: int) -> 
     idle = config["lessons"] == "none" and not config["experience"]         # nothing to learn
     episodes = 0 if idle else x if varied == "episodes" else int(budget or base.episodes)
     rule = {**base.rule, "window": x} if varied == "window" else base.rule
-    own = ("window", load_world(base.world, base.seed).window)     # what is so anyway makes no other run
+    own = ("window", load_world(base.world, base.seed).window)     # named or not, it is the same run
     return base._replace(seed=seed, model=model, method=method, episodes=episodes, config=config,
                          rule={name: value for name, value in rule.items() if (name, value) != own})
 
@@ -947,7 +947,7 @@ def guarded_main(argv: Sequence[str] | None) -> None:
         as_worker(interrupt)
         with suppress(AttributeError, OSError):         # not every system knows of this, or allows it
             cores = sorted(os.sched_getaffinity(0))
-            os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
+            os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})          # other runs, other cores
         main_and_exit(argv)
     except KeyboardInterrupt:       # outside main: at the very start or end
         os._exit(130)
@@ -961,7 +961,7 @@ def interrupt(*_: Any) -> None:
 
 def main_and_exit(argv: Sequence[str] | None = None, guarded: bool = False) -> None:
     """main as a whole process, which ends with its exit code."""
-    gc.set_threshold(10**5)     # a run keeps most of what it makes: to search that for garbage costs time
+    gc.set_threshold(10**5)     # new objects, not 700: a run keeps most, and each search holds all threads up
     sys.stdout = sys.stdout or open(os.devnull, "w")        # it may have been closed
     sys.stdout.reconfigure(errors="replace")                # a console without bars gets question marks
     code = main(argv, guarded)

@@ -920,7 +920,18 @@ def test_a_run_stands_when_the_data_behind_its_world_has_changed(tmp_path):
 
 
 def wanted(text):
+    """The settings that flags ask for."""
     return run.settings(run.parse(text.split()))
+
+
+def test_the_critic_and_the_reflector_are_asked_at_once():
+    """Two states and an episode: the three asks must meet before any is answered."""
+    meeting = threading.Barrier(3, timeout=5)
+    trajectory = billp.episode(CATALOG._replace(env=FILMS._replace(max_steps=1)), 0, (0, "learn", 0), Agent(),
+                               prompts.scripted({"planner": ["t"], "actor": ["Vertigo"]}))
+    assert not trajectory.terminated
+    with run.mapping(ThreadPoolExecutor, 3, threading.Event()) as map:
+        billp.study([trajectory], Agent(), lambda ask: meeting.wait() < 3 and prompts.offline(ask), map=map)
 
 
 def test_flags_reach_what_they_name():
