@@ -478,6 +478,25 @@ def test_malformed_or_malicious_files_are_refused_in_one_line(tmp_path, monkeypa
     assert source in str(error.value) and "\n" not in str(error.value) and not Path("evidence").exists()
 
 
+def test_a_history_is_the_last_20_liked_in_the_order_of_time(tmp_path):
+    rows = {"movies.csv": [f"{i},Film {i} (2000),Drama" for i in range(30)],
+            "ratings.csv": [f"{user},{i},5,{100 - i}" for user in (1, 2) for i in range(30)]}
+    for name, lines in rows.items():
+        (tmp_path / name).write_text("\n".join(["header", *lines]))
+    assert [own.tolist() for own in envs.movielens(tmp_path).histories] == [[*range(19, -1, -1)]] * 2
+
+
+def test_a_released_history_holds_each_item_where_it_was_last_and_amazon_has_a_beta_of_its_own(tmp_path):
+    home = release(tmp_path)
+    users = [{"userid_encoded": 0, "pos_seq_name": ["It's", "Doom", "Gone", "Tea &amp; Co", "Doom"]}]
+    (tmp_path / "data" / "steam" / "train.json").write_text(json.dumps(users))
+    assert envs.released(tmp_path, "steam").histories[0].tolist() == [4, 1, 0]
+    for half in ("train", "test"):
+        (home / f"steam_{half}.npy").rename(home / f"amazon_{half}.npy")
+    home.rename(home.with_name("amazon"))
+    assert envs.released(tmp_path, "amazon").beta == 15
+
+
 @pytest.mark.parametrize("row", [-1, 4])
 def test_a_user_without_a_row_of_ratings_is_refused(tmp_path, row):
     release(tmp_path)
@@ -646,8 +665,11 @@ def test_malformed_replies_are_asked_again_then_fall_back_and_are_counted():
 def test_a_fallback_names_no_title_though_it_may_hold_one():
     llm = prompts.scripted({"planner": ["Thought: Alien"], "actor": [""]})
     for config in (billp.DEFAULT, billp.DEFAULT._replace(repeats=True, thoughts=False)):
-        act = billp.episode(CATALOG, 0, (0, "learn", 0), Agent(), llm, config).steps[0].act
-        assert act.fallback and not act.exact and act.said == ""
+        first = billp.episode(CATALOG, 0, (0, "learn", 0), Agent(), llm, config).steps[0]
+        assert first.act.fallback and not first.act.exact and first.act.said == ""
+        text = "Alien" if config.thoughts else first.state.text         # what it is nearest to instead
+        taken = () if config.repeats else first.state.taken
+        assert first.act.value == billp.ground(text, CATALOG._replace(names={}), taken)[0]
 
 
 def test_a_thought_reaches_the_actor_and_the_transcript_as_long_as_it_was_kept():
@@ -917,6 +939,13 @@ def test_a_run_stands_when_the_data_behind_its_world_has_changed(tmp_path):
     run.load_world.cache_clear()
     code, _, err = cli(*flags)
     assert code == 2 and "(data)" in err and result(tmp_path / "r") == held
+
+
+def test_ratings_of_the_same_name_that_changed_are_other_data(tmp_path):
+    path = release(tmp_path) / "steam_test.npy"
+    held = run.contents(envs.released(tmp_path, "steam"))
+    np.save(path, 1 + np.load(path))
+    assert "" != held != run.contents(envs.released(tmp_path, "steam"))
 
 
 def wanted(text):
@@ -1449,6 +1478,9 @@ def test_embeddings_are_batched_ordered_unit_rows_each_asked_once(tmp_path):
     for row in (AXES[0].tobytes()[:-1], np.float32([1, np.nan, 0, 0]).tobytes()):      # the log was damaged
         log.known.update(dict.fromkeys(log.known, Reply(base64.b64encode(row).decode())))
         assert "damaged" in failure(prompts.recorded_embed(None, log), ["a"])
+    cast()
+    plain(["", "a"])
+    assert bodies()[0]["input"] == [" ", "a"]               # some servers refuse an empty text
     cast((200, {}, {"data": [{"index": 0, "embedding": [1] * 5}]}))        # another model after a resumption
     held, log = (tmp_path / "calls.jsonl").read_bytes(), prompts.open_log(tmp_path / "calls.jsonl", "m")
     resumed = prompts.recorded_embed(prompts.embeddings(server().url, "e", KEY), log)
@@ -1517,7 +1549,10 @@ def test_a_log_resumes_refuses_strangers_and_loses_only_a_torn_line(tmp_path):
         assert path.read_bytes() == whole and not notes.clear()
         log.file.close()
     assert "--out" in failure(open_log, path, "other")
+    path.write_bytes(whole + whole.splitlines(True)[1].replace(b"hello", b"other"))
     replay = recorded(None, open_log(path, "m", replay=True))
+    assert replay(asks[0]) == GOOD                          # of two answers to one ask the first counts
+    path.write_bytes(whole)
     assert "critic [0]" in failure(replay, asks[0]._replace(role="critic"))
     assert "--out" in failure(lambda: open_log(tmp_path / "none", "m", replay=True))
     for old, new in ((b'"text"', b'"tex'), (b'"usage": [9,', b'"usage": ["9",'), (b"[9, 4, 2]", b"[" * 9999)):
