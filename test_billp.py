@@ -166,6 +166,12 @@ def test_recall_is_sort_and_cut_however_the_memory_was_merged_or_chunked(a, b, q
         assert recall(memory, vector, k, tau) == naive_recall(a + b, vector, k, tau)
 
 
+@given(junk | st.text(max_size=30))
+def test_a_text_lies_at_distance_0_from_itself(text):
+    vector = prompts.hashed_ngrams([text])[0]
+    assert recall(remember(EMPTY, text, "so", vector), vector, 1, tau=0.0) == (Record(text, "", "so"),)
+
+
 # ------------------------------------------------------------------------------------ credit
 
 rewards, gammas = st.floats(0, 5), st.floats(0, 1)
@@ -284,6 +290,12 @@ def test_exactly_beta_apart_is_not_too_alike_and_exactly_the_floor_is_borne():
     assert roll(env._replace(ratings=np.array([[2, 3, 2, 2]])), [0], envs.oracle).items[0, 0] == 1
 
 
+def test_of_items_rated_alike_the_oracle_takes_the_one_that_rules_out_the_fewest():
+    env = hand_world()._replace(vectors=np.float32([[0], [0.5], [-0.5], [9]]), ratings=np.full((1, 4), 5))
+    env = env._replace(histories=(np.array([], int),))
+    assert roll(env, [0], envs.oracle).items[0, :2].tolist() == [3, 1]        # alone; near one other, not two
+
+
 @given(seeds, kinds)
 def test_a_rollout_is_each_users_own_episode_and_nothing_after(seed, kind):
     env = world(seed, kind)
@@ -336,6 +348,37 @@ def test_what_the_actor_critic_observes_by_hand_and_that_its_discount_counts():
     assert envs.observe(env, envs.reset(env, np.array([0]))).tolist() == [[10, 0, 1]]
     near, far = (envs.learn_a2c(FILMS, 200, 0, gamma).args[0].value for gamma in (0.0, 0.9))
     assert not np.allclose(near, far)
+
+
+@given(seeds)
+def test_the_actor_critic_climbs_the_gradient_of_its_objective(seed):
+    rng, env = np.random.default_rng(seed), world(seed, items=5)
+    x, credit = rng.normal(size=(3, 5)).astype("f4"), rng.normal(size=3).astype("f4")
+    weights = envs.Weights(rng.normal(size=(5, 2)), rng.normal(size=5), rng.normal(size=5))
+    among, free = rng.permutation(5)[:4], np.ones((4, 3), bool)
+    log, chance, pick = envs.sample(envs.logits(env, weights, x, free, among), rng)
+    slopes = envs.slopes(env, x, among, log, chance, pick, credit)
+
+    def objective(name, place, by):
+        moved = getattr(weights, name).copy()
+        moved[place] += by
+        log = envs.sample(envs.logits(env, weights._replace(**{name: moved}), x, free, among), rng)[0]
+        entropy = -(np.exp(log) * log).sum(0)
+        return (credit * log[pick, range(3)] + envs.ENTROPY * entropy).mean()
+    for name, place in (("match", (0, 0)), ("match", (3, 1)), ("appeal", 0), ("appeal", among[1])):
+        rise = objective(name, place, 1e-3) - objective(name, place, -1e-3)
+        assert math.isclose(getattr(slopes, name)[place], rise / 2e-3, rel_tol=0.01, abs_tol=1e-3)
+    assert np.allclose(slopes.value, credit @ x / 3, atol=1e-5)       # downhill for the squared error of V
+
+
+def test_the_actor_critic_learns_from_as_many_episodes_as_it_is_given_and_the_step_cap_ends_no_value():
+    env, seated, gone = world(2, users=60, beta=0, floor=0, items=20, max_steps=4), [], []
+    with mock.patch.object(envs, "unseen", side_effect=lambda env, users: (
+            seated.extend(users), np.ones((len(users), 20), bool))[1]), \
+         mock.patch.object(envs, "advantage", side_effect=lambda *args: (gone.append(args[-1]), args[0])[1]):
+        envs.learn_a2c(env, 250)
+    assert not np.any(gone) and len(gone) == 125 * 4 and len(seated) == 250       # two at once, 125 times
+    assert Counter(seated) == {user: 250 // 30 + (user in seated[:10]) for user in range(30)}     # in turn
 
 
 # ---------------------------------------------------------------------------- worlds from files
@@ -408,6 +451,15 @@ def test_factors_fit_what_biases_cannot():
     models = [envs.als(users, items, ratings, (50, 50), rank) for rank in (2, 0)]
     errors = [np.std(envs.predict(model, users, items) - ratings) for model in models]
     assert errors[0] < 0.4 * errors[1]
+
+
+def test_a_fifth_of_the_pairs_of_movielens_items_is_too_alike(tmp_path):
+    rng, items = np.random.default_rng(0), range(1, 81)
+    (tmp_path / "movies.csv").write_text("\n".join(["header", *(f"{i},Film {i} (2000),Drama" for i in items)]))
+    rated = [f"{u},{i},{rng.integers(1, 6)},{i}" for u in range(40) for i in items]
+    (tmp_path / "ratings.csv").write_text("\n".join(["header", *rated]))
+    env = envs.movielens(tmp_path)
+    assert abs((envs.distances(env, 0, np.arange(80), np.arange(80)) < env.beta).mean() - 0.2) < 0.01
 
 
 def release(path):
@@ -928,6 +980,16 @@ def test_a_run_directory_is_never_overwritten_by_another_run(tmp_path):
     held = result(tmp_path)
     code, _, err = cli(*small, "--seed", 1, "--gamma", 0.9)
     assert code == 2 and "seed, gamma" in err and result(tmp_path) == held
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "summary.json"
+    run.write(path, "old")
+    with mock.patch.object(os, "replace", side_effect=OSError), pytest.raises(OSError):
+        run.write(path, "new")
+    assert path.read_text() == "old"
+    run.write(path, "new")
+    assert path.read_text() == "new"
 
 
 def test_a_run_stands_when_the_data_behind_its_world_has_changed(tmp_path):
@@ -1559,6 +1621,12 @@ def test_a_log_resumes_refuses_strangers_and_loses_only_a_torn_line(tmp_path):
         path.write_bytes(whole.replace(old, new, 1))
         with pytest.raises(EndpointError, match="line 2"):
             open_log(path, "m")
+
+
+def test_who_writes_a_log_is_waited_for_a_moment(tmp_path):
+    first = prompts.open_log(tmp_path / "calls.jsonl", "m")
+    threading.Timer(0.3, first.file.close).start()
+    prompts.open_log(tmp_path / "calls.jsonl", "m").file.close()
 
 
 def test_threads_write_whole_records_share_connections_and_the_first_answer_counts(tmp_path):
