@@ -148,13 +148,6 @@ def reasons(record: type) -> dict[str, str]:
     return dict(re.findall(r"^    (\w+): .*?= .*?# (.*)$", inspect.getsource(record), re.M))
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> None:      # argparse would print its whole usage first
-        raise UserError(f"{message}; --help lists the flags")
-
-
 def chosen(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     """The flags among `names` that were given."""
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -163,7 +156,7 @@ def chosen(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags, each within its bounds."""
     text = f"BiLLP learns, then is evaluated. The built-in model is {NAMES['offline']}"
-    parser = Parser(description=text, allow_abbrev=False)
+    parser = argparse.ArgumentParser("run.py", argparse.SUPPRESS, text, allow_abbrev=False)     # no usage: long
     for flag, how in FLAGS.items():
         parser.add_argument(flag, **how)
     for heading, record in GROUPS.items():
@@ -905,6 +898,8 @@ def main(argv: Sequence[str] | None = None, guarded: bool = False) -> int:
         show(args.show, args.pick) if args.show else (experiments if args.experiment else run)(args, live)
         sys.stdout.flush()
         return 0
+    except SystemExit as told:      # argparse has said what is wrong, or helped
+        return told.code
     except (KeyboardInterrupt, prompts.BudgetSpent) as error:
         spent = isinstance(error, prompts.BudgetSpent)
         halted = "interrupted; run the same command again: answered calls are kept"
