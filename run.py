@@ -33,7 +33,7 @@ from itertools import chain, product
 from operator import add, itemgetter
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Event, Thread, enumerate as threads
+from threading import Event, Thread
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 from urllib.parse import quote
 
@@ -404,9 +404,10 @@ def connect(args: argparse.Namespace, wanted: Settings, path: Path | None, live:
     return prompts.recorded(llm, log), embed
 
 
-def submitted(pool: futures.Executor, done: SimpleQueue, f: Callable, *columns: Iterable) -> Iterator:
-    """As the pool's map; but `done` gathers all of its tasks as they end, for `in_turn`."""
+def submitted(pool: Any, every: list, done: SimpleQueue, f: Callable, *columns: Iterable) -> Iterator:
+    """As the pool's map; but `every` gathers all of its tasks, and `done` those that ended, for `in_turn`."""
     tasks = [pool.submit(f, *row) for row in zip(*columns)]
+    every += tasks
     for task in tasks:
         task.add_done_callback(done.put)
     return in_turn(tasks, done)
@@ -426,9 +427,9 @@ def mapping(executor: Callable, count: int, stop: Event) -> Iterator[Callable]:
     if not count:
         yield map
         return
-    pool = executor(count)
+    pool, every = executor(count), []
     try:
-        yield partial(submitted, pool, SimpleQueue())
+        yield partial(submitted, pool, every, SimpleQueue())
     except BaseException as error:
         if not isinstance(error, prompts.BudgetSpent):  # else what is under way is paid for: it is recorded
             from multiprocessing import active_children
@@ -438,10 +439,7 @@ def mapping(executor: Callable, count: int, stop: Event) -> Iterator[Callable]:
         raise
     finally:
         pool.shutdown(wait=not stop.is_set(), cancel_futures=True)
-        last = time.monotonic() + 1             # an answer on its way is worth a second: it is recorded
-        for thread in threads() if stop.is_set() else ():
-            if thread.name.startswith("ThreadPoolExecutor"):
-                thread.join(max(last - time.monotonic(), 0))
+        futures.wait([task for task in every if task.running()], 1)     # for answers on their way: recorded
 
 
 def as_worker(told: Any = signal.SIG_DFL) -> None:
