@@ -63,7 +63,6 @@ Counts = dict[str, "int | None"]        # calls and tokens; None where the serve
 Job = tuple["Settings", list[str]]      # a run and the experiments that need it
 Row = dict[str, Any]                    # what is known of a cell, or of a row in a table
 URLS = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
-REWARD = ("R_traj", "reward an episode")
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()     # Okabe and Ito
 PAPER = {"billp": "69.19, 42.44", "reflexion": "57.42, 40.67", "billp-no-macro": "64.96, -",
          "billp-no-micro": "64.72, -"}
@@ -74,26 +73,25 @@ ORIENTATION = ("paper: R_traj on Steam and Amazon-Book with gpt-3.5-turbo; its w
 class Experiment(NamedTuple):
     """One of the paper's tables or figures."""
     rows: str                           # methods, or method:episodes; table6 has --models instead
-    varied: str                         # what else differs between its cells, "" for nothing
-    places: Sequence[int]               # the values of that, along the x axis
-    what: str                           # the figure that is drawn
-    label: str                          # that figure's name in the picture
-    axis: str = ""                      # the x axis's name, "" where there is none
+    varied: str = ""                    # what else differs between its cells
+    places: Sequence[int | None] = (None,)      # the values of that
+    axis: str = ""                      # the x axis's name, if there is one
+    what: str = "R_traj"                # the figure that is drawn
+    label: str = "reward an episode"    # that figure's name in the picture
 
 
 EXPERIMENTS = {
-    "table3": Experiment("random popular greedy a2c a2c:100000 act react reflexion billp oracle",
-                         "", (), *REWARD),
-    "table5": Experiment("billp-no-macro billp-no-micro billp-no-critic billp", "", (), *REWARD),
-    "fig3": Experiment("billp a2c:10000", "", (),       # a tenth of what RL gets already gives the picture
-                       "share", "share of recommendations",
-                       "popularity group of items (1: least popular fifth)"),
-    "fig4": Experiment("billp", "episodes", (10, 50, 100, 200),
-                       "MSE", "mean squared error of the value", "learning episodes"),
-    "fig5": Experiment("react a2c reflexion billp", "window", (1, 2, 4, 6, 8), *REWARD,
+    "table3": Experiment("random popular greedy a2c a2c:100000 act react reflexion billp oracle"),
+    "table5": Experiment("billp-no-macro billp-no-micro billp-no-critic billp"),
+    "fig3": Experiment("billp a2c:10000",       # a tenth of what RL gets already gives the picture
+                       axis="popularity group of items (1: least popular fifth)",
+                       what="share", label="share of recommendations"),
+    "fig4": Experiment("billp", "episodes", (10, 50, 100, 200), "learning episodes",
+                       "MSE", "mean squared error of the value"),
+    "fig5": Experiment("react a2c reflexion billp", "window", (1, 2, 4, 6, 8),
                        "window W (items a user remembers)"),
-    "table6": Experiment("", "model", (), *REWARD),
-    "curve": Experiment("a2c billp", "episodes", (0, 10, 20, 50, 100, 200), *REWARD, "learning episodes")}
+    "table6": Experiment("", "model"),
+    "curve": Experiment("a2c billp", "episodes", (0, 10, 20, 50, 100, 200), "learning episodes")}
 
 # ------------------------------------------------------------------------------------ flags
 
@@ -668,7 +666,7 @@ def plan(args: argparse.Namespace, base: Settings, name: str) -> list[tuple[Row,
         raise UserError(f"--rows {args.rows}: {name} has no such rows, only {' '.join(known)}")
     seeds = range(base.seed, base.seed + args.seeds)
     jobs = [({"series": series, "x": x}, [change(base, name, series, x, seed) for seed in seeds])
-            for series, x in product(known, experiment.places or [None]) if series in rows]
+            for series, x in product(known, experiment.places) if series in rows]
     for _, runs in jobs:
         build_world(runs[0])
     return [job for job in jobs if not (args.dry_run and job[1][0].method in envs.POLICIES)]
