@@ -28,7 +28,6 @@ from concurrent import futures
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial, reduce
 from importlib.util import find_spec
-from io import BytesIO
 from itertools import chain, product
 from operator import add, itemgetter
 from pathlib import Path
@@ -270,10 +269,10 @@ def build_world(wanted: Settings) -> tuple[envs.Env, list[int], list[int]]:
 dumps = partial(json.dumps, ensure_ascii=False)
 
 
-def write(path: Path, content: str | bytes) -> None:
+def write(path: Path, content: str) -> None:
     """Write, then rename: the file is whole or not there."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
-    draft.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
+    draft.write_bytes(content.encode("utf-8", "replace"))
     os.replace(draft, path)
 
 
@@ -287,9 +286,9 @@ def contents(env: envs.Env) -> str:
 
 def run_directory(args: argparse.Namespace, wanted: dict[str, Any], env: envs.Env) -> Path:
     """The directory of this run, made if need be; refused if it holds anything else."""
-    text = (dumps({**wanted, "data": contents(env)}, indent=1) + "\n").encode("utf-8", "replace")
+    text = dumps({**wanted, "data": contents(env)}, indent=1) + "\n"
     what = f"{wanted['world'].partition(':')[0]}-{'+'.join(args.experiment or [wanted['method']])}"
-    path = args.out or Path("runs", f"{what}-{digest(text)[:8]}")
+    path = args.out or Path("runs", f"{what}-{digest(text.encode('utf-8', 'replace'))[:8]}")
     held = path / "config.json"
     if held.exists():
         if held.read_bytes() != text:
@@ -789,27 +788,22 @@ def plot(name: str, heading: str, rows: list[Row], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return say("no picture: pip install -e '.[plot]' draws it")
-    _, _, _, what, label, axis = EXPERIMENTS[name]
-    label += "\n(mean, 95 % interval)"
-    figure, image = Figure((8, 4.5), dpi=100, layout="constrained"), BytesIO()
+    *_, axis, what, label = EXPERIMENTS[name]
+    figure = Figure((8, 4.5), dpi=100, layout="constrained")
     axes, names = figure.subplots(), list(dict.fromkeys(row["series"] for row in rows))
     for i, series in enumerate(names):
         mine = [row for row in rows if row["series"] == series]
+        places = [row["x"] for row in mine] if axis else [series]
         mean, low, high = np.array([row["figures"][what] for row in mine]).T
-        span = np.maximum([mean - low, high - mean], 0)
-        place = (dict(x=[row["x"] for row in mine], y=mean, yerr=span, label=series) if axis else
-                 dict(x=mean, y=[i], xerr=span))
-        axes.errorbar(**place, color=COLOURS[i % len(COLOURS)], marker="osD^vPX*"[i % 8], capsize=3)
+        axes.errorbar(places, mean, np.maximum([mean - low, high - mean], 0), label=series,
+                      color=COLOURS[i % len(COLOURS)], marker="osD^vPX*"[i % 8], capsize=3)
     if axis:
-        axes.set(xlabel=axis, ylabel=label, xticks=sorted({row["x"] for row in rows}))
+        axes.set(xlabel=axis, xticks=sorted({row["x"] for row in rows}))
         axes.legend(frameon=False)
-    else:
-        axes.set(xlabel=label, yticks=range(len(names)), yticklabels=names)
-        axes.invert_yaxis()
+    axes.set_ylabel(f"{label}\n(mean, 95 % interval)")
     axes.set_title(heading, fontsize=9, parse_math=False)
     axes.grid(alpha=0.3)
-    figure.savefig(image)
-    write(path, image.getvalue())
+    figure.savefig(path)
 
 
 def bill(results: list[Row]) -> str:
