@@ -291,12 +291,11 @@ def run_directory(args: argparse.Namespace, wanted: dict[str, Any], env: envs.En
     path = args.out or Path("runs", f"{what}-{digest(text.encode('utf-8', 'replace'))[:8]}")
     held = path / "config.json"
     if held.exists():
-        if held.read_bytes() != text:
-            old, new = (re.findall(r'^ *"(\w+)": ([^{].*?),?\r?$', content.decode("utf-8", "replace"), re.M)
-                        for content in (held.read_bytes(), text))
-            changed = dict.fromkeys(pair[0] for pair in old + new if pair not in old or pair not in new)
-            names = ", ".join(changed) or "config.json is damaged"
-            raise UserError(f"{path} holds a run of another configuration ({names}); choose another --out")
+        old, new = (re.findall(r'(\w+)": ([^{].*?),?$', content, re.M)
+                    for content in (held.read_text("utf-8", "replace"), text))
+        if changed := dict.fromkeys(pair[0] for pair in old + new if (pair in old) != (pair in new)):
+            raise UserError(f"{path} holds a run of another configuration ({', '.join(changed)}); "
+                            "choose another --out")
     elif path.exists() and any(file.suffix != ".part" for file in path.iterdir()):
         raise UserError(f"{path} is not empty and holds no run; choose another --out")
     elif args.replay:
