@@ -471,7 +471,6 @@ class Outcome(NamedTuple):
     after: np.ndarray
     items: list[np.ndarray]             # of each user: what was recommended after learning
     agent: Agent = billp.NOVICE
-    learning: tuple[float, ...] = ()    # mean Len of each batch
     episodes: dict[str, tuple[Trajectory, ...]] = {}
 
 
@@ -487,15 +486,14 @@ def perform(wanted: Settings, rows: dict, models: tuple[LLM, Embed], map: Callab
     (llm, embed), config = models, Config(**wanted.config)
     catalog, agent = prompts.catalog(env, embed), embed_memory(rows, embed)
     evaluate = partial(billp.evaluate, catalog, held_out, llm=llm, seed=wanted.seed, config=config, map=map)
-    before, learnt, lengths = evaluate(agent, phase="before") if watched else (), (), ()
+    before, learnt = evaluate(agent, phase="before") if watched else (), ()
     batches = billp.train(catalog, learners, llm, wanted.seed, agent, config, map)
     for agent, trajectories in progress(batches, len(learners), config.batch) if watched else batches:
         learnt += trajectories
-        lengths += (float(np.mean([billp.score(t)[0] for t in trajectories])),)
     after = evaluate(agent, phase="after")
     first, last = (envs.scores(*zip(*map(billp.score, ts))) for ts in (before or after, after))
     items = [np.array([step.act.value for step in t.steps[:billp.score(t)[0]]], int) for t in after]
-    return Outcome(first, last, items, agent, lengths, {"before": before, "learn": learnt, "after": after})
+    return Outcome(first, last, items, agent, {"before": before, "learn": learnt, "after": after})
 
 
 def added(rows: Sequence[Counts]) -> Counts:
@@ -537,7 +535,9 @@ def run(args: argparse.Namespace, live: Live) -> None:
         print("\n".join([EXPECTED, *(ledger(calls(live), {}) or ["no calls"])]))
         return
     lessons, summary = [record.value for record in billp.records(outcome.agent.planner)], wanted._asdict()
-    summary |= {"config": {**wanted.config, **summary.pop("rule")}, "learning": outcome.learning,
+    lengths, batch = [billp.score(t)[0] for t in outcome.episodes.get("learn", ())], wanted.config["batch"]
+    learning = [float(np.mean(lengths[n:n + batch])) for n in range(0, len(lengths), batch)]
+    summary |= {"config": {**wanted.config, **summary.pop("rule")}, "learning": learning,
                 "before": envs.metrics(outcome.before), "after": envs.metrics(outcome.after),
                 "difference": envs.metrics(outcome.after, outcome.before), "reflections": len(lessons),
                 **cost(outcome, live, began)}       # the contract that scripts read
