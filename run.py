@@ -562,14 +562,13 @@ def grid(rows: Sequence[tuple[str, dict[str, Sequence[float]]]], width: int) -> 
 
 
 def spelled(counts: Counts) -> str:
-    """Calls, and tokens by kind where any are counted; ? for those the server does not count.
+    """Calls, and tokens of the kinds that the server counts.
 
     >>> spelled({"calls": 2, "prompt": 9, "cached": None, "completion": 4})
-    '2 calls, tokens: prompt 9, cached ?, completion 4'
+    '2 calls, tokens: prompt 9, completion 4'
     """
-    known = any(counts[name] is not None for name in Usage._fields)
-    kinds = (f"{name} {'?' if counts[name] is None else counts[name]}" for name in Usage._fields)
-    return f"{counts['calls']} calls" + (", tokens: " + ", ".join(kinds) if known else "")
+    kinds = [f"{name} {counts[name]}" for name in Usage._fields if counts[name] is not None]
+    return f"{counts['calls']} calls" + ", tokens: " * bool(kinds) + ", ".join(kinds)
 
 
 def ledger(roles: dict[str, Counts], stats: dict[str, Any]) -> list[str]:
