@@ -908,7 +908,7 @@ def main(argv: Sequence[str] | None = None, guarded: bool = False) -> int:
 def guard(argv: Sequence[str] | None) -> int:
     """main in a process of its own: if this one is killed, the answers on their way are still recorded."""
     from multiprocessing import Process
-    worker, told = Process(target=guarded_main, args=(argv,)), []
+    worker, told = Process(target=process, args=(argv, True)), []
     signal.signal(signal.SIGINT, lambda *_: told.append(True))        # no worker is there yet to be told
     worker.start()
     signal.signal(signal.SIGINT, lambda *_: worker.terminate())
@@ -920,38 +920,33 @@ def guard(argv: Sequence[str] | None) -> int:
     return worker.exitcode if worker.exitcode >= 0 else 130
 
 
-def guarded_main(argv: Sequence[str] | None) -> None:
-    """main as a worker, which is told to stop by its parent or by its end.
-
-    It keeps to one core: Python's threads take turns anyway, and to hand over from core to core costs a hundred
-    of them up to half of their time.
-    """
-    try:
-        as_worker(interrupt)
-        with suppress(AttributeError, OSError):         # not every system knows of this, or allows it
-            cores = sorted(os.sched_getaffinity(0))
-            os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})          # other runs, other cores
-        main_and_exit(argv)
-    except KeyboardInterrupt:       # outside main: at the very start or end
-        os._exit(130)
-
-
 def interrupt(*_: Any) -> None:
     """Does as at Ctrl-C when told to stop, and is told but once."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
-def main_and_exit(argv: Sequence[str] | None = None, guarded: bool = False) -> None:
-    """main as a whole process, which ends with its exit code."""
-    gc.set_threshold(10**5)     # new objects, not 700: a run keeps most, and each search holds all threads up
-    sys.stdout = sys.stdout or open(os.devnull, "w")        # it may have been closed
-    sys.stdout.reconfigure(errors="replace")                # a console without bars gets question marks
-    code = main(argv, guarded)
-    with suppress(OSError):
-        sys.stdout.flush()
+def process(argv: Sequence[str] | None = None, worker: bool = False) -> None:
+    """main as a whole process, which ends with its exit code; a worker also when its parent says so, or ends.
+
+    A worker keeps to one core: Python's threads take turns anyway, and to hand over from core to core costs a
+    hundred of them up to half of their time.
+    """
+    code = 130
+    with suppress(KeyboardInterrupt):           # outside main: at the very start or end
+        if worker:
+            as_worker(interrupt)
+            with suppress(AttributeError, OSError):     # not every system knows of this, or allows it
+                cores = sorted(os.sched_getaffinity(0))
+                os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})      # other runs, other cores
+        gc.set_threshold(10**5)     # new objects, not 700: most are kept, and each search holds all threads up
+        sys.stdout = sys.stdout or open(os.devnull, "w")        # it may have been closed
+        sys.stdout.reconfigure(errors="replace")                # a console without bars gets question marks
+        code = main(argv, guarded=not worker)
+        with suppress(OSError):
+            sys.stdout.flush()
     os._exit(code)              # threads that still wait for an answer must not hold up the end
 
 
 if __name__ == "__main__":
-    main_and_exit(guarded=True)
+    process()
