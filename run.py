@@ -586,23 +586,14 @@ def report(s: dict[str, Any], about: str, lessons: Sequence[str]) -> list[str]:
              f"{s['users']} held-out users", *[f"world     {about}"] * bool(about), f"model     {model}", "",
              *grid([(row, s[row]) for row in ("before", "after", "difference")], 10), ""]
     if learning:
-        lines.append(f"learning  {sparkline(learning)}  mean Len of each batch, {min(learning):.1f} to "
-                     f"{max(learning):.1f}")
+        least, most = min(learning), max(learning)
+        bars = "".join("▁▂▃▄▅▆▇█"[int(7 * length / (most or 1))] for length in learning)
+        lines.append(f"learning  {bars}  mean Len of each batch, {least:.1f} to {most:.1f}")
     lines += [*(f"lesson    {text}" for text in lessons), *ledger(s["calls"], {})]
     if s["calls"]["actor"]["calls"]:
         lines.append(f"replies   malformed {s['malformed']}, fallbacks {s['fallbacks']}, "
                      f"actions that named no free item {s['ungrounded']:.0%}")
     return [*lines, f"seconds   {s['seconds']}"]
-
-
-def sparkline(numbers: Sequence[float]) -> str:
-    """The numbers as bars.
-
-    >>> sparkline([0, 1, 2])
-    '▁▄█'
-    """
-    top = max(numbers) or 1
-    return "".join("▁▂▃▄▅▆▇█"[int(7 * number / top)] for number in numbers)
 
 
 def show(path: Path, pick: str) -> None:
