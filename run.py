@@ -95,27 +95,18 @@ EXPERIMENTS = {
 # ------------------------------------------------------------------------------------ flags
 
 
-def experiment_names(text: str) -> list[str]:
-    """The experiments that a text names, "all" or some with commas between."""
-    names = list(EXPERIMENTS) if text == "all" else text.split(",")
-    if not set(names) <= set(EXPERIMENTS):
-        raise argparse.ArgumentTypeError(f"no experiment {text!r}; there are all, {', '.join(EXPERIMENTS)}")
-    return list(dict.fromkeys(names))
-
-
 FLAGS: dict[str, dict[str, Any]] = {
     "--episodes": dict(type=int, help=f"learning episodes (default 50; {BUDGET} in experiments)"),
     "--users": dict(type=int, default=50, help="held-out users to evaluate on (default 50)"),
     "--method": dict(default="billp", choices=METHODS, metavar="METHOD", help=" ".join(METHODS)),
     "--world": dict(default="films", help=f"{WORLDS} (default films)"),
     "--seed": dict(type=int, default=0, help="names every random draw (default 0)"),
-    "--workers": dict(type=int, help="episodes at once (default: 1 offline, else a batch); of offline "
-                      "experiments runs at once (default: all cores)"),
+    "--workers": dict(type=int, help="episodes (default: 1 offline, else a batch) or offline runs at once"),
     "--out": dict(type=Path, help="run directory (default: one of its own under runs/)"),
     "--load": dict(type=Path, help="start from another run's memory.json"),
     "--show": dict(type=Path, metavar="RUN", help="print one episode of a run"),
     "--pick": dict(default="", metavar="PHASE:N", help="which one: before, learn or after, and its number"),
-    "--experiment": dict(type=experiment_names, metavar="A,B", help="the paper's tables and figures, over "
+    "--experiment": dict(default="", metavar="A,B", help="the paper's tables and figures, over "
                          f"--seeds: {' '.join(EXPERIMENTS)}, or all; a run that two of them need is made once"),
     "--seeds": dict(type=int, default=5, help="seeds of an experiment, from --seed on (default 5)"),
     "--rows": dict(metavar="A,B", help="only these rows of experiments, but of table6, as react,billp"),
@@ -126,8 +117,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--timeout": dict(type=float, default=300.0, help="seconds for one answer (default 300)"),
     "--header": dict(action="append", default=[], metavar="K=V", help="one more request header"),
     "--extra-body": dict(default="{}", metavar="JSON", help="more fields for each request"),
-    "--max-calls": dict(type=int, help="stop cleanly after so many live calls of each model (embeddings are "
-                        "free)"),
+    "--max-calls": dict(type=int, help="stop cleanly after so many live calls of each model"),
     "--max-tokens": dict(type=int, help="stop cleanly after so many tokens of each model"),
     "--replay": dict(action="store_true", help="answer from the run's log alone"),
     "--dry-run": dict(action="store_true", help="expected calls and tokens; sends nothing")}
@@ -165,6 +155,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             text = why if kind is bool or record is envs.Env else f"{why} (default {default})"
             group.add_argument(f"--{name.replace('_', '-')}", help=text.replace("%", "%%"), **how)
     args = parser.parse_args(argv)
+    named = args.experiment.replace("all", ",".join(EXPERIMENTS)).split(",") if args.experiment else []
+    if not set(named) <= set(EXPERIMENTS):
+        raise UserError(f"no experiment {args.experiment!r}; there are all, {', '.join(EXPERIMENTS)}")
+    args.experiment = list(dict.fromkeys(named))
     if args.episodes is None:
         args.episodes = BUDGET if args.experiment else 50
     for low, high, names in BOUNDS:
