@@ -708,13 +708,13 @@ def continuation(catalog: Catalog, play: Callable, gamma: float, start: tuple[Tr
 
 
 def errors(samples: np.ndarray) -> np.ndarray:
-    """[..., S, N, 2] of (truth, estimate) -> [..., 3]: bias, variance and mean squared error.
+    """[..., S, N, 1 + k], truth and k estimates -> [..., k, 3]: bias, variance and mean squared error of each.
 
     The variance is that of the error over all states and seeds, not of an estimator at one state; the truth is
     itself a mean of a few returns, whose noise is in both rows of fig4.
     """
-    error = (samples[..., 1] - samples[..., 0]).reshape(*samples.shape[:-3], -1)
-    return np.stack([error.mean(-1), error.var(-1), (error ** 2).mean(-1)], -1)
+    error, all_over = samples[..., 1:] - samples[..., :1], (-3, -2)
+    return np.stack([error.mean(all_over), error.var(all_over), (error ** 2).mean(all_over)], -1)
 
 
 def column(results: list[Row], *keys: str) -> np.ndarray:
@@ -737,10 +737,9 @@ def measured(name: str, results: list[Row], other: list[Row]) -> list[Row]:
         whole = dict(zip(("gini", "coverage"), envs.bootstrap(lambda n: n.mean((-3, -2)), pair)))
         return [{**head, "x": x, "figures": {"share": share, **whole}} for x, share in enumerate(groups, 1)]
     if name == "fig4":
-        values, kinds = column(results, "values"), ("bias", "variance", "MSE")
-        pairs = {"one return": values[..., [0, 1]], "critic": values[..., [0, 2]]}
-        return [{**head, "series": series, "figures": dict(zip(kinds, envs.bootstrap(errors, pair)))}
-                for series, pair in pairs.items()]
+        found = zip(("one return", "critic"), envs.bootstrap(errors, column(results, "values")))
+        return [{**head, "series": series, "figures": dict(zip(("bias", "variance", "MSE"), figures))}
+                for series, figures in found]
     scores = [column(cell, "scores") for cell in (results, other)]
     return [{**head, "figures": envs.metrics(scores[0]), "against": title(other[0]),
              "gain": envs.metrics(*scores)["R_traj"] if other is not results else None,

@@ -1053,9 +1053,10 @@ def test_show_tells_the_episode_asked_for(tmp_path):
 
 def test_what_experiments_measure_by_hand():
     """Errors -1, 3, 0 and 2; ten items, the last of them liked least by those who learn."""
-    assert run.errors(np.array([[[2, 1], [0, 3]], [[4, 4], [1, 3]]])).tolist() == [1, 2.5, 3.5]
-    many = np.random.default_rng(0).normal(size=(7, 2, 5, 2))               # a figure for each of 7 draws
-    assert np.allclose(run.errors(many)[:, 0] ** 2 + run.errors(many)[:, 1], run.errors(many)[:, 2])
+    assert run.errors(np.array([[[2, 1], [0, 3]], [[4, 4], [1, 3]]])).tolist() == [[1, 2.5, 3.5]]
+    many = np.random.default_rng(0).normal(size=(7, 2, 5, 3))           # two estimates for each of 7 draws
+    bias, variance, square = np.moveaxis(run.errors(many), -1, 0)
+    assert square.shape == (7, 2) and np.allclose(bias ** 2 + variance, square)
     env = world(0, items=10)._replace(ratings=np.repeat([np.arange(10)[::-1], 2 * np.arange(10)], 3, axis=0))
     outcome = run.Outcome((), (), [np.array(items, int) for items in ([9, 8, 0], [], [0])])
     assert run.shares(env, outcome) == {
