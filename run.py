@@ -727,31 +727,31 @@ def title(row: Row) -> str:
     return row["series"] + ("" if row["x"] is None else f", {row['x']}")
 
 
-def measured(name: str, results: list[Row], other: list[Row]) -> list[Row]:
-    """The rows that one cell gives: a popularity group each in fig3, an estimate each in fig4, else one."""
-    head = {key: results[0][key] for key in ("series", "x")}
-    if name == "fig3":
-        groups = envs.bootstrap(lambda n: n.sum((-3, -2)) / np.maximum(n.sum((-3, -2, -1)), 1)[..., None],
-                                column(results, "shares"))
-        pair = column(results, "gini", "coverage")[:, None]                     # of all items together
-        whole = dict(zip(("gini", "coverage"), envs.bootstrap(lambda n: n.mean((-3, -2)), pair)))
-        return [{**head, "x": x, "figures": {"share": share, **whole}} for x, share in enumerate(groups, 1)]
-    if name == "fig4":
-        found = zip(("one return", "critic"), envs.bootstrap(errors, column(results, "values")))
-        return [{**head, "series": series, "figures": dict(zip(("bias", "variance", "MSE"), figures))}
-                for series, figures in found]
-    scores = [column(cell, "scores") for cell in (results, other)]
-    return [{**head, "figures": envs.metrics(scores[0]), "against": title(other[0]),
-             "gain": envs.metrics(*scores)["R_traj"] if other is not results else None,
-             "paper": PAPER.get(head["series"], "") if head["x"] is None else ""}]
-
-
 def tabulate(name: str, found: list[list[Row]]) -> list[Row]:
-    """An experiment's rows. R_traj is held against the row above in table3 and table6, else against billp."""
-    billps = {results[0]["x"]: results for results in found if results[0]["series"] == "billp"}
-    others = (found[:1] + found if name in ("table3", "table6") else
-              [billps.get(results[0]["x"], results) for results in found])
-    return [row for results, other in zip(found, others) for row in measured(name, results, other)]
+    """An experiment's rows: one a popularity group in fig3, one an estimate in fig4, else one a cell.
+
+    R_traj is held against the row above in table3 and table6, else against billp.
+    """
+    rows, billps = [], {results[0]["x"]: results for results in found if results[0]["series"] == "billp"}
+    for results, above in zip(found, found[:1] + found):
+        head = {key: results[0][key] for key in ("series", "x")}
+        if name == "fig3":
+            groups = envs.bootstrap(lambda n: n.sum((-3, -2)) / np.maximum(n.sum((-3, -2, -1)), 1)[..., None],
+                                    column(results, "shares"))
+            pair = column(results, "gini", "coverage")[:, None]                 # of all items together
+            whole = dict(zip(("gini", "coverage"), envs.bootstrap(lambda n: n.mean((-3, -2)), pair)))
+            rows += [{**head, "x": x, "figures": {"share": share, **whole}} for x, share in enumerate(groups, 1)]
+        elif name == "fig4":
+            both = zip(("one return", "critic"), envs.bootstrap(errors, column(results, "values")))
+            rows += [{**head, "series": series, "figures": dict(zip(("bias", "variance", "MSE"), figures))}
+                     for series, figures in both]
+        else:
+            other = above if name in ("table3", "table6") else billps.get(head["x"], results)
+            scores = [column(cell, "scores") for cell in (results, other)]
+            gain = envs.metrics(*scores)["R_traj"] if other is not results else None
+            rows.append({**head, "figures": envs.metrics(scores[0]), "against": title(other[0]), "gain": gain,
+                         "paper": PAPER.get(head["series"], "") if head["x"] is None else ""})
+    return rows
 
 
 def remark(row: Row) -> str:

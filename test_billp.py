@@ -1078,7 +1078,7 @@ def test_a_row_is_compared_user_by_user_with_its_own_other_and_higher_only_if_th
 
 def test_rows_are_held_against_the_one_above_or_billp_at_the_same_place_and_estimates_keep_their_names():
     cell = [{"series": "billp", "x": 10, "values": [[5, 5, 7]] * 4}] * 2
-    assert {row["series"]: row["figures"]["bias"][0] for row in run.measured("fig4", cell, cell)} == {
+    assert {row["series"]: row["figures"]["bias"][0] for row in run.tabulate("fig4", [cell])} == {
         "one return": 0, "critic": 2}
     found = [[{"series": series, "x": x, "scores": [[1, reward]] * 2}] for series, x, reward in
              (("billp", 1, 3), ("billp", 2, 5), ("act", 1, 1), ("act", 2, 2))]
