@@ -331,14 +331,15 @@ def embed_memory(rows: dict[str, list[billp.Record]], embed: Embed) -> Agent:
                     for name, held in rows.items() if held})
 
 
-def describe(env: envs.Env, phase: str, t: Trajectory) -> dict[str, Any]:
+def describe(env: envs.Env, t: Trajectory) -> dict[str, Any]:
     """One episode as a line of episodes.jsonl: all that --show needs."""
     steps = [{"lessons": s.plan.recalled, "thought": s.plan.value, "experience": s.act.recalled,
               "said": s.act.said, "exact": s.act.exact, "item": s.line, "reward": s.reward} for s in t.steps]
     left = envs.why_left(env, t.user, [s.act.value for s in t.steps]) if t.terminated else ""
     reflection = "".join(record.value for record in billp.records(t.gained.planner))
     values, advantages = (t.values, t.advantages) if t.gained.actor else ((), ())      # else none is credited
-    return {"phase": phase, "episode": t.last.key[2], "user": t.user, "history": t.last.history,
+    _, phase, number, _ = t.last.key
+    return {"phase": phase, "episode": number, "user": t.user, "history": t.last.history,
             "steps": steps, "left": prompts.clean(left),        # it names titles, which are data
             "values": values, "advantages": advantages, "reflection": reflection}
 
@@ -465,7 +466,7 @@ class Outcome(NamedTuple):
     after: np.ndarray
     items: list[np.ndarray]             # of each user: what was recommended after learning
     agent: Agent = billp.NOVICE
-    episodes: dict[str, tuple[Trajectory, ...]] = {}
+    episodes: tuple[Trajectory, ...] = ()       # before, while and after learning
 
 
 def perform(wanted: Settings, rows: dict, models: tuple[LLM, Embed], map: Callable,
@@ -487,7 +488,7 @@ def perform(wanted: Settings, rows: dict, models: tuple[LLM, Embed], map: Callab
     after = evaluate(agent, phase="after")
     first, last = (envs.scores(*zip(*map(billp.score, ts))) for ts in (before or after, after))
     items = [np.array([step.act.value for step in t.steps[:billp.score(t)[0]]], int) for t in after]
-    return Outcome(first, last, items, agent, {"before": before, "learn": learnt, "after": after})
+    return Outcome(first, last, items, agent, before + learnt + after)
 
 
 def added(rows: Sequence[Counts]) -> Counts:
@@ -508,9 +509,8 @@ def calls(live: Live) -> dict[str, Counts]:
 
 def cost(outcome: Outcome, live: Live, began: float) -> dict[str, Any]:
     """What a run cost: replies that were of no use, calls and tokens, seconds."""
-    played = [t for ts in outcome.episodes.values() for t in ts]
-    steps = [step for t in played for step in t.steps]
-    answers = list(chain(*((s.plan, s.act) for s in steps), *(t.answers for t in played)))
+    steps = [step for t in outcome.episodes for step in t.steps]
+    answers = list(chain(*((s.plan, s.act) for s in steps), *(t.answers for t in outcome.episodes)))
     return {"malformed": sum(a.malformed for a in answers), "fallbacks": sum(a.fallback for a in answers),
             "ungrounded": round(float(np.mean([not s.act.exact for s in steps])), 4) if steps else 0.0,
             "calls": calls(live), "seconds": round(time.perf_counter() - began, 2)}
@@ -529,13 +529,13 @@ def run(args: argparse.Namespace, live: Live) -> None:
         print("\n".join([EXPECTED, *(ledger(calls(live), {}) or ["no calls"])]))
         return
     lessons, summary = [record.value for record in billp.records(outcome.agent.planner)], wanted._asdict()
-    lengths, batch = [billp.score(t)[0] for t in outcome.episodes.get("learn", ())], wanted.config["batch"]
+    episodes, batch = [describe(env, t) for t in outcome.episodes], wanted.config["batch"]
+    lengths = [billp.score(t)[0] for t, e in zip(outcome.episodes, episodes) if e["phase"] == "learn"]
     learning = [float(np.mean(lengths[n:n + batch])) for n in range(0, len(lengths), batch)]
     summary |= {"config": {**wanted.config, **summary.pop("rule")}, "learning": learning,
                 "before": envs.metrics(outcome.before), "after": envs.metrics(outcome.after),
                 "difference": envs.metrics(outcome.after, outcome.before), "reflections": len(lessons),
                 **cost(outcome, live, began)}       # the contract that scripts read
-    episodes = [describe(env, phase, t) for phase, ts in outcome.episodes.items() for t in ts]
     write(path / "episodes.jsonl", "".join(dumps(episode) + "\n" for episode in episodes))
     write(path / "memory.json", save_memory(outcome.agent, wanted.embedding))
     write(path / "summary.json", dumps(summary, indent=1) + "\n")
@@ -683,7 +683,7 @@ def values_of(wanted: Settings, env: envs.Env, outcome: Outcome, llm: LLM, embed
               states: int = 40, draws: int = 8) -> list[list[float]]:
     """[states, 3]: for states of held-out episodes their Monte-Carlo value, one return and the critic's V."""
     config, agent = Config(**wanted.config), outcome.agent
-    played = [(t, n) for t in outcome.episodes["after"] for n in range(len(t.steps))]
+    played = [(t, n) for t in outcome.episodes if "after" in t.last.key for n in range(len(t.steps))]
     starts = [played[i] for i in generator(wanted, 3).integers(len(played), size=states)]
     tries = product(starts, [(wanted.seed, "continue", draw) for draw in range(draws)])
     play = partial(billp.play, agent=agent, llm=llm, config=config)
@@ -740,7 +740,7 @@ def tabulate(name: str, found: list[list[Row]]) -> list[Row]:
                                     column(results, "shares"))
             pair = column(results, "gini", "coverage")[:, None]                 # of all items together
             whole = dict(zip(("gini", "coverage"), envs.bootstrap(lambda n: n.mean((-3, -2)), pair)))
-            rows += [{**head, "x": x, "figures": {"share": share, **whole}} for x, share in enumerate(groups, 1)]
+            rows += [{**head, "x": x, "figures": {"share": group, **whole}} for x, group in enumerate(groups, 1)]
         elif name == "fig4":
             both = zip(("one return", "critic"), envs.bootstrap(errors, column(results, "values")))
             rows += [{**head, "series": series, "figures": dict(zip(("bias", "variance", "MSE"), figures))}
@@ -893,7 +893,7 @@ def guard(argv: Sequence[str] | None) -> int:
     """main in a process of its own: if this one is killed, the answers on their way are still recorded."""
     from multiprocessing import Process
     worker = Process(target=process, args=(argv, True))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # for the few milliseconds until there is a worker to tell
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # for the milliseconds until there is a worker to tell
     worker.start()
     signal.signal(signal.SIGINT, lambda *_: worker.terminate())
     worker.join()
