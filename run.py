@@ -530,7 +530,7 @@ def run(args: argparse.Namespace, live: Live) -> None:
         return
     lessons, summary = [record.value for record in billp.records(outcome.agent.planner)], wanted._asdict()
     episodes, batch = [describe(env, t) for t in outcome.episodes], wanted.config["batch"]
-    lengths = [billp.score(t)[0] for t, e in zip(outcome.episodes, episodes) if e["phase"] == "learn"]
+    lengths = [billp.score(t)[0] for t in outcome.episodes if "learn" in t.last.key]
     learning = [float(np.mean(lengths[n:n + batch])) for n in range(0, len(lengths), batch)]
     summary |= {"config": {**wanted.config, **summary.pop("rule")}, "learning": learning,
                 "before": envs.metrics(outcome.before), "after": envs.metrics(outcome.after),
@@ -740,7 +740,7 @@ def tabulate(name: str, found: list[list[Row]]) -> list[Row]:
                                     column(results, "shares"))
             pair = column(results, "gini", "coverage")[:, None]                 # of all items together
             whole = dict(zip(("gini", "coverage"), envs.bootstrap(lambda n: n.mean((-3, -2)), pair)))
-            rows += [{**head, "x": x, "figures": {"share": group, **whole}} for x, group in enumerate(groups, 1)]
+            rows += [{**head, "x": n, "figures": {"share": group, **whole}} for n, group in enumerate(groups, 1)]
         elif name == "fig4":
             both = zip(("one return", "critic"), envs.bootstrap(errors, column(results, "values")))
             rows += [{**head, "series": series, "figures": dict(zip(("bias", "variance", "MSE"), figures))}
