@@ -94,7 +94,6 @@ EXPERIMENTS = {
 
 # ------------------------------------------------------------------------------------ flags
 
-
 FLAGS: dict[str, dict[str, Any]] = {
     "--episodes": dict(type=int, help=f"learning episodes (default 50; {BUDGET} in experiments)"),
     "--users": dict(type=int, default=50, help="held-out users to evaluate on (default 50)"),
@@ -740,7 +739,7 @@ def tabulate(name: str, found: list[list[Row]]) -> list[Row]:
                                     column(results, "shares"))
             pair = column(results, "gini", "coverage")[:, None]                 # of all items together
             whole = dict(zip(("gini", "coverage"), envs.bootstrap(lambda n: n.mean((-3, -2)), pair)))
-            rows += [{**head, "x": n, "figures": {"share": group, **whole}} for n, group in enumerate(groups, 1)]
+            rows += [{**head, "x": i, "figures": {"share": one, **whole}} for i, one in enumerate(groups, 1)]
         elif name == "fig4":
             both = zip(("one return", "critic"), envs.bootstrap(errors, column(results, "values")))
             rows += [{**head, "series": series, "figures": dict(zip(("bias", "variance", "MSE"), figures))}
