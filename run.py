@@ -879,9 +879,7 @@ def main(argv: Sequence[str] | None = None, guarded: bool = False) -> int:
     except BrokenPipeError:     # whoever read has seen enough
         return 0
     except MENDABLE as error:
-        named = isinstance(error, OSError) and error.filename
-        text = f"cannot use {error.filename}: {error.strerror}" if named else str(error)
-        say("run.py: " + prompts.clean(text, 999))
+        say("run.py: " + prompts.clean(str(error), 999))
         return 2
     finally:
         for file in filter(None, live.files):
