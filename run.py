@@ -811,8 +811,7 @@ def gather(args: argparse.Namespace, base: Settings, jobs: list[Job], path: Path
     with mapping(pool, count, live.stop) as map:
         for (wanted, names), result in zip(jobs, map(partial(run_cell, start, models, workers), jobs)):
             results.append(result)
-            what = [wanted.method, f"{wanted.episodes} episodes", *(f"{k} {v}" for k, v in wanted.rule.items())]
-            say(f"{' '.join(names)}: {len(results)} of {len(jobs)}, {', '.join(what)}, seed {wanted.seed}")
+            say(f"{' '.join(names)}: {len(results)} of {len(jobs)}, {wanted.method}, {wanted.episodes} episodes")
     return results
 
 
