@@ -871,10 +871,9 @@ def main(argv: Sequence[str] | None = None, guarded: bool = False) -> int:
     except SystemExit as told:      # argparse has said what is wrong, or helped
         return told.code
     except (KeyboardInterrupt, prompts.BudgetSpent) as error:
-        spent = isinstance(error, prompts.BudgetSpent)
-        halted = "interrupted; run the same command again: answered calls are kept"
-        say("\n".join([*ledger(calls(live), live.stats), f"run.py: {error}" if spent else halted]))
-        return 3 if spent else 130
+        halted = str(error) or "interrupted; run the same command again: answered calls are kept"
+        say("\n".join([*ledger(calls(live), live.stats), f"run.py: {halted}"]))
+        return 3 if isinstance(error, prompts.BudgetSpent) else 130
     except BrokenPipeError:     # whoever read has seen enough
         return 0
     except MENDABLE as error:
