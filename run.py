@@ -887,10 +887,12 @@ def main(argv: Sequence[str] | None = None, guarded: bool = False) -> int:
 def guard(argv: Sequence[str] | None) -> int:
     """main in a process of its own: if this one is killed, the answers on their way are still recorded."""
     from multiprocessing import Process
-    worker = Process(target=process, args=(argv, True))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # for the milliseconds until there is a worker to tell
+    worker, told = Process(target=process, args=(argv, True)), []
+    signal.signal(signal.SIGINT, lambda *_: told.append(True))        # no worker is there yet to be told
     worker.start()
     signal.signal(signal.SIGINT, lambda *_: worker.terminate())
+    if told:
+        worker.terminate()
     worker.join()
     if worker.exitcode < 0:
         say("run.py: killed from outside; run the same command again: answered calls are kept")
