@@ -807,12 +807,12 @@ def gather(args: argparse.Namespace, base: Settings, jobs: list[Job], path: Path
     else:
         count, workers = 0, args.workers or base.config["batch"]
         models = {model: (partial(counted, llm, live), embed) for model, (llm, embed) in models.items()}
-    pool, results = partial(futures.ProcessPoolExecutor, initializer=as_worker), []
+    pool, found = partial(futures.ProcessPoolExecutor, initializer=as_worker), []
     with mapping(pool, count, live.stop) as map:
         for (wanted, names), result in zip(jobs, map(partial(run_cell, start, models, workers), jobs)):
-            results.append(result)
-            say(f"{' '.join(names)}: {len(results)} of {len(jobs)}, {wanted.method}, {wanted.episodes} episodes")
-    return results
+            found.append(result)
+            say(f"{' '.join(names)}: {len(found)} of {len(jobs)}, {wanted.method}, {wanted.episodes} episodes")
+    return found
 
 
 def experiments(args: argparse.Namespace, live: Live) -> None:
