@@ -28,12 +28,11 @@ from concurrent import futures
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial, reduce
 from importlib.util import find_spec
-from io import BytesIO
 from itertools import chain, product
 from operator import add, itemgetter
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Event, Thread, enumerate as threads
+from threading import Event, Thread
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 from urllib.parse import quote
 
@@ -63,7 +62,6 @@ Counts = dict[str, "int | None"]        # calls and tokens; None where the serve
 Job = tuple["Settings", list[str]]      # a run and the experiments that need it
 Row = dict[str, Any]                    # what is known of a cell, or of a row in a table
 URLS = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
-REWARD = ("R_traj", "reward an episode")
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()     # Okabe and Ito
 PAPER = {"billp": "69.19, 42.44", "reflexion": "57.42, 40.67", "billp-no-macro": "64.96, -",
          "billp-no-micro": "64.72, -"}
@@ -74,37 +72,27 @@ ORIENTATION = ("paper: R_traj on Steam and Amazon-Book with gpt-3.5-turbo; its w
 class Experiment(NamedTuple):
     """One of the paper's tables or figures."""
     rows: str                           # methods, or method:episodes; table6 has --models instead
-    varied: str                         # what else differs between its cells, "" for nothing
-    places: Sequence[int]               # the values of that, along the x axis
-    what: str                           # the figure that is drawn
-    label: str                          # that figure's name in the picture
-    axis: str = ""                      # the x axis's name, "" where there is none
+    varied: str = ""                    # what else differs between its cells
+    places: Sequence[int | None] = (None,)      # the values of that
+    axis: str = ""                      # the x axis's name, if there is one
+    what: str = "R_traj"                # the figure that is drawn
+    label: str = "reward an episode"    # that figure's name in the picture
 
 
 EXPERIMENTS = {
-    "table3": Experiment("random popular greedy a2c a2c:100000 act react reflexion billp oracle",
-                         "", (), *REWARD),
-    "table5": Experiment("billp-no-macro billp-no-micro billp-no-critic billp", "", (), *REWARD),
-    "fig3": Experiment("billp a2c:10000", "", (),       # a tenth of what RL gets already gives the picture
-                       "share", "share of recommendations",
-                       "popularity group of items (1: least popular fifth)"),
-    "fig4": Experiment("billp", "episodes", (10, 50, 100, 200),
-                       "MSE", "mean squared error of the value", "learning episodes"),
-    "fig5": Experiment("react a2c reflexion billp", "window", (1, 2, 4, 6, 8), *REWARD,
+    "table3": Experiment("random popular greedy a2c a2c:100000 act react reflexion billp oracle"),
+    "table5": Experiment("billp-no-macro billp-no-micro billp-no-critic billp"),
+    "fig3": Experiment("billp a2c:10000",       # a tenth of what RL gets already gives the picture
+                       axis="popularity group of items (1: least popular fifth)",
+                       what="share", label="share of recommendations"),
+    "fig4": Experiment("billp", "episodes", (10, 50, 100, 200), "learning episodes",
+                       "MSE", "mean squared error of the value"),
+    "fig5": Experiment("react a2c reflexion billp", "window", (1, 2, 4, 6, 8),
                        "window W (items a user remembers)"),
-    "table6": Experiment("", "model", (), *REWARD),
-    "curve": Experiment("a2c billp", "episodes", (0, 10, 20, 50, 100, 200), *REWARD, "learning episodes")}
+    "table6": Experiment("", "model"),
+    "curve": Experiment("a2c billp", "episodes", (0, 10, 20, 50, 100, 200), "learning episodes")}
 
 # ------------------------------------------------------------------------------------ flags
-
-
-def experiment_names(text: str) -> list[str]:
-    """The experiments that a text names, "all" or some with commas between."""
-    names = list(EXPERIMENTS) if text == "all" else text.split(",")
-    if not set(names) <= set(EXPERIMENTS):
-        raise argparse.ArgumentTypeError(f"no experiment {text!r}; there are all, {', '.join(EXPERIMENTS)}")
-    return list(dict.fromkeys(names))
-
 
 FLAGS: dict[str, dict[str, Any]] = {
     "--episodes": dict(type=int, help=f"learning episodes (default 50; {BUDGET} in experiments)"),
@@ -112,13 +100,12 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--method": dict(default="billp", choices=METHODS, metavar="METHOD", help=" ".join(METHODS)),
     "--world": dict(default="films", help=f"{WORLDS} (default films)"),
     "--seed": dict(type=int, default=0, help="names every random draw (default 0)"),
-    "--workers": dict(type=int, help="episodes at once (default: 1 offline, else a batch); of offline "
-                      "experiments runs at once (default: all cores)"),
+    "--workers": dict(type=int, help="episodes (default: 1 offline, else a batch) or offline runs at once"),
     "--out": dict(type=Path, help="run directory (default: one of its own under runs/)"),
     "--load": dict(type=Path, help="start from another run's memory.json"),
     "--show": dict(type=Path, metavar="RUN", help="print one episode of a run"),
     "--pick": dict(default="", metavar="PHASE:N", help="which one: before, learn or after, and its number"),
-    "--experiment": dict(type=experiment_names, metavar="A,B", help="the paper's tables and figures, over "
+    "--experiment": dict(default="", metavar="A,B", help="the paper's tables and figures, over "
                          f"--seeds: {' '.join(EXPERIMENTS)}, or all; a run that two of them need is made once"),
     "--seeds": dict(type=int, default=5, help="seeds of an experiment, from --seed on (default 5)"),
     "--rows": dict(metavar="A,B", help="only these rows of experiments, but of table6, as react,billp"),
@@ -129,8 +116,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--timeout": dict(type=float, default=300.0, help="seconds for one answer (default 300)"),
     "--header": dict(action="append", default=[], metavar="K=V", help="one more request header"),
     "--extra-body": dict(default="{}", metavar="JSON", help="more fields for each request"),
-    "--max-calls": dict(type=int, help="stop cleanly after so many live calls of each model (embeddings are "
-                        "free)"),
+    "--max-calls": dict(type=int, help="stop cleanly after so many live calls of each model"),
     "--max-tokens": dict(type=int, help="stop cleanly after so many tokens of each model"),
     "--replay": dict(action="store_true", help="answer from the run's log alone"),
     "--dry-run": dict(action="store_true", help="expected calls and tokens; sends nothing")}
@@ -148,13 +134,6 @@ def reasons(record: type) -> dict[str, str]:
     return dict(re.findall(r"^    (\w+): .*?= .*?# (.*)$", inspect.getsource(record), re.M))
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> None:      # argparse would print its whole usage first
-        raise UserError(f"{message}; --help lists the flags")
-
-
 def chosen(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     """The flags among `names` that were given."""
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -163,7 +142,7 @@ def chosen(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags, each within its bounds."""
     text = f"BiLLP learns, then is evaluated. The built-in model is {NAMES['offline']}"
-    parser = Parser(description=text, allow_abbrev=False)
+    parser = argparse.ArgumentParser("run.py", argparse.SUPPRESS, text, allow_abbrev=False)     # no usage: long
     for flag, how in FLAGS.items():
         parser.add_argument(flag, **how)
     for heading, record in GROUPS.items():
@@ -175,6 +154,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             text = why if kind is bool or record is envs.Env else f"{why} (default {default})"
             group.add_argument(f"--{name.replace('_', '-')}", help=text.replace("%", "%%"), **how)
     args = parser.parse_args(argv)
+    named = args.experiment.replace("all", ",".join(EXPERIMENTS)).split(",") if args.experiment else []
+    if not set(named) <= set(EXPERIMENTS):
+        raise UserError(f"no experiment {args.experiment!r}; there are all, {', '.join(EXPERIMENTS)}")
+    args.experiment = list(dict.fromkeys(named))
     if args.episodes is None:
         args.episodes = BUDGET if args.experiment else 50
     for low, high, names in BOUNDS:
@@ -279,10 +262,10 @@ def build_world(wanted: Settings) -> tuple[envs.Env, list[int], list[int]]:
 dumps = partial(json.dumps, ensure_ascii=False)
 
 
-def write(path: Path, content: str | bytes) -> None:
+def write(path: Path, content: str) -> None:
     """Write, then rename: the file is whole or not there."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
-    draft.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
+    draft.write_bytes(content.encode("utf-8", "replace"))
     os.replace(draft, path)
 
 
@@ -296,17 +279,16 @@ def contents(env: envs.Env) -> str:
 
 def run_directory(args: argparse.Namespace, wanted: dict[str, Any], env: envs.Env) -> Path:
     """The directory of this run, made if need be; refused if it holds anything else."""
-    text = (dumps({**wanted, "data": contents(env)}, indent=1) + "\n").encode("utf-8", "replace")
+    text = dumps({**wanted, "data": contents(env)}, indent=1) + "\n"
     what = f"{wanted['world'].partition(':')[0]}-{'+'.join(args.experiment or [wanted['method']])}"
-    path = args.out or Path("runs", f"{what}-{digest(text)[:8]}")
+    path = args.out or Path("runs", f"{what}-{digest(text.encode('utf-8', 'replace'))[:8]}")
     held = path / "config.json"
     if held.exists():
-        if held.read_bytes() != text:
-            old, new = (re.findall(r'^ *"(\w+)": ([^{].*?),?\r?$', content.decode("utf-8", "replace"), re.M)
-                        for content in (held.read_bytes(), text))
-            changed = dict.fromkeys(pair[0] for pair in old + new if pair not in old or pair not in new)
-            names = ", ".join(changed) or "config.json is damaged"
-            raise UserError(f"{path} holds a run of another configuration ({names}); choose another --out")
+        old, new = (re.findall(r'(\w+)": ([^{].*?),?$', content, re.M)
+                    for content in (held.read_text("utf-8", "replace"), text))
+        if changed := dict.fromkeys(pair[0] for pair in old + new if (pair in old) != (pair in new)):
+            raise UserError(f"{path} holds a run of another configuration ({', '.join(changed)}); "
+                            "choose another --out")
     elif path.exists() and any(file.suffix != ".part" for file in path.iterdir()):
         raise UserError(f"{path} is not empty and holds no run; choose another --out")
     elif args.replay:
@@ -348,14 +330,15 @@ def embed_memory(rows: dict[str, list[billp.Record]], embed: Embed) -> Agent:
                     for name, held in rows.items() if held})
 
 
-def describe(env: envs.Env, phase: str, t: Trajectory) -> dict[str, Any]:
+def describe(env: envs.Env, t: Trajectory) -> dict[str, Any]:
     """One episode as a line of episodes.jsonl: all that --show needs."""
     steps = [{"lessons": s.plan.recalled, "thought": s.plan.value, "experience": s.act.recalled,
               "said": s.act.said, "exact": s.act.exact, "item": s.line, "reward": s.reward} for s in t.steps]
     left = envs.why_left(env, t.user, [s.act.value for s in t.steps]) if t.terminated else ""
     reflection = "".join(record.value for record in billp.records(t.gained.planner))
     values, advantages = (t.values, t.advantages) if t.gained.actor else ((), ())      # else none is credited
-    return {"phase": phase, "episode": t.last.key[2], "user": t.user, "history": t.last.history,
+    _, phase, number, _ = t.last.key
+    return {"phase": phase, "episode": number, "user": t.user, "history": t.last.history,
             "steps": steps, "left": prompts.clean(left),        # it names titles, which are data
             "values": values, "advantages": advantages, "reflection": reflection}
 
@@ -411,9 +394,10 @@ def connect(args: argparse.Namespace, wanted: Settings, path: Path | None, live:
     return prompts.recorded(llm, log), embed
 
 
-def submitted(pool: futures.Executor, done: SimpleQueue, f: Callable, *columns: Iterable) -> Iterator:
-    """As the pool's map; but `done` gathers all of its tasks as they end, for `in_turn`."""
+def submitted(pool: Any, every: list, done: SimpleQueue, f: Callable, *columns: Iterable) -> Iterator:
+    """As the pool's map; but `every` gathers all of its tasks, and `done` those that ended, for `in_turn`."""
     tasks = [pool.submit(f, *row) for row in zip(*columns)]
+    every += tasks
     for task in tasks:
         task.add_done_callback(done.put)
     return in_turn(tasks, done)
@@ -433,9 +417,9 @@ def mapping(executor: Callable, count: int, stop: Event) -> Iterator[Callable]:
     if not count:
         yield map
         return
-    pool = executor(count)
+    pool, every = executor(count), []
     try:
-        yield partial(submitted, pool, SimpleQueue())
+        yield partial(submitted, pool, every, SimpleQueue())
     except BaseException as error:
         if not isinstance(error, prompts.BudgetSpent):  # else what is under way is paid for: it is recorded
             from multiprocessing import active_children
@@ -445,10 +429,7 @@ def mapping(executor: Callable, count: int, stop: Event) -> Iterator[Callable]:
         raise
     finally:
         pool.shutdown(wait=not stop.is_set(), cancel_futures=True)
-        last = time.monotonic() + 1             # an answer on its way is worth a second: it is recorded
-        for thread in threads() if stop.is_set() else ():
-            if thread.name.startswith("ThreadPoolExecutor"):
-                thread.join(max(last - time.monotonic(), 0))
+        futures.wait([task for task in every if task.running()], 1)     # for answers on their way: recorded
 
 
 def as_worker(told: Any = signal.SIG_DFL) -> None:
@@ -484,8 +465,7 @@ class Outcome(NamedTuple):
     after: np.ndarray
     items: list[np.ndarray]             # of each user: what was recommended after learning
     agent: Agent = billp.NOVICE
-    learning: tuple[float, ...] = ()    # mean Len of each batch
-    episodes: dict[str, tuple[Trajectory, ...]] = {}
+    episodes: tuple[Trajectory, ...] = ()       # before, while and after learning
 
 
 def perform(wanted: Settings, rows: dict, models: tuple[LLM, Embed], map: Callable,
@@ -500,15 +480,14 @@ def perform(wanted: Settings, rows: dict, models: tuple[LLM, Embed], map: Callab
     (llm, embed), config = models, Config(**wanted.config)
     catalog, agent = prompts.catalog(env, embed), embed_memory(rows, embed)
     evaluate = partial(billp.evaluate, catalog, held_out, llm=llm, seed=wanted.seed, config=config, map=map)
-    before, learnt, lengths = evaluate(agent, phase="before") if watched else (), (), ()
+    before, learnt = evaluate(agent, phase="before") if watched else (), ()
     batches = billp.train(catalog, learners, llm, wanted.seed, agent, config, map)
     for agent, trajectories in progress(batches, len(learners), config.batch) if watched else batches:
         learnt += trajectories
-        lengths += (float(np.mean([billp.score(t)[0] for t in trajectories])),)
     after = evaluate(agent, phase="after")
     first, last = (envs.scores(*zip(*map(billp.score, ts))) for ts in (before or after, after))
     items = [np.array([step.act.value for step in t.steps[:billp.score(t)[0]]], int) for t in after]
-    return Outcome(first, last, items, agent, lengths, {"before": before, "learn": learnt, "after": after})
+    return Outcome(first, last, items, agent, before + learnt + after)
 
 
 def added(rows: Sequence[Counts]) -> Counts:
@@ -529,9 +508,8 @@ def calls(live: Live) -> dict[str, Counts]:
 
 def cost(outcome: Outcome, live: Live, began: float) -> dict[str, Any]:
     """What a run cost: replies that were of no use, calls and tokens, seconds."""
-    played = [t for ts in outcome.episodes.values() for t in ts]
-    steps = [step for t in played for step in t.steps]
-    answers = list(chain(*((s.plan, s.act) for s in steps), *(t.answers for t in played)))
+    steps = [step for t in outcome.episodes for step in t.steps]
+    answers = list(chain(*((s.plan, s.act) for s in steps), *(t.answers for t in outcome.episodes)))
     return {"malformed": sum(a.malformed for a in answers), "fallbacks": sum(a.fallback for a in answers),
             "ungrounded": round(float(np.mean([not s.act.exact for s in steps])), 4) if steps else 0.0,
             "calls": calls(live), "seconds": round(time.perf_counter() - began, 2)}
@@ -550,11 +528,13 @@ def run(args: argparse.Namespace, live: Live) -> None:
         print("\n".join([EXPECTED, *(ledger(calls(live), {}) or ["no calls"])]))
         return
     lessons, summary = [record.value for record in billp.records(outcome.agent.planner)], wanted._asdict()
-    summary |= {"config": {**wanted.config, **summary.pop("rule")}, "learning": outcome.learning,
+    episodes, batch = [describe(env, t) for t in outcome.episodes], wanted.config["batch"]
+    lengths = [billp.score(t)[0] for t in outcome.episodes if "learn" in t.last.key]
+    learning = [float(np.mean(lengths[n:n + batch])) for n in range(0, len(lengths), batch)]
+    summary |= {"config": {**wanted.config, **summary.pop("rule")}, "learning": learning,
                 "before": envs.metrics(outcome.before), "after": envs.metrics(outcome.after),
                 "difference": envs.metrics(outcome.after, outcome.before), "reflections": len(lessons),
                 **cost(outcome, live, began)}       # the contract that scripts read
-    episodes = [describe(env, phase, t) for phase, ts in outcome.episodes.items() for t in ts]
     write(path / "episodes.jsonl", "".join(dumps(episode) + "\n" for episode in episodes))
     write(path / "memory.json", save_memory(outcome.agent, wanted.embedding))
     write(path / "summary.json", dumps(summary, indent=1) + "\n")
@@ -575,14 +555,13 @@ def grid(rows: Sequence[tuple[str, dict[str, Sequence[float]]]], width: int) -> 
 
 
 def spelled(counts: Counts) -> str:
-    """Calls, and tokens by kind where any are counted; ? for those the server does not count.
+    """Calls, and tokens of the kinds that the server counts.
 
     >>> spelled({"calls": 2, "prompt": 9, "cached": None, "completion": 4})
-    '2 calls, tokens: prompt 9, cached ?, completion 4'
+    '2 calls, tokens: prompt 9, completion 4'
     """
-    known = any(counts[name] is not None for name in Usage._fields)
-    kinds = (f"{name} {'?' if counts[name] is None else counts[name]}" for name in Usage._fields)
-    return f"{counts['calls']} calls" + (", tokens: " + ", ".join(kinds) if known else "")
+    kinds = [f"{name} {counts[name]}" for name in Usage._fields if counts[name] is not None]
+    return f"{counts['calls']} calls" + ", tokens: " * bool(kinds) + ", ".join(kinds)
 
 
 def ledger(roles: dict[str, Counts], stats: dict[str, Any]) -> list[str]:
@@ -600,23 +579,14 @@ def report(s: dict[str, Any], about: str, lessons: Sequence[str]) -> list[str]:
              f"{s['users']} held-out users", *[f"world     {about}"] * bool(about), f"model     {model}", "",
              *grid([(row, s[row]) for row in ("before", "after", "difference")], 10), ""]
     if learning:
-        lines.append(f"learning  {sparkline(learning)}  mean Len of each batch, {min(learning):.1f} to "
-                     f"{max(learning):.1f}")
+        least, most = min(learning), max(learning)
+        bars = "".join("▁▂▃▄▅▆▇█"[int(7 * length / (most or 1))] for length in learning)
+        lines.append(f"learning  {bars}  mean Len of each batch, {least:.1f} to {most:.1f}")
     lines += [*(f"lesson    {text}" for text in lessons), *ledger(s["calls"], {})]
     if s["calls"]["actor"]["calls"]:
         lines.append(f"replies   malformed {s['malformed']}, fallbacks {s['fallbacks']}, "
                      f"actions that named no free item {s['ungrounded']:.0%}")
     return [*lines, f"seconds   {s['seconds']}"]
-
-
-def sparkline(numbers: Sequence[float]) -> str:
-    """The numbers as bars.
-
-    >>> sparkline([0, 1, 2])
-    '▁▄█'
-    """
-    top = max(numbers) or 1
-    return "".join("▁▂▃▄▅▆▇█"[int(7 * number / top)] for number in numbers)
 
 
 def show(path: Path, pick: str) -> None:
@@ -677,7 +647,7 @@ def plan(args: argparse.Namespace, base: Settings, name: str) -> list[tuple[Row,
         raise UserError(f"--rows {args.rows}: {name} has no such rows, only {' '.join(known)}")
     seeds = range(base.seed, base.seed + args.seeds)
     jobs = [({"series": series, "x": x}, [change(base, name, series, x, seed) for seed in seeds])
-            for series, x in product(known, experiment.places or [None]) if series in rows]
+            for series, x in product(known, experiment.places) if series in rows]
     for _, runs in jobs:
         build_world(runs[0])
     return [job for job in jobs if not (args.dry_run and job[1][0].method in envs.POLICIES)]
@@ -712,7 +682,7 @@ def values_of(wanted: Settings, env: envs.Env, outcome: Outcome, llm: LLM, embed
               states: int = 40, draws: int = 8) -> list[list[float]]:
     """[states, 3]: for states of held-out episodes their Monte-Carlo value, one return and the critic's V."""
     config, agent = Config(**wanted.config), outcome.agent
-    played = [(t, n) for t in outcome.episodes["after"] for n in range(len(t.steps))]
+    played = [(t, n) for t in outcome.episodes if "after" in t.last.key for n in range(len(t.steps))]
     starts = [played[i] for i in generator(wanted, 3).integers(len(played), size=states)]
     tries = product(starts, [(wanted.seed, "continue", draw) for draw in range(draws)])
     play = partial(billp.play, agent=agent, llm=llm, config=config)
@@ -737,13 +707,13 @@ def continuation(catalog: Catalog, play: Callable, gamma: float, start: tuple[Tr
 
 
 def errors(samples: np.ndarray) -> np.ndarray:
-    """[..., S, N, 2] of (truth, estimate) -> [..., 3]: bias, variance and mean squared error.
+    """[..., S, N, 1 + k], truth and k estimates -> [..., k, 3]: bias, variance and mean squared error of each.
 
     The variance is that of the error over all states and seeds, not of an estimator at one state; the truth is
     itself a mean of a few returns, whose noise is in both rows of fig4.
     """
-    error = (samples[..., 1] - samples[..., 0]).reshape(*samples.shape[:-3], -1)
-    return np.stack([error.mean(-1), error.var(-1), (error ** 2).mean(-1)], -1)
+    error, all_over = samples[..., 1:] - samples[..., :1], (-3, -2)
+    return np.stack([error.mean(all_over), error.var(all_over), (error ** 2).mean(all_over)], -1)
 
 
 def column(results: list[Row], *keys: str) -> np.ndarray:
@@ -756,32 +726,31 @@ def title(row: Row) -> str:
     return row["series"] + ("" if row["x"] is None else f", {row['x']}")
 
 
-def measured(name: str, results: list[Row], other: list[Row]) -> list[Row]:
-    """The rows that one cell gives: a popularity group each in fig3, an estimate each in fig4, else one."""
-    head = {key: results[0][key] for key in ("series", "x")}
-    if name == "fig3":
-        groups = envs.bootstrap(lambda n: n.sum((-3, -2)) / np.maximum(n.sum((-3, -2, -1)), 1)[..., None],
-                                column(results, "shares"))
-        pair = column(results, "gini", "coverage")[:, None]                     # of all items together
-        whole = dict(zip(("gini", "coverage"), envs.bootstrap(lambda n: n.mean((-3, -2)), pair)))
-        return [{**head, "x": x, "figures": {"share": share, **whole}} for x, share in enumerate(groups, 1)]
-    if name == "fig4":
-        values, kinds = column(results, "values"), ("bias", "variance", "MSE")
-        pairs = {"one return": values[..., [0, 1]], "critic": values[..., [0, 2]]}
-        return [{**head, "series": series, "figures": dict(zip(kinds, envs.bootstrap(errors, pair)))}
-                for series, pair in pairs.items()]
-    scores = [column(cell, "scores") for cell in (results, other)]
-    return [{**head, "figures": envs.metrics(scores[0]), "against": title(other[0]),
-             "gain": envs.metrics(*scores)["R_traj"] if other is not results else None,
-             "paper": PAPER.get(head["series"], "") if head["x"] is None else ""}]
-
-
 def tabulate(name: str, found: list[list[Row]]) -> list[Row]:
-    """An experiment's rows. R_traj is held against the row above in table3 and table6, else against billp."""
-    billps = {results[0]["x"]: results for results in found if results[0]["series"] == "billp"}
-    others = (found[:1] + found if name in ("table3", "table6") else
-              [billps.get(results[0]["x"], results) for results in found])
-    return [row for results, other in zip(found, others) for row in measured(name, results, other)]
+    """An experiment's rows: one a popularity group in fig3, one an estimate in fig4, else one a cell.
+
+    R_traj is held against the row above in table3 and table6, else against billp.
+    """
+    rows, billps = [], {results[0]["x"]: results for results in found if results[0]["series"] == "billp"}
+    for results, above in zip(found, found[:1] + found):
+        head = {key: results[0][key] for key in ("series", "x")}
+        if name == "fig3":
+            groups = envs.bootstrap(lambda n: n.sum((-3, -2)) / np.maximum(n.sum((-3, -2, -1)), 1)[..., None],
+                                    column(results, "shares"))
+            pair = column(results, "gini", "coverage")[:, None]                 # of all items together
+            whole = dict(zip(("gini", "coverage"), envs.bootstrap(lambda n: n.mean((-3, -2)), pair)))
+            rows += [{**head, "x": i, "figures": {"share": one, **whole}} for i, one in enumerate(groups, 1)]
+        elif name == "fig4":
+            both = zip(("one return", "critic"), envs.bootstrap(errors, column(results, "values")))
+            rows += [{**head, "series": series, "figures": dict(zip(("bias", "variance", "MSE"), figures))}
+                     for series, figures in both]
+        else:
+            other = above if name in ("table3", "table6") else billps.get(head["x"], results)
+            scores = [column(cell, "scores") for cell in (results, other)]
+            gain = envs.metrics(*scores)["R_traj"] if other is not results else None
+            rows.append({**head, "figures": envs.metrics(scores[0]), "against": title(other[0]), "gain": gain,
+                         "paper": PAPER.get(head["series"], "") if head["x"] is None else ""})
+    return rows
 
 
 def remark(row: Row) -> str:
@@ -800,27 +769,22 @@ def plot(name: str, heading: str, rows: list[Row], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return say("no picture: pip install -e '.[plot]' draws it")
-    _, _, _, what, label, axis = EXPERIMENTS[name]
-    label += "\n(mean, 95 % interval)"
-    figure, image = Figure((8, 4.5), dpi=100, layout="constrained"), BytesIO()
+    *_, axis, what, label = EXPERIMENTS[name]
+    figure = Figure((8, 4.5), dpi=100, layout="constrained")
     axes, names = figure.subplots(), list(dict.fromkeys(row["series"] for row in rows))
     for i, series in enumerate(names):
         mine = [row for row in rows if row["series"] == series]
+        places = [row["x"] for row in mine] if axis else [series]
         mean, low, high = np.array([row["figures"][what] for row in mine]).T
-        span = np.maximum([mean - low, high - mean], 0)
-        place = (dict(x=[row["x"] for row in mine], y=mean, yerr=span, label=series) if axis else
-                 dict(x=mean, y=[i], xerr=span))
-        axes.errorbar(**place, color=COLOURS[i % len(COLOURS)], marker="osD^vPX*"[i % 8], capsize=3)
+        axes.errorbar(places, mean, np.maximum([mean - low, high - mean], 0), label=series,
+                      color=COLOURS[i % len(COLOURS)], marker="osD^vPX*"[i % 8], capsize=3)
     if axis:
-        axes.set(xlabel=axis, ylabel=label, xticks=sorted({row["x"] for row in rows}))
+        axes.set(xlabel=axis, xticks=sorted({row["x"] for row in rows}))
         axes.legend(frameon=False)
-    else:
-        axes.set(xlabel=label, yticks=range(len(names)), yticklabels=names)
-        axes.invert_yaxis()
+    axes.set_ylabel(f"{label}\n(mean, 95 % interval)")
     axes.set_title(heading, fontsize=9, parse_math=False)
     axes.grid(alpha=0.3)
-    figure.savefig(image)
-    write(path, image.getvalue())
+    figure.savefig(path)
 
 
 def bill(results: list[Row]) -> str:
@@ -843,13 +807,12 @@ def gather(args: argparse.Namespace, base: Settings, jobs: list[Job], path: Path
     else:
         count, workers = 0, args.workers or base.config["batch"]
         models = {model: (partial(counted, llm, live), embed) for model, (llm, embed) in models.items()}
-    pool, results = partial(futures.ProcessPoolExecutor, initializer=as_worker), []
+    pool, found = partial(futures.ProcessPoolExecutor, initializer=as_worker), []
     with mapping(pool, count, live.stop) as map:
         for (wanted, names), result in zip(jobs, map(partial(run_cell, start, models, workers), jobs)):
-            results.append(result)
-            what = [wanted.method, f"{wanted.episodes} episodes", *(f"{k} {v}" for k, v in wanted.rule.items())]
-            say(f"{' '.join(names)}: {len(results)} of {len(jobs)}, {', '.join(what)}, seed {wanted.seed}")
-    return results
+            found.append(result)
+            say(f"{' '.join(names)}: {len(found)} of {len(jobs)}, {wanted.method}, {wanted.episodes} episodes")
+    return found
 
 
 def experiments(args: argparse.Namespace, live: Live) -> None:
@@ -905,17 +868,16 @@ def main(argv: Sequence[str] | None = None, guarded: bool = False) -> int:
         show(args.show, args.pick) if args.show else (experiments if args.experiment else run)(args, live)
         sys.stdout.flush()
         return 0
+    except SystemExit as told:      # argparse has said what is wrong, or helped
+        return told.code
     except (KeyboardInterrupt, prompts.BudgetSpent) as error:
-        spent = isinstance(error, prompts.BudgetSpent)
-        halted = "interrupted; run the same command again: answered calls are kept"
-        say("\n".join([*ledger(calls(live), live.stats), f"run.py: {error}" if spent else halted]))
-        return 3 if spent else 130
+        halted = str(error) or "interrupted; run the same command again: answered calls are kept"
+        say("\n".join([*ledger(calls(live), live.stats), f"run.py: {halted}"]))
+        return 3 if isinstance(error, prompts.BudgetSpent) else 130
     except BrokenPipeError:     # whoever read has seen enough
         return 0
     except MENDABLE as error:
-        named = isinstance(error, OSError) and error.filename
-        text = f"cannot use {error.filename}: {error.strerror}" if named else str(error)
-        say("run.py: " + prompts.clean(text, 999))
+        say("run.py: " + prompts.clean(str(error), 999))
         return 2
     finally:
         for file in filter(None, live.files):
@@ -925,7 +887,7 @@ def main(argv: Sequence[str] | None = None, guarded: bool = False) -> int:
 def guard(argv: Sequence[str] | None) -> int:
     """main in a process of its own: if this one is killed, the answers on their way are still recorded."""
     from multiprocessing import Process
-    worker, told = Process(target=guarded_main, args=(argv,)), []
+    worker, told = Process(target=process, args=(argv, True)), []
     signal.signal(signal.SIGINT, lambda *_: told.append(True))        # no worker is there yet to be told
     worker.start()
     signal.signal(signal.SIGINT, lambda *_: worker.terminate())
@@ -937,38 +899,33 @@ def guard(argv: Sequence[str] | None) -> int:
     return worker.exitcode if worker.exitcode >= 0 else 130
 
 
-def guarded_main(argv: Sequence[str] | None) -> None:
-    """main as a worker, which is told to stop by its parent or by its end.
-
-    It keeps to one core: Python's threads take turns anyway, and to hand over from core to core costs a hundred
-    of them up to half of their time.
-    """
-    try:
-        as_worker(interrupt)
-        with suppress(AttributeError, OSError):         # not every system knows of this, or allows it
-            cores = sorted(os.sched_getaffinity(0))
-            os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})          # other runs, other cores
-        main_and_exit(argv)
-    except KeyboardInterrupt:       # outside main: at the very start or end
-        os._exit(130)
-
-
 def interrupt(*_: Any) -> None:
     """Does as at Ctrl-C when told to stop, and is told but once."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
-def main_and_exit(argv: Sequence[str] | None = None, guarded: bool = False) -> None:
-    """main as a whole process, which ends with its exit code."""
-    gc.set_threshold(10**5)     # new objects, not 700: a run keeps most, and each search holds all threads up
-    sys.stdout = sys.stdout or open(os.devnull, "w")        # it may have been closed
-    sys.stdout.reconfigure(errors="replace")                # a console without bars gets question marks
-    code = main(argv, guarded)
-    with suppress(OSError):
-        sys.stdout.flush()
+def process(argv: Sequence[str] | None = None, worker: bool = False) -> None:
+    """main as a whole process, which ends with its exit code; a worker also when its parent says so, or ends.
+
+    A worker keeps to one core: Python's threads take turns anyway, and to hand over from core to core costs a
+    hundred of them up to half of their time.
+    """
+    code = 130
+    with suppress(KeyboardInterrupt):           # outside main: at the very start or end
+        if worker:
+            as_worker(interrupt)
+            with suppress(AttributeError, OSError):     # not every system knows of this, or allows it
+                cores = sorted(os.sched_getaffinity(0))
+                os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})      # other runs, other cores
+        gc.set_threshold(10**5)     # new objects, not 700: most are kept, and each search holds all threads up
+        sys.stdout = sys.stdout or open(os.devnull, "w")        # it may have been closed
+        sys.stdout.reconfigure(errors="replace")                # a console without bars gets question marks
+        code = main(argv, guarded=not worker)
+        with suppress(OSError):
+            sys.stdout.flush()
     os._exit(code)              # threads that still wait for an answer must not hold up the end
 
 
 if __name__ == "__main__":
-    main_and_exit(guarded=True)
+    process()

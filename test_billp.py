@@ -700,7 +700,7 @@ def test_any_map_gives_the_same_run_and_an_ask_is_named_once():
         asks = []
         batches = learn(map=map, llm=lambda ask: asks.append((ask.role, ask.key)) or prompts.offline(ask))
         assert len(asks) == len(set(asks))
-        played = [run.describe(FILMS, "learn", t) for _, ts in batches for t in ts]
+        played = [run.describe(FILMS, t) for _, ts in batches for t in ts]
         return played, [billp.records(memory) for memory in batches[-1][0]]
     with ThreadPoolExecutor(8) as pool:
         assert told(pool.map) == told(lambda f, *xs: [f(*x) for x in zip(*xs)])
@@ -1085,7 +1085,7 @@ def test_what_a_run_costs_by_hand():
                       answer(malformed=3, fallback=True, exact=False), "line", 5.0)
     played = billp.Trajectory(0, (step, step._replace(act=answer())), step.state, False,
                               answers=(answer(malformed=1, fallback=True),))
-    cost = run.cost(run.Outcome((), (), [], episodes={"learn": (played,)}), run.Live({}, {}, None, []), 0.0)
+    cost = run.cost(run.Outcome((), (), [], episodes=(played,)), run.Live({}, {}, None, []), 0.0)
     assert (cost["malformed"], cost["fallbacks"], cost["ungrounded"]) == (6, 2, 0.5)
 
 
@@ -1115,9 +1115,10 @@ def test_show_tells_the_episode_asked_for(tmp_path):
 
 def test_what_experiments_measure_by_hand():
     """Errors -1, 3, 0 and 2; ten items, the last of them liked least by those who learn."""
-    assert run.errors(np.array([[[2, 1], [0, 3]], [[4, 4], [1, 3]]])).tolist() == [1, 2.5, 3.5]
-    many = np.random.default_rng(0).normal(size=(7, 2, 5, 2))               # a figure for each of 7 draws
-    assert np.allclose(run.errors(many)[:, 0] ** 2 + run.errors(many)[:, 1], run.errors(many)[:, 2])
+    assert run.errors(np.array([[[2, 1], [0, 3]], [[4, 4], [1, 3]]])).tolist() == [[1, 2.5, 3.5]]
+    many = np.random.default_rng(0).normal(size=(7, 2, 5, 3))           # two estimates for each of 7 draws
+    bias, variance, square = np.moveaxis(run.errors(many), -1, 0)
+    assert square.shape == (7, 2) and np.allclose(bias ** 2 + variance, square)
     env = world(0, items=10)._replace(ratings=np.repeat([np.arange(10)[::-1], 2 * np.arange(10)], 3, axis=0))
     outcome = run.Outcome((), (), [np.array(items, int) for items in ([9, 8, 0], [], [0])])
     assert run.shares(env, outcome) == {
@@ -1139,7 +1140,7 @@ def test_a_row_is_compared_user_by_user_with_its_own_other_and_higher_only_if_th
 
 def test_rows_are_held_against_the_one_above_or_billp_at_the_same_place_and_estimates_keep_their_names():
     cell = [{"series": "billp", "x": 10, "values": [[5, 5, 7]] * 4}] * 2
-    assert {row["series"]: row["figures"]["bias"][0] for row in run.measured("fig4", cell, cell)} == {
+    assert {row["series"]: row["figures"]["bias"][0] for row in run.tabulate("fig4", [cell])} == {
         "one return": 0, "critic": 2}
     found = [[{"series": series, "x": x, "scores": [[1, reward]] * 2}] for series, x, reward in
              (("billp", 1, 3), ("billp", 2, 5), ("act", 1, 1), ("act", 2, 2))]
@@ -1166,7 +1167,7 @@ def test_the_values_of_fig4_are_returns_from_their_step_on():
     outcome = run.perform(cell, {}, models, map)
     rows = run.values_of(cell, run.build_world(cell)[0], outcome, *models, map, 30, 1)
     returns = {round(billp.discounted_return([step.reward for step in t.steps[n:]], 0.5), 9)
-               for t in outcome.episodes["after"] for n in range(len(t.steps))}
+               for t in outcome.episodes if "after" in t.last.key for n in range(len(t.steps))}
     assert len(returns) > 3 and {round(row[1], 9) for row in rows} == returns
     top = billp.discounted_return([5.0] * 5, 0.5)
     assert all(row[2] == pytest.approx(top / 2, abs=0.01) for row in rows)      # nothing learnt: the middle
@@ -1578,7 +1579,7 @@ def test_no_text_forges_a_line_an_action_a_message_or_a_record(titles, categorie
         log.file.close()
         assert len(path.read_text("utf-8").splitlines()) == len(asks) + 1
         again = sessions(prompts.recorded(None, prompts.open_log(path, "m", replay=True)))
-        assert [run.describe(env, "learn", t) for t in again] == [run.describe(env, "learn", t) for t in played]
+        assert [run.describe(env, t) for t in again] == [run.describe(env, t) for t in played]
     for episode, t in enumerate(played):
         turns = []
         for n, s in enumerate(t.steps, 1):
@@ -1586,7 +1587,7 @@ def test_no_text_forges_a_line_an_action_a_message_or_a_record(titles, categorie
             turns.append([f"Thought {n}: {s.plan.value}"] * bool(s.plan.value) + [
                 f"Action {n}: recommend {catalog.lines[s.act.value]}", f"Observation {n}: {seen}"])
         assert t.last.session.splitlines() == sum(turns, [])
-        assert len(run.dumps(run.describe(env, "learn", t)).encode().splitlines()) == 1
+        assert len(run.dumps(run.describe(env, t)).encode().splitlines()) == 1
         for ask in (ask for ask in asks if ask.key[2] == episode):
             lines, step = ask.messages[1][1].splitlines(), ask.key[3]
             thought = turns[step][:-2] if ask.role == "actor" else []
