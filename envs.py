@@ -346,9 +346,8 @@ def scores(lengths, returns) -> Array:
 
 def totals(samples: Array) -> Array:
     """Scores [..., S, N, 2] -> [..., 3]: Len, R_each, R_traj over all seeds S and episodes N."""
-    steps, reward = np.moveaxis(samples.sum((-3, -2)), -1, 0)
-    count = samples.shape[-3] * samples.shape[-2]
-    return np.stack([steps / count, reward / np.maximum(steps, 1), reward / count], -1)
+    steps, reward = np.moveaxis(samples.mean((-3, -2)), -1, 0)
+    return np.stack([steps, reward / np.maximum(steps, 1e-9), reward], -1)
 
 
 def bootstrap(figure: Callable, *samples: Array, draws: int = 1000) -> list[list[float]]:
@@ -567,17 +566,15 @@ def movielens(path: str | Path, seed: int = 0) -> Env:
     distances. Histories are the last 20 items a user rated 4 or more, or else best. Half, by `seed`, learn.
     """
     with reading(path, GROUPLENS, *LAYOUTS) as listed:
-        movies = {movie[0]: movie for movie in table(listed, (3, 24), read_movie)}
-        if not movies:
-            raise ValueError("no movies")
-    read = partial(read_rating, {movie: item for item, movie in enumerate(sorted(movies))})
+        movies = {number: movie for number, *movie in table(listed, (3, 24), read_movie)}
+    read = partial(read_rating, {number: item for item, number in enumerate(movies)})
     with reading(listed.parent, GROUPLENS, LAYOUTS[listed.name]) as file:
         log = np.fromiter(table(file, (4,), read), np.dtype("i8, i8, f4, f8"))
         log = log[np.lexsort((log["f3"], log["f0"]))]
         _, first, users = np.unique(log["f0"], return_index=True, return_inverse=True)
         if len(first) < 2:
             raise ValueError("fewer than two users")
-    _, titles, years, tags = zip(*sorted(movies.values()))
+    titles, years, tags = zip(*movies.values())
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(5,)))
     users, items, ratings = rng.permutation(len(first))[users], log["f1"], log["f2"]
     shape = len(first), len(titles)
@@ -637,23 +634,18 @@ def read_matrix(opened: Callable, name: str) -> Array:
     """One matrix of numbers: .npy memory-mapped, a pickle through `ArraysOnly`."""
     with opened(name) as file, file.open("rb") as stream:
         array = np.load(file, "r", allow_pickle=False) if file.suffix == ".npy" else ArraysOnly(stream).load()
-        if getattr(array, "ndim", 0) != 2 or array.dtype.kind not in "iuf" or not array.size:
-            raise ValueError("it does not hold one matrix of numbers")
-        if not np.isfinite(array).all():
-            raise ValueError("not all of its numbers are finite")
+        if getattr(array, "ndim", 0) != 2 or array.dtype.kind not in "iuf" or not np.isfinite(array).all():
+            raise ValueError("it does not hold one matrix of finite numbers")
         return array
 
 
-def read_users(opened: Callable, name: str, titles: Sequence[str]) -> list[tuple[int, Array]]:
-    """(row, history) of each record: the last 20 distinct items among the titles that exist."""
-    index, users = {title: item for item, title in enumerate(titles)}, []
+def read_users(opened: Callable, name: str, names: Sequence[str]) -> list[tuple[int, Array]]:
+    """(row, history) of each record: the last 20 distinct items among the names that exist."""
+    index, users = {title: item for item, title in enumerate(names)}, []
     with opened(name) as file:
-        for record in json.loads(file.read_text("utf-8")):
-            names = map(html.unescape, reversed(record["pos_seq_name"]))
-            items = list(dict.fromkeys(index[name] for name in names if name in index))[:20]
-            users.append((int(record["userid_encoded"]), np.array(items[::-1], int)))
-        if not users:
-            raise ValueError("it holds no users")
+        for record in json.loads(file.read_bytes()):
+            items = dict.fromkeys(index[title] for title in record["pos_seq_name"][::-1] if title in index)
+            users.append((int(record["userid_encoded"]), np.array([*items][19::-1], int)))
     return users
 
 
