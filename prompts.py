@@ -474,14 +474,20 @@ def scripted(replies: dict[str, Sequence[str]]) -> LLM:
 # Endpoints over HTTP, the log of a run and its budget: the only effects outside run.py. What has broken other
 # clients is handled here, each where it happens.
 
-AGAIN = "wait, then run the same command: it resumes"
-MEND = "mend the request (--model, --extra-body), then run the same command: it resumes"
-CURES = {401: "check OPENAI_API_KEY", 402: "top up the account, then run the same command",
-         403: "use a key that may use this model", 404: "check --base-url and --model",
-         "context": "allow the prompt fewer tokens, or the server more (-c, num_ctx, n_ctx)"}
+# Kinds of fault (a status, an exception's class, a word): how often to try again, and what to do after that.
+AGAIN = 99, "wait, then run the same command: it resumes"
+START = 2, "start the server, or check --base-url"
+MEND = 0, "mend the request (--model, --extra-body), then run the same command: it resumes"
+CURES = {"ConnectError": START, "ConnectTimeout": START, "ProxyError": START,
+         "UnicodeError": START,         # of a host that no name can be
+         "LocalProtocolError": MEND, "UnsupportedProtocol": MEND, "refused": MEND, 501: MEND,
+         "TimeoutException": (1, "raise --timeout, now {0.timeout:g} s"),
+         "page": (1, "does --base-url lack its /v1?"),
+         "length": (0, "raise --reply-tokens, or switch reasoning off by --extra-body"),
+         "context": (0, "allow the prompt fewer tokens, or the server more (-c, num_ctx, n_ctx)"),
+         401: (0, "check OPENAI_API_KEY"), 402: (0, "top up the account, then run the same command"),
+         403: (0, "use a key that may use this model"), 404: (0, "check --base-url and --model")}
 BATCH = 64              # texts embedded in one request; servers have limits
-# A kind of fault that a repeat rarely cures is tried again this often, any other `retries` times.
-LIMITS = {"fatal": 0, "page": 1, "slow": 1, "silent": 1, "connect": 2}
 INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
            "temperature": None, "seed": None, "encoding_format": None, "system": "user"}
 REFUSED = re.compile(r"(?i)unsupported|not (support|permit|allow)|unrecognized|unknown|unexpected")
@@ -500,13 +506,11 @@ class BudgetSpent(EndpointError):
 
 
 class Fault(NamedTuple):
-    """A failed attempt, as a value; `reply` stands in for the answer if no repeat mends it."""
-    kind: str
+    """A failed attempt, as a value; a kind that CURES lacks is tried again."""
+    kind: str | int
     reason: str
-    cure: str = AGAIN
     status: int | None = None
-    wait: float | None = None
-    reply: Reply | None = None
+    wait: float | None = None       # seconds, where the server names them
 
 
 class Wire(NamedTuple):
@@ -599,14 +603,9 @@ def attempt(wire: Wire, body: dict, read: Callable) -> Any:
                 raw += part
                 if time.monotonic() > end:
                     raise httpx.ReadTimeout("bytes trickled in until the deadline")
-    except (httpx.LocalProtocolError, httpx.UnsupportedProtocol) as error:
-        return Fault("fatal", f"{type(error).__name__} {error}", MEND)
-    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError, UnicodeError) as error:    # bad names
-        return Fault("connect", str(error), "start the server, or check --base-url")
-    except httpx.TimeoutException:
-        return Fault("slow", f"no answer in {wire.timeout:g} s", "raise --timeout")
-    except httpx.HTTPError as error:
-        return Fault("broken", f"{type(error).__name__} {error}")
+    except (httpx.HTTPError, UnicodeError) as error:
+        kinds = [kind.__name__ for kind in type(error).__mro__]
+        return Fault(next(filter(CURES.get, kinds), kinds[0]), f"{kinds[0]} {error}")
     try:
         data = json.loads(raw)
         if response.status_code < 300 and not data.get("error"):
@@ -632,7 +631,7 @@ def judged(status: int, headers: Any, data: Any, text: str) -> Fault:
     """The Fault in a response that is no answer: what the provider said, and what may be done."""
     error = data.get("error") if isinstance(data, dict) else None
     if status < 300 and not error:
-        return Fault("page", text.strip()[:999] or "an empty body", "does --base-url lack its /v1?", status)
+        return Fault("page", text.strip()[:999] or "an empty body", status)
     error = error or data       # some send it bare
     error = error if isinstance(error, dict) else {"message": error}
     said, code = str(error.get("message") or text), str(error.get("code"))
@@ -640,18 +639,16 @@ def judged(status: int, headers: Any, data: Any, text: str) -> Fault:
     if status < 300:
         status = int(code) if re.fullmatch(r"[45]\d\d", code) else 500
     again = {"true": True, "false": False}.get(
-        headers.get("x-should-retry"), status in (408, 409, 429) or status >= 500 and status != 501)
-    cause = ("context" if status in (400, 413, 422, 500) and OVERFLOW.search(said) else
-             402 if "insufficient_quota" in (code, error.get("type")) else status)
-    if again and cause not in CURES:
-        return Fault("busy", said, AGAIN, status, asked_wait(headers))
-    return Fault("fatal", said, CURES.get(cause, MEND), status)
+        headers.get("x-should-retry"), status in (408, 409, 429) or status >= 500)
+    kind = ("context" if status in (400, 413, 422, 500) and OVERFLOW.search(said) else
+            402 if "insufficient_quota" in (code, error.get("type")) else status)
+    return Fault(kind if again or kind in CURES else "refused", said, status, asked_wait(headers))
 
 
 def healed(wire: Wire, body: dict, fault: Fault) -> bool:
     """Whether the server refused what we can do without: learnt for this client, and said once."""
     said, messages = fault.reason, body.get("messages", [])
-    if fault.status not in (400, 422, 500) or OVERFLOW.search(said):
+    if fault.status not in (400, 422, 500) or fault.kind == "context":
         return False
     names = [n for n in INSTEAD if n in body and n not in wire.extra
              and REFUSED.search(said) and re.search(rf"\b{n}\b", said)]
@@ -689,13 +686,12 @@ def persist(wire: Wire, body: dict, read: Callable) -> Any:
         if healed(wire, ours, got):
             continue
         tried[got.kind] += 1
-        if tried.total() > wire.retries or tried[got.kind] > LIMITS.get(got.kind, wire.retries):
-            if got.reply:
-                return got.reply
+        most, cure = CURES.get(got.kind, AGAIN)
+        if tried[got.kind] > most or tried.total() > wire.retries:
             # Raised outside any `except`: nothing of httpx's hangs on it.
             raise EndpointError(scrubbed(f"{got.status or 'no answer'} from {wire.url}: "
-                                         f"{clean(got.reason, 200)}; {got.cure}", wire.secrets))
-        wire.stats.setdefault("retries", []).append(got.status or got.kind)     # atomic, unlike +=
+                                         f"{clean(got.reason, 200)}; {cure.format(wire)}", wire.secrets))
+        wire.stats.setdefault("retries", []).append(got.kind)       # atomic, unlike +=
         backoff = min(0.5 * 2 ** (tried.total() - 1), 8.0) * random.uniform(0.75, 1.0)
         if wire.sleep(backoff if got.wait is None else got.wait):               # as Event.wait tells a stop
             raise EndpointError("stopped")
@@ -735,9 +731,8 @@ def read_chat(wire: Wire, ask: Ask, data: dict) -> Reply | Fault:
         wire.notice(f"{wire.url} counts {usage.prompt} tokens in a prompt of {sent} characters: it may cut "
                     "prompts silently (Ollama: raise num_ctx)")
     if not text and choice.get("finish_reason") == "length":
-        return Fault("fatal", f"reasoning used up the reply's {ask.max_tokens} tokens",
-                     "raise --reply-tokens, or switch reasoning off by --extra-body", 200)
-    return Reply(text, usage) if text else Fault("silent", "", reply=Reply("", usage))
+        return Fault("length", f"reasoning used up the reply's {ask.max_tokens} tokens", 200)
+    return Reply(text, usage)
 
 
 def openai(base_url: str, model: str, key: str | None = None, **options: Any) -> LLM:
@@ -752,7 +747,9 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
         messages = [{"role": role, "content": content} for role, content in ask.messages]
         body = {"model": model, "messages": messages, "max_tokens": ask.max_tokens,
                 "temperature": ask.temperature, "seed": seed_of(ask.key)}
-        return persist(wire, body, partial(read_chat, wire, ask))
+        put = partial(persist, wire, body, partial(read_chat, wire, ask))
+        reply = put()
+        return reply if reply.text else put()       # some fall silent, but seldom twice
     return answer
 
 
@@ -769,11 +766,11 @@ def read_vectors(count: int, data: dict) -> np.ndarray | Fault:
     """Unit rows in the order of the texts; one of zeros, or not of numbers, is a Fault."""
     found = sorted(data["data"], key=itemgetter("index"))
     if [d["index"] for d in found] != list(range(count)):
-        return Fault("page", f"{len(found)} embeddings for {count} texts", status=200)
+        return Fault("page", f"{len(found)} embeddings for {count} texts", 200)
     matrix = stacked([d["embedding"] for d in found], [])
     norms = np.linalg.norm(matrix, axis=1, keepdims=True)
     if not ((norms > 0) & (norms < np.inf)).all():
-        return Fault("page", "an embedding is zero or not finite", status=200)
+        return Fault("page", "an embedding is zero or not finite", 200)
     return matrix / norms
 
 
