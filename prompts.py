@@ -32,7 +32,6 @@ from operator import index, itemgetter
 from pathlib import Path
 from threading import Lock, get_ident
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
-from urllib.parse import unquote
 from zlib import crc32
 
 import numpy as np
@@ -543,53 +542,42 @@ def checked(name: str, value: str, allowed: str = "[ -~]*") -> str:
                         "from a web page): copy it again")
 
 
-def address(base: str, route: str) -> tuple[str, str, str, str, str]:
-    """Scheme, login, host, path and query of a route's URL, from a base URL in any form people paste.
-
-    >>> address("localhost:8080", "chat/completions")
-    ('http://', '', 'localhost:8080', '/v1/chat/completions', '')
-    """
-    if "://" not in (base := base.strip()):
-        base = f"http{'' if LOOPBACK.match(base) else 's'}://{base}"
-    host = r"(?:[\w.-]+|\[[\da-f:.]+\])(?::(?P<port>\d{1,5}))?"
-    form = rf"(?ai)(?=[!-~]*\Z)(https?://)([^/?#]*@)?({host})(/[^?#@]*)?(\?[^#]*)?(#[^@]*)?"
-    found = re.fullmatch(form, base)
-    if not found or int(found["port"] or 0) > 65535:
-        raise EndpointError("the base URL should look like http://localhost:8080/v1, not like "
-                            + clean(re.sub(r"(?s)^.*@|[?#].*", "", base), 200))
-    scheme, login, host, _, path, query, _ = found.groups("")
-    path = re.sub(r"(/chat/completions|/embeddings)?/*$", "", path) or "/v1"
-    return scheme, login, host, f"{path}/{route}", query
-
-
-def dial(base_url: str, route: str, key: str | None, *, timeout: float = 300.0, headers: dict | None = None,
-         extra: dict | None = None, stats: dict | None = None, **options: Any) -> Wire:
+def dial(base_url: str, route: str, key: str | None, headers: dict[str, str] | None = None,
+         **options: Any) -> Wire:
     """Check what a user can get wrong, then make the clients, one a thread; other options are Wire's."""
     import httpx
-    scheme, login, host, path, query = parts = address(base_url, route)
-    shown = f"{scheme}{host}{path}{query and '?***'}"
-    basic = base64.b64encode((plain := unquote(login[:-1])).encode()).decode()      # as httpx sends it
+    options, base = {"timeout": 300.0, "extra": {}, "stats": {}} | options, base_url.strip()
+    if "://" not in base:
+        base = f"http{'' if LOOPBACK.match(base) else 's'}://{base}"
     sent = {checked("a header's name", name, r"(?a)[\w-]+"): checked("a header", value)
             for name, value in (headers or {}).items()}
     if key := checked("the API key", key or "", "[!-~]*"):      # Azure has a header of its own for it
-        sent |= {"api-key": key} if "api-version" in query else {"Authorization": f"Bearer {key}"}
+        sent |= {"api-key": key} if "api-version" in base else {"Authorization": f"Bearer {key}"}
 
     @cache
     def client(thread: int) -> httpx.Client:        # one for all looks through its connections at every call
         return httpx.Client(headers={"Content-Type": "application/json"} | sent, verify=trusted,
-                            trust_env=not LOOPBACK.match(host), timeout=httpx.Timeout(timeout, connect=10))
+                            trust_env=not LOOPBACK.match(url.netloc.decode()),
+                            timeout=httpx.Timeout(options["timeout"], connect=10))
     try:
-        target = httpx.URL("".join(parts))
+        url = httpx.URL(base)
+        path, mark, query = url.raw_path.decode().partition("?")
+        path = (re.sub(r"(/chat/completions|/embeddings)?/*$", "", path) or "/v1") + f"/{route}"
+        url = url.copy_with(raw_path=(path + mark + query).encode())
         trusted = httpx.create_ssl_context()        # slow to make, so once; honours SSL_CERT_FILE
         client(get_ident())
-    except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
-        trouble = type(error).__name__              # no more: the text may quote a proxy's password
-    else:
-        return Wire(post=lambda body: client(get_ident()).stream("POST", target, content=body), url=shown,
-                    secrets=(login, plain, basic, query, *sent.values()), learnt=set(),
-                    stats={} if stats is None else stats, extra=extra or {}, timeout=timeout, **options)
-    raise EndpointError(f"no client for {shown} ({trouble}): check its host, HTTP_PROXY, ALL_PROXY (socks "
-                        "needs httpx[socks]) and SSL_CERT_FILE")
+        plain = re.fullmatch("(?i)https?://[!-~]+", base) and url.host and "@" not in path
+        fit = plain and (url.port or 0) < 65536
+    except (ImportError, ValueError, OSError, httpx.InvalidURL):
+        fit = False             # no more is said: the error may quote a proxy's password
+    if not fit:
+        shown = clean(re.sub(r"(?s)^.*@|[?#].*", "", base), 200)
+        raise EndpointError(f"no client for {shown}: check the base URL (as http://localhost:8080/v1), HTTP_PROXY, "
+                            "ALL_PROXY (socks needs httpx[socks]) and SSL_CERT_FILE")
+    login = f"{url.username}:{url.password}"
+    secrets = login, base64.b64encode(login.encode()).decode(), query, *sent.values()       # as httpx sends it
+    return Wire(post=lambda body: client(get_ident()).stream("POST", url, content=body), secrets=secrets,
+                url=f"{url.scheme}://{url.netloc.decode()}{path}", learnt=set(), **options)
 
 
 def attempt(wire: Wire, body: dict, read: Callable) -> Any:
@@ -736,7 +724,7 @@ def read_chat(wire: Wire, ask: Ask, data: dict) -> Reply | Fault:
 
 
 def openai(base_url: str, model: str, key: str | None = None, **options: Any) -> LLM:
-    """A model behind any OpenAI-compatible endpoint; the options and their defaults are dial's.
+    """A model behind any OpenAI-compatible endpoint; the options are dial's and Wire's.
 
     The seed is a hint: under load servers vary even so, and only a recorded log repeats a run. `stop` is never
     sent: parsers cut the reply on our side.
