@@ -486,7 +486,6 @@ CURES = {"ConnectError": START, "ConnectTimeout": START, "ProxyError": START,
          "context": (0, "allow the prompt fewer tokens, or the server more (-c, num_ctx, n_ctx)"),
          401: (0, "check OPENAI_API_KEY"), 402: (0, "top up the account, then run the same command"),
          403: (0, "use a key that may use this model"), 404: (0, "check --base-url and --model")}
-BATCH = 64              # texts embedded in one request; servers have limits
 INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
            "temperature": None, "seed": None, "encoding_format": None, "system": "user"}
 REFUSED = re.compile(r"(?i)unsupported|not (support|permit|allow)|unrecognized|unknown|unexpected")
@@ -572,8 +571,8 @@ def dial(base_url: str, route: str, key: str | None, headers: dict[str, str] | N
         fit = False             # no more is said: the error may quote a proxy's password
     if not fit:
         shown = clean(re.sub(r"(?s)^.*@|[?#].*", "", base), 200)
-        raise EndpointError(f"no client for {shown}: check the base URL (as http://localhost:8080/v1), HTTP_PROXY, "
-                            "ALL_PROXY (socks needs httpx[socks]) and SSL_CERT_FILE")
+        raise EndpointError(f"no client for {shown}: check the base URL (as http://localhost:8080/v1), "
+                            "HTTP_PROXY, ALL_PROXY (socks needs httpx[socks]) and SSL_CERT_FILE")
     login = f"{url.username}:{url.password}"
     secrets = login, base64.b64encode(login.encode()).decode(), query, *sent.values()       # as httpx sends it
     return Wire(post=lambda body: client(get_ident()).stream("POST", url, content=body), secrets=secrets,
@@ -741,37 +740,24 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
     return answer
 
 
-def stacked(rows: list, size: list) -> np.ndarray:
-    """Vectors as float32 rows; `size` remembers the first one's, for other models never mix in."""
-    size += [len(row) for row in rows[:1] if not size]
-    if sizes := {len(row) for row in rows} - set(size):
-        raise EndpointError(f"embeddings of sizes {size[0]} and {min(sizes)} do not mix: keep to the model "
-                            "this run began with, or use another --out")
-    return np.array(rows, np.float32).reshape(len(rows), *size)
-
-
 def read_vectors(count: int, data: dict) -> np.ndarray | Fault:
     """Unit rows in the order of the texts; one of zeros, or not of numbers, is a Fault."""
     found = sorted(data["data"], key=itemgetter("index"))
-    if [d["index"] for d in found] != list(range(count)):
-        return Fault("page", f"{len(found)} embeddings for {count} texts", 200)
-    matrix = stacked([d["embedding"] for d in found], [])
+    matrix = np.array([d["embedding"] for d in found], np.float32)
     norms = np.linalg.norm(matrix, axis=1, keepdims=True)
-    if not ((norms > 0) & (norms < np.inf)).all():
-        return Fault("page", "an embedding is zero or not finite", 200)
-    return matrix / norms
+    if [d["index"] for d in found] == list(range(count)) and ((norms > 0) & (norms < np.inf)).all():
+        return matrix / norms
+    return Fault("page", f"{len(found)} embeddings for {count} texts, or one that is zero or not finite", 200)
 
 
-def embeddings(base_url: str, model: str, key: str | None = None, *, batch: int = BATCH,
-               **options: Any) -> Embed:
-    """Unit vectors from an endpoint, `batch` texts a request; the other options are dial's."""
-    wire, size = dial(base_url, "embeddings", key, **options), []
+def embeddings(base_url: str, model: str, key: str | None = None, **options: Any) -> Embed:
+    """Unit vectors from an endpoint, in one request: `recorded_embed` makes batches. The options are dial's."""
+    wire = dial(base_url, "embeddings", key, **options)
 
-    def part(texts: Sequence[str]) -> np.ndarray:
+    def answer(texts: Sequence[str]) -> np.ndarray:
         body = {"model": model, "input": [t or " " for t in texts], "encoding_format": "float"}
         return persist(wire, body, partial(read_vectors, len(texts)))
-    return lambda texts: stacked([row for start in range(0, len(texts), batch)
-                                  for row in part(texts[start:start + batch])], size)
+    return answer
 
 
 class Log(NamedTuple):
@@ -837,8 +823,7 @@ def replies(log: Log, asks: Sequence[Ask], live: Callable[[list[Ask]], Iterable[
         ask = next(iter(missing.values()))
         raise EndpointError(f"the log has no answer for {ask.role} {list(ask.key)}: run without --replay, or "
                             "with the flags it was recorded with")
-    answers = live(list(missing.values())) if missing else ()
-    for (name, ask), reply in zip(missing.items(), answers, strict=True):
+    for (name, ask), reply in zip(missing.items(), live([*missing.values()]), strict=True):
         line = json.dumps({"ask": name, "role": ask.role, "key": ask.key, **reply._asdict()})
         with log.lock:
             if name not in log.known:       # of two threads the quicker's reply counts
@@ -852,23 +837,29 @@ def recorded(llm: LLM, log: Log) -> LLM:
     return lambda ask: replies(log, [ask], partial(map, llm))[0]
 
 
-def recorded_embed(embed: Embed, log: Log, batch: int = BATCH) -> Embed:
+def stacked(rows: Iterable[np.ndarray], size: list[int]) -> np.ndarray:
+    """Vectors as float32 rows; `size` remembers the first one's, for other models never mix in."""
+    rows = list(rows)
+    size += [len(row) for row in rows[:1] if not size]
+    if sizes := {len(row) for row in rows} - set(size):
+        raise EndpointError(f"embeddings of sizes {size[0]} and {min(sizes)} do not mix: keep to the model "
+                            "this run began with, or use another --out")
+    return np.array(rows, np.float32).reshape(len(rows), *size)
+
+
+def recorded_embed(embed: Embed, log: Log, batch: int = 64) -> Embed:
     """The same embedding, each text put to it once, a batch at a time, and its row logged to the bit."""
-    size = []
+    size: list[int] = []
 
     def live(asks: list[Ask]) -> Iterator[Reply]:
-        texts = [text for ask in asks for _, text in ask.messages]
-        for start in range(0, len(texts), batch):
-            for row in stacked(list(embed(texts[start:start + batch])), size):
-                yield Reply(base64.b64encode(row.tobytes()).decode())
+        for start in range(0, len(asks), batch):        # servers have limits
+            texts = [ask.messages[0][1] for ask in asks[start:start + batch]]
+            for row in stacked(embed(texts), size):
+                yield Reply(base64.b64encode(row).decode())
 
     def answer(texts: Sequence[str]) -> np.ndarray:
-        found = replies(log, [Ask("embed", (), (("text", t),)) for t in texts], live)
-        with suppress(ValueError):
-            rows = stacked([np.frombuffer(base64.b64decode(reply.text), np.float32) for reply in found], size)
-            if np.isfinite(rows).all():
-                return rows
-        raise EndpointError("the log of calls holds a damaged embedding: delete it, or use another --out")
+        found = replies(log, [Ask("embed", (), (("text", text),)) for text in texts], live)
+        return stacked((np.frombuffer(base64.b64decode(reply.text), np.float32) for reply in found), size)
     return answer
 
 
