@@ -796,23 +796,17 @@ def open_log(path: str | Path, model_id: Any, *, replay: bool = False, notice: C
     return Log(model_id, known, file, Lock())
 
 
-def locked(file: Any, patience: float = 2.0) -> bool:
-    """Whether no other process writes this file; from now on none may (where the system can tell).
-
-    A run that was stopped may need a second to record the answers on their way.
-    """
-    end = time.monotonic() + patience
-    while True:
+def locked(file: Any) -> bool:
+    """Whether no other process writes this file; from now on none may (where the system can tell)."""
+    for _ in range(100):        # a run that was stopped may need a second to record the answers on their way
         try:
             import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
+            return not fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() > end:
-                return False
             time.sleep(0.02)
         except (ImportError, OSError):      # no locks on this system, or on this disk
             return True
+    return False
 
 
 def replies(log: Log, asks: Sequence[Ask], live: Callable[[list[Ask]], Iterable[Reply]]) -> list[Reply]:
