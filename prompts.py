@@ -488,9 +488,8 @@ CURES = {"ConnectError": START, "ConnectTimeout": START, "ProxyError": START,
          403: (0, "use a key that may use this model"), 404: (0, "check --base-url and --model")}
 INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
            "temperature": None, "seed": None, "encoding_format": None, "system": "user"}
-REFUSED = re.compile(r"(?i)unsupported|not (support|permit|allow)|unrecognized|unknown|unexpected")
-NO_SYSTEM = re.compile(r"(?i)(system|developer) (role|message|prompt|instruction)s?.{0,40}(not|n't)"
-                       r"|not support '(system|developer)'|roles must alternate")
+REFUSED = re.compile(r"(?i)(not|n't) (support|permit|allow|enable)|unsupported|un(recognized|known|expected)"
+                     r"|roles must alternate")
 OVERFLOW = re.compile(r"(?i)context.{0,20}(length|size|window|limit)|prompt is too long")
 LOOPBACK = re.compile(r"(localhost|[\w-]+\.localhost|127\.[\d.]+|0\.0\.0\.0|\[::1?\])([:/?]|$)")
 
@@ -504,7 +503,7 @@ class BudgetSpent(EndpointError):
 
 
 class Fault(NamedTuple):
-    """A failed attempt, as a value; a kind that CURES lacks is tried again."""
+    """A failed attempt, as a value. Its kind is one of CURES or INSTEAD, or else AGAIN is its cure."""
     kind: str | int
     reason: str
     status: int | None = None
@@ -579,12 +578,13 @@ def dial(base_url: str, route: str, key: str | None, headers: dict[str, str] | N
                 url=f"{url.scheme}://{url.netloc.decode()}{path}", learnt=set(), **options)
 
 
-def attempt(wire: Wire, body: dict, read: Callable) -> Any:
+def attempt(wire: Wire, ours: dict, read: Callable) -> Any:
     """One request: what `read` makes of the answer, or a Fault (httpx's errors may quote headers)."""
     import httpx
     end, raw = time.monotonic() + wire.timeout, b""     # blank lines to keep alive reset httpx's own clock
     try:
-        with wire.post(json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")) as response:
+        text = json.dumps(ours | wire.extra, ensure_ascii=False)
+        with wire.post(text.encode("utf-8", "replace")) as response:
             response.request.extensions["timeout"]["read"] = max(end - time.monotonic(), 0.001)
             for part in response.iter_bytes():
                 raw += part
@@ -599,7 +599,7 @@ def attempt(wire: Wire, body: dict, read: Callable) -> Any:
             return read(data)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
         data = None  # not JSON, or not in the shape of an answer
-    return judged(response.status_code, response.headers, data, raw.decode("utf-8", "replace"))
+    return judged(ours, response.status_code, response.headers, data, raw.decode("utf-8", "replace"))
 
 
 def asked_wait(headers: Any) -> float | None:
@@ -614,8 +614,8 @@ def asked_wait(headers: Any) -> float | None:
     return None
 
 
-def judged(status: int, headers: Any, data: Any, text: str) -> Fault:
-    """The Fault in a response that is no answer: what the provider said, and what may be done."""
+def judged(ours: dict, status: int, headers: Any, data: Any, text: str) -> Fault:
+    """The Fault in a response that is no answer: what the provider said, and what of ours it may be about."""
     error = data.get("error") if isinstance(data, dict) else None
     if status < 300 and not error:
         return Fault("page", text.strip()[:999] or "an empty body", status)
@@ -627,25 +627,25 @@ def judged(status: int, headers: Any, data: Any, text: str) -> Fault:
         status = int(code) if re.fullmatch(r"[45]\d\d", code) else 500
     again = {"true": True, "false": False}.get(
         headers.get("x-should-retry"), status in (408, 409, 429) or status >= 500)
-    kind = ("context" if status in (400, 413, 422, 500) and OVERFLOW.search(said) else
-            402 if "insufficient_quota" in (code, error.get("type")) else status)
-    return Fault(kind if again or kind in CURES else "refused", said, status, asked_wait(headers))
+    kind = 402 if "insufficient_quota" in (code, error.get("type")) else status
+    kind = kind if again or kind in CURES else "refused"
+    if status in (400, 413, 422, 500):
+        held = {*ours, *(message["role"] for message in ours.get("messages", ()))}
+        named = re.sub("(?i)developer|roles", "system", said) if REFUSED.search(said) else ""
+        spare = (name for name in INSTEAD if name in held and re.search(rf"(?i)\b{name}\b", named))
+        kind = "context" if OVERFLOW.search(said) else next(spare, kind)
+    return Fault(kind, said, status, asked_wait(headers))
 
 
-def healed(wire: Wire, body: dict, fault: Fault) -> bool:
-    """Whether the server refused what we can do without: learnt for this client, and said once."""
-    said, messages = fault.reason, body.get("messages", [])
-    if fault.status not in (400, 422, 500) or fault.kind == "context":
-        return False
-    names = [n for n in INSTEAD if n in body and n not in wire.extra
-             and REFUSED.search(said) and re.search(rf"\b{n}\b", said)]
-    if NO_SYSTEM.search(said) and "messages" not in wire.extra and folded(messages) != messages:
-        names = ["system"]
-    if names and (name := names[0]) not in wire.learnt:
-        wire.learnt.add(name)
-        wire.notice(f"{wire.url} refuses {name}: {INSTEAD[name] or 'nothing'} is sent instead"
-                    + " (the paper: 0.5)" * (name == "temperature"))
-    return bool(names)
+def accepted(wire: Wire, body: dict) -> dict:
+    """What of a body this server takes and the user's own fields do not replace."""
+    ours = {}
+    for name, value in body.items():
+        while name in wire.learnt:
+            name = INSTEAD[name]
+        if name and name not in wire.extra:
+            ours[name] = folded(value) if name == "messages" and "system" in wire.learnt else value
+    return ours
 
 
 def folded(messages: list[dict]) -> list[dict]:
@@ -655,22 +655,15 @@ def folded(messages: list[dict]) -> list[dict]:
             for role, turn in groupby(said, key=itemgetter(0))]
 
 
-def accepted(wire: Wire, body: dict) -> dict:
-    """A body in the form this server takes, with the user's own fields on top."""
-    sent = {}
-    for name, value in body.items():
-        while name in wire.learnt:
-            name = INSTEAD[name]
-        if name:
-            sent[name] = folded(value) if name == "messages" and "system" in wire.learnt else value
-    return sent | wire.extra
-
-
 def persist(wire: Wire, body: dict, read: Callable) -> Any:
     """Post until `read` makes something of the answer; a fault is a value until it is the last."""
     tried = Counter()
-    while isinstance(got := attempt(wire, ours := accepted(wire, body), read), Fault):
-        if healed(wire, ours, got):
+    while isinstance(got := attempt(wire, accepted(wire, body), read), Fault):
+        if got.kind in INSTEAD:
+            if got.kind not in wire.learnt:
+                wire.learnt.add(got.kind)
+                wire.notice(f"{wire.url} refuses {got.kind}: {INSTEAD[got.kind] or 'nothing'} is sent instead"
+                            + " (the paper: 0.5)" * (got.kind == "temperature"))
             continue
         tried[got.kind] += 1
         most, cure = CURES.get(got.kind, AGAIN)
