@@ -193,10 +193,10 @@ def bounded(session: str, limit: int) -> str:
     """The session's newest turns or lines, at most `limit` characters, so that no context overflows."""
     if len(session) <= limit:
         return session
-    half = max(limit // 2, 1)       # cut by half a limit at a time, most prompts extend the one before
-    end = session.find("\nObservation", -(-(len(session) - limit) // half) * half)
-    whole = session[session.find("\n", end + 1) + 1:] if end >= 0 else ""
-    return whole or session[session.find("\n", len(session) - limit) + 1:]      # a turn too long: cut at a line
+    half = limit // 2               # cut by half a limit at a time, most prompts extend the one before
+    cut = -(-(len(session) - limit) // half) * half
+    whole = session[cut:].partition("\nObservation")[2].partition("\n")[2]
+    return whole or session[-limit:].partition("\n")[2]         # a turn too long: cut at a line
 
 
 def turn(n: int, thought: str, line: str, reward: float, left: bool, last: bool) -> str:
@@ -349,8 +349,7 @@ def parse_critic(text: str) -> float | Malformed:
     (7.5, 0.5)
     """
     number, line = r"(-?\d{0,6}\.?\d{1,6})", said("Value", text)
-    match = (re.search(rf"(?i)value[^\d\n.-]*{number}", line) or re.search(number, line)
-             or re.search(number, text))
+    match = re.search(rf"(?i)value[^\d\n.-]*{number}", line) or re.search(number, f"{line}\n{text}")
     return float(match[1]) if match else Malformed("the reply held no number")
 
 
@@ -372,6 +371,7 @@ VALUES = re.compile(r"\n- (-?[\d.]+) after ")
 APART = re.compile(r"\b([1-9]\d?) steps apart")
 AVOID = re.compile(r"Avoid (.*?)\.")
 PLAN = re.compile(r"Next: (.*?)\. Keep away from: (.*?)\.")
+PARTS = re.compile("\n\nSession so far:|\n(?:Lessons from sessions|Category analysis|Values of situations)")
 
 
 def pick(options: Sequence, text: str, seed: int) -> Any:
@@ -381,8 +381,7 @@ def pick(options: Sequence, text: str, seed: int) -> Any:
 
 def offline_planner(text: str, seed: int) -> str:
     """A liked category, away from the last items and from what the lessons warn of."""
-    history, _, rest = text.partition("\n\nSession so far:")
-    session, _, lessons = rest.partition("\nLessons from sessions")
+    history, session, lessons = PARTS.split(text)
     liked = [c for _, found in LIKED.findall(history) for c in line_tags(found)]
     shown = [line_tags(found) for _, found in ACTIONS.findall(session)]
     apart = max(map(int, APART.findall(lessons)), default=3)
@@ -399,8 +398,7 @@ def offline_planner(text: str, seed: int) -> str:
 
 def offline_actor(text: str, seed: int) -> str:
     """The encouraged item that fits the plan best, or else categories and something liked."""
-    history, _, rest = text.partition("\n\nSession so far:")
-    session, _, tail = rest.partition("\nCategory analysis")
+    history, session, tail = PARTS.split(text)
     liked, shown = LIKED.findall(history), ACTIONS.findall(session)
     plan = PLAN.search(session, max(session.rfind("Thought"), 0))
     target, away = (plan[1], set(line_tags(plan[2]))) if plan else ("", set())
@@ -423,22 +421,24 @@ def offline_actor(text: str, seed: int) -> str:
 
 def offline_critic(text: str, seed: int) -> str:
     """The mean of the recalled values; with none, the middle of the scale."""
-    values = [float(v) for v in VALUES.findall(text.partition("\nValues of situations")[2])]
+    values = [float(v) for v in VALUES.findall(PARTS.split(text)[-1])]
     top = float(re.search(r"at most ([\d.]+)\.", text)[1])
     return f"Value: {sum(values) / len(values) if values else top / 2:.2f}"
 
 
 def offline_reflector(text: str, seed: int) -> str:
     """Reads off the transcript why the user left: like items too close, or a disappointment."""
-    history, _, session = text.partition("\n\nSession so far:")
+    history, session = PARTS.split(text)
     liked = Counter(c for _, found in LIKED.findall(history) for c in line_tags(found))
-    shown = [(title, set(line_tags(found))) for title, found in ACTIONS.findall(session)]
+    shown = ACTIONS.findall(session)
+    tags = [set(line_tags(found)) for _, found in shown]
     warned = {c for found in AVOID.findall(session) for c in line_tags(found)}
-    gaps = [min((n - m for m in range(max(n - 8, 0), n) if alike(shown[n][1], shown[m][1])), default=9)
-            for n in range(len(shown))]     # from each item back to its nearest like
+    gaps = [min((n - m for m in range(max(n - 8, 0), n)
+                 if 4 * len(own & tags[m]) ** 2 >= len(own) * len(tags[m]) > 0), default=9)
+            for n, own in enumerate(tags)]      # back to the nearest like, which shares about as much as it lacks
     borne = min(gaps[:-1], default=9)       # like items this close have done no harm
     apart = min(max(map(int, APART.findall(session)), default=3), borne)
-    title, last = (shown or [("it", set())])[-1]
+    title, last = (shown or [("it", "")])[-1]
     if "the user left" not in session:
         why = f"The user stayed for all {len(shown)} steps"
     elif gaps and gaps[-1] < borne:
@@ -446,15 +446,10 @@ def offline_reflector(text: str, seed: int) -> str:
         apart = max(apart, gaps[-1] + 1)
     else:
         why = f"The user left because {title} disappointed"
-        warned |= last - set(liked)
+        warned |= set(line_tags(last)) - set(liked)
     fans = ", ".join(c for c, _ in liked.most_common(3))
     avoid = f" Avoid {', '.join(sorted(warned))}." if warned else ""
     return f"Reflection: {why}. Keep like items {apart} steps apart for those who like {fans}.{avoid}"
-
-
-def alike(a: set[str], b: set[str]) -> bool:
-    """Whether two sets of categories share about as much as they differ."""
-    return len(a & b) ** 2 >= 0.25 * len(a) * len(b) > 0
 
 
 READERS = {"planner": offline_planner, "actor": offline_actor,
@@ -477,11 +472,9 @@ def scripted(replies: dict[str, Sequence[str]]) -> LLM:
 AGAIN = 99, "wait, then run the same command: it resumes"
 START = 2, "start the server, or check --base-url"
 MEND = 0, "mend the request (--model, --extra-body), then run the same command: it resumes"
-CURES = {"ConnectError": START, "ConnectTimeout": START, "ProxyError": START,
-         "UnicodeError": START,         # of a host that no name can be
-         "LocalProtocolError": MEND, "UnsupportedProtocol": MEND, "refused": MEND, 501: MEND,
+CURES = {"ConnectError": START, "ConnectTimeout": START, "ProxyError": START, "UnicodeError": START,
+         "LocalProtocolError": MEND, "refused": MEND, 501: MEND, "page": (1, "does --base-url lack its /v1?"),
          "TimeoutException": (1, "raise --timeout, now {0.timeout:g} s"),
-         "page": (1, "does --base-url lack its /v1?"),
          "length": (0, "raise --reply-tokens, or switch reasoning off by --extra-body"),
          "context": (0, "allow the prompt fewer tokens, or the server more (-c, num_ctx, n_ctx)"),
          401: (0, "check OPENAI_API_KEY"), 402: (0, "top up the account, then run the same command"),
@@ -532,14 +525,6 @@ def scrubbed(text: str, secrets: Sequence[str]) -> str:
     return re.sub("\0+", "***", "".join("\0" if i in hits else c for i, c in enumerate(text)))
 
 
-def checked(name: str, value: str, allowed: str = "[ -~]*") -> str:
-    """A header's value, stripped; refused unseen where httpx would raise with it in the text."""
-    if re.fullmatch(allowed, value := value.strip()):
-        return value
-    raise EndpointError(f"{name} holds a space, a control character or one outside ASCII (often a curly quote "
-                        "from a web page): copy it again")
-
-
 def dial(base_url: str, route: str, key: str | None, headers: dict[str, str] | None = None,
          **options: Any) -> Wire:
     """Check what a user can get wrong, then make the clients, one a thread; other options are Wire's."""
@@ -547,10 +532,12 @@ def dial(base_url: str, route: str, key: str | None, headers: dict[str, str] | N
     options, base = {"timeout": 300.0, "extra": {}, "stats": {}} | options, base_url.strip()
     if "://" not in base:
         base = f"http{'' if LOOPBACK.match(base) else 's'}://{base}"
-    sent = {checked("a header's name", name, r"(?a)[\w-]+"): checked("a header", value)
-            for name, value in (headers or {}).items()}
-    if key := checked("the API key", key or "", "[!-~]*"):      # Azure has a header of its own for it
+    sent = {name.strip(): value.strip() for name, value in (headers or {}).items()}
+    if key := (key or "").strip():              # Azure has a header of its own for it
         sent |= {"api-key": key} if "api-version" in base else {"Authorization": f"Bearer {key}"}
+    if " " in key or not all(re.fullmatch(r"(?a)[\w-]+\n[ -~]*", "\n".join(item)) for item in sent.items()):
+        raise EndpointError("the API key or a header holds what it may not: a space, a control character, one "
+                            "outside ASCII (often a curly quote from a web page); copy it again")
 
     @cache
     def client(thread: int) -> httpx.Client:        # one for all looks through its connections at every call
@@ -644,15 +631,12 @@ def accepted(wire: Wire, body: dict) -> dict:
         while name in wire.learnt:
             name = INSTEAD[name]
         if name and name not in wire.extra:
-            ours[name] = folded(value) if name == "messages" and "system" in wire.learnt else value
+            ours[name] = value
+    if "system" in wire.learnt and "messages" in ours:      # its text in the user's mouth; roles alternate
+        turns = groupby(ours["messages"], key=lambda message: message["role"].replace("system", "user"))
+        ours["messages"] = [{"role": role, "content": "\n\n".join(message["content"] for message in turn)}
+                            for role, turn in turns]
     return ours
-
-
-def folded(messages: list[dict]) -> list[dict]:
-    """The same text with the system's in the user's mouth and roles that alternate."""
-    said = [(m["role"].replace("system", "user"), m["content"]) for m in messages]
-    return [{"role": role, "content": "\n\n".join(content for _, content in turn)}
-            for role, turn in groupby(said, key=itemgetter(0))]
 
 
 def persist(wire: Wire, body: dict, read: Callable) -> Any:
@@ -688,17 +672,12 @@ def spoken(text: str) -> str:
     return re.split(r"(?i)<think(?:ing)?>", text)[0].strip()
 
 
-def counted(usage: Any) -> Usage:
-    """Token counts; what is absent, null or not a count is None, never 0."""
-    usage = usage if isinstance(usage, dict) else {}
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-    counts = usage.get("prompt_tokens"), cached, usage.get("completion_tokens")
-    return Usage(*(n if type(n) is int else None for n in counts))
-
-
 def read_chat(wire: Wire, ask: Ask, data: dict) -> Reply | Fault:
-    """The first choice's text without its thinking; an empty one is a Fault that says why."""
-    choice, usage = data["choices"][0], counted(data.get("usage"))
+    """The first choice's text without its thinking, or a Fault; counts that are not told are None, not 0."""
+    choice, used = data["choices"][0], data.get("usage") or {}
+    counts = (used.get("prompt_tokens"), (used.get("prompt_tokens_details") or {}).get("cached_tokens"),
+              used.get("completion_tokens"))
+    usage = Usage(*(count if type(count) is int else None for count in counts))
     content = choice["message"].get("content") or ""
     if isinstance(content, list):
         content = "".join(p["text"] for p in content if p.get("type") == "text")
