@@ -435,7 +435,7 @@ def offline_reflector(text: str, seed: int) -> str:
     warned = {c for found in AVOID.findall(session) for c in line_tags(found)}
     gaps = [min((n - m for m in range(max(n - 8, 0), n)
                  if 4 * len(own & tags[m]) ** 2 >= len(own) * len(tags[m]) > 0), default=9)
-            for n, own in enumerate(tags)]      # back to the nearest like, which shares about as much as it lacks
+            for n, own in enumerate(tags)]      # back to the nearest like: it shares as much as it lacks
     borne = min(gaps[:-1], default=9)       # like items this close have done no harm
     apart = min(max(map(int, APART.findall(session)), default=3), borne)
     title, last = (shown or [("it", "")])[-1]
@@ -538,12 +538,9 @@ def dial(base_url: str, route: str, key: str | None, headers: dict[str, str] | N
     if " " in key or not all(re.fullmatch(r"(?a)[\w-]+\n[ -~]*", "\n".join(item)) for item in sent.items()):
         raise EndpointError("the API key or a header holds what it may not: a space, a control character, one "
                             "outside ASCII (often a curly quote from a web page); copy it again")
-
-    @cache
-    def client(thread: int) -> httpx.Client:        # one for all looks through its connections at every call
-        return httpx.Client(headers={"Content-Type": "application/json"} | sent, verify=trusted,
-                            trust_env=not LOOPBACK.match(url.netloc.decode()),
-                            timeout=httpx.Timeout(options["timeout"], connect=10))
+    client = cache(lambda thread: httpx.Client(     # one for all looks through its connections at every call
+        headers={"Content-Type": "application/json"} | sent, trust_env=not LOOPBACK.match(url.netloc.decode()),
+        verify=trusted, timeout=httpx.Timeout(options["timeout"], connect=10)))
     try:
         url = httpx.URL(base)
         path, mark, query = url.raw_path.decode().partition("?")
@@ -582,10 +579,10 @@ def attempt(wire: Wire, ours: dict, read: Callable) -> Any:
         return Fault(next(filter(CURES.get, kinds), kinds[0]), f"{kinds[0]} {error}")
     try:
         data = json.loads(raw)
-        if response.status_code < 300 and not data.get("error"):
+        if not data.get("error") and response.status_code < 300:
             return read(data)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
-        data = None  # not JSON, or not in the shape of an answer
+        data = {}       # not JSON, or not in the shape of an answer
     return judged(ours, response.status_code, response.headers, data, raw.decode("utf-8", "replace"))
 
 
@@ -601,12 +598,11 @@ def asked_wait(headers: Any) -> float | None:
     return None
 
 
-def judged(ours: dict, status: int, headers: Any, data: Any, text: str) -> Fault:
+def judged(ours: dict, status: int, headers: Any, data: dict, text: str) -> Fault:
     """The Fault in a response that is no answer: what the provider said, and what of ours it may be about."""
-    error = data.get("error") if isinstance(data, dict) else None
+    error = data.get("error") or data       # some send it bare
     if status < 300 and not error:
         return Fault("page", text.strip()[:999] or "an empty body", status)
-    error = error or data       # some send it bare
     error = error if isinstance(error, dict) else {"message": error}
     said, code = str(error.get("message") or text), str(error.get("code"))
     said += f" [{error['param']}: {code}]" if error.get("param") else ""
@@ -662,16 +658,6 @@ def persist(wire: Wire, body: dict, read: Callable) -> Any:
     return got
 
 
-def spoken(text: str) -> str:
-    """What a reply says once its thinking is taken out, whichever of the two tags is missing.
-
-    >>> spoken("<think>hm</think>A"), spoken("hm</think>A"), spoken("A<think>hm")
-    ('A', 'A', 'A')
-    """
-    text = re.split(r"(?i)</think(?:ing)?>", text)[-1]
-    return re.split(r"(?i)<think(?:ing)?>", text)[0].strip()
-
-
 def read_chat(wire: Wire, ask: Ask, data: dict) -> Reply | Fault:
     """The first choice's text without its thinking, or a Fault; counts that are not told are None, not 0."""
     choice, used = data["choices"][0], data.get("usage") or {}
@@ -681,7 +667,9 @@ def read_chat(wire: Wire, ask: Ask, data: dict) -> Reply | Fault:
     content = choice["message"].get("content") or ""
     if isinstance(content, list):
         content = "".join(p["text"] for p in content if p.get("type") == "text")
-    text = spoken(content).encode("utf-8", "replace").decode()      # half an emoji is no text
+    said = re.split("(?i)</think(?:ing)?>", content)[-1]            # either of the two tags may be missing
+    said = re.split("(?i)<think(?:ing)?>", said)[0].strip()
+    text = said.encode("utf-8", "replace").decode()                 # half an emoji is no text
     if mark := data.get("system_fingerprint"):
         wire.stats["system_fingerprint"] = scrubbed(str(mark), wire.secrets)[:200]
     sent = sum(len(said) for _, said in ask.messages)
@@ -803,29 +791,26 @@ def recorded(llm: LLM, log: Log) -> LLM:
     return lambda ask: replies(log, [ask], partial(map, llm))[0]
 
 
-def stacked(rows: Iterable[np.ndarray], size: list[int]) -> np.ndarray:
-    """Vectors as float32 rows; `size` remembers the first one's, for other models never mix in."""
-    rows = list(rows)
-    size += [len(row) for row in rows[:1] if not size]
-    if sizes := {len(row) for row in rows} - set(size):
-        raise EndpointError(f"embeddings of sizes {size[0]} and {min(sizes)} do not mix: keep to the model "
-                            "this run began with, or use another --out")
-    return np.array(rows, np.float32).reshape(len(rows), *size)
-
-
 def recorded_embed(embed: Embed, log: Log, batch: int = 64) -> Embed:
     """The same embedding, each text put to it once, a batch at a time, and its row logged to the bit."""
-    size: list[int] = []
+    sizes: set[int] = set()             # of all rows so far, one at most: other models never mix in
+
+    def stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
+        if len(both := sizes.union(map(len, rows))) > 1:
+            raise EndpointError(f"embeddings of sizes {min(both)} and {max(both)} do not mix: keep to the model "
+                                "this run began with, or use another --out")
+        sizes.update(both)
+        return np.array(rows, np.float32).reshape(len(rows), *both)
 
     def live(asks: list[Ask]) -> Iterator[Reply]:
         for start in range(0, len(asks), batch):        # servers have limits
             texts = [ask.messages[0][1] for ask in asks[start:start + batch]]
-            for row in stacked(embed(texts), size):
+            for row in stacked(embed(texts)):
                 yield Reply(base64.b64encode(row).decode())
 
     def answer(texts: Sequence[str]) -> np.ndarray:
         found = replies(log, [Ask("embed", (), (("text", text),)) for text in texts], live)
-        return stacked((np.frombuffer(base64.b64decode(reply.text), np.float32) for reply in found), size)
+        return stacked([np.frombuffer(base64.b64decode(reply.text), np.float32) for reply in found])
     return answer
 
 
