@@ -223,9 +223,6 @@ def bullets(lines: Sequence[str]) -> str:
     return "\n".join(f"- {clean(line, SPOKEN)}" for line in lines) or "- none yet"
 
 
-LABELLED = re.compile(r"(?i)[\s*#>_-]*(thought|action|observation|value|reflection)\b[\s*\d]*:[\s*]*")
-
-
 def said(label: str, text: str) -> str:
     """What a reply says behind its first `label`, as "**Thought 3:** ...", or in a line without any.
 
@@ -234,7 +231,8 @@ def said(label: str, text: str) -> str:
     >>> said("Thought", "Thought 3: a comedy\\nAction 3: recommend Up"), said("Thought", "Action: x")
     ('a comedy', '')
     """
-    lines = [(LABELLED.match(line), line) for line in text.splitlines()]
+    labelled = r"(?i)[\s*#>_-]*(thought|action|observation|value|reflection)\b[\s*\d]*:[\s*]*"
+    lines = [(re.match(labelled, line), line) for line in text.splitlines()]
     named = (line[head.end():] for head, line in lines if head and head[1].lower() == label.lower())
     plain = (line for head, line in lines if not head)
     return next(filter(None, (clean(line.strip(" *"), SPOKEN) for line in (*named, *plain))), "")
@@ -254,18 +252,16 @@ def insist(llm: LLM, ask: Ask, parse: Callable, retries: int) -> tuple[Any, int]
 
 # ------------------------------------------------------------------------- planner and reflector
 
-PLANNER = """
+
+def render_planner(n: int, lessons: Sequence[str]) -> str:
+    """The planner's question at step n (from 1), given the recalled reflections."""
+    return f"""
 Lessons from sessions with other users:
-{lessons}
+{bullets(lessons)}
 
 Plan step {n} with the whole session in view: which category next, what to keep away from, and why.
 Reply with one line:
 Thought {n}: """
-
-
-def render_planner(n: int, lessons: Sequence[str]) -> str:
-    """The planner's question at step n (from 1), given the recalled reflections."""
-    return PLANNER.format(lessons=bullets(lessons), n=n)
 
 
 def parse_planner(text: str) -> str | Malformed:
@@ -273,16 +269,13 @@ def parse_planner(text: str) -> str | Malformed:
     return said("Thought", text) or Malformed("the reply held no line 'Thought: ...'")
 
 
-REFLECTOR = """
+def render_reflector() -> str:
+    """The reflector's question after a session."""
+    return """
 The session is over. In one line, say why it ended and one principle for the next user like this one:
 how far apart alike items must be, which categories to avoid or to seek.
 Reply with one line:
 Reflection: """
-
-
-def render_reflector() -> str:
-    """The reflector's question after a session."""
-    return REFLECTOR
 
 
 def parse_reflector(text: str) -> str | Malformed:
@@ -291,16 +284,6 @@ def parse_reflector(text: str) -> str | Malformed:
 
 
 # ----------------------------------------------------------------------------- actor and critic
-
-ACTOR = """\
-{thought}
-Category analysis of what the user liked before: {hint}.
-Experience in situations like this one, nearest first:
-{experience}
-
-Recommend one item by its exact title{but}.
-Reply with one line:
-Action {n}: recommend """
 
 VERDICT = ("discouraged", "encouraged")         # v_n = 0 and v_n = 1
 
@@ -315,10 +298,16 @@ def analysis(history: tuple[str, ...]) -> str:
 def render_actor(n: int, thought: str, history: tuple[str, ...], experience: Sequence[tuple[str, int]],
                  repeats: bool = False) -> str:
     """The actor's question at step n: thought, analysis of the history, (item line, v_n) pairs."""
-    lines = [f"{VERDICT[v]}: {line}" for line, v in experience]
     thought = f"Thought {n}: {clean(thought, SPOKEN)}" if thought else ""
     but = "" if repeats else ": none that was liked before, none from this session"
-    return ACTOR.format(thought=thought, hint=analysis(history), experience=bullets(lines), but=but, n=n)
+    return f"""{thought}
+Category analysis of what the user liked before: {analysis(history)}.
+Experience in situations like this one, nearest first:
+{bullets([f"{VERDICT[v]}: {line}" for line, v in experience])}
+
+Recommend one item by its exact title{but}.
+Reply with one line:
+Action {n}: recommend """
 
 
 def parse_actor(text: str) -> str | Malformed:
@@ -327,19 +316,16 @@ def parse_actor(text: str) -> str | Malformed:
     return name.strip(" \"'“”*[]") or Malformed("the reply named no item after 'Action: recommend'")
 
 
-CRITIC = """
+def render_critic(values: Sequence[tuple[str, float]], gamma: float, top: float) -> str:
+    """The critic's question, given (last line of a recalled state, target) and the largest value possible."""
+    return f"""
 Values of situations like this one, each with the item it came after, nearest first:
-{values}
+{bullets([f"{v:.2f} after {line}" for line, v in values])}
 
 Estimate the value of the present situation: the sum of the ratings still to come, where each
 further step counts {gamma:g} times the one before and leaving ends it; at most {top:g}.
 Reply with one line:
 Value: """
-
-
-def render_critic(values: Sequence[tuple[str, float]], gamma: float, top: float) -> str:
-    """The critic's question, given (last line of a recalled state, target) and the largest value possible."""
-    return CRITIC.format(values=bullets([f"{v:.2f} after {line}" for line, v in values]), gamma=gamma, top=top)
 
 
 def parse_critic(text: str) -> float | Malformed:
@@ -366,11 +352,8 @@ def offline(ask: Ask) -> Reply:
 
 ACTIONS = re.compile(r"\nAction \d+: recommend (.*) \[(.*)\]")      # beginning in text, these are searched fast
 LIKED = re.compile(r"\n- (.*) \[(.*)\]")
-TRIED = re.compile(r"\n- (discouraged|encouraged): (.*) \[(.*)\]")
-VALUES = re.compile(r"\n- (-?[\d.]+) after ")
 APART = re.compile(r"\b([1-9]\d?) steps apart")
 AVOID = re.compile(r"Avoid (.*?)\.")
-PLAN = re.compile(r"Next: (.*?)\. Keep away from: (.*?)\.")
 PARTS = re.compile("\n\nSession so far:|\n(?:Lessons from sessions|Category analysis|Values of situations)")
 
 
@@ -400,11 +383,11 @@ def offline_actor(text: str, seed: int) -> str:
     """The encouraged item that fits the plan best, or else categories and something liked."""
     history, session, tail = PARTS.split(text)
     liked, shown = LIKED.findall(history), ACTIONS.findall(session)
-    plan = PLAN.search(session, max(session.rfind("Thought"), 0))
+    plan = re.search(r"Next: (.*?)\. Keep away from: (.*?)\.", session[max(session.rfind("Thought"), 0):])
     target, away = (plan[1], set(line_tags(plan[2]))) if plan else ("", set())
     used = {title for title, _ in shown + liked}
     votes: Counter = Counter()
-    for verdict, title, found in TRIED.findall(tail):
+    for verdict, title, found in re.findall(r"\n- (discouraged|encouraged): (.*) \[(.*)\]", tail):
         votes[title, found] += 1 if verdict == "encouraged" else -1
     fits = [(target not in line_tags(found), -vote, title) for (title, found), vote in votes.items()
             if vote > 0 and title not in used and away.isdisjoint(line_tags(found))]
@@ -421,7 +404,7 @@ def offline_actor(text: str, seed: int) -> str:
 
 def offline_critic(text: str, seed: int) -> str:
     """The mean of the recalled values; with none, the middle of the scale."""
-    values = [float(v) for v in VALUES.findall(PARTS.split(text)[-1])]
+    values = [float(v) for v in re.findall(r"\n- (-?[\d.]+) after ", PARTS.split(text)[-1])]
     top = float(re.search(r"at most ([\d.]+)\.", text)[1])
     return f"Value: {sum(values) / len(values) if values else top / 2:.2f}"
 
@@ -797,8 +780,8 @@ def recorded_embed(embed: Embed, log: Log, batch: int = 64) -> Embed:
 
     def stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
         if len(both := sizes.union(map(len, rows))) > 1:
-            raise EndpointError(f"embeddings of sizes {min(both)} and {max(both)} do not mix: keep to the model "
-                                "this run began with, or use another --out")
+            raise EndpointError(f"embeddings of sizes {min(both)} and {max(both)} do not mix: keep to the "
+                                "model this run began with, or use another --out")
         sizes.update(both)
         return np.array(rows, np.float32).reshape(len(rows), *both)
 
