@@ -441,10 +441,7 @@ READERS = {"planner": offline_planner, "actor": offline_actor,
 
 def scripted(replies: dict[str, Sequence[str]]) -> LLM:
     """A model for tests: per role a list of texts, answered by step and attempt, the last repeated."""
-    def answer(ask: Ask) -> Reply:
-        texts = replies[ask.role]
-        return Reply(texts[min(ask.key[-2] + ask.key[-1], len(texts) - 1)])
-    return answer
+    return lambda ask: Reply(replies[ask.role][:1 + ask.key[-2] + ask.key[-1]][-1])
 
 
 # ------------------------------------------------------------------------- the outside world
@@ -524,7 +521,8 @@ def dial(base_url: str, route: str, key: str | None, headers: dict[str, str] | N
     client = cache(lambda thread: httpx.Client(     # one for all looks through its connections at every call
         headers={"Content-Type": "application/json"} | sent, trust_env=not LOOPBACK.match(url.netloc.decode()),
         verify=trusted, timeout=httpx.Timeout(options["timeout"], connect=10)))
-    try:
+    fit = False
+    with suppress(ImportError, ValueError, OSError, httpx.InvalidURL):      # they may quote a proxy's password
         url = httpx.URL(base)
         path, mark, query = url.raw_path.decode().partition("?")
         path = (re.sub(r"(/chat/completions|/embeddings)?/*$", "", path) or "/v1") + f"/{route}"
@@ -533,8 +531,6 @@ def dial(base_url: str, route: str, key: str | None, headers: dict[str, str] | N
         client(get_ident())
         plain = re.fullmatch("(?i)https?://[!-~]+", base) and url.host and "@" not in path
         fit = plain and (url.port or 0) < 65536
-    except (ImportError, ValueError, OSError, httpx.InvalidURL):
-        fit = False             # no more is said: the error may quote a proxy's password
     if not fit:
         shown = clean(re.sub(r"(?s)^.*@|[?#].*", "", base), 200)
         raise EndpointError(f"no client for {shown}: check the base URL (as http://localhost:8080/v1), "
@@ -572,12 +568,11 @@ def attempt(wire: Wire, ours: dict, read: Callable) -> Any:
 def asked_wait(headers: Any) -> float | None:
     """Seconds the server asks us to wait, at most 60; None where it does not say."""
     from email.utils import parsedate_to_datetime
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        if re.fullmatch(r"\d+(\.\d*)?", text := headers.get(name, "").strip()):
-            return min(float(text) * unit, 60.0)
-    with suppress(ValueError, OverflowError, OSError):      # no date either, or one beyond the calendar
-        date = parsedate_to_datetime(headers.get("retry-after", ""))
-        return min(max(date.timestamp() - time.time(), 0.0), 60.0)
+    ms, text = headers.get("retry-after-ms"), headers.get("retry-after", "")
+    with suppress(ValueError, OverflowError, OSError):      # not said, or a date beyond the calendar
+        seconds = (float(ms) / 1000 if ms else float(text) if re.fullmatch(r"[\d.]+", text) else
+                   parsedate_to_datetime(text).timestamp() - time.time())
+        return min(max(0.0, seconds), 60.0)
     return None
 
 
@@ -695,12 +690,9 @@ def read_vectors(count: int, data: dict) -> np.ndarray | Fault:
 
 def embeddings(base_url: str, model: str, key: str | None = None, **options: Any) -> Embed:
     """Unit vectors from an endpoint, in one request: `recorded_embed` makes batches. The options are dial's."""
-    wire = dial(base_url, "embeddings", key, **options)
-
-    def answer(texts: Sequence[str]) -> np.ndarray:
-        body = {"model": model, "input": [t or " " for t in texts], "encoding_format": "float"}
-        return persist(wire, body, partial(read_vectors, len(texts)))
-    return answer
+    wire, body = dial(base_url, "embeddings", key, **options), {"model": model, "encoding_format": "float"}
+    return lambda texts: persist(wire, body | {"input": [text or " " for text in texts]},
+                                 partial(read_vectors, len(texts)))
 
 
 class Log(NamedTuple):
