@@ -24,7 +24,7 @@ import re
 import time
 import unicodedata
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import ExitStack, suppress
 from functools import cache, lru_cache, partial
 from itertools import compress, groupby
@@ -354,7 +354,7 @@ ACTIONS = re.compile(r"\nAction \d+: recommend (.*) \[(.*)\]")      # beginning 
 LIKED = re.compile(r"\n- (.*) \[(.*)\]")
 APART = re.compile(r"\b([1-9]\d?) steps apart")
 AVOID = re.compile(r"Avoid (.*?)\.")
-PARTS = re.compile("\n\nSession so far:|\n(?:Lessons from sessions|Category analysis|Values of situations)")
+PARTS = re.compile("\n(?:\nSession so far:|Lessons from sessions|Category analysis|Values of situations)")
 
 
 def pick(options: Sequence, text: str, seed: int) -> Any:
@@ -386,7 +386,7 @@ def offline_actor(text: str, seed: int) -> str:
     plan = re.search(r"Next: (.*?)\. Keep away from: (.*?)\.", session[max(session.rfind("Thought"), 0):])
     target, away = (plan[1], set(line_tags(plan[2]))) if plan else ("", set())
     used = {title for title, _ in shown + liked}
-    votes: Counter = Counter()
+    votes: dict[tuple, int] = defaultdict(int)
     for verdict, title, found in re.findall(r"\n- (discouraged|encouraged): (.*) \[(.*)\]", tail):
         votes[title, found] += 1 if verdict == "encouraged" else -1
     fits = [(target not in line_tags(found), -vote, title) for (title, found), vote in votes.items()
@@ -450,7 +450,7 @@ def scripted(replies: dict[str, Sequence[str]]) -> LLM:
 
 # Kinds of fault (a status, an exception's class, a word): how often to try again, and what to do after that.
 AGAIN = 99, "wait, then run the same command: it resumes"
-START = 2, "start the server, or check --base-url"
+START = 2, "start the server, or check --base-url"      # UnicodeError: of what can be no host's name
 MEND = 0, "mend the request (--model, --extra-body), then run the same command: it resumes"
 CURES = {"ConnectError": START, "ConnectTimeout": START, "ProxyError": START, "UnicodeError": START,
          "LocalProtocolError": MEND, "refused": MEND, 501: MEND, "page": (1, "does --base-url lack its /v1?"),
@@ -461,8 +461,7 @@ CURES = {"ConnectError": START, "ConnectTimeout": START, "ProxyError": START, "U
          403: (0, "use a key that may use this model"), 404: (0, "check --base-url and --model")}
 INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
            "temperature": None, "seed": None, "encoding_format": None, "system": "user"}
-REFUSED = re.compile(r"(?i)(not|n't) (support|permit|allow|enable)|unsupported|un(recognized|known|expected)"
-                     r"|roles must alternate")
+REFUSED = re.compile("(?i)(not|n't) (support|permit|allow|enable)|un(support|recogni|known|expected)|alternate")
 OVERFLOW = re.compile(r"(?i)context.{0,20}(length|size|window|limit)|prompt is too long")
 LOOPBACK = re.compile(r"(localhost|[\w-]+\.localhost|127\.[\d.]+|0\.0\.0\.0|\[::1?\])([:/?]|$)")
 
@@ -661,7 +660,7 @@ def read_chat(wire: Wire, ask: Ask, data: dict) -> Reply | Fault:
 
 
 def openai(base_url: str, model: str, key: str | None = None, **options: Any) -> LLM:
-    """A model behind any OpenAI-compatible endpoint; the options are dial's and Wire's.
+    """A model behind any OpenAI-compatible endpoint; the options are dial's.
 
     The seed is a hint: under load servers vary even so, and only a recorded log repeats a run. `stop` is never
     sent: parsers cut the reply on our side.
