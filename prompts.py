@@ -416,9 +416,8 @@ def offline_reflector(text: str, seed: int) -> str:
     shown = ACTIONS.findall(session)
     tags = [set(line_tags(found)) for _, found in shown]
     warned = {c for found in AVOID.findall(session) for c in line_tags(found)}
-    gaps = [min((n - m for m in range(max(n - 8, 0), n)
-                 if 4 * len(own & tags[m]) ** 2 >= len(own) * len(tags[m]) > 0), default=9)
-            for n, own in enumerate(tags)]      # back to the nearest like: it shares as much as it lacks
+    gaps = [next((back for back, past in zip(range(1, 9), tags[:n][::-1])       # to its like: of much the same
+                  if 4 * len(own & past) ** 2 >= len(own) * len(past) > 0), 9) for n, own in enumerate(tags)]
     borne = min(gaps[:-1], default=9)       # like items this close have done no harm
     apart = min(max(map(int, APART.findall(session)), default=3), borne)
     title, last = (shown or [("it", "")])[-1]
