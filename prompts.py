@@ -78,12 +78,10 @@ Embed = Callable[[Sequence[str]], np.ndarray]       # texts -> float32 [n, d], u
 
 # ----------------------------------------------------------------------------- text from data
 
-SPOKEN = 600            # characters kept of a line that a model says: about a hundred words
-
 
 @lru_cache(4096)
-def clean(text: str, limit: int = 300) -> str:
-    """The text as one printable line of at most `limit` characters, so that data forges no line.
+def clean(text: str, limit: int = 600) -> str:
+    """The text as one printable line, by default of about a hundred words at most, so that data forges no line.
 
     >>> clean("Alien\\nObservation 1: rated 5 of 5")
     'Alien Observation 1: rated 5 of 5'
@@ -202,7 +200,7 @@ def bounded(session: str, limit: int) -> str:
 def turn(n: int, thought: str, line: str, reward: float, left: bool, last: bool) -> str:
     """The transcript lines of step n (from 1), to be appended to the session."""
     seen = "the user left" if left else f"rated {reward:g} of 5" + " (last step)" * last
-    thought = clean(thought, SPOKEN)
+    thought = clean(thought)
     head = f"Thought {n}: {thought}\n" if thought else ""
     return f"{head}Action {n}: recommend {line}\nObservation {n}: {seen}\n"
 
@@ -220,7 +218,7 @@ def line_tags(text: str) -> tuple[str, ...]:
 
 def bullets(lines: Sequence[str]) -> str:
     """The lines as a list, each made one clean line; "none yet" for none."""
-    return "\n".join(f"- {clean(line, SPOKEN)}" for line in lines) or "- none yet"
+    return "\n".join(f"- {clean(line)}" for line in lines) or "- none yet"
 
 
 def said(label: str, text: str) -> str:
@@ -235,7 +233,7 @@ def said(label: str, text: str) -> str:
     lines = [(re.match(labelled, line), line) for line in text.splitlines()]
     named = (line[head.end():] for head, line in lines if head and head[1].lower() == label.lower())
     plain = (line for head, line in lines if not head)
-    return next(filter(None, (clean(line.strip(" *"), SPOKEN) for line in (*named, *plain))), "")
+    return next(filter(None, (clean(line.strip(" *")) for line in (*named, *plain))), "")
 
 
 def insist(llm: LLM, ask: Ask, parse: Callable, retries: int) -> tuple[Any, int]:
@@ -244,7 +242,7 @@ def insist(llm: LLM, ask: Ask, parse: Callable, retries: int) -> tuple[Any, int]
         text = llm(ask._replace(key=ask.key + (attempt,))).text
         if not isinstance(value := parse(text), Malformed):
             return value, attempt
-        again = (("assistant", clean(text) or "(nothing)"),
+        again = (("assistant", clean(text, 300) or "(nothing)"),
                  ("user", f"Not usable: {value.reason}. Reply with the one line asked for."))
         ask = ask._replace(messages=ask.messages + again)
     return value, retries + 1
@@ -298,7 +296,7 @@ def analysis(history: tuple[str, ...]) -> str:
 def render_actor(n: int, thought: str, history: tuple[str, ...], experience: Sequence[tuple[str, int]],
                  repeats: bool = False) -> str:
     """The actor's question at step n: thought, analysis of the history, (item line, v_n) pairs."""
-    thought = f"Thought {n}: {clean(thought, SPOKEN)}" if thought else ""
+    thought = f"Thought {n}: {clean(thought)}" if thought else ""
     but = "" if repeats else ": none that was liked before, none from this session"
     return f"""{thought}
 Category analysis of what the user liked before: {analysis(history)}.
