@@ -1,7 +1,7 @@
 """Language: what is asked of a model, how its reply is read, and the models themselves.
 
 An `Ask` is everything that determines an answer; an `LLM` is a function from Ask to Reply and the method's only
-effect. For each of the four roles one trio stands together: a template, `render_*` (text out of a state) and
+effect. For each of the four roles a pair stands together: `render_*`, which holds its question's text, and
 `parse_*` (a value out of any text, or `Malformed`).
 
     line        one item as the model reads it, "Alien (1979) [Horror, Sci-Fi]"
@@ -414,7 +414,7 @@ def offline_reflector(text: str, seed: int) -> str:
     shown = ACTIONS.findall(session)
     tags = [set(line_tags(found)) for _, found in shown]
     warned = {c for found in AVOID.findall(session) for c in line_tags(found)}
-    gaps = [next((back for back, past in zip(range(1, 9), tags[:n][::-1])       # to its like: of much the same
+    gaps = [next((back for back, past in zip(range(1, 9), tags[:n][::-1])       # back to the last of much its kind
                   if 4 * len(own & past) ** 2 >= len(own) * len(past) > 0), 9) for n, own in enumerate(tags)]
     borne = min(gaps[:-1], default=9)       # like items this close have done no harm
     apart = min(max(map(int, APART.findall(session)), default=3), borne)
@@ -588,7 +588,7 @@ def judged(ours: dict, status: int, headers: Any, data: dict, text: str) -> Faul
     kind = kind if again or kind in CURES else "refused"
     if status in (400, 413, 422, 500):
         held = {*ours, *(message["role"] for message in ours.get("messages", ()))}
-        named = re.sub("(?i)developer|roles", "system", said) if REFUSED.search(said) else ""
+        named = re.sub("(?i)developer|roles", "system", said) if REFUSED.search(said) else ""  # two words for it
         spare = (name for name in INSTEAD if name in held and re.search(rf"(?i)\b{name}\b", named))
         kind = "context" if OVERFLOW.search(said) else next(spare, kind)
     return Fault(kind, said, status, asked_wait(headers))
@@ -775,8 +775,7 @@ def recorded_embed(embed: Embed, log: Log, batch: int = 64) -> Embed:
 
     def live(asks: list[Ask]) -> Iterator[Reply]:
         for start in range(0, len(asks), batch):        # servers have limits
-            texts = [ask.messages[0][1] for ask in asks[start:start + batch]]
-            for row in stacked(embed(texts)):
+            for row in stacked(embed([ask.messages[0][1] for ask in asks[start:start + batch]])):
                 yield Reply(base64.b64encode(row).decode())
 
     def answer(texts: Sequence[str]) -> np.ndarray:
