@@ -414,7 +414,7 @@ def offline_reflector(text: str, seed: int) -> str:
     shown = ACTIONS.findall(session)
     tags = [set(line_tags(found)) for _, found in shown]
     warned = {c for found in AVOID.findall(session) for c in line_tags(found)}
-    gaps = [next((back for back, past in zip(range(1, 9), tags[:n][::-1])       # back to the last of much its kind
+    gaps = [next((back for back, past in zip(range(1, 9), tags[:n][::-1])       # since the last of its kind
                   if 4 * len(own & past) ** 2 >= len(own) * len(past) > 0), 9) for n, own in enumerate(tags)]
     borne = min(gaps[:-1], default=9)       # like items this close have done no harm
     apart = min(max(map(int, APART.findall(session)), default=3), borne)
@@ -588,7 +588,7 @@ def judged(ours: dict, status: int, headers: Any, data: dict, text: str) -> Faul
     kind = kind if again or kind in CURES else "refused"
     if status in (400, 413, 422, 500):
         held = {*ours, *(message["role"] for message in ours.get("messages", ()))}
-        named = re.sub("(?i)developer|roles", "system", said) if REFUSED.search(said) else ""  # two words for it
+        named = re.sub("(?i)developer|roles", "system", said) if REFUSED.search(said) else ""
         spare = (name for name in INSTEAD if name in held and re.search(rf"(?i)\b{name}\b", named))
         kind = "context" if OVERFLOW.search(said) else next(spare, kind)
     return Fault(kind, said, status, asked_wait(headers))
