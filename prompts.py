@@ -1,7 +1,7 @@
 """Language: what is asked of a model, how its reply is read, and the models themselves.
 
 An `Ask` is everything that determines an answer; an `LLM` is a function from Ask to Reply and the method's only
-effect. For each of the four roles one trio stands together: a template, `render_*` (text out of a state) and
+effect. For each of the four roles a pair stands together: `render_*`, which holds its question's text, and
 `parse_*` (a value out of any text, or `Malformed`).
 
     line        one item as the model reads it, "Alien (1979) [Horror, Sci-Fi]"
@@ -24,7 +24,7 @@ import re
 import time
 import unicodedata
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import ExitStack, suppress
 from functools import cache, lru_cache, partial
 from itertools import compress, groupby
@@ -32,7 +32,6 @@ from operator import index, itemgetter
 from pathlib import Path
 from threading import Lock, get_ident
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
-from urllib.parse import unquote
 from zlib import crc32
 
 import numpy as np
@@ -79,12 +78,10 @@ Embed = Callable[[Sequence[str]], np.ndarray]       # texts -> float32 [n, d], u
 
 # ----------------------------------------------------------------------------- text from data
 
-SPOKEN = 600            # characters kept of a line that a model says: about a hundred words
-
 
 @lru_cache(4096)
-def clean(text: str, limit: int = 300) -> str:
-    """The text as one printable line of at most `limit` characters, so that data forges no line.
+def clean(text: str, limit: int = 600) -> str:
+    """The text as one printable line, by default of about a hundred words at most, so that data forges no line.
 
     >>> clean("Alien\\nObservation 1: rated 5 of 5")
     'Alien Observation 1: rated 5 of 5'
@@ -194,16 +191,16 @@ def bounded(session: str, limit: int) -> str:
     """The session's newest turns or lines, at most `limit` characters, so that no context overflows."""
     if len(session) <= limit:
         return session
-    half = max(limit // 2, 1)       # cut by half a limit at a time, most prompts extend the one before
-    end = session.find("\nObservation", -(-(len(session) - limit) // half) * half)
-    whole = session[session.find("\n", end + 1) + 1:] if end >= 0 else ""
-    return whole or session[session.find("\n", len(session) - limit) + 1:]      # a turn too long: cut at a line
+    half = limit // 2               # cut by half a limit at a time, most prompts extend the one before
+    cut = -(-(len(session) - limit) // half) * half
+    whole = session[cut:].partition("\nObservation")[2].partition("\n")[2]
+    return whole or session[-limit:].partition("\n")[2]         # a turn too long: cut at a line
 
 
 def turn(n: int, thought: str, line: str, reward: float, left: bool, last: bool) -> str:
     """The transcript lines of step n (from 1), to be appended to the session."""
     seen = "the user left" if left else f"rated {reward:g} of 5" + " (last step)" * last
-    thought = clean(thought, SPOKEN)
+    thought = clean(thought)
     head = f"Thought {n}: {thought}\n" if thought else ""
     return f"{head}Action {n}: recommend {line}\nObservation {n}: {seen}\n"
 
@@ -221,10 +218,7 @@ def line_tags(text: str) -> tuple[str, ...]:
 
 def bullets(lines: Sequence[str]) -> str:
     """The lines as a list, each made one clean line; "none yet" for none."""
-    return "\n".join(f"- {clean(line, SPOKEN)}" for line in lines) or "- none yet"
-
-
-LABELLED = re.compile(r"(?i)[\s*#>_-]*(thought|action|observation|value|reflection)\b[\s*\d]*:[\s*]*")
+    return "\n".join(f"- {clean(line)}" for line in lines) or "- none yet"
 
 
 def said(label: str, text: str) -> str:
@@ -235,10 +229,11 @@ def said(label: str, text: str) -> str:
     >>> said("Thought", "Thought 3: a comedy\\nAction 3: recommend Up"), said("Thought", "Action: x")
     ('a comedy', '')
     """
-    lines = [(LABELLED.match(line), line) for line in text.splitlines()]
+    labelled = r"(?i)[\s*#>_-]*(thought|action|observation|value|reflection)\b[\s*\d]*:[\s*]*"
+    lines = [(re.match(labelled, line), line) for line in text.splitlines()]
     named = (line[head.end():] for head, line in lines if head and head[1].lower() == label.lower())
     plain = (line for head, line in lines if not head)
-    return next(filter(None, (clean(line.strip(" *"), SPOKEN) for line in (*named, *plain))), "")
+    return next(filter(None, (clean(line.strip(" *")) for line in (*named, *plain))), "")
 
 
 def insist(llm: LLM, ask: Ask, parse: Callable, retries: int) -> tuple[Any, int]:
@@ -247,7 +242,7 @@ def insist(llm: LLM, ask: Ask, parse: Callable, retries: int) -> tuple[Any, int]
         text = llm(ask._replace(key=ask.key + (attempt,))).text
         if not isinstance(value := parse(text), Malformed):
             return value, attempt
-        again = (("assistant", clean(text) or "(nothing)"),
+        again = (("assistant", clean(text, 300) or "(nothing)"),
                  ("user", f"Not usable: {value.reason}. Reply with the one line asked for."))
         ask = ask._replace(messages=ask.messages + again)
     return value, retries + 1
@@ -255,18 +250,16 @@ def insist(llm: LLM, ask: Ask, parse: Callable, retries: int) -> tuple[Any, int]
 
 # ------------------------------------------------------------------------- planner and reflector
 
-PLANNER = """
+
+def render_planner(n: int, lessons: Sequence[str]) -> str:
+    """The planner's question at step n (from 1), given the recalled reflections."""
+    return f"""
 Lessons from sessions with other users:
-{lessons}
+{bullets(lessons)}
 
 Plan step {n} with the whole session in view: which category next, what to keep away from, and why.
 Reply with one line:
 Thought {n}: """
-
-
-def render_planner(n: int, lessons: Sequence[str]) -> str:
-    """The planner's question at step n (from 1), given the recalled reflections."""
-    return PLANNER.format(lessons=bullets(lessons), n=n)
 
 
 def parse_planner(text: str) -> str | Malformed:
@@ -274,16 +267,13 @@ def parse_planner(text: str) -> str | Malformed:
     return said("Thought", text) or Malformed("the reply held no line 'Thought: ...'")
 
 
-REFLECTOR = """
+def render_reflector() -> str:
+    """The reflector's question after a session."""
+    return """
 The session is over. In one line, say why it ended and one principle for the next user like this one:
 how far apart alike items must be, which categories to avoid or to seek.
 Reply with one line:
 Reflection: """
-
-
-def render_reflector() -> str:
-    """The reflector's question after a session."""
-    return REFLECTOR
 
 
 def parse_reflector(text: str) -> str | Malformed:
@@ -292,16 +282,6 @@ def parse_reflector(text: str) -> str | Malformed:
 
 
 # ----------------------------------------------------------------------------- actor and critic
-
-ACTOR = """\
-{thought}
-Category analysis of what the user liked before: {hint}.
-Experience in situations like this one, nearest first:
-{experience}
-
-Recommend one item by its exact title{but}.
-Reply with one line:
-Action {n}: recommend """
 
 VERDICT = ("discouraged", "encouraged")         # v_n = 0 and v_n = 1
 
@@ -316,10 +296,16 @@ def analysis(history: tuple[str, ...]) -> str:
 def render_actor(n: int, thought: str, history: tuple[str, ...], experience: Sequence[tuple[str, int]],
                  repeats: bool = False) -> str:
     """The actor's question at step n: thought, analysis of the history, (item line, v_n) pairs."""
-    lines = [f"{VERDICT[v]}: {line}" for line, v in experience]
-    thought = f"Thought {n}: {clean(thought, SPOKEN)}" if thought else ""
+    thought = f"Thought {n}: {clean(thought)}" if thought else ""
     but = "" if repeats else ": none that was liked before, none from this session"
-    return ACTOR.format(thought=thought, hint=analysis(history), experience=bullets(lines), but=but, n=n)
+    return f"""{thought}
+Category analysis of what the user liked before: {analysis(history)}.
+Experience in situations like this one, nearest first:
+{bullets([f"{VERDICT[v]}: {line}" for line, v in experience])}
+
+Recommend one item by its exact title{but}.
+Reply with one line:
+Action {n}: recommend """
 
 
 def parse_actor(text: str) -> str | Malformed:
@@ -328,19 +314,16 @@ def parse_actor(text: str) -> str | Malformed:
     return name.strip(" \"'“”*[]") or Malformed("the reply named no item after 'Action: recommend'")
 
 
-CRITIC = """
+def render_critic(values: Sequence[tuple[str, float]], gamma: float, top: float) -> str:
+    """The critic's question, given (last line of a recalled state, target) and the largest value possible."""
+    return f"""
 Values of situations like this one, each with the item it came after, nearest first:
-{values}
+{bullets([f"{v:.2f} after {line}" for line, v in values])}
 
 Estimate the value of the present situation: the sum of the ratings still to come, where each
 further step counts {gamma:g} times the one before and leaving ends it; at most {top:g}.
 Reply with one line:
 Value: """
-
-
-def render_critic(values: Sequence[tuple[str, float]], gamma: float, top: float) -> str:
-    """The critic's question, given (last line of a recalled state, target) and the largest value possible."""
-    return CRITIC.format(values=bullets([f"{v:.2f} after {line}" for line, v in values]), gamma=gamma, top=top)
 
 
 def parse_critic(text: str) -> float | Malformed:
@@ -350,8 +333,7 @@ def parse_critic(text: str) -> float | Malformed:
     (7.5, 0.5)
     """
     number, line = r"(-?\d{0,6}\.?\d{1,6})", said("Value", text)
-    match = (re.search(rf"(?i)value[^\d\n.-]*{number}", line) or re.search(number, line)
-             or re.search(number, text))
+    match = re.search(rf"(?i)value[^\d\n.-]*{number}", line) or re.search(number, f"{line}\n{text}")
     return float(match[1]) if match else Malformed("the reply held no number")
 
 
@@ -368,11 +350,9 @@ def offline(ask: Ask) -> Reply:
 
 ACTIONS = re.compile(r"\nAction \d+: recommend (.*) \[(.*)\]")      # beginning in text, these are searched fast
 LIKED = re.compile(r"\n- (.*) \[(.*)\]")
-TRIED = re.compile(r"\n- (discouraged|encouraged): (.*) \[(.*)\]")
-VALUES = re.compile(r"\n- (-?[\d.]+) after ")
 APART = re.compile(r"\b([1-9]\d?) steps apart")
 AVOID = re.compile(r"Avoid (.*?)\.")
-PLAN = re.compile(r"Next: (.*?)\. Keep away from: (.*?)\.")
+PARTS = re.compile("\n(?:\nSession so far:|Lessons from sessions|Category analysis|Values of situations)")
 
 
 def pick(options: Sequence, text: str, seed: int) -> Any:
@@ -382,8 +362,7 @@ def pick(options: Sequence, text: str, seed: int) -> Any:
 
 def offline_planner(text: str, seed: int) -> str:
     """A liked category, away from the last items and from what the lessons warn of."""
-    history, _, rest = text.partition("\n\nSession so far:")
-    session, _, lessons = rest.partition("\nLessons from sessions")
+    history, session, lessons = PARTS.split(text)
     liked = [c for _, found in LIKED.findall(history) for c in line_tags(found)]
     shown = [line_tags(found) for _, found in ACTIONS.findall(session)]
     apart = max(map(int, APART.findall(lessons)), default=3)
@@ -400,14 +379,13 @@ def offline_planner(text: str, seed: int) -> str:
 
 def offline_actor(text: str, seed: int) -> str:
     """The encouraged item that fits the plan best, or else categories and something liked."""
-    history, _, rest = text.partition("\n\nSession so far:")
-    session, _, tail = rest.partition("\nCategory analysis")
+    history, session, tail = PARTS.split(text)
     liked, shown = LIKED.findall(history), ACTIONS.findall(session)
-    plan = PLAN.search(session, max(session.rfind("Thought"), 0))
+    plan = re.search(r"Next: (.*?)\. Keep away from: (.*?)\.", session[max(session.rfind("Thought"), 0):])
     target, away = (plan[1], set(line_tags(plan[2]))) if plan else ("", set())
     used = {title for title, _ in shown + liked}
-    votes: Counter = Counter()
-    for verdict, title, found in TRIED.findall(tail):
+    votes: dict[tuple, int] = defaultdict(int)
+    for verdict, title, found in re.findall(r"\n- (discouraged|encouraged): (.*) \[(.*)\]", tail):
         votes[title, found] += 1 if verdict == "encouraged" else -1
     fits = [(target not in line_tags(found), -vote, title) for (title, found), vote in votes.items()
             if vote > 0 and title not in used and away.isdisjoint(line_tags(found))]
@@ -424,22 +402,23 @@ def offline_actor(text: str, seed: int) -> str:
 
 def offline_critic(text: str, seed: int) -> str:
     """The mean of the recalled values; with none, the middle of the scale."""
-    values = [float(v) for v in VALUES.findall(text.partition("\nValues of situations")[2])]
+    values = [float(v) for v in re.findall(r"\n- (-?[\d.]+) after ", PARTS.split(text)[-1])]
     top = float(re.search(r"at most ([\d.]+)\.", text)[1])
     return f"Value: {sum(values) / len(values) if values else top / 2:.2f}"
 
 
 def offline_reflector(text: str, seed: int) -> str:
     """Reads off the transcript why the user left: like items too close, or a disappointment."""
-    history, _, session = text.partition("\n\nSession so far:")
+    history, session = PARTS.split(text)
     liked = Counter(c for _, found in LIKED.findall(history) for c in line_tags(found))
-    shown = [(title, set(line_tags(found))) for title, found in ACTIONS.findall(session)]
+    shown = ACTIONS.findall(session)
+    tags = [set(line_tags(found)) for _, found in shown]
     warned = {c for found in AVOID.findall(session) for c in line_tags(found)}
-    gaps = [min((n - m for m in range(max(n - 8, 0), n) if alike(shown[n][1], shown[m][1])), default=9)
-            for n in range(len(shown))]     # from each item back to its nearest like
+    gaps = [next((back for back, past in zip(range(1, 9), tags[:n][::-1])       # since the last of its kind
+                  if 4 * len(own & past) ** 2 >= len(own) * len(past) > 0), 9) for n, own in enumerate(tags)]
     borne = min(gaps[:-1], default=9)       # like items this close have done no harm
     apart = min(max(map(int, APART.findall(session)), default=3), borne)
-    title, last = (shown or [("it", set())])[-1]
+    title, last = (shown or [("it", "")])[-1]
     if "the user left" not in session:
         why = f"The user stayed for all {len(shown)} steps"
     elif gaps and gaps[-1] < borne:
@@ -447,15 +426,10 @@ def offline_reflector(text: str, seed: int) -> str:
         apart = max(apart, gaps[-1] + 1)
     else:
         why = f"The user left because {title} disappointed"
-        warned |= last - set(liked)
+        warned |= set(line_tags(last)) - set(liked)
     fans = ", ".join(c for c, _ in liked.most_common(3))
     avoid = f" Avoid {', '.join(sorted(warned))}." if warned else ""
     return f"Reflection: {why}. Keep like items {apart} steps apart for those who like {fans}.{avoid}"
-
-
-def alike(a: set[str], b: set[str]) -> bool:
-    """Whether two sets of categories share about as much as they differ."""
-    return len(a & b) ** 2 >= 0.25 * len(a) * len(b) > 0
 
 
 READERS = {"planner": offline_planner, "actor": offline_actor,
@@ -464,29 +438,27 @@ READERS = {"planner": offline_planner, "actor": offline_actor,
 
 def scripted(replies: dict[str, Sequence[str]]) -> LLM:
     """A model for tests: per role a list of texts, answered by step and attempt, the last repeated."""
-    def answer(ask: Ask) -> Reply:
-        texts = replies[ask.role]
-        return Reply(texts[min(ask.key[-2] + ask.key[-1], len(texts) - 1)])
-    return answer
+    return lambda ask: Reply(replies[ask.role][:1 + ask.key[-2] + ask.key[-1]][-1])
 
 
 # ------------------------------------------------------------------------- the outside world
 # Endpoints over HTTP, the log of a run and its budget: the only effects outside run.py. What has broken other
 # clients is handled here, each where it happens.
 
-AGAIN = "wait, then run the same command: it resumes"
-MEND = "mend the request (--model, --extra-body), then run the same command: it resumes"
-CURES = {401: "check OPENAI_API_KEY", 402: "top up the account, then run the same command",
-         403: "use a key that may use this model", 404: "check --base-url and --model",
-         "context": "allow the prompt fewer tokens, or the server more (-c, num_ctx, n_ctx)"}
-BATCH = 64              # texts embedded in one request; servers have limits
-# A kind of fault that a repeat rarely cures is tried again this often, any other `retries` times.
-LIMITS = {"fatal": 0, "page": 1, "slow": 1, "silent": 1, "connect": 2}
+# Kinds of fault (a status, an exception's class, a word): how often to try again, and what to do after that.
+AGAIN = 99, "wait, then run the same command: it resumes"
+START = 2, "start the server, or check --base-url"      # UnicodeError: of what can be no host's name
+MEND = 0, "mend the request (--model, --extra-body), then run the same command: it resumes"
+CURES = {"ConnectError": START, "ConnectTimeout": START, "ProxyError": START, "UnicodeError": START,
+         "LocalProtocolError": MEND, "refused": MEND, 501: MEND, "page": (1, "does --base-url lack its /v1?"),
+         "TimeoutException": (1, "raise --timeout, now {0.timeout:g} s"),
+         "length": (0, "raise --reply-tokens, or switch reasoning off by --extra-body"),
+         "context": (0, "allow the prompt fewer tokens, or the server more (-c, num_ctx, n_ctx)"),
+         401: (0, "check OPENAI_API_KEY"), 402: (0, "top up the account, then run the same command"),
+         403: (0, "use a key that may use this model"), 404: (0, "check --base-url and --model")}
 INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
            "temperature": None, "seed": None, "encoding_format": None, "system": "user"}
-REFUSED = re.compile(r"(?i)unsupported|not (support|permit|allow)|unrecognized|unknown|unexpected")
-NO_SYSTEM = re.compile(r"(?i)(system|developer) (role|message|prompt|instruction)s?.{0,40}(not|n't)"
-                       r"|not support '(system|developer)'|roles must alternate")
+REFUSED = re.compile("(?i)(not|n't) (support|permit|allow|enable)|un(support|recogni|known|expected)|alternate")
 OVERFLOW = re.compile(r"(?i)context.{0,20}(length|size|window|limit)|prompt is too long")
 LOOPBACK = re.compile(r"(localhost|[\w-]+\.localhost|127\.[\d.]+|0\.0\.0\.0|\[::1?\])([:/?]|$)")
 
@@ -500,13 +472,11 @@ class BudgetSpent(EndpointError):
 
 
 class Fault(NamedTuple):
-    """A failed attempt, as a value; `reply` stands in for the answer if no repeat mends it."""
-    kind: str
+    """A failed attempt, as a value. Its kind is one of CURES or INSTEAD, or else AGAIN is its cure."""
+    kind: str | int
     reason: str
-    cure: str = AGAIN
     status: int | None = None
-    wait: float | None = None
-    reply: Reply | None = None
+    wait: float | None = None       # seconds, where the server names them
 
 
 class Wire(NamedTuple):
@@ -531,202 +501,149 @@ def scrubbed(text: str, secrets: Sequence[str]) -> str:
     return re.sub("\0+", "***", "".join("\0" if i in hits else c for i, c in enumerate(text)))
 
 
-def checked(name: str, value: str, allowed: str = "[ -~]*") -> str:
-    """A header's value, stripped; refused unseen where httpx would raise with it in the text."""
-    if re.fullmatch(allowed, value := value.strip()):
-        return value
-    raise EndpointError(f"{name} holds a space, a control character or one outside ASCII (often a curly quote "
-                        "from a web page): copy it again")
-
-
-def address(base: str, route: str) -> tuple[str, str, str, str, str]:
-    """Scheme, login, host, path and query of a route's URL, from a base URL in any form people paste.
-
-    >>> address("localhost:8080", "chat/completions")
-    ('http://', '', 'localhost:8080', '/v1/chat/completions', '')
-    """
-    if "://" not in (base := base.strip()):
-        base = f"http{'' if LOOPBACK.match(base) else 's'}://{base}"
-    host = r"(?:[\w.-]+|\[[\da-f:.]+\])(?::(?P<port>\d{1,5}))?"
-    form = rf"(?ai)(?=[!-~]*\Z)(https?://)([^/?#]*@)?({host})(/[^?#@]*)?(\?[^#]*)?(#[^@]*)?"
-    found = re.fullmatch(form, base)
-    if not found or int(found["port"] or 0) > 65535:
-        raise EndpointError("the base URL should look like http://localhost:8080/v1, not like "
-                            + clean(re.sub(r"(?s)^.*@|[?#].*", "", base), 200))
-    scheme, login, host, _, path, query, _ = found.groups("")
-    path = re.sub(r"(/chat/completions|/embeddings)?/*$", "", path) or "/v1"
-    return scheme, login, host, f"{path}/{route}", query
-
-
-def dial(base_url: str, route: str, key: str | None, *, timeout: float = 300.0, headers: dict | None = None,
-         extra: dict | None = None, stats: dict | None = None, **options: Any) -> Wire:
+def dial(base_url: str, route: str, key: str | None, headers: dict[str, str] | None = None,
+         **options: Any) -> Wire:
     """Check what a user can get wrong, then make the clients, one a thread; other options are Wire's."""
     import httpx
-    scheme, login, host, path, query = parts = address(base_url, route)
-    shown = f"{scheme}{host}{path}{query and '?***'}"
-    basic = base64.b64encode((plain := unquote(login[:-1])).encode()).decode()      # as httpx sends it
-    sent = {checked("a header's name", name, r"(?a)[\w-]+"): checked("a header", value)
-            for name, value in (headers or {}).items()}
-    if key := checked("the API key", key or "", "[!-~]*"):      # Azure has a header of its own for it
-        sent |= {"api-key": key} if "api-version" in query else {"Authorization": f"Bearer {key}"}
-
-    @cache
-    def client(thread: int) -> httpx.Client:        # one for all looks through its connections at every call
-        return httpx.Client(headers={"Content-Type": "application/json"} | sent, verify=trusted,
-                            trust_env=not LOOPBACK.match(host), timeout=httpx.Timeout(timeout, connect=10))
-    try:
-        target = httpx.URL("".join(parts))
+    options, base = {"timeout": 300.0, "extra": {}, "stats": {}} | options, base_url.strip()
+    if "://" not in base:
+        base = f"http{'' if LOOPBACK.match(base) else 's'}://{base}"
+    sent = {name.strip(): value.strip() for name, value in (headers or {}).items()}
+    if key := (key or "").strip():              # Azure has a header of its own for it
+        sent |= {"api-key": key} if "api-version" in base else {"Authorization": f"Bearer {key}"}
+    if " " in key or not all(re.fullmatch(r"(?a)[\w-]+\n[ -~]*", "\n".join(item)) for item in sent.items()):
+        raise EndpointError("the API key or a header holds what it may not: a space, a control character, one "
+                            "outside ASCII (often a curly quote from a web page); copy it again")
+    client = cache(lambda thread: httpx.Client(     # one for all looks through its connections at every call
+        headers={"Content-Type": "application/json"} | sent, trust_env=not LOOPBACK.match(url.netloc.decode()),
+        verify=trusted, timeout=httpx.Timeout(options["timeout"], connect=10)))
+    fit = False
+    with suppress(ImportError, ValueError, OSError, httpx.InvalidURL):      # they may quote a proxy's password
+        url = httpx.URL(base)
+        path, mark, query = url.raw_path.decode().partition("?")
+        path = (re.sub(r"(/chat/completions|/embeddings)?/*$", "", path) or "/v1") + f"/{route}"
+        url = url.copy_with(raw_path=(path + mark + query).encode())
         trusted = httpx.create_ssl_context()        # slow to make, so once; honours SSL_CERT_FILE
         client(get_ident())
-    except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
-        trouble = type(error).__name__              # no more: the text may quote a proxy's password
-    else:
-        return Wire(post=lambda body: client(get_ident()).stream("POST", target, content=body), url=shown,
-                    secrets=(login, plain, basic, query, *sent.values()), learnt=set(),
-                    stats={} if stats is None else stats, extra=extra or {}, timeout=timeout, **options)
-    raise EndpointError(f"no client for {shown} ({trouble}): check its host, HTTP_PROXY, ALL_PROXY (socks "
-                        "needs httpx[socks]) and SSL_CERT_FILE")
+        plain = re.fullmatch("(?i)https?://[!-~]+", base) and url.host and "@" not in path
+        fit = plain and (url.port or 0) < 65536
+    if not fit:
+        shown = clean(re.sub(r"(?s)^.*@|[?#].*", "", base), 200)
+        raise EndpointError(f"no client for {shown}: check the base URL (as http://localhost:8080/v1), "
+                            "HTTP_PROXY, ALL_PROXY (socks needs httpx[socks]) and SSL_CERT_FILE")
+    login = f"{url.username}:{url.password}"
+    secrets = login, base64.b64encode(login.encode()).decode(), query, *sent.values()       # as httpx sends it
+    return Wire(post=lambda body: client(get_ident()).stream("POST", url, content=body), secrets=secrets,
+                url=f"{url.scheme}://{url.netloc.decode()}{path}", learnt=set(), **options)
 
 
-def attempt(wire: Wire, body: dict, read: Callable) -> Any:
+def attempt(wire: Wire, ours: dict, read: Callable) -> Any:
     """One request: what `read` makes of the answer, or a Fault (httpx's errors may quote headers)."""
     import httpx
     end, raw = time.monotonic() + wire.timeout, b""     # blank lines to keep alive reset httpx's own clock
     try:
-        with wire.post(json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")) as response:
+        text = json.dumps(ours | wire.extra, ensure_ascii=False)
+        with wire.post(text.encode("utf-8", "replace")) as response:
             response.request.extensions["timeout"]["read"] = max(end - time.monotonic(), 0.001)
             for part in response.iter_bytes():
                 raw += part
                 if time.monotonic() > end:
                     raise httpx.ReadTimeout("bytes trickled in until the deadline")
-    except (httpx.LocalProtocolError, httpx.UnsupportedProtocol) as error:
-        return Fault("fatal", f"{type(error).__name__} {error}", MEND)
-    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError, UnicodeError) as error:    # bad names
-        return Fault("connect", str(error), "start the server, or check --base-url")
-    except httpx.TimeoutException:
-        return Fault("slow", f"no answer in {wire.timeout:g} s", "raise --timeout")
-    except httpx.HTTPError as error:
-        return Fault("broken", f"{type(error).__name__} {error}")
+    except (httpx.HTTPError, UnicodeError) as error:
+        kinds = [kind.__name__ for kind in type(error).__mro__]
+        return Fault(next(filter(CURES.get, kinds), kinds[0]), f"{kinds[0]} {error}")
     try:
         data = json.loads(raw)
-        if response.status_code < 300 and not data.get("error"):
+        if not data.get("error") and response.status_code < 300:
             return read(data)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
-        data = None  # not JSON, or not in the shape of an answer
-    return judged(response.status_code, response.headers, data, raw.decode("utf-8", "replace"))
+        data = {}       # not JSON, or not in the shape of an answer
+    return judged(ours, response.status_code, response.headers, data, raw.decode("utf-8", "replace"))
 
 
 def asked_wait(headers: Any) -> float | None:
     """Seconds the server asks us to wait, at most 60; None where it does not say."""
     from email.utils import parsedate_to_datetime
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        if re.fullmatch(r"\d+(\.\d*)?", text := headers.get(name, "").strip()):
-            return min(float(text) * unit, 60.0)
-    with suppress(ValueError, OverflowError, OSError):      # no date either, or one beyond the calendar
-        date = parsedate_to_datetime(headers.get("retry-after", ""))
-        return min(max(date.timestamp() - time.time(), 0.0), 60.0)
+    ms, text = headers.get("retry-after-ms"), headers.get("retry-after", "")
+    with suppress(ValueError, OverflowError, OSError):      # not said, or a date beyond the calendar
+        seconds = (float(ms) / 1000 if ms else float(text) if re.fullmatch(r"[\d.]+", text) else
+                   parsedate_to_datetime(text).timestamp() - time.time())
+        return min(max(0.0, seconds), 60.0)
     return None
 
 
-def judged(status: int, headers: Any, data: Any, text: str) -> Fault:
-    """The Fault in a response that is no answer: what the provider said, and what may be done."""
-    error = data.get("error") if isinstance(data, dict) else None
+def judged(ours: dict, status: int, headers: Any, data: dict, text: str) -> Fault:
+    """The Fault in a response that is no answer: what the provider said, and what of ours it may be about."""
+    error = data.get("error") or data       # some send it bare
     if status < 300 and not error:
-        return Fault("page", text.strip()[:999] or "an empty body", "does --base-url lack its /v1?", status)
-    error = error or data       # some send it bare
+        return Fault("page", text.strip()[:999] or "an empty body", status)
     error = error if isinstance(error, dict) else {"message": error}
     said, code = str(error.get("message") or text), str(error.get("code"))
     said += f" [{error['param']}: {code}]" if error.get("param") else ""
     if status < 300:
         status = int(code) if re.fullmatch(r"[45]\d\d", code) else 500
     again = {"true": True, "false": False}.get(
-        headers.get("x-should-retry"), status in (408, 409, 429) or status >= 500 and status != 501)
-    cause = ("context" if status in (400, 413, 422, 500) and OVERFLOW.search(said) else
-             402 if "insufficient_quota" in (code, error.get("type")) else status)
-    if again and cause not in CURES:
-        return Fault("busy", said, AGAIN, status, asked_wait(headers))
-    return Fault("fatal", said, CURES.get(cause, MEND), status)
-
-
-def healed(wire: Wire, body: dict, fault: Fault) -> bool:
-    """Whether the server refused what we can do without: learnt for this client, and said once."""
-    said, messages = fault.reason, body.get("messages", [])
-    if fault.status not in (400, 422, 500) or OVERFLOW.search(said):
-        return False
-    names = [n for n in INSTEAD if n in body and n not in wire.extra
-             and REFUSED.search(said) and re.search(rf"\b{n}\b", said)]
-    if NO_SYSTEM.search(said) and "messages" not in wire.extra and folded(messages) != messages:
-        names = ["system"]
-    if names and (name := names[0]) not in wire.learnt:
-        wire.learnt.add(name)
-        wire.notice(f"{wire.url} refuses {name}: {INSTEAD[name] or 'nothing'} is sent instead"
-                    + " (the paper: 0.5)" * (name == "temperature"))
-    return bool(names)
-
-
-def folded(messages: list[dict]) -> list[dict]:
-    """The same text with the system's in the user's mouth and roles that alternate."""
-    said = [(m["role"].replace("system", "user"), m["content"]) for m in messages]
-    return [{"role": role, "content": "\n\n".join(content for _, content in turn)}
-            for role, turn in groupby(said, key=itemgetter(0))]
+        headers.get("x-should-retry"), status in (408, 409, 429) or status >= 500)
+    kind = 402 if "insufficient_quota" in (code, error.get("type")) else status
+    kind = kind if again or kind in CURES else "refused"
+    if status in (400, 413, 422, 500):
+        held = {*ours, *(message["role"] for message in ours.get("messages", ()))}
+        named = re.sub("(?i)developer|roles", "system", said) if REFUSED.search(said) else ""
+        spare = (name for name in INSTEAD if name in held and re.search(rf"(?i)\b{name}\b", named))
+        kind = "context" if OVERFLOW.search(said) else next(spare, kind)
+    return Fault(kind, said, status, asked_wait(headers))
 
 
 def accepted(wire: Wire, body: dict) -> dict:
-    """A body in the form this server takes, with the user's own fields on top."""
-    sent = {}
+    """What of a body this server takes and the user's own fields do not replace."""
+    ours = {}
     for name, value in body.items():
         while name in wire.learnt:
             name = INSTEAD[name]
-        if name:
-            sent[name] = folded(value) if name == "messages" and "system" in wire.learnt else value
-    return sent | wire.extra
+        if name and name not in wire.extra:
+            ours[name] = value
+    if "system" in wire.learnt and "messages" in ours:      # its text in the user's mouth; roles alternate
+        turns = groupby(ours["messages"], key=lambda message: message["role"].replace("system", "user"))
+        ours["messages"] = [{"role": role, "content": "\n\n".join(message["content"] for message in turn)}
+                            for role, turn in turns]
+    return ours
 
 
 def persist(wire: Wire, body: dict, read: Callable) -> Any:
     """Post until `read` makes something of the answer; a fault is a value until it is the last."""
     tried = Counter()
-    while isinstance(got := attempt(wire, ours := accepted(wire, body), read), Fault):
-        if healed(wire, ours, got):
+    while isinstance(got := attempt(wire, accepted(wire, body), read), Fault):
+        if got.kind in INSTEAD:
+            if got.kind not in wire.learnt:
+                wire.learnt.add(got.kind)
+                wire.notice(f"{wire.url} refuses {got.kind}: {INSTEAD[got.kind] or 'nothing'} is sent instead"
+                            + " (the paper: 0.5)" * (got.kind == "temperature"))
             continue
         tried[got.kind] += 1
-        if tried.total() > wire.retries or tried[got.kind] > LIMITS.get(got.kind, wire.retries):
-            if got.reply:
-                return got.reply
+        most, cure = CURES.get(got.kind, AGAIN)
+        if tried[got.kind] > most or tried.total() > wire.retries:
             # Raised outside any `except`: nothing of httpx's hangs on it.
             raise EndpointError(scrubbed(f"{got.status or 'no answer'} from {wire.url}: "
-                                         f"{clean(got.reason, 200)}; {got.cure}", wire.secrets))
-        wire.stats.setdefault("retries", []).append(got.status or got.kind)     # atomic, unlike +=
+                                         f"{clean(got.reason, 200)}; {cure.format(wire)}", wire.secrets))
+        wire.stats.setdefault("retries", []).append(got.kind)       # atomic, unlike +=
         backoff = min(0.5 * 2 ** (tried.total() - 1), 8.0) * random.uniform(0.75, 1.0)
         if wire.sleep(backoff if got.wait is None else got.wait):               # as Event.wait tells a stop
             raise EndpointError("stopped")
     return got
 
 
-def spoken(text: str) -> str:
-    """What a reply says once its thinking is taken out, whichever of the two tags is missing.
-
-    >>> spoken("<think>hm</think>A"), spoken("hm</think>A"), spoken("A<think>hm")
-    ('A', 'A', 'A')
-    """
-    text = re.split(r"(?i)</think(?:ing)?>", text)[-1]
-    return re.split(r"(?i)<think(?:ing)?>", text)[0].strip()
-
-
-def counted(usage: Any) -> Usage:
-    """Token counts; what is absent, null or not a count is None, never 0."""
-    usage = usage if isinstance(usage, dict) else {}
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-    counts = usage.get("prompt_tokens"), cached, usage.get("completion_tokens")
-    return Usage(*(n if type(n) is int else None for n in counts))
-
-
 def read_chat(wire: Wire, ask: Ask, data: dict) -> Reply | Fault:
-    """The first choice's text without its thinking; an empty one is a Fault that says why."""
-    choice, usage = data["choices"][0], counted(data.get("usage"))
+    """The first choice's text without its thinking, or a Fault; counts that are not told are None, not 0."""
+    choice, used = data["choices"][0], data.get("usage") or {}
+    counts = (used.get("prompt_tokens"), (used.get("prompt_tokens_details") or {}).get("cached_tokens"),
+              used.get("completion_tokens"))
+    usage = Usage(*(count if type(count) is int else None for count in counts))
     content = choice["message"].get("content") or ""
     if isinstance(content, list):
         content = "".join(p["text"] for p in content if p.get("type") == "text")
-    text = spoken(content).encode("utf-8", "replace").decode()      # half an emoji is no text
+    said = re.split("(?i)</think(?:ing)?>", content)[-1]            # either of the two tags may be missing
+    said = re.split("(?i)<think(?:ing)?>", said)[0].strip()
+    text = said.encode("utf-8", "replace").decode()                 # half an emoji is no text
     if mark := data.get("system_fingerprint"):
         wire.stats["system_fingerprint"] = scrubbed(str(mark), wire.secrets)[:200]
     sent = sum(len(said) for _, said in ask.messages)
@@ -735,13 +652,12 @@ def read_chat(wire: Wire, ask: Ask, data: dict) -> Reply | Fault:
         wire.notice(f"{wire.url} counts {usage.prompt} tokens in a prompt of {sent} characters: it may cut "
                     "prompts silently (Ollama: raise num_ctx)")
     if not text and choice.get("finish_reason") == "length":
-        return Fault("fatal", f"reasoning used up the reply's {ask.max_tokens} tokens",
-                     "raise --reply-tokens, or switch reasoning off by --extra-body", 200)
-    return Reply(text, usage) if text else Fault("silent", "", reply=Reply("", usage))
+        return Fault("length", f"reasoning used up the reply's {ask.max_tokens} tokens", 200)
+    return Reply(text, usage)
 
 
 def openai(base_url: str, model: str, key: str | None = None, **options: Any) -> LLM:
-    """A model behind any OpenAI-compatible endpoint; the options and their defaults are dial's.
+    """A model behind any OpenAI-compatible endpoint; the options are dial's.
 
     The seed is a hint: under load servers vary even so, and only a recorded log repeats a run. `stop` is never
     sent: parsers cut the reply on our side.
@@ -752,41 +668,27 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
         messages = [{"role": role, "content": content} for role, content in ask.messages]
         body = {"model": model, "messages": messages, "max_tokens": ask.max_tokens,
                 "temperature": ask.temperature, "seed": seed_of(ask.key)}
-        return persist(wire, body, partial(read_chat, wire, ask))
+        put = partial(persist, wire, body, partial(read_chat, wire, ask))
+        reply = put()
+        return reply if reply.text else put()       # some fall silent, but seldom twice
     return answer
-
-
-def stacked(rows: list, size: list) -> np.ndarray:
-    """Vectors as float32 rows; `size` remembers the first one's, for other models never mix in."""
-    size += [len(row) for row in rows[:1] if not size]
-    if sizes := {len(row) for row in rows} - set(size):
-        raise EndpointError(f"embeddings of sizes {size[0]} and {min(sizes)} do not mix: keep to the model "
-                            "this run began with, or use another --out")
-    return np.array(rows, np.float32).reshape(len(rows), *size)
 
 
 def read_vectors(count: int, data: dict) -> np.ndarray | Fault:
     """Unit rows in the order of the texts; one of zeros, or not of numbers, is a Fault."""
     found = sorted(data["data"], key=itemgetter("index"))
-    if [d["index"] for d in found] != list(range(count)):
-        return Fault("page", f"{len(found)} embeddings for {count} texts", status=200)
-    matrix = stacked([d["embedding"] for d in found], [])
+    matrix = np.array([d["embedding"] for d in found], np.float32)
     norms = np.linalg.norm(matrix, axis=1, keepdims=True)
-    if not ((norms > 0) & (norms < np.inf)).all():
-        return Fault("page", "an embedding is zero or not finite", status=200)
-    return matrix / norms
+    if [d["index"] for d in found] == list(range(count)) and ((norms > 0) & (norms < np.inf)).all():
+        return matrix / norms
+    return Fault("page", f"{len(found)} embeddings for {count} texts, or one that is zero or not finite", 200)
 
 
-def embeddings(base_url: str, model: str, key: str | None = None, *, batch: int = BATCH,
-               **options: Any) -> Embed:
-    """Unit vectors from an endpoint, `batch` texts a request; the other options are dial's."""
-    wire, size = dial(base_url, "embeddings", key, **options), []
-
-    def part(texts: Sequence[str]) -> np.ndarray:
-        body = {"model": model, "input": [t or " " for t in texts], "encoding_format": "float"}
-        return persist(wire, body, partial(read_vectors, len(texts)))
-    return lambda texts: stacked([row for start in range(0, len(texts), batch)
-                                  for row in part(texts[start:start + batch])], size)
+def embeddings(base_url: str, model: str, key: str | None = None, **options: Any) -> Embed:
+    """Unit vectors from an endpoint, in one request: `recorded_embed` makes batches. The options are dial's."""
+    wire, body = dial(base_url, "embeddings", key, **options), {"model": model, "encoding_format": "float"}
+    return lambda texts: persist(wire, body | {"input": [text or " " for text in texts]},
+                                 partial(read_vectors, len(texts)))
 
 
 class Log(NamedTuple):
@@ -825,23 +727,17 @@ def open_log(path: str | Path, model_id: Any, *, replay: bool = False, notice: C
     return Log(model_id, known, file, Lock())
 
 
-def locked(file: Any, patience: float = 2.0) -> bool:
-    """Whether no other process writes this file; from now on none may (where the system can tell).
-
-    A run that was stopped may need a second to record the answers on their way.
-    """
-    end = time.monotonic() + patience
-    while True:
+def locked(file: Any) -> bool:
+    """Whether no other process writes this file; from now on none may (where the system can tell)."""
+    for _ in range(100):        # a run that was stopped may need a second to record the answers on their way
         try:
             import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
+            return not fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() > end:
-                return False
             time.sleep(0.02)
         except (ImportError, OSError):      # no locks on this system, or on this disk
             return True
+    return False
 
 
 def replies(log: Log, asks: Sequence[Ask], live: Callable[[list[Ask]], Iterable[Reply]]) -> list[Reply]:
@@ -852,8 +748,7 @@ def replies(log: Log, asks: Sequence[Ask], live: Callable[[list[Ask]], Iterable[
         ask = next(iter(missing.values()))
         raise EndpointError(f"the log has no answer for {ask.role} {list(ask.key)}: run without --replay, or "
                             "with the flags it was recorded with")
-    answers = live(list(missing.values())) if missing else ()
-    for (name, ask), reply in zip(missing.items(), answers, strict=True):
+    for (name, ask), reply in zip(missing.items(), live([*missing.values()]), strict=True):
         line = json.dumps({"ask": name, "role": ask.role, "key": ask.key, **reply._asdict()})
         with log.lock:
             if name not in log.known:       # of two threads the quicker's reply counts
@@ -867,23 +762,25 @@ def recorded(llm: LLM, log: Log) -> LLM:
     return lambda ask: replies(log, [ask], partial(map, llm))[0]
 
 
-def recorded_embed(embed: Embed, log: Log, batch: int = BATCH) -> Embed:
+def recorded_embed(embed: Embed, log: Log, batch: int = 64) -> Embed:
     """The same embedding, each text put to it once, a batch at a time, and its row logged to the bit."""
-    size = []
+    sizes: set[int] = set()             # of all rows so far, one at most: other models never mix in
+
+    def stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
+        if len(both := sizes.union(map(len, rows))) > 1:
+            raise EndpointError(f"embeddings of sizes {min(both)} and {max(both)} do not mix: keep to the "
+                                "model this run began with, or use another --out")
+        sizes.update(both)
+        return np.array(rows, np.float32).reshape(len(rows), *both)
 
     def live(asks: list[Ask]) -> Iterator[Reply]:
-        texts = [text for ask in asks for _, text in ask.messages]
-        for start in range(0, len(texts), batch):
-            for row in stacked(list(embed(texts[start:start + batch])), size):
-                yield Reply(base64.b64encode(row.tobytes()).decode())
+        for start in range(0, len(asks), batch):        # servers have limits
+            for row in stacked(embed([ask.messages[0][1] for ask in asks[start:start + batch]])):
+                yield Reply(base64.b64encode(row).decode())
 
     def answer(texts: Sequence[str]) -> np.ndarray:
-        found = replies(log, [Ask("embed", (), (("text", t),)) for t in texts], live)
-        with suppress(ValueError):
-            rows = stacked([np.frombuffer(base64.b64decode(reply.text), np.float32) for reply in found], size)
-            if np.isfinite(rows).all():
-                return rows
-        raise EndpointError("the log of calls holds a damaged embedding: delete it, or use another --out")
+        found = replies(log, [Ask("embed", (), (("text", text),)) for text in texts], live)
+        return stacked([np.frombuffer(base64.b64decode(reply.text), np.float32) for reply in found])
     return answer
 
 
