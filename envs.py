@@ -639,12 +639,13 @@ def read_matrix(opened: Callable, name: str) -> Array:
         return array
 
 
-def read_users(opened: Callable, name: str, names: Sequence[str]) -> list[tuple[int, Array]]:
-    """(row, history) of each record: the last 20 distinct items among the names that exist."""
-    index, users = {title: item for item, title in enumerate(names)}, []
+def read_users(opened: Callable, name: str, titles: Sequence[str]) -> list[tuple[int, Array]]:
+    """(row, history) of each record: the last 20 distinct items among the titles that exist."""
+    index, users = {title: item for item, title in enumerate(titles)}, []
     with opened(name) as file:
         for record in json.loads(file.read_bytes()):
-            items = dict.fromkeys(index[title] for title in record["pos_seq_name"][::-1] if title in index)
+            latest = map(html.unescape, reversed(record["pos_seq_name"]))
+            items = dict.fromkeys(index[title] for title in latest if title in index)
             users.append((int(record["userid_encoded"]), np.array([*items][19::-1], int)))
     return users
 
@@ -665,10 +666,11 @@ def released(path: str | Path, name: str) -> Env:
         tags = {html.unescape(k): v for k, v in json.loads(file.read_text("utf-8")).items()}
         genres, belongs = labels([[*map(str, ast.literal_eval(tags.get(title, "[]")))] for title in titles])
     users = [read_users(opened, f"{half}.json", titles) for half in halves]
-    rows, histories = zip(*users[0], *users[1])
-    if len(sizes) > 1 or not all(0 <= row < len(t) for t, half in zip(tables, users) for row, _ in half):
+    fit = [0 <= row < len(table) for table, own in zip(tables, users) for row, _ in own]
+    if len(sizes) > 1 or not (all(sizes) and all(users) and all(fit)):
         raise BadData(f"{path}: the matrices of {name} do not fit each other or the users; "
                       f"whole copies are at {AUTHORS}")
+    rows, histories = zip(*users[0], *users[1])
     return Env(name, titles, (None,) * len(titles), genres, belongs, unit(belongs).astype(np.float32),
                Halves(np.array(rows), tables), histories, len(users[0]),
                beta={"steam": 50.0, "amazon": 15.0}[name], grace=1, apart=apart)

@@ -191,7 +191,7 @@ def bounded(session: str, limit: int) -> str:
     """The session's newest turns or lines, at most `limit` characters, so that no context overflows."""
     if len(session) <= limit:
         return session
-    half = limit // 2               # cut by half a limit at a time, most prompts extend the one before
+    half = max(limit // 2, 1)       # cut by half a limit at a time, most prompts extend the one before
     cut = -(-(len(session) - limit) // half) * half
     whole = session[cut:].partition("\nObservation")[2].partition("\n")[2]
     return whole or session[-limit:].partition("\n")[2]         # a turn too long: cut at a line
@@ -355,6 +355,11 @@ AVOID = re.compile(r"Avoid (.*?)\.")
 PARTS = re.compile("\n(?:\nSession so far:|Lessons from sessions|Category analysis|Values of situations)")
 
 
+def parts(text: str) -> list[str]:
+    """What a prompt says of history and session, and the rest; "" for what it lacks."""
+    return [*PARTS.split(text, 2), "", ""][:3]
+
+
 def pick(options: Sequence, text: str, seed: int) -> Any:
     """One of the options, chosen by text and seed, as a sampled model varies its answers."""
     return options[(crc32(text.encode("utf-8", "replace")) ^ seed) % len(options)]
@@ -362,7 +367,7 @@ def pick(options: Sequence, text: str, seed: int) -> Any:
 
 def offline_planner(text: str, seed: int) -> str:
     """A liked category, away from the last items and from what the lessons warn of."""
-    history, session, lessons = PARTS.split(text)
+    history, session, lessons = parts(text)
     liked = [c for _, found in LIKED.findall(history) for c in line_tags(found)]
     shown = [line_tags(found) for _, found in ACTIONS.findall(session)]
     apart = max(map(int, APART.findall(lessons)), default=3)
@@ -379,7 +384,7 @@ def offline_planner(text: str, seed: int) -> str:
 
 def offline_actor(text: str, seed: int) -> str:
     """The encouraged item that fits the plan best, or else categories and something liked."""
-    history, session, tail = PARTS.split(text)
+    history, session, tail = parts(text)
     liked, shown = LIKED.findall(history), ACTIONS.findall(session)
     plan = re.search(r"Next: (.*?)\. Keep away from: (.*?)\.", session[max(session.rfind("Thought"), 0):])
     target, away = (plan[1], set(line_tags(plan[2]))) if plan else ("", set())
@@ -402,14 +407,14 @@ def offline_actor(text: str, seed: int) -> str:
 
 def offline_critic(text: str, seed: int) -> str:
     """The mean of the recalled values; with none, the middle of the scale."""
-    values = [float(v) for v in re.findall(r"\n- (-?[\d.]+) after ", PARTS.split(text)[-1])]
+    values = [float(v) for v in re.findall(r"\n- (-?[\d.]+) after ", parts(text)[2])]
     top = float(re.search(r"at most ([\d.]+)\.", text)[1])
     return f"Value: {sum(values) / len(values) if values else top / 2:.2f}"
 
 
 def offline_reflector(text: str, seed: int) -> str:
     """Reads off the transcript why the user left: like items too close, or a disappointment."""
-    history, session = PARTS.split(text)
+    history, session, _ = parts(text)
     liked = Counter(c for _, found in LIKED.findall(history) for c in line_tags(found))
     shown = ACTIONS.findall(session)
     tags = [set(line_tags(found)) for _, found in shown]
@@ -457,8 +462,9 @@ CURES = {"ConnectError": START, "ConnectTimeout": START, "ProxyError": START, "U
          401: (0, "check OPENAI_API_KEY"), 402: (0, "top up the account, then run the same command"),
          403: (0, "use a key that may use this model"), 404: (0, "check --base-url and --model")}
 INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
-           "temperature": None, "seed": None, "encoding_format": None, "system": "user"}
+           "temperature": None, "seed": None, "encoding_format": None, "system role": "user role"}
 REFUSED = re.compile("(?i)(not|n't) (support|permit|allow|enable)|un(support|recogni|known|expected)|alternate")
+ROLE = re.compile("(?i)(system|developer) (role|message|prompt|instruction)s?|'(system|developer)'|roles must")
 OVERFLOW = re.compile(r"(?i)context.{0,20}(length|size|window|limit)|prompt is too long")
 LOOPBACK = re.compile(r"(localhost|[\w-]+\.localhost|127\.[\d.]+|0\.0\.0\.0|\[::1?\])([:/?]|$)")
 
@@ -587,8 +593,8 @@ def judged(ours: dict, status: int, headers: Any, data: dict, text: str) -> Faul
     kind = 402 if "insufficient_quota" in (code, error.get("type")) else status
     kind = kind if again or kind in CURES else "refused"
     if status in (400, 413, 422, 500):
-        held = {*ours, *(message["role"] for message in ours.get("messages", ()))}
-        named = re.sub("(?i)developer|roles", "system", said) if REFUSED.search(said) else ""
+        held = {*ours, *(f"{message['role']} role" for message in ours.get("messages", ()))}
+        named = ROLE.sub("system role", said) if REFUSED.search(said) else ""
         spare = (name for name in INSTEAD if name in held and re.search(rf"(?i)\b{name}\b", named))
         kind = "context" if OVERFLOW.search(said) else next(spare, kind)
     return Fault(kind, said, status, asked_wait(headers))
@@ -602,7 +608,7 @@ def accepted(wire: Wire, body: dict) -> dict:
             name = INSTEAD[name]
         if name and name not in wire.extra:
             ours[name] = value
-    if "system" in wire.learnt and "messages" in ours:      # its text in the user's mouth; roles alternate
+    if "system role" in wire.learnt and "messages" in ours:      # its text in the user's mouth; roles alternate
         turns = groupby(ours["messages"], key=lambda message: message["role"].replace("system", "user"))
         ours["messages"] = [{"role": role, "content": "\n\n".join(message["content"] for message in turn)}
                             for role, turn in turns]
@@ -684,11 +690,17 @@ def read_vectors(count: int, data: dict) -> np.ndarray | Fault:
     return Fault("page", f"{len(found)} embeddings for {count} texts, or one that is zero or not finite", 200)
 
 
-def embeddings(base_url: str, model: str, key: str | None = None, **options: Any) -> Embed:
-    """Unit vectors from an endpoint, in one request: `recorded_embed` makes batches. The options are dial's."""
+def batches(texts: Sequence, size: int) -> list[Sequence]:
+    """The texts, at most `size` at a time: servers have limits."""
+    return [texts[start:start + size] for start in range(0, len(texts), size)]
+
+
+def embeddings(base_url: str, model: str, key: str | None = None, *, batch: int = 64, **options: Any) -> Embed:
+    """Unit vectors from an endpoint, `batch` texts a request; the other options are dial's."""
     wire, body = dial(base_url, "embeddings", key, **options), {"model": model, "encoding_format": "float"}
-    return lambda texts: persist(wire, body | {"input": [text or " " for text in texts]},
-                                 partial(read_vectors, len(texts)))
+    return lambda texts: np.concatenate([
+        persist(wire, body | {"input": [text or " " for text in some]}, partial(read_vectors, len(some)))
+        for some in batches(texts, batch)])
 
 
 class Log(NamedTuple):
@@ -732,7 +744,8 @@ def locked(file: Any) -> bool:
     for _ in range(100):        # a run that was stopped may need a second to record the answers on their way
         try:
             import fcntl
-            return not fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
         except BlockingIOError:
             time.sleep(0.02)
         except (ImportError, OSError):      # no locks on this system, or on this disk
@@ -774,13 +787,17 @@ def recorded_embed(embed: Embed, log: Log, batch: int = 64) -> Embed:
         return np.array(rows, np.float32).reshape(len(rows), *both)
 
     def live(asks: list[Ask]) -> Iterator[Reply]:
-        for start in range(0, len(asks), batch):        # servers have limits
-            for row in stacked(embed([ask.messages[0][1] for ask in asks[start:start + batch]])):
+        for some in batches(asks, batch):
+            for row in stacked(embed([ask.messages[0][1] for ask in some])):
                 yield Reply(base64.b64encode(row).decode())
 
     def answer(texts: Sequence[str]) -> np.ndarray:
         found = replies(log, [Ask("embed", (), (("text", text),)) for text in texts], live)
-        return stacked([np.frombuffer(base64.b64decode(reply.text), np.float32) for reply in found])
+        with suppress(ValueError):
+            rows = stacked([np.frombuffer(base64.b64decode(reply.text), np.float32) for reply in found])
+            if np.isfinite(rows).all():
+                return rows
+        raise EndpointError("the log of calls holds a damaged embedding: delete it, or use another --out")
     return answer
 
 

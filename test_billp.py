@@ -1385,6 +1385,17 @@ def test_refusals_of_other_kinds():
         assert list(pool.map(llm, [ASK] * 8)) == [GOOD] * 8 and len(bodies()) == 16 and len(notes) == 1
 
 
+@pytest.mark.parametrize("words", [
+    "System role not supported", "Conversation roles must alternate user/assistant/user/assistant/...",
+    "Developer instruction is not enabled for models/gemma", "This model doesn't support system messages",
+    "Unsupported value: 'messages[0].role' does not support 'system' with this model."])
+def test_a_system_text_that_is_refused_goes_into_the_users_mouth(words):
+    assert play(refuses("system", error(400, words)))[0](ASK) == GOOD
+    assert [m["role"] for m in bodies()[0]["messages"]] == ["system", "user"] and len(bodies()) == 2
+    assert bodies()[1]["messages"] == [{"role": "user", "content": "Be brief.\n\nHi"}]
+    assert play(error(500, "Unexpected system error"))[0](ASK) == GOOD and bodies()[0] == bodies()[1]
+
+
 def test_what_is_asked():
     llm, _, _ = play(REFUSED["system"], extra={"enable_thinking": False}, headers={"X-Team": "a b"})
     assert llm(ASK) == GOOD
@@ -1538,6 +1549,9 @@ def test_embeddings_are_batched_ordered_unit_rows_each_asked_once(tmp_path):
     with pytest.raises(KeyError):                           # what was answered before a fault is kept
         prompts.recorded_embed(lambda texts: {2: AXES[:2]}[len(texts)], log, batch=2)(["a", "b", "c"])
     assert len(log.known) == log.file.getvalue().count(b"\n") == 2
+    for row in (AXES[0].tobytes()[:-1], np.float32([1, np.nan, 0, 0]).tobytes()):      # the log was damaged
+        log.known.update(dict.fromkeys(log.known, Reply(base64.b64encode(row).decode())))
+        assert "damaged" in failure(prompts.recorded_embed(None, log), ["a"])
     cast()
     plain(["", "a"])
     assert bodies()[0]["input"] == [" ", "a"]               # some servers refuse an empty text
