@@ -116,7 +116,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--timeout": dict(type=float, default=300.0, help="seconds for one answer (default 300)"),
     "--header": dict(action="append", default=[], metavar="K=V", help="one more request header"),
     "--extra-body": dict(default="{}", metavar="JSON", help="more fields for each request"),
-    "--max-calls": dict(type=int, help="stop cleanly after so many live calls of each model"),
+    "--max-calls": dict(type=int, help="stop cleanly after so many live calls of each model, not embeddings"),
     "--max-tokens": dict(type=int, help="stop cleanly after so many tokens of each model"),
     "--replay": dict(action="store_true", help="answer from the run's log alone"),
     "--dry-run": dict(action="store_true", help="expected calls and tokens; sends nothing")}
@@ -781,6 +781,8 @@ def plot(name: str, heading: str, rows: list[Row], path: Path) -> None:
     if axis:
         axes.set(xlabel=axis, xticks=sorted({row["x"] for row in rows}))
         axes.legend(frameon=False)
+    else:
+        axes.tick_params("x", labelrotation=10)         # names of models can be long
     axes.set_ylabel(f"{label}\n(mean, 95 % interval)")
     axes.set_title(heading, fontsize=9, parse_math=False)
     axes.grid(alpha=0.3)
