@@ -303,7 +303,7 @@ def conclude(trajectory: Trajectory, values: list[Output], drawn: list[Output], 
 
 def study(trajectories: Sequence[Trajectory], agent: Agent, llm: LLM, config: Config = DEFAULT,
           map: Callable = map) -> tuple[Trajectory, ...]:
-    """The batch with what it teaches, all questions asked side by side; none about what follows a leaving."""
+    """The batch with what it teaches, all asked side by side; what follows a leaving is worth 0 unasked."""
     states = [[step.state for step in t.steps] + ([] if t.terminated else [t.last]) for t in trajectories]
     values = iter(map(partial(critic, memory=agent.critic, llm=llm, config=config),
                       chain(*states) if config.experience and config.baseline else ()))
@@ -320,7 +320,7 @@ def absorb(agent: Agent, trajectory: Trajectory) -> Agent:
 
 def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, seed: int, phase: str,
              config: Config = DEFAULT, map: Callable = map, first: int = 0) -> tuple[Trajectory, ...]:
-    """One episode a user with the agent frozen, in `train` too; (seed, phase, first + i) names their draws."""
+    """One episode a user, the agent frozen, as in `train`; (seed, phase, first + i) names their draws."""
     one = partial(episode, catalog, agent=agent, llm=llm, config=config)
     return tuple(map(one, users, [(seed, phase, first + i) for i in range(len(users))]))
 

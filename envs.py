@@ -182,7 +182,7 @@ def oracle(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     Among equals it takes the item that rules out the fewest of those the user would stay for at the next step.
     """
     user, every = state.user[:, None], np.arange(free.shape[1])
-    some = every[::1 + len(every) ** 2 // CELLS]
+    some = every[::1 + len(every) ** 2 // CELLS]        # all of a small world, a sample of a large one
     ratings = rate(env, user, every)
     good = free & (ratings >= env.floor)
     near = (distances(env, user, state.recent, every) < env.beta) & (state.recent >= 0)[..., None]
@@ -300,7 +300,7 @@ def slopes(env: Env, x: Array, among: Array, log: Array, chance: Array, pick: Ar
 def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: float = 0.3) -> Policy:
     """Advantage actor-critic in one pass over `episodes` episodes of learners, taken in turn.
 
-    One in a hundred run side by side; every step of theirs, a choice from sampled items, is one of Adagrad.
+    A hundredth of them run side by side; each step of theirs, a choice of sampled items, is one of Adagrad.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(3,)))
     (m, d), choices = env.vectors.shape, max(CHOICES, len(env.vectors) // 16)
@@ -504,7 +504,7 @@ class BadData(ValueError):
 
 @contextmanager
 def reading(path: str | Path, source: str, *names: str, world: str = "") -> Iterator[Path]:
-    """The file of one of these names at or below path, rather in a folder named as the world.
+    """The file of one of these names at or below path, preferably in a folder named as the world.
 
     Whatever fails while it is read becomes one line that names the file and the source.
     """
@@ -559,7 +559,7 @@ def read_rating(items: dict[int, int], fields: list[str]) -> tuple[int, int, flo
 
 
 def movielens(path: str | Path, seed: int = 0) -> Env:
-    """A folder as GroupLens ships it: ml-latest and newer, ml-1m or ml-100k.
+    """A folder as GroupLens ships it: ml-latest-small and newer, ml-1m or ml-100k.
 
     Ratings are those that `als` predicts, fitted to nine tenths of the file's; `about` has its error on the
     last tenth. Item vectors are its item factors scaled to length 1; `beta` is the 0.2 quantile of their
@@ -646,7 +646,7 @@ def read_users(opened: Callable, name: str, titles: Sequence[str]) -> list[tuple
         for record in json.loads(file.read_bytes()):
             latest = map(html.unescape, reversed(record["pos_seq_name"]))
             items = dict.fromkeys(index[title] for title in latest if title in index)
-            users.append((int(record["userid_encoded"]), np.array([*items][19::-1], int)))
+            users.append((int(record["userid_encoded"]), np.array([*items][:20][::-1], int)))
     return users
 
 

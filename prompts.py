@@ -81,12 +81,12 @@ Embed = Callable[[Sequence[str]], np.ndarray]       # texts -> float32 [n, d], u
 
 @lru_cache(4096)
 def clean(text: str, limit: int = 600) -> str:
-    """The text as one printable line, by default of about a hundred words at most, so that data forges no line.
+    """The text as one printable line of at most `limit` characters, so that data forges no line.
 
     >>> clean("Alien\\nObservation 1: rated 5 of 5")
     'Alien Observation 1: rated 5 of 5'
     """
-    text = text[:4 * limit]
+    text = text[:4 * limit]             # spaces collapse: some to spare
     if not text.isprintable():
         text = "".join(c if c.isprintable() else " " for c in text)
     return " ".join(text.split())[:limit].rstrip()
@@ -343,12 +343,14 @@ def parse_critic(text: str) -> float | Malformed:
 def offline(ask: Ask) -> Reply:
     """A rule-based stand-in for a model, with no key and no network; no evidence about real models.
 
-    It reads what an endpoint would be sent and nothing else: text, and above temperature 0 a seed to choose by.
+    The role picks the reader, which sees what an endpoint would be sent and nothing else: text, and above
+    temperature 0 a seed to choose by.
     """
     return Reply(READERS[ask.role](ask.messages[1][1], seed_of(ask.key) if ask.temperature else 0))
 
 
-ACTIONS = re.compile(r"\nAction \d+: recommend (.*) \[(.*)\]")      # beginning in text, these are searched fast
+# Patterns that begin with plain text, which `re` finds fast.
+ACTIONS = re.compile(r"\nAction \d+: recommend (.*) \[(.*)\]")
 LIKED = re.compile(r"\n- (.*) \[(.*)\]")
 APART = re.compile(r"\b([1-9]\d?) steps apart")
 AVOID = re.compile(r"Avoid (.*?)\.")
@@ -417,10 +419,10 @@ def offline_reflector(text: str, seed: int) -> str:
     history, session, _ = parts(text)
     liked = Counter(c for _, found in LIKED.findall(history) for c in line_tags(found))
     shown = ACTIONS.findall(session)
-    tags = [set(line_tags(found)) for _, found in shown]
+    tags, gaps = [set(line_tags(found)) for _, found in shown], []
     warned = {c for found in AVOID.findall(session) for c in line_tags(found)}
-    gaps = [next((back for back, past in zip(range(1, 9), tags[:n][::-1])       # since the last of its kind
-                  if 4 * len(own & past) ** 2 >= len(own) * len(past) > 0), 9) for n, own in enumerate(tags)]
+    for n, own in enumerate(tags):          # how many steps back each item's nearest like lies; 9: none in 8
+        gaps.append(next((back for back in range(1, min(n, 8) + 1) if alike(own, tags[n - back])), 9))
     borne = min(gaps[:-1], default=9)       # like items this close have done no harm
     apart = min(max(map(int, APART.findall(session)), default=3), borne)
     title, last = (shown or [("it", "")])[-1]
@@ -437,6 +439,11 @@ def offline_reflector(text: str, seed: int) -> str:
     return f"Reflection: {why}. Keep like items {apart} steps apart for those who like {fans}.{avoid}"
 
 
+def alike(a: set[str], b: set[str]) -> bool:
+    """Whether two sets of categories share about as much as they differ."""
+    return 4 * len(a & b) ** 2 >= len(a) * len(b) > 0
+
+
 READERS = {"planner": offline_planner, "actor": offline_actor,
            "critic": offline_critic, "reflector": offline_reflector}
 
@@ -447,20 +454,22 @@ def scripted(replies: dict[str, Sequence[str]]) -> LLM:
 
 
 # ------------------------------------------------------------------------- the outside world
-# Endpoints over HTTP, the log of a run and its budget: the only effects outside run.py. What has broken other
-# clients is handled here, each where it happens.
+# Endpoints over HTTP, the log of a run and its budget: with the data files of envs.py the only effects outside
+# run.py. What has broken other clients is handled here, each where it happens.
 
 # Kinds of fault (a status, an exception's class, a word): how often to try again, and what to do after that.
 AGAIN = 99, "wait, then run the same command: it resumes"
-START = 2, "start the server, or check --base-url"      # UnicodeError: of what can be no host's name
+START = 2, "start the server, or check --base-url"
 MEND = 0, "mend the request (--model, --extra-body), then run the same command: it resumes"
-CURES = {"ConnectError": START, "ConnectTimeout": START, "ProxyError": START, "UnicodeError": START,
+CURES = {"ConnectError": START, "ConnectTimeout": START, "ProxyError": START,
+         "UnicodeError": START,         # of what can be no host's name
          "LocalProtocolError": MEND, "refused": MEND, 501: MEND, "page": (1, "does --base-url lack its /v1?"),
          "TimeoutException": (1, "raise --timeout, now {0.timeout:g} s"),
          "length": (0, "raise --reply-tokens, or switch reasoning off by --extra-body"),
          "context": (0, "allow the prompt fewer tokens, or the server more (-c, num_ctx, n_ctx)"),
          401: (0, "check OPENAI_API_KEY"), 402: (0, "top up the account, then run the same command"),
          403: (0, "use a key that may use this model"), 404: (0, "check --base-url and --model")}
+# What a server may refuse and what is sent instead; how it words that, and what it calls the system's role.
 INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
            "temperature": None, "seed": None, "encoding_format": None, "system role": "user role"}
 REFUSED = re.compile("(?i)(not|n't) (support|permit|allow|enable)|un(support|recogni|known|expected)|alternate")
@@ -490,7 +499,7 @@ class Wire(NamedTuple):
     post: Callable                  # body -> httpx's streamed response
     url: str                        # fit to be shown
     secrets: tuple[str, ...]        # never to be shown
-    learnt: set[str]                # gathers what the server turns out to refuse
+    learnt: set[str]                # gathers what of INSTEAD the server refuses; "cut" once that is told
     stats: dict[str, Any]           # gathers retries and the system fingerprint
     extra: dict[str, Any]           # the user's own fields of each request
     timeout: float                  # seconds for one attempt
@@ -520,7 +529,7 @@ def dial(base_url: str, route: str, key: str | None, headers: dict[str, str] | N
     if " " in key or not all(re.fullmatch(r"(?a)[\w-]+\n[ -~]*", "\n".join(item)) for item in sent.items()):
         raise EndpointError("the API key or a header holds what it may not: a space, a control character, one "
                             "outside ASCII (often a curly quote from a web page); copy it again")
-    client = cache(lambda thread: httpx.Client(     # one for all looks through its connections at every call
+    client = cache(lambda thread: httpx.Client(     # a shared one searches all connections at each call
         headers={"Content-Type": "application/json"} | sent, trust_env=not LOOPBACK.match(url.netloc.decode()),
         verify=trusted, timeout=httpx.Timeout(options["timeout"], connect=10)))
     fit = False
@@ -531,8 +540,8 @@ def dial(base_url: str, route: str, key: str | None, headers: dict[str, str] | N
         url = url.copy_with(raw_path=(path + mark + query).encode())
         trusted = httpx.create_ssl_context()        # slow to make, so once; honours SSL_CERT_FILE
         client(get_ident())
-        plain = re.fullmatch("(?i)https?://[!-~]+", base) and url.host and "@" not in path
-        fit = plain and (url.port or 0) < 65536
+        fit = (re.fullmatch("(?i)https?://[!-~]+", base) and url.host and "@" not in path
+               and (url.port or 0) < 65536)
     if not fit:
         shown = clean(re.sub(r"(?s)^.*@|[?#].*", "", base), 200)
         raise EndpointError(f"no client for {shown}: check the base URL (as http://localhost:8080/v1), "
@@ -601,7 +610,7 @@ def judged(ours: dict, status: int, headers: Any, data: dict, text: str) -> Faul
 
 
 def accepted(wire: Wire, body: dict) -> dict:
-    """What of a body this server takes and the user's own fields do not replace."""
+    """A body without what this server refuses or the user's own fields (--extra-body) replace."""
     ours = {}
     for name, value in body.items():
         while name in wire.learnt:
@@ -647,9 +656,8 @@ def read_chat(wire: Wire, ask: Ask, data: dict) -> Reply | Fault:
     content = choice["message"].get("content") or ""
     if isinstance(content, list):
         content = "".join(p["text"] for p in content if p.get("type") == "text")
-    said = re.split("(?i)</think(?:ing)?>", content)[-1]            # either of the two tags may be missing
-    said = re.split("(?i)<think(?:ing)?>", said)[0].strip()
-    text = said.encode("utf-8", "replace").decode()                 # half an emoji is no text
+    spoken = re.sub("(?is)^.*</think(ing)?>|<think(ing)?>.*", "", content)      # either tag may be missing
+    text = spoken.strip().encode("utf-8", "replace").decode()                   # half an emoji is no text
     if mark := data.get("system_fingerprint"):
         wire.stats["system_fingerprint"] = scrubbed(str(mark), wire.secrets)[:200]
     sent = sum(len(said) for _, said in ask.messages)
@@ -729,7 +737,7 @@ def open_log(path: str | Path, model_id: Any, *, replay: bool = False, notice: C
             try:
                 record = json.loads(line)
                 usage = Usage(*(None if count is None else index(count) for count in record["usage"]))
-                known.setdefault(record["ask"], Reply("" + record["text"], usage))
+                known.setdefault(record["ask"], Reply("" + record["text"], usage))      # no other type adds up
             except (ValueError, TypeError, LookupError, RecursionError):
                 raise EndpointError(f"{path}: line {number} is damaged: delete it") from None
         if file:

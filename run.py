@@ -29,7 +29,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache, partial, reduce
 from importlib.util import find_spec
 from itertools import chain, product
-from operator import add, itemgetter
+from operator import itemgetter
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Thread
@@ -70,7 +70,7 @@ ORIENTATION = ("paper: R_traj on Steam and Amazon-Book with gpt-3.5-turbo; its w
 
 
 class Experiment(NamedTuple):
-    """One of the paper's tables or figures."""
+    """A table or figure, of the paper's but for `curve`."""
     rows: str                           # methods, or method:episodes; table6 has --models instead
     varied: str = ""                    # what else differs between its cells
     places: Sequence[int | None] = (None,)      # the values of that
@@ -100,7 +100,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--method": dict(default="billp", choices=METHODS, metavar="METHOD", help=" ".join(METHODS)),
     "--world": dict(default="films", help=f"{WORLDS} (default films)"),
     "--seed": dict(type=int, default=0, help="names every random draw (default 0)"),
-    "--workers": dict(type=int, help="episodes (default: 1 offline, else a batch) or offline runs at once"),
+    "--workers": dict(type=int, help="episodes at once (default: 1 offline, else a batch); of offline "
+                      "experiments runs at once (default: all cores)"),
     "--out": dict(type=Path, help="run directory (default: one of its own under runs/)"),
     "--load": dict(type=Path, help="start from another run's memory.json"),
     "--show": dict(type=Path, metavar="RUN", help="print one episode of a run"),
@@ -245,7 +246,7 @@ def generator(wanted: Settings, branch: int) -> np.random.Generator:
 
 
 def build_world(wanted: Settings) -> tuple[envs.Env, list[int], list[int]]:
-    """A run's world under its rule of leaving; learning and held-out users, of which more extend fewer."""
+    """A run's world under its rule of leaving; learning and held-out users; more begin with the fewer."""
     env = load_world(wanted.world, wanted.seed)._replace(**wanted.rule)
     learners, held_out = np.split(np.arange(len(env.histories)), [env.learners])
     if wanted.episodes > len(learners) and wanted.method in billp.METHODS:
@@ -378,7 +379,7 @@ def estimated(ask: prompts.Ask) -> prompts.Reply:
 def connect(args: argparse.Namespace, wanted: Settings, path: Path | None, live: Live) -> tuple[LLM, Embed]:
     """The model and the embedding of a run; those of an endpoint are recorded in its directory."""
     if args.dry_run or wanted.model == "offline":
-        return estimated if args.dry_run else prompts.offline, prompts.hashed_ngrams
+        return (estimated if args.dry_run else prompts.offline), prompts.hashed_ngrams
     url = args.base_url or variable(*URLS) or "https://api.openai.com/v1"
     options = dict(key=variable("OPENAI_API_KEY"), timeout=args.timeout, notice=say,
                    extra=json.loads(args.extra_body), stats=live.stats, sleep=live.stop.wait,
@@ -433,7 +434,7 @@ def mapping(executor: Callable, count: int, stop: Event) -> Iterator[Callable]:
 
 
 def as_worker(told: Any = signal.SIG_DFL) -> None:
-    """Makes this a worker process: it leaves Ctrl-C and hang-ups to its parent and does not outlive it."""
+    """Makes this a worker: it leaves Ctrl-C and hang-ups to its parent, and `told` ends it, at latest with that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(getattr(signal, "SIGHUP", signal.SIGINT), signal.SIG_IGN)     # Windows has none
     signal.signal(signal.SIGTERM, told)
@@ -518,7 +519,8 @@ def cost(outcome: Outcome, live: Live, began: float) -> dict[str, Any]:
 def run(args: argparse.Namespace, live: Live) -> None:
     """The default flow: learn, evaluate, write the run directory, print the results."""
     began, wanted = time.perf_counter(), settings(args)
-    (env, *_), rows = build_world(wanted), load_memory(args.load, wanted.embedding) if args.load else {}
+    env, *_ = build_world(wanted)
+    rows = load_memory(args.load, wanted.embedding) if args.load else {}
     path = None if args.dry_run else run_directory(args, wanted._asdict(), env)
     llm, embed = connect(args, wanted, path, live)
     workers = args.workers or (0 if args.dry_run or wanted.model == "offline" else wanted.config["batch"])
@@ -566,9 +568,10 @@ def spelled(counts: Counts) -> str:
 
 def ledger(roles: dict[str, Counts], stats: dict[str, Any]) -> list[str]:
     """Calls and tokens per role; last, what an endpoint's client saw, if there was one."""
-    retried, system = len(stats.get("retries", ())), stats.get("system_fingerprint") or "?"
-    return [*(f"{role:10}{spelled(counts)}" for role, counts in roles.items() if counts["calls"]),
-            *[f"retries {retried}, system {system}"] * bool(stats)]
+    lines = [f"{role:10}{spelled(counts)}" for role, counts in roles.items() if counts["calls"]]
+    if stats:
+        lines.append(f"retries {len(stats.get('retries', ()))}, system {stats.get('system_fingerprint', '?')}")
+    return lines
 
 
 def report(s: dict[str, Any], about: str, lessons: Sequence[str]) -> list[str]:
@@ -595,8 +598,8 @@ def show(path: Path, pick: str) -> None:
     try:
         episodes = [json.loads(line) for line in (path / "episodes.jsonl").read_bytes().splitlines()]
         wanted = [e for e in episodes if e["phase"] == (phase or "learn")
-                  and e["episode"] == int(number or e["episode"])] or episodes * (not pick)
-        print(story(wanted[-1]))
+                  and e["episode"] == int(number or e["episode"])]
+        print(story((wanted if pick else wanted or episodes)[-1]))
     except (ValueError, LookupError, TypeError, OverflowError):
         raise UserError(f"{path} holds no episode {pick}".rstrip() + " (they are kept of language methods)")
 
@@ -792,9 +795,9 @@ def plot(name: str, heading: str, rows: list[Row], path: Path) -> None:
 def bill(results: list[Row]) -> str:
     """What one cell cost over all its seeds: calls, tokens, replies that were of no use, seconds."""
     counts = added([role for result in results for role in result["calls"].values()])
-    means = column(results, "malformed", "fallbacks", "ungrounded", "seconds").mean(0)
-    return (f"{title(results[0]):24}{spelled(counts)}; a run: "
-            "malformed {:.1f}, fallbacks {:.1f}, named no free item {:.0%}, {:.1f} s".format(*means))
+    bad, replaced, none, seconds = column(results, "malformed", "fallbacks", "ungrounded", "seconds").mean(0)
+    return (f"{title(results[0]):24}{spelled(counts)}; a run: malformed {bad:.1f}, fallbacks {replaced:.1f}, "
+            f"named no free item {none:.0%}, {seconds:.1f} s")
 
 
 def gather(args: argparse.Namespace, base: Settings, jobs: list[Job], path: Path | None, start: dict,
@@ -813,7 +816,8 @@ def gather(args: argparse.Namespace, base: Settings, jobs: list[Job], path: Path
     with mapping(pool, count, live.stop) as map:
         for (wanted, names), result in zip(jobs, map(partial(run_cell, start, models, workers), jobs)):
             found.append(result)
-            say(f"{' '.join(names)}: {len(found)} of {len(jobs)}, {wanted.method}, {wanted.episodes} episodes")
+            what = [wanted.method, f"{wanted.episodes} episodes", *(f"{k} {v}" for k, v in wanted.rule.items())]
+            say(f"{' '.join(names)}: {len(found)} of {len(jobs)}, {', '.join(what)}, seed {wanted.seed}")
     return found
 
 
@@ -839,7 +843,7 @@ def experiments(args: argparse.Namespace, live: Live) -> None:
     if path:
         print(f"seconds   {time.perf_counter() - began:.1f}\nrun       {path}")
     elif results:
-        whole = [views.get("fig4", [*views.values()][0]) for views in results.values()]     # fig4 asks most
+        whole = [views.get("fig4", next(iter(views.values()))) for views in results.values()]   # it asks most
         counts = added([role for view in whole for role in view["calls"].values()])
         print(f"in all, each run once: {spelled(counts)}")
 
@@ -850,8 +854,8 @@ def publish(name: str, base: Settings, found: list[list[Row]], path: Path) -> No
     models = [results[0]["series"] for results in found] if name == "table6" else [base.model]
     heading = (f"{name} on {base.world}, seeds {base.seed} to {last}, {base.users} held-out users each\n"
                f"model {', '.join(NAMES.get(model, model) for model in models)}")
-    table = grid([(title(row), row["figures"]) for row in rows], 24)
-    print("\n".join([heading, "", *map(add, table, ["", *map(remark, rows)]),
+    head, *lines = grid([(title(row), row["figures"]) for row in rows], 24)
+    print("\n".join([heading, "", head, *(line + remark(row) for line, row in zip(lines, rows)),
                      *[ORIENTATION] * any(row.get("paper") for row in rows), "",
                      *(bill(results) for results in found if results[0]["calls"]["actor"]["calls"]), ""]))
     seconds = [result.pop("seconds") for result in cells]
@@ -867,11 +871,14 @@ def main(argv: Sequence[str] | None = None, guarded: bool = False) -> int:
         args = parse(argv)
         if guarded and endpoint(args):
             return guard(argv)
-        show(args.show, args.pick) if args.show else (experiments if args.experiment else run)(args, live)
+        if args.show:
+            show(args.show, args.pick)
+        else:
+            (experiments if args.experiment else run)(args, live)
         sys.stdout.flush()
         return 0
-    except SystemExit as told:      # argparse has said what is wrong, or helped
-        return told.code
+    except SystemExit as ended:     # argparse has said what is wrong, or helped
+        return ended.code
     except (KeyboardInterrupt, prompts.BudgetSpent) as error:
         halted = str(error) or "interrupted; run the same command again: answered calls are kept"
         say("\n".join([*ledger(calls(live), live.stats), f"run.py: {halted}"]))

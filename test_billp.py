@@ -11,7 +11,6 @@ import json
 import math
 import os
 import pickle
-import random
 import re
 import signal
 import socket
@@ -253,9 +252,12 @@ def test_policies_never_repeat_and_block_by_block_is_the_same(seed, kind):
             assert len(set(met)) == len(met), name
         alone = np.concatenate([roll(env, [user], policy).items for user in range(6)])
         assert name == "random" or np.array_equal(played, alone), name
+        if name in ("popular", "greedy"):
+            with mock.patch.object(envs, "CELLS", 60):                      # three users a block
+                assert np.array_equal(roll(env, range(6), policy).items, played)
 
 
-def test_films_are_real_and_planning_matters_the_oracle_earns_most_and_a2c_learns():
+def test_films_are_200_and_planning_matters_the_oracle_earns_most_and_a2c_learns():
     assert len(FILMS.titles) == 200 == len(set(FILMS.titles)) and FILMS.belongs.any(1).all()
     assert 3.8 < FILMS.ratings.mean() < 4.2 and set(np.unique(FILMS.ratings)) == {1, 2, 3, 4, 5}
     for window, users in ((FILMS.window, range(500, 700)), (1, range(500, 510)), (8, range(500, 510))):
@@ -305,15 +307,6 @@ def test_a_rollout_is_each_users_own_episode_and_nothing_after(seed, kind):
             state, earned, left, _ = envs.step(env, state, item)
             assert reward == earned and not left
         assert (items[n:] == -1).all() and (rewards[n:] == 0).all()
-
-
-def test_many_users_in_blocks_fare_as_all_at_once(monkeypatch):
-    env = world(1, users=20, floor=0.0, beta=0.3)
-    make = {name: envs.POLICIES[name] for name in ("popular", "greedy")}
-    whole = {name: roll(env, range(20), make[name](env, 20, 0)) for name in make}
-    monkeypatch.setattr(envs, "CELLS", 27)
-    for name in make:
-        assert all(map(np.array_equal, whole[name], roll(env, range(20), make[name](env, 20, 0))))
 
 
 def test_popularity_is_the_learners_opinion_alone():
@@ -609,7 +602,7 @@ def test_the_offline_reflector_asks_for_no_more_distance_than_was_borne():
     assert "came 2 steps after W, its like. Keep like items 3" in reflect("W [A]", "X [B]", "Y [A]", apart=2)
 
 
-def test_every_prompt_extends_the_one_before_it():
+def test_every_prompt_of_the_planner_extends_the_one_before_it():
     asks, stems = [], {}
     learn(llm=lambda ask: asks.append(ask) or prompts.offline(ask))
     for ask in (ask for ask in asks if ask.role == "planner"):
@@ -871,7 +864,7 @@ def test_golden_run():
 
 # ------------------------------------------------------------------------------------ purity
 
-IMPURE = {"print", "open", "input", "exec", "eval", "globals", "setattr", "delattr"}
+IMPURE = {"print", "open", "input", "Path", "exec", "eval", "globals", "setattr", "delattr"}
 EFFECTS = re.compile(r"^(os|sys|time|random|datetime|threading|subprocess|socket|Path)\.|^np\.random\.(?!"
                      r"default_rng|SeedSequence|Generator)|\.(environ|write_text|read_text|urandom)$")
 
@@ -886,7 +879,8 @@ def test_the_pure_modules_are_pure(module):
         assert not any(isinstance(d, (ast.List, ast.Dict, ast.Set, ast.Call)) for d in defaults), function.name
         for node in ast.walk(function):
             text = function.name, ast.unparse(node)
-            assert not isinstance(node, (ast.Global, ast.Nonlocal, ast.Delete)), text
+            assert not isinstance(node, (ast.Global, ast.Nonlocal, ast.Delete, ast.Import, ast.ImportFrom)), text
+            assert not text[1].startswith("os."), text
             if isinstance(node, (ast.Attribute, ast.Subscript)) and not isinstance(node.ctx, ast.Load):
                 assert isinstance(node, ast.Subscript) and re.match(r"\w*", text[1])[0] not in names, text
             if isinstance(node, ast.Call):
@@ -948,10 +942,10 @@ def test_a_loaded_memory_is_the_agent_that_was_saved(tmp_path):
 
 
 @pytest.mark.parametrize("method", [*envs.POLICIES, "act", "react", "reflexion"])
-def test_every_method_runs(method, tmp_path):
+def test_methods_that_remember_no_credit_run_and_show_none(method, tmp_path):
     assert cli("--method", method, "--episodes", 10, "--users", 5, "--out", tmp_path / "r")[0] == 0
     shown = cli("--show", tmp_path / "r", "--pick", "learn:3")
-    assert ("reward" in shown[1] or shown[0] == 2) and "advantage" not in shown[1]    # none is remembered
+    assert shown[0] == (2 if method in envs.POLICIES else 0) and "advantage" not in shown[1]
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -1796,12 +1790,12 @@ def test_a_run_that_is_killed_or_interrupted_resumes_and_asks_nothing_answered_t
     """Killed alone, the command's worker records what is on its way; killed together, the log is whole."""
     for told, how in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
         request.addfinalizer(partial(signal.signal, told, signal.signal(told, how)))    # nohup had them ignored
-    cast().plan = lambda body: time.sleep(0.002)
+    cast().plan = lambda body: time.sleep(0.02)
     flags = *SMALL, 0.5, "--base-url", server().url, "--model", "m", "--workers", 4, "--out", tmp_path
     for kill, sent, code, more in ((os.kill, "SIGKILL", -9, 7), (os.kill, "SIGINT", 130, 12),
                                    (os.killpg, "SIGKILL", -9, 9), (os.killpg, "SIGHUP", -1, 9),
                                    (os.killpg, "SIGINT", 130, 9),           # as a terminal's Ctrl-C
-                                   (os.kill, "SIGKILL", -9, random.randrange(1, 30)), (None, "", 0, 999)):
+                                   (os.kill, "SIGKILL", -9, 5), (None, "", 0, 999)):
         before, start = answered(tmp_path / "calls.jsonl"), len(bodies())
         child = subprocess.Popen([sys.executable, run.__file__, *map(str, flags)], env=quiet(), text=True,
                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
