@@ -472,8 +472,10 @@ CURES = {"ConnectError": START, "ConnectTimeout": START, "ProxyError": START,
 # What a server may refuse and what is sent instead; how it words that, and what it calls the system's role.
 INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
            "temperature": None, "seed": None, "encoding_format": None, "system role": "user role"}
-REFUSED = re.compile("(?i)(not|n't) (support|permit|allow|enable)|un(support|recogni|known|expected)|alternate")
-ROLE = re.compile("(?i)(system|developer) (role|message|prompt|instruction)s?|'(system|developer)'|roles must")
+REFUSED = re.compile("(?i)(not|n't) (support|permit|allow|enable|available)|un(support|recogni|known|expected)"
+                     "|deprecated|invalid (role|value)|only .{0,20}(1|allowed)|roles (must|are)")
+ROLE = re.compile("(?i)(system|developer) (role|message|prompt|instruction)s?|roles (must|are)"
+                  "|role: system|['\"`](system|developer)['\"`]")
 OVERFLOW = re.compile(r"(?i)context.{0,20}(length|size|window|limit)|prompt is too long")
 LOOPBACK = re.compile(r"(localhost|[\w-]+\.localhost|127\.[\d.]+|0\.0\.0\.0|\[::1?\])([:/?]|$)")
 
@@ -526,7 +528,8 @@ def dial(base_url: str, route: str, key: str | None, headers: dict[str, str] | N
     sent = {name.strip(): value.strip() for name, value in (headers or {}).items()}
     if key := (key or "").strip():              # Azure has a header of its own for it
         sent |= {"api-key": key} if "api-version" in base else {"Authorization": f"Bearer {key}"}
-    if " " in key or not all(re.fullmatch(r"(?a)[\w-]+\n[ -~]*", "\n".join(item)) for item in sent.items()):
+    form = r"(?ai)(?!content-length|transfer-encoding)[\w-]+\n[ -~]*"      # these two httpx sets
+    if " " in key or not all(re.fullmatch(form, "\n".join(item)) for item in sent.items()):
         raise EndpointError("the API key or a header holds what it may not: a space, a control character, one "
                             "outside ASCII (often a curly quote from a web page); copy it again")
     client = cache(lambda thread: httpx.Client(     # a shared one searches all connections at each call
@@ -540,10 +543,10 @@ def dial(base_url: str, route: str, key: str | None, headers: dict[str, str] | N
         url = url.copy_with(raw_path=(path + mark + query).encode())
         trusted = httpx.create_ssl_context()        # slow to make, so once; honours SSL_CERT_FILE
         client(get_ident())
-        fit = (re.fullmatch("(?i)https?://[!-~]+", base) and url.host and "@" not in path
-               and (url.port or 0) < 65536)
+        fit = (re.fullmatch(r"(?i)https?://(?=[!-~]*\Z)[^/?#]*[^@]*", base) and url.host
+               and 0 <= (url.port or 0) < 65536)
     if not fit:
-        shown = clean(re.sub(r"(?s)^.*@|[?#].*", "", base), 200)
+        shown = clean(re.sub(r"(?s)^.*(@|%40)|[?#].*", "", base), 200)
         raise EndpointError(f"no client for {shown}: check the base URL (as http://localhost:8080/v1), "
                             "HTTP_PROXY, ALL_PROXY (socks needs httpx[socks]) and SSL_CERT_FILE")
     login = f"{url.username}:{url.password}"
@@ -564,7 +567,7 @@ def attempt(wire: Wire, ours: dict, read: Callable) -> Any:
                 raw += part
                 if time.monotonic() > end:
                     raise httpx.ReadTimeout("bytes trickled in until the deadline")
-    except (httpx.HTTPError, UnicodeError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:      # the server may name a bad URL
         kinds = [kind.__name__ for kind in type(error).__mro__]
         return Fault(next(filter(CURES.get, kinds), kinds[0]), f"{kinds[0]} {error}")
     try:
@@ -579,12 +582,17 @@ def attempt(wire: Wire, ours: dict, read: Callable) -> Any:
 def asked_wait(headers: Any) -> float | None:
     """Seconds the server asks us to wait, at most 60; None where it does not say."""
     from email.utils import parsedate_to_datetime
-    ms, text = headers.get("retry-after-ms"), headers.get("retry-after", "")
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        if re.fullmatch(r"\d+(\.\d*)?", text := headers.get(name, "").strip()):
+            return min(float(text) * unit, 60.0)
     with suppress(ValueError, OverflowError, OSError):      # not said, or a date beyond the calendar
-        seconds = (float(ms) / 1000 if ms else float(text) if re.fullmatch(r"[\d.]+", text) else
-                   parsedate_to_datetime(text).timestamp() - time.time())
-        return min(max(0.0, seconds), 60.0)
+        return min(max(parsedate_to_datetime(text).timestamp() - time.time(), 0.0), 60.0)
     return None
+
+
+def fields(value: Any) -> dict:
+    """The value if it is a JSON object, else an empty one."""
+    return value if isinstance(value, dict) else {}
 
 
 def judged(ours: dict, status: int, headers: Any, data: dict, text: str) -> Fault:
@@ -595,6 +603,7 @@ def judged(ours: dict, status: int, headers: Any, data: dict, text: str) -> Faul
     error = error if isinstance(error, dict) else {"message": error}
     said, code = str(error.get("message") or text), str(error.get("code"))
     said += f" [{error['param']}: {code}]" if error.get("param") else ""
+    said += f" [{raw}]" if (raw := fields(error.get("metadata")).get("raw")) else ""       # OpenRouter
     if status < 300:
         status = int(code) if re.fullmatch(r"[45]\d\d", code) else 500
     again = {"true": True, "false": False}.get(
@@ -628,7 +637,7 @@ def persist(wire: Wire, body: dict, read: Callable) -> Any:
     """Post until `read` makes something of the answer; a fault is a value until it is the last."""
     tried = Counter()
     while isinstance(got := attempt(wire, accepted(wire, body), read), Fault):
-        if got.kind in INSTEAD:
+        if got.kind in INSTEAD and (got.status < 500 or tried[got.kind]):       # a 500 may be a passing one
             if got.kind not in wire.learnt:
                 wire.learnt.add(got.kind)
                 wire.notice(f"{wire.url} refuses {got.kind}: {INSTEAD[got.kind] or 'nothing'} is sent instead"
@@ -649,8 +658,8 @@ def persist(wire: Wire, body: dict, read: Callable) -> Any:
 
 def read_chat(wire: Wire, ask: Ask, data: dict) -> Reply | Fault:
     """The first choice's text without its thinking, or a Fault; counts that are not told are None, not 0."""
-    choice, used = data["choices"][0], data.get("usage") or {}
-    counts = (used.get("prompt_tokens"), (used.get("prompt_tokens_details") or {}).get("cached_tokens"),
+    choice, used = data["choices"][0], fields(data.get("usage"))
+    counts = (used.get("prompt_tokens"), fields(used.get("prompt_tokens_details")).get("cached_tokens"),
               used.get("completion_tokens"))
     usage = Usage(*(count if type(count) is int else None for count in counts))
     content = choice["message"].get("content") or ""
@@ -693,7 +702,8 @@ def read_vectors(count: int, data: dict) -> np.ndarray | Fault:
     found = sorted(data["data"], key=itemgetter("index"))
     matrix = np.array([d["embedding"] for d in found], np.float32)
     norms = np.linalg.norm(matrix, axis=1, keepdims=True)
-    if [d["index"] for d in found] == list(range(count)) and ((norms > 0) & (norms < np.inf)).all():
+    numbered = matrix.ndim == 2 and [d["index"] for d in found] == list(range(count))
+    if numbered and ((norms > 0) & (norms < np.inf)).all():
         return matrix / norms
     return Fault("page", f"{len(found)} embeddings for {count} texts, or one that is zero or not finite", 200)
 

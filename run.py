@@ -28,6 +28,7 @@ from concurrent import futures
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial, reduce
 from importlib.util import find_spec
+from io import BytesIO
 from itertools import chain, product
 from operator import itemgetter
 from pathlib import Path
@@ -106,7 +107,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--load": dict(type=Path, help="start from another run's memory.json"),
     "--show": dict(type=Path, metavar="RUN", help="print one episode of a run"),
     "--pick": dict(default="", metavar="PHASE:N", help="which one: before, learn or after, and its number"),
-    "--experiment": dict(default="", metavar="A,B", help="the paper's tables and figures, over "
+    "--experiment": dict(metavar="A,B", help="the paper's tables and figures, over "
                          f"--seeds: {' '.join(EXPERIMENTS)}, or all; a run that two of them need is made once"),
     "--seeds": dict(type=int, default=5, help="seeds of an experiment, from --seed on (default 5)"),
     "--rows": dict(metavar="A,B", help="only these rows of experiments, but of table6, as react,billp"),
@@ -135,6 +136,13 @@ def reasons(record: type) -> dict[str, str]:
     return dict(re.findall(r"^    (\w+): .*?= .*?# (.*)$", inspect.getsource(record), re.M))
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> None:      # argparse would print its whole usage first
+        raise UserError(f"{message}; --help lists the flags")
+
+
 def chosen(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     """The flags among `names` that were given."""
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -143,7 +151,7 @@ def chosen(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags, each within its bounds."""
     text = f"BiLLP learns, then is evaluated. The built-in model is {NAMES['offline']}"
-    parser = argparse.ArgumentParser("run.py", argparse.SUPPRESS, text, allow_abbrev=False)     # no usage: long
+    parser = Parser("run.py", description=text, allow_abbrev=False)
     for flag, how in FLAGS.items():
         parser.add_argument(flag, **how)
     for heading, record in GROUPS.items():
@@ -155,7 +163,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             text = why if kind is bool or record is envs.Env else f"{why} (default {default})"
             group.add_argument(f"--{name.replace('_', '-')}", help=text.replace("%", "%%"), **how)
     args = parser.parse_args(argv)
-    named = args.experiment.replace("all", ",".join(EXPERIMENTS)).split(",") if args.experiment else []
+    named = [] if args.experiment is None else args.experiment.replace("all", ",".join(EXPERIMENTS)).split(",")
     if not set(named) <= set(EXPERIMENTS):
         raise UserError(f"no experiment {args.experiment!r}; there are all, {', '.join(EXPERIMENTS)}")
     args.experiment = list(dict.fromkeys(named))
@@ -209,7 +217,7 @@ def settings(args: argparse.Namespace) -> Settings:
     compared = (args.models or "").split(",")
     model = args.model or (live and variable("OPENAI_MODEL")) or compared[0] or ("" if live else "offline")
     models = {model, *(compared if args.models else ())}
-    if "" in models or not (live or models == {"offline"}):
+    if models & {"", ".", ".."} or not (live or models == {"offline"}):
         raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
                         "or give --base-url and --model; --model offline is the built-in reader")
     named = "" if models == {"offline"} else variable("OPENAI_EMBED_MODEL")
@@ -263,10 +271,10 @@ def build_world(wanted: Settings) -> tuple[envs.Env, list[int], list[int]]:
 dumps = partial(json.dumps, ensure_ascii=False)
 
 
-def write(path: Path, content: str) -> None:
+def write(path: Path, content: str | bytes) -> None:
     """Write, then rename: the file is whole or not there."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
-    draft.write_bytes(content.encode("utf-8", "replace"))
+    draft.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
     os.replace(draft, path)
 
 
@@ -280,9 +288,9 @@ def contents(env: envs.Env) -> str:
 
 def run_directory(args: argparse.Namespace, wanted: dict[str, Any], env: envs.Env) -> Path:
     """The directory of this run, made if need be; refused if it holds anything else."""
-    text = dumps({**wanted, "data": contents(env)}, indent=1) + "\n"
+    text = dumps({**wanted, "data": contents(env)}, indent=1).encode("utf-8", "replace").decode() + "\n"
     what = f"{wanted['world'].partition(':')[0]}-{'+'.join(args.experiment or [wanted['method']])}"
-    path = args.out or Path("runs", f"{what}-{digest(text.encode('utf-8', 'replace'))[:8]}")
+    path = args.out or Path("runs", f"{what}-{digest(text.encode())[:8]}")
     held = path / "config.json"
     if held.exists():
         old, new = (re.findall(r'(\w+)": ([^{].*?),?$', content, re.M)
@@ -434,7 +442,7 @@ def mapping(executor: Callable, count: int, stop: Event) -> Iterator[Callable]:
 
 
 def as_worker(told: Any = signal.SIG_DFL) -> None:
-    """Makes this a worker: it leaves Ctrl-C and hang-ups to its parent, and `told` ends it, at latest with that."""
+    """Makes this a worker: it leaves Ctrl-C and hang-ups to its parent, with which it ends, as `told` says."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(getattr(signal, "SIGHUP", signal.SIGINT), signal.SIG_IGN)     # Windows has none
     signal.signal(signal.SIGTERM, told)
@@ -773,13 +781,13 @@ def plot(name: str, heading: str, rows: list[Row], path: Path) -> None:
     except ImportError:
         return say("no picture: pip install -e '.[plot]' draws it")
     *_, axis, what, label = EXPERIMENTS[name]
-    figure = Figure((8, 4.5), dpi=100, layout="constrained")
+    figure, image = Figure((8, 4.5), dpi=100, layout="constrained"), BytesIO()
     axes, names = figure.subplots(), list(dict.fromkeys(row["series"] for row in rows))
     for i, series in enumerate(names):
-        mine = [row for row in rows if row["series"] == series]
-        places = [row["x"] for row in mine] if axis else [series]
+        mine, plain = [row for row in rows if row["series"] == series], series.replace("$", r"\$")
+        places = [row["x"] for row in mine] if axis else [plain]
         mean, low, high = np.array([row["figures"][what] for row in mine]).T
-        axes.errorbar(places, mean, np.maximum([mean - low, high - mean], 0), label=series,
+        axes.errorbar(places, mean, np.maximum([mean - low, high - mean], 0), label=plain,
                       color=COLOURS[i % len(COLOURS)], marker="osD^vPX*"[i % 8], capsize=3)
     if axis:
         axes.set(xlabel=axis, xticks=sorted({row["x"] for row in rows}))
@@ -789,7 +797,8 @@ def plot(name: str, heading: str, rows: list[Row], path: Path) -> None:
     axes.set_ylabel(f"{label}\n(mean, 95 % interval)")
     axes.set_title(heading, fontsize=9, parse_math=False)
     axes.grid(alpha=0.3)
-    figure.savefig(path)
+    figure.savefig(image)
+    write(path, image.getvalue())
 
 
 def bill(results: list[Row]) -> str:
@@ -877,8 +886,6 @@ def main(argv: Sequence[str] | None = None, guarded: bool = False) -> int:
             (experiments if args.experiment else run)(args, live)
         sys.stdout.flush()
         return 0
-    except SystemExit as ended:     # argparse has said what is wrong, or helped
-        return ended.code
     except (KeyboardInterrupt, prompts.BudgetSpent) as error:
         halted = str(error) or "interrupted; run the same command again: answered calls are kept"
         say("\n".join([*ledger(calls(live), live.stats), f"run.py: {halted}"]))

@@ -956,7 +956,8 @@ def test_methods_that_remember_no_credit_run_and_show_none(method, tmp_path):
     ("--out foreign.json", "foreign.json"), ("--out full", "full"),
     ("--experiment table5,table9", "no experiment 'table5,table9'"),
     ("--experiment table5 --rows billp,act", "no such rows, only billp-no-macro"),
-    ("--experiment table6 --models m,n", "--base-url")])
+    ("--experiment table6 --models m,n", "--base-url"), ("--experiment= --episodes 5", "no experiment ''"),
+    ("--experiment table6 --models .. --base-url x", "a model"), ("--no\x1b[31m", "--no [31m")])
 def test_bad_input_gets_one_clear_line_and_changes_nothing(argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("foreign.json").write_text('{"billp": 1, "planner": [[1]]}')
@@ -984,6 +985,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "old"
     run.write(path, "new")
     assert path.read_text() == "new"
+
+
+def test_a_name_that_is_no_text_names_the_same_run_again(tmp_path):
+    args, wanted = run.parse(["--out", str(tmp_path / "r")]), {"world": "movielens:\udcff", "method": "billp"}
+    assert run.run_directory(args, wanted, FILMS) == run.run_directory(args, wanted, FILMS) == tmp_path / "r"
 
 
 def test_a_run_stands_when_the_data_behind_its_world_has_changed(tmp_path):
@@ -1369,6 +1375,8 @@ def test_a_refused_parameter_is_left_out_from_then_on_and_told_once(name, sent, 
 
 
 def test_refusals_of_other_kinds():
+    told = error(400, "Provider returned error", metadata={"raw": "`temperature` is deprecated"})       # OpenRouter
+    assert play(refuses("temperature", told))[0](ASK) == GOOD and "temperature" not in bodies()[1]
     llm, _, _ = play(REFUSED["max_tokens"], refuses("max_completion_tokens"))
     assert llm(ASK) == GOOD and not {"max_tokens", "max_completion_tokens"} & set(bodies()[2])
     assert "seed" in failure(play(*[REFUSED["seed"]] * 3, extra={"seed": 1})[0], ASK)   # insisted on
@@ -1380,6 +1388,15 @@ def test_refusals_of_other_kinds():
 
 
 @pytest.mark.parametrize("words", [
+    "unexpected error in system prompt cache", "internal: unexpected seed state", "roles must reload: unexpected",
+    "unknown error while sampling: temperature overflow", "(unknown) while processing max_tokens"])
+def test_a_passing_500_is_no_refusal_whatever_it_names(words):
+    assert play(error(500, words))[0](ASK) == GOOD and bodies()[0] == bodies()[1]
+
+
+@pytest.mark.parametrize("words", [
+    'messages: Unexpected role "system". Only user and assistant are allowed.', "Role `system` is not allowed",
+    "Only user and assistant roles are supported!", "Invalid role: system", "Invalid value: 'system'.",
     "System role not supported", "Conversation roles must alternate user/assistant/user/assistant/...",
     "Developer instruction is not enabled for models/gemma", "This model doesn't support system messages",
     "Unsupported value: 'messages[0].role' does not support 'system' with this model."])
@@ -1387,15 +1404,14 @@ def test_a_system_text_that_is_refused_goes_into_the_users_mouth(words):
     assert play(refuses("system", error(400, words)))[0](ASK) == GOOD
     assert [m["role"] for m in bodies()[0]["messages"]] == ["system", "user"] and len(bodies()) == 2
     assert bodies()[1]["messages"] == [{"role": "user", "content": "Be brief.\n\nHi"}]
-    assert play(error(500, "Unexpected system error"))[0](ASK) == GOOD and bodies()[0] == bodies()[1]
 
 
 def test_what_is_asked():
-    llm, _, _ = play(REFUSED["system"], extra={"enable_thinking": False}, headers={"X-Team": "a b"})
+    llm, _, _ = play(*[REFUSED["system"]] * 2, extra={"enable_thinking": False}, headers={"X-Team": "a b"})
     assert llm(ASK) == GOOD
     llm(ASK._replace(key=(0, "learn", 1, 2, 1), messages=(("user", "a\ud800\n\u2028"),)))
-    first, second, third = bodies()
-    assert first["messages"] == [{"role": r, "content": c} for r, c in ASK.messages]
+    first, again, second, third = bodies()                  # a 500 may be a passing one: it is asked once more
+    assert first == again and first["messages"] == [{"role": r, "content": c} for r, c in ASK.messages]
     assert second["messages"] == [{"role": "user", "content": "Be brief.\n\nHi"}]
     assert third["messages"][0]["content"] == "a?\n\u2028" and first["enable_thinking"] is False
     assert first["seed"] == second["seed"] != third["seed"] and 0 <= first["seed"] < 2**31
@@ -1410,7 +1426,8 @@ def test_what_is_heard():
     assert play(said("\ud83d"))[0](ASK).text == "?"         # half an emoji would end up in files
     assert play(said(None), said(""))[0](ASK) == Reply("", GOOD.usage) and len(bodies()) == 2
     for usage, counts in ((None, Usage()), ({"prompt_tokens": "3"}, Usage()),
-                          ({"prompt_tokens": None, "prompt_tokens_details": None}, Usage()),
+                          ({"prompt_tokens": None, "prompt_tokens_details": None}, Usage()), ([1], Usage()),
+                          ({"prompt_tokens": 3, "prompt_tokens_details": 7}, Usage(3)),
                           ({"prompt_tokens": 3, "completion_tokens": 0}, Usage(3, None, 0))):
         assert play(said(usage=usage))[0](ASK).usage == counts
     llm, notes, _ = play()
@@ -1439,7 +1456,8 @@ def test_base_urls_of_every_form(base, path):
 @pytest.mark.parametrize("base", [
     "htp://x", "http://", "http://a b", "http://x:999999", "http://x:99999", "http://[::1", "http://[1:2]", "",
     f"http://u:{KEY}@x y", f"//{KEY}@x?{KEY} y", f"http://u:{KEY}@x\n:1",
-    f"http://u:{KEY}/b@x/v1", f"http://{KEY}/b@x"])
+    f"http://u:{KEY}/b@x/v1", f"http://{KEY}/b@x", f"http://{KEY}#x@127.0.0.1:9/", f"http://{KEY}?x@127.0.0.1",
+    f"http://u:{KEY}%40x", "http://x:-1/v1"])
 def test_bad_urls_are_refused(base):
     failure(lambda: play(base=base))
 
@@ -1447,6 +1465,7 @@ def test_bad_urls_are_refused(base):
 @pytest.mark.parametrize("headers, low, high", [
     ({"Retry-After": "7"}, 7, 7), ({"retry-after-ms": "1500", "Retry-After": "9"}, 1.5, 1.5),
     ({"Retry-After": "9999"}, 60, 60), ({"Retry-After": "soon"}, 0.37, 0.5), ({}, 0.37, 0.5),
+    ({"retry-after-ms": "soon", "Retry-After": "7"}, 7, 7), ({"retry-after-ms": "nan"}, 0.37, 0.5),
     ({"Retry-After": "Mon, 01 Jan 99999 00:00:00 GMT"}, 0.37, 0.5),
     ({"Retry-After": email.utils.formatdate(time.time() + 50, usegmt=True)}, 1, 50)], ids=str)
 def test_waits_are_what_the_server_asks_or_back_off(headers, low, high):
@@ -1496,6 +1515,7 @@ def test_the_tail_of_a_secret_its_decoded_form_and_a_fingerprint_are_starred_too
 def test_a_damaged_key_or_header_is_refused_unseen(key):
     assert "key" in failure(lambda: play(key=key))
     assert "header" in failure(lambda: play(headers={key: "x"}))
+    assert "header" in failure(lambda: play(headers={"Content-Length": "5"}))       # httpx's own
     if " " not in key:
         assert "header" in failure(lambda: play(headers={"api-key": key}))
     assert play(key=f" {KEY}\r\n")[0](ASK) == GOOD
@@ -1535,7 +1555,7 @@ def test_embeddings_are_batched_ordered_unit_rows_each_asked_once(tmp_path):
     replayed = prompts.recorded_embed(None, prompts.open_log(tmp_path / "calls.jsonl", "m", replay=True))
     assert replayed(texts).tobytes() == rows.tobytes() and embed([]).shape == (0, 4)
     for data, words in (([[1] * 5, [1] * 5], "4 and 5"), ([[1] * 4], "1 embeddings for 2"),
-                        ([[1] * 4, [0] * 4], "zero"), ([[1] * 4, ["x"] * 4], "embedding"),
+                        ([[1] * 4, [0] * 4], "zero"), ([[1] * 4, ["x"] * 4], "embedding"), ([[[1] * 4], [[1] * 4]], "zero"),
                         ([[1] * 4, [10 ** 400] * 4], "embedding")):
         cast(*[(200, {}, {"data": [{"index": i, "embedding": row} for i, row in enumerate(data)]})] * 2)
         assert words in failure(embed, ["b", "c"])
