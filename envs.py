@@ -558,6 +558,33 @@ def read_rating(items: dict[int, int], fields: list[str]) -> tuple[int, int, flo
     return int(fields[0]), items[int(fields[1])], float(fields[2]), float(fields[3])
 
 
+def ridge(rows: Array, columns: Array, targets: Array, basis: Array, count: int) -> Array:
+    """float32 [count, k + 1]: each row's own regression of its n targets on [basis of the column, 1]."""
+    order, k = np.argsort(rows, kind="stable"), basis.shape[1] + 1
+    basis = np.insert(basis, k - 1, 1, 1)
+    sums = np.zeros((count, k, k + 1), np.float32)
+    for block in np.split(order, range(16384, len(order), 16384)):
+        row, x = rows[block], basis[columns[block]]
+        y = np.hstack([x, targets[block, None]])
+        starts = np.flatnonzero(np.diff(row, prepend=-1))
+        sums[row[starts]] += np.add.reduceat(x[:, :, None] * y[:, None, :], starts)
+    # the penalty is 3 + n / 10 on factors, 3 on the bias, which comes last
+    penalty = 3 + np.bincount(rows, minlength=count)[:, None] / 10 * (np.arange(k) < k - 1)
+    gram = sums[..., :-1] + np.eye(k, dtype=np.float32) * penalty[:, None].astype(np.float32)
+    return np.linalg.solve(gram, sums[..., -1:])[..., 0]
+
+
+def als(users: Array, items: Array, ratings: Array, shape: tuple, rank: int, sweeps: int = 10) -> Factors:
+    """Alternating least squares: rating = mean + user bias + item bias + p . q, q [rank]."""
+    mean = ratings.mean()
+    q = 0.1 * np.random.default_rng(0).standard_normal((shape[1], rank + 1), np.float32)
+    q[:, -1] = 0
+    for _ in range(sweeps):
+        p = ridge(users, items, ratings - mean - q[items, -1], q[:, :-1], shape[0])
+        q = ridge(items, users, ratings - mean - p[users, -1], p[:, :-1], shape[1])
+    return Factors(np.insert(p, rank + 1, 1, 1), np.insert(q, rank, 1, 1), float(mean))
+
+
 def movielens(path: str | Path, seed: int = 0) -> Env:
     """A folder as GroupLens ships it: ml-latest-small and newer, ml-1m or ml-100k.
 
@@ -590,33 +617,6 @@ def movielens(path: str | Path, seed: int = 0) -> Env:
                beta=float(np.quantile(np.linalg.norm(pairs[0] - pairs[1], axis=1), 0.2)),
                about=f"{len(log)} ratings; RMSE on the tenth held out: {errors[0]:.4f} predicted by factors, "
                      f"{errors[1]:.4f} by biases alone")
-
-
-def als(users: Array, items: Array, ratings: Array, shape: tuple, rank: int, sweeps: int = 10) -> Factors:
-    """Alternating least squares: rating = mean + user bias + item bias + p . q, q [rank]."""
-    mean = ratings.mean()
-    q = 0.1 * np.random.default_rng(0).standard_normal((shape[1], rank + 1), np.float32)
-    q[:, -1] = 0
-    for _ in range(sweeps):
-        p = ridge(users, items, ratings - mean - q[items, -1], q[:, :-1], shape[0])
-        q = ridge(items, users, ratings - mean - p[users, -1], p[:, :-1], shape[1])
-    return Factors(np.insert(p, rank + 1, 1, 1), np.insert(q, rank, 1, 1), float(mean))
-
-
-def ridge(rows: Array, columns: Array, targets: Array, basis: Array, count: int) -> Array:
-    """float32 [count, k + 1]: each row's own regression of its n targets on [basis of the column, 1]."""
-    order, k = np.argsort(rows, kind="stable"), basis.shape[1] + 1
-    basis = np.insert(basis, k - 1, 1, 1)
-    sums = np.zeros((count, k, k + 1), np.float32)
-    for block in np.split(order, range(16384, len(order), 16384)):
-        row, x = rows[block], basis[columns[block]]
-        y = np.hstack([x, targets[block, None]])
-        starts = np.flatnonzero(np.diff(row, prepend=-1))
-        sums[row[starts]] += np.add.reduceat(x[:, :, None] * y[:, None, :], starts)
-    # the penalty is 3 + n / 10 on factors, 3 on the bias, which comes last
-    penalty = 3 + np.bincount(rows, minlength=count)[:, None] / 10 * (np.arange(k) < k - 1)
-    gram = sums[..., :-1] + np.eye(k, dtype=np.float32) * penalty[:, None].astype(np.float32)
-    return np.linalg.solve(gram, sums[..., -1:])[..., 0]
 
 
 class ArraysOnly(pickle.Unpickler):

@@ -139,6 +139,15 @@ class Catalog(NamedTuple):
     names: dict[str, tuple[int, ...]]   # folded title, with and without year -> items
 
 
+def title_key(line: str) -> str:
+    """A title without its categories, case, accents, and what a sentence puts around it.
+
+    >>> title_key('"Alien (1979)." [Horror, Sci-Fi]')
+    'alien (1979)'
+    """
+    return fold(line.partition(" [")[0]).strip(" .\"'“”*")
+
+
 def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
     """Embeds every item's line once and indexes the titles."""
     lines = tuple(map(item_line, env.titles, env.years, (compress(env.categories, row) for row in env.belongs)))
@@ -147,15 +156,6 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
         for name in {title_key(line), title_key(item_line(title, None, ()))}:
             names[name] = names.get(name, ()) + (item,)
     return Catalog(env, embed, lines, embed(lines), names)
-
-
-def title_key(line: str) -> str:
-    """A title without its categories, case, accents, and what a sentence puts around it.
-
-    >>> title_key('"Alien (1979)." [Horror, Sci-Fi]')
-    'alien (1979)'
-    """
-    return fold(line.partition(" [")[0]).strip(" .\"'“”*")
 
 
 def ground(text: str, catalog: Catalog, exclude: Iterable[int] = ()) -> tuple[int, bool]:
@@ -339,16 +339,6 @@ def parse_critic(text: str) -> float | Malformed:
 
 # ----------------------------------------------------------------------------- offline reader
 
-
-def offline(ask: Ask) -> Reply:
-    """A rule-based stand-in for a model, with no key and no network; no evidence about real models.
-
-    The role picks the reader, which sees what an endpoint would be sent and nothing else: text, and above
-    temperature 0 a seed to choose by.
-    """
-    return Reply(READERS[ask.role](ask.messages[1][1], seed_of(ask.key) if ask.temperature else 0))
-
-
 # Patterns that begin with plain text, which `re` finds fast.
 ACTIONS = re.compile(r"\nAction \d+: recommend (.*) \[(.*)\]")
 LIKED = re.compile(r"\n- (.*) \[(.*)\]")
@@ -414,6 +404,11 @@ def offline_critic(text: str, seed: int) -> str:
     return f"Value: {sum(values) / len(values) if values else top / 2:.2f}"
 
 
+def alike(a: set[str], b: set[str]) -> bool:
+    """Whether two sets of categories share about as much as they differ."""
+    return 4 * len(a & b) ** 2 >= len(a) * len(b) > 0
+
+
 def offline_reflector(text: str, seed: int) -> str:
     """Reads off the transcript why the user left: like items too close, or a disappointment."""
     history, session, _ = parts(text)
@@ -439,13 +434,17 @@ def offline_reflector(text: str, seed: int) -> str:
     return f"Reflection: {why}. Keep like items {apart} steps apart for those who like {fans}.{avoid}"
 
 
-def alike(a: set[str], b: set[str]) -> bool:
-    """Whether two sets of categories share about as much as they differ."""
-    return 4 * len(a & b) ** 2 >= len(a) * len(b) > 0
-
-
 READERS = {"planner": offline_planner, "actor": offline_actor,
            "critic": offline_critic, "reflector": offline_reflector}
+
+
+def offline(ask: Ask) -> Reply:
+    """A rule-based stand-in for a model, with no key and no network; no evidence about real models.
+
+    The role picks the reader, which sees what an endpoint would be sent and nothing else: text, and above
+    temperature 0 a seed to choose by.
+    """
+    return Reply(READERS[ask.role](ask.messages[1][1], seed_of(ask.key) if ask.temperature else 0))
 
 
 def scripted(replies: dict[str, Sequence[str]]) -> LLM:
@@ -555,30 +554,6 @@ def dial(base_url: str, route: str, key: str | None, headers: dict[str, str] | N
                 url=f"{url.scheme}://{url.netloc.decode()}{path}", learnt=set(), **options)
 
 
-def attempt(wire: Wire, ours: dict, read: Callable) -> Any:
-    """One request: what `read` makes of the answer, or a Fault (httpx's errors may quote headers)."""
-    import httpx
-    end, raw = time.monotonic() + wire.timeout, b""     # blank lines to keep alive reset httpx's own clock
-    try:
-        text = json.dumps(ours | wire.extra, ensure_ascii=False)
-        with wire.post(text.encode("utf-8", "replace")) as response:
-            response.request.extensions["timeout"]["read"] = max(end - time.monotonic(), 0.001)
-            for part in response.iter_bytes():
-                raw += part
-                if time.monotonic() > end:
-                    raise httpx.ReadTimeout("bytes trickled in until the deadline")
-    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:      # the server may name a bad URL
-        kinds = [kind.__name__ for kind in type(error).__mro__]
-        return Fault(next(filter(CURES.get, kinds), kinds[0]), f"{kinds[0]} {error}")
-    try:
-        data = json.loads(raw)
-        if not data.get("error") and response.status_code < 300:
-            return read(data)
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
-        data = {}       # not JSON, or not in the shape of an answer
-    return judged(ours, response.status_code, response.headers, data, raw.decode("utf-8", "replace"))
-
-
 def asked_wait(headers: Any) -> float | None:
     """Seconds the server asks us to wait, at most 60; None where it does not say."""
     from email.utils import parsedate_to_datetime
@@ -616,6 +591,30 @@ def judged(ours: dict, status: int, headers: Any, data: dict, text: str) -> Faul
         spare = (name for name in INSTEAD if name in held and re.search(rf"(?i)\b{name}\b", named))
         kind = "context" if OVERFLOW.search(said) else next(spare, kind)
     return Fault(kind, said, status, asked_wait(headers))
+
+
+def attempt(wire: Wire, ours: dict, read: Callable) -> Any:
+    """One request: what `read` makes of the answer, or a Fault (httpx's errors may quote headers)."""
+    import httpx
+    end, raw = time.monotonic() + wire.timeout, b""     # blank lines to keep alive reset httpx's own clock
+    try:
+        text = json.dumps(ours | wire.extra, ensure_ascii=False)
+        with wire.post(text.encode("utf-8", "replace")) as response:
+            response.request.extensions["timeout"]["read"] = max(end - time.monotonic(), 0.001)
+            for part in response.iter_bytes():
+                raw += part
+                if time.monotonic() > end:
+                    raise httpx.ReadTimeout("bytes trickled in until the deadline")
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:      # the server may name a bad URL
+        kinds = [kind.__name__ for kind in type(error).__mro__]
+        return Fault(next(filter(CURES.get, kinds), kinds[0]), f"{kinds[0]} {error}")
+    try:
+        data = json.loads(raw)
+        if not data.get("error") and response.status_code < 300:
+            return read(data)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
+        data = {}       # not JSON, or not in the shape of an answer
+    return judged(ours, response.status_code, response.headers, data, raw.decode("utf-8", "replace"))
 
 
 def accepted(wire: Wire, body: dict) -> dict:
@@ -729,6 +728,20 @@ class Log(NamedTuple):
     lock: Any
 
 
+def locked(file: Any) -> bool:
+    """Whether no other process writes this file; from now on none may (where the system can tell)."""
+    for _ in range(100):        # a run that was stopped may need a second to record the answers on their way
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.02)
+        except (ImportError, OSError):      # no locks on this system, or on this disk
+            return True
+    return False
+
+
 def open_log(path: str | Path, model_id: Any, *, replay: bool = False, notice: Callable = warnings.warn) -> Log:
     """Read a log or begin one; model_id (JSON) is whatever shapes an answer besides the ask."""
     path, header, known = Path(path), json.dumps({"log": 1, "model": model_id}).encode() + b"\n", {}
@@ -755,20 +768,6 @@ def open_log(path: str | Path, model_id: Any, *, replay: bool = False, notice: C
             file.write(b"" if whole else header)
         failing.pop_all()
     return Log(model_id, known, file, Lock())
-
-
-def locked(file: Any) -> bool:
-    """Whether no other process writes this file; from now on none may (where the system can tell)."""
-    for _ in range(100):        # a run that was stopped may need a second to record the answers on their way
-        try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            time.sleep(0.02)
-        except (ImportError, OSError):      # no locks on this system, or on this disk
-            return True
-    return False
 
 
 def replies(log: Log, asks: Sequence[Ask], live: Callable[[list[Ask]], Iterable[Reply]]) -> list[Reply]:

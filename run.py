@@ -352,6 +352,85 @@ def describe(env: envs.Env, t: Trajectory) -> dict[str, Any]:
             "values": values, "advantages": advantages, "reflection": reflection}
 
 
+# ----------------------------------------------------------------------------------- tables
+
+
+def grid(rows: Sequence[tuple[str, dict[str, Sequence[float]]]], width: int) -> list[str]:
+    """A table: a line of headings, then one a row, each figure with its interval."""
+    lines = [("", [f"{name} [95 %]" for name in rows[0][1]])]
+    lines += [(label, [f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in figures.values()])
+              for label, figures in rows]
+    return [f"{label:{width}}" + "".join(f"{text:>24}" for text in texts) for label, texts in lines]
+
+
+def spelled(counts: Counts) -> str:
+    """Calls, and tokens of the kinds that the server counts.
+
+    >>> spelled({"calls": 2, "prompt": 9, "cached": None, "completion": 4})
+    '2 calls, tokens: prompt 9, completion 4'
+    """
+    kinds = [f"{name} {counts[name]}" for name in Usage._fields if counts[name] is not None]
+    return f"{counts['calls']} calls" + ", tokens: " * bool(kinds) + ", ".join(kinds)
+
+
+def ledger(roles: dict[str, Counts], stats: dict[str, Any]) -> list[str]:
+    """Calls and tokens per role; last, what an endpoint's client saw, if there was one."""
+    lines = [f"{role:10}{spelled(counts)}" for role, counts in roles.items() if counts["calls"]]
+    if stats:
+        lines.append(f"retries {len(stats.get('retries', ()))}, system {stats.get('system_fingerprint', '?')}")
+    return lines
+
+
+def report(s: dict[str, Any], about: str, lessons: Sequence[str]) -> list[str]:
+    """The results as a person reads them, from summary.json."""
+    policy, learning = s["method"] in envs.POLICIES, s["learning"]
+    model = "none: this policy sees the numbers" if policy else NAMES.get(s["model"], s["model"])
+    lines = [f"{s['method']} on {s['world']}, seed {s['seed']}: {s['episodes']} learning episodes, then "
+             f"{s['users']} held-out users", *[f"world     {about}"] * bool(about), f"model     {model}", "",
+             *grid([(row, s[row]) for row in ("before", "after", "difference")], 10), ""]
+    if learning:
+        least, most = min(learning), max(learning)
+        bars = "".join("▁▂▃▄▅▆▇█"[int(7 * length / (most or 1))] for length in learning)
+        lines.append(f"learning  {bars}  mean Len of each batch, {least:.1f} to {most:.1f}")
+    lines += [*(f"lesson    {text}" for text in lessons), *ledger(s["calls"], {})]
+    if s["calls"]["actor"]["calls"]:
+        lines.append(f"replies   malformed {s['malformed']}, fallbacks {s['fallbacks']}, "
+                     f"actions that named no free item {s['ungrounded']:.0%}")
+    return [*lines, f"seconds   {s['seconds']}"]
+
+
+def story(e: dict[str, Any]) -> str:
+    """An episode in words: what was recalled, thought, done, seen and learnt at each step."""
+    lines = [f"{e['phase']} episode {e['episode']}, user {e['user']}", "",
+             "liked before", *(f"    {line}" for line in e["history"])]
+    for n, step in enumerate(e["steps"]):
+        tried, more = step["experience"][:5], len(step["experience"]) - 5
+        left = e["left"] if n == len(e["steps"]) - 1 else ""
+        rows = [*(("recalled", lesson) for lesson in step["lessons"]), ("thought", step["thought"]),
+                *((prompts.VERDICT[v], line) for line, v in tried),
+                ("", f"and {more} more experiences" if more > 0 else ""), ("said", step["said"]),
+                ("item", step["item"] + " (the nearest; no free title was named)" * (not step["exact"])),
+                ("reward", f"{step['reward']:g}" + (f", the user left: {left}" if left else ""))]
+        if e["advantages"]:
+            a = e["advantages"][n]
+            rows.append(("value", f"{e['values'][n]:.2f}, advantage {a:+.2f}: {prompts.VERDICT[a >= 0]}"))
+        lines += ["", f"step {n + 1}", *(f"    {label:12}{text}" for label, text in rows if text)]
+    lines += [] if e["left"] else ["", "the user stayed to the last step"]
+    return "\n".join(lines + (["", f"reflection  {e['reflection']}"] if e["reflection"] else []))
+
+
+def show(path: Path, pick: str) -> None:
+    """Print one episode of a finished run: by default the last one learnt from."""
+    phase, _, number = pick.partition(":")
+    try:
+        episodes = [json.loads(line) for line in (path / "episodes.jsonl").read_bytes().splitlines()]
+        wanted = [e for e in episodes if e["phase"] == (phase or "learn")
+                  and e["episode"] == int(number or e["episode"])]
+        print(story((wanted if pick else wanted or episodes)[-1]))
+    except (ValueError, LookupError, TypeError, OverflowError):
+        raise UserError(f"{path} holds no episode {pick}".rstrip() + " (they are kept of language methods)")
+
+
 # ---------------------------------------------------------------------------------- running
 
 
@@ -403,6 +482,14 @@ def connect(args: argparse.Namespace, wanted: Settings, path: Path | None, live:
     return prompts.recorded(llm, log), embed
 
 
+def in_turn(tasks: Sequence[futures.Future], done: SimpleQueue) -> Iterator:
+    """Their results in order. The failure of any task of the pool is raised at once, whoever's turn it is."""
+    for task in tasks:
+        while not task.done():
+            done.get().result()
+        yield task.result()
+
+
 def submitted(pool: Any, every: list, done: SimpleQueue, f: Callable, *columns: Iterable) -> Iterator:
     """As the pool's map; but `every` gathers all of its tasks, and `done` those that ended, for `in_turn`."""
     tasks = [pool.submit(f, *row) for row in zip(*columns)]
@@ -410,14 +497,6 @@ def submitted(pool: Any, every: list, done: SimpleQueue, f: Callable, *columns: 
     for task in tasks:
         task.add_done_callback(done.put)
     return in_turn(tasks, done)
-
-
-def in_turn(tasks: Sequence[futures.Future], done: SimpleQueue) -> Iterator:
-    """Their results in order. The failure of any task of the pool is raised at once, whoever's turn it is."""
-    for task in tasks:
-        while not task.done():
-            done.get().result()
-        yield task.result()
 
 
 @contextmanager
@@ -441,19 +520,19 @@ def mapping(executor: Callable, count: int, stop: Event) -> Iterator[Callable]:
         futures.wait([task for task in every if task.running()], 1)     # for answers on their way: recorded
 
 
+def end_with_parent() -> None:
+    """Tells this process to stop once its parent has ended, however that ended."""
+    from multiprocessing import parent_process
+    parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def as_worker(told: Any = signal.SIG_DFL) -> None:
     """Makes this a worker: it leaves Ctrl-C and hang-ups to its parent, with which it ends, as `told` says."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(getattr(signal, "SIGHUP", signal.SIGINT), signal.SIG_IGN)     # Windows has none
     signal.signal(signal.SIGTERM, told)
     Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    """Tells this process to stop once its parent has ended, however that ended."""
-    from multiprocessing import parent_process
-    parent_process().join()
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def progress(batches: Iterable, total: int, size: int) -> Iterator:
@@ -553,85 +632,6 @@ def run(args: argparse.Namespace, live: Live) -> None:
         say(ledger({}, live.stats)[0])
 
 
-# ----------------------------------------------------------------------------------- tables
-
-
-def grid(rows: Sequence[tuple[str, dict[str, Sequence[float]]]], width: int) -> list[str]:
-    """A table: a line of headings, then one a row, each figure with its interval."""
-    lines = [("", [f"{name} [95 %]" for name in rows[0][1]])]
-    lines += [(label, [f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in figures.values()])
-              for label, figures in rows]
-    return [f"{label:{width}}" + "".join(f"{text:>24}" for text in texts) for label, texts in lines]
-
-
-def spelled(counts: Counts) -> str:
-    """Calls, and tokens of the kinds that the server counts.
-
-    >>> spelled({"calls": 2, "prompt": 9, "cached": None, "completion": 4})
-    '2 calls, tokens: prompt 9, completion 4'
-    """
-    kinds = [f"{name} {counts[name]}" for name in Usage._fields if counts[name] is not None]
-    return f"{counts['calls']} calls" + ", tokens: " * bool(kinds) + ", ".join(kinds)
-
-
-def ledger(roles: dict[str, Counts], stats: dict[str, Any]) -> list[str]:
-    """Calls and tokens per role; last, what an endpoint's client saw, if there was one."""
-    lines = [f"{role:10}{spelled(counts)}" for role, counts in roles.items() if counts["calls"]]
-    if stats:
-        lines.append(f"retries {len(stats.get('retries', ()))}, system {stats.get('system_fingerprint', '?')}")
-    return lines
-
-
-def report(s: dict[str, Any], about: str, lessons: Sequence[str]) -> list[str]:
-    """The results as a person reads them, from summary.json."""
-    policy, learning = s["method"] in envs.POLICIES, s["learning"]
-    model = "none: this policy sees the numbers" if policy else NAMES.get(s["model"], s["model"])
-    lines = [f"{s['method']} on {s['world']}, seed {s['seed']}: {s['episodes']} learning episodes, then "
-             f"{s['users']} held-out users", *[f"world     {about}"] * bool(about), f"model     {model}", "",
-             *grid([(row, s[row]) for row in ("before", "after", "difference")], 10), ""]
-    if learning:
-        least, most = min(learning), max(learning)
-        bars = "".join("▁▂▃▄▅▆▇█"[int(7 * length / (most or 1))] for length in learning)
-        lines.append(f"learning  {bars}  mean Len of each batch, {least:.1f} to {most:.1f}")
-    lines += [*(f"lesson    {text}" for text in lessons), *ledger(s["calls"], {})]
-    if s["calls"]["actor"]["calls"]:
-        lines.append(f"replies   malformed {s['malformed']}, fallbacks {s['fallbacks']}, "
-                     f"actions that named no free item {s['ungrounded']:.0%}")
-    return [*lines, f"seconds   {s['seconds']}"]
-
-
-def show(path: Path, pick: str) -> None:
-    """Print one episode of a finished run: by default the last one learnt from."""
-    phase, _, number = pick.partition(":")
-    try:
-        episodes = [json.loads(line) for line in (path / "episodes.jsonl").read_bytes().splitlines()]
-        wanted = [e for e in episodes if e["phase"] == (phase or "learn")
-                  and e["episode"] == int(number or e["episode"])]
-        print(story((wanted if pick else wanted or episodes)[-1]))
-    except (ValueError, LookupError, TypeError, OverflowError):
-        raise UserError(f"{path} holds no episode {pick}".rstrip() + " (they are kept of language methods)")
-
-
-def story(e: dict[str, Any]) -> str:
-    """An episode in words: what was recalled, thought, done, seen and learnt at each step."""
-    lines = [f"{e['phase']} episode {e['episode']}, user {e['user']}", "",
-             "liked before", *(f"    {line}" for line in e["history"])]
-    for n, step in enumerate(e["steps"]):
-        tried, more = step["experience"][:5], len(step["experience"]) - 5
-        left = e["left"] if n == len(e["steps"]) - 1 else ""
-        rows = [*(("recalled", lesson) for lesson in step["lessons"]), ("thought", step["thought"]),
-                *((prompts.VERDICT[v], line) for line, v in tried),
-                ("", f"and {more} more experiences" if more > 0 else ""), ("said", step["said"]),
-                ("item", step["item"] + " (the nearest; no free title was named)" * (not step["exact"])),
-                ("reward", f"{step['reward']:g}" + (f", the user left: {left}" if left else ""))]
-        if e["advantages"]:
-            a = e["advantages"][n]
-            rows.append(("value", f"{e['values'][n]:.2f}, advantage {a:+.2f}: {prompts.VERDICT[a >= 0]}"))
-        lines += ["", f"step {n + 1}", *(f"    {label:12}{text}" for label, text in rows if text)]
-    lines += [] if e["left"] else ["", "the user stayed to the last step"]
-    return "\n".join(lines + (["", f"reflection  {e['reflection']}"] if e["reflection"] else []))
-
-
 # ------------------------------------------------------------------------------ experiments
 
 
@@ -664,29 +664,16 @@ def plan(args: argparse.Namespace, base: Settings, name: str) -> list[tuple[Row,
     return [job for job in jobs if not (args.dry_run and job[1][0].method in envs.POLICIES)]
 
 
-def run_cell(rows: dict, models: dict[str, tuple[LLM, Embed]], workers: int, job: Job) -> dict[str, Row]:
-    """One run, as each of the experiments that it belongs to sees it."""
-    (wanted, names), began, live = job, time.perf_counter(), Live({}, {}, Event(), [])
-    (llm, embed), (env, *_) = models[wanted.model], build_world(wanted)
-    mine = partial(counted, llm, live), embed
-    with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
-        outcome = perform(wanted, rows, mine, map)
-        seen = {"seed": wanted.seed, "scores": outcome.after[0].tolist(), **cost(outcome, live, began)}
-        views = dict.fromkeys(names, seen)
-        if "fig3" in names:
-            views["fig3"] = {**seen, **shares(env, outcome)}
-        if "fig4" in names:
-            values = values_of(wanted, env, outcome, *mine, map)
-            views["fig4"] = {**seen, "values": values, **cost(outcome, live, began)}
-    return views
-
-
-def shares(env: envs.Env, outcome: Outcome) -> dict[str, Any]:
-    """How often each user was given items of each fifth by popularity (least first), Gini and coverage."""
-    rank = np.argsort(np.argsort(envs.popularity(env), kind="stable"))
-    counts = np.bincount(np.concatenate(outcome.items), minlength=len(rank))
-    return {"shares": [np.bincount(rank[row] * 5 // len(rank), minlength=5).tolist() for row in outcome.items],
-            "gini": envs.gini(counts), "coverage": float((counts > 0).mean())}
+def continuation(catalog: Catalog, play: Callable, gamma: float, start: tuple[Trajectory, int],
+                 key: tuple) -> float:
+    """The return of an episode played anew from its step n, as far as discounts are above 1/1000."""
+    (t, n), most = start, catalog.env.max_steps
+    far = next((steps for steps in range(most) if gamma ** steps < 0.001), most)
+    env, state = catalog.env._replace(max_steps=min(n + far, most)), t.steps[n].state
+    world = reduce(lambda world, step: envs.step(env, world, step.act.value)[0], t.steps[:n],
+                   envs.reset(env, t.user))
+    played = play(catalog._replace(env=env), world, state._replace(key=key + state.key[-1:]))
+    return billp.discounted_return([step.reward for step in played.steps], gamma)
 
 
 def values_of(wanted: Settings, env: envs.Env, outcome: Outcome, llm: LLM, embed: Embed, map: Callable,
@@ -705,16 +692,29 @@ def values_of(wanted: Settings, env: envs.Env, outcome: Outcome, llm: LLM, embed
     return [list(row) for row in zip(sampled.mean(1).tolist(), single, answers)]
 
 
-def continuation(catalog: Catalog, play: Callable, gamma: float, start: tuple[Trajectory, int],
-                 key: tuple) -> float:
-    """The return of an episode played anew from its step n, as far as discounts are above 1/1000."""
-    (t, n), most = start, catalog.env.max_steps
-    far = next((steps for steps in range(most) if gamma ** steps < 0.001), most)
-    env, state = catalog.env._replace(max_steps=min(n + far, most)), t.steps[n].state
-    world = reduce(lambda world, step: envs.step(env, world, step.act.value)[0], t.steps[:n],
-                   envs.reset(env, t.user))
-    played = play(catalog._replace(env=env), world, state._replace(key=key + state.key[-1:]))
-    return billp.discounted_return([step.reward for step in played.steps], gamma)
+def shares(env: envs.Env, outcome: Outcome) -> dict[str, Any]:
+    """How often each user was given items of each fifth by popularity (least first), Gini and coverage."""
+    rank = np.argsort(np.argsort(envs.popularity(env), kind="stable"))
+    counts = np.bincount(np.concatenate(outcome.items), minlength=len(rank))
+    return {"shares": [np.bincount(rank[row] * 5 // len(rank), minlength=5).tolist() for row in outcome.items],
+            "gini": envs.gini(counts), "coverage": float((counts > 0).mean())}
+
+
+def run_cell(rows: dict, models: dict[str, tuple[LLM, Embed]], workers: int, job: Job) -> dict[str, Row]:
+    """One run, as each of the experiments that it belongs to sees it."""
+    (wanted, names), began, live = job, time.perf_counter(), Live({}, {}, Event(), [])
+    (llm, embed), (env, *_) = models[wanted.model], build_world(wanted)
+    mine = partial(counted, llm, live), embed
+    with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
+        outcome = perform(wanted, rows, mine, map)
+        seen = {"seed": wanted.seed, "scores": outcome.after[0].tolist(), **cost(outcome, live, began)}
+        views = dict.fromkeys(names, seen)
+        if "fig3" in names:
+            views["fig3"] = {**seen, **shares(env, outcome)}
+        if "fig4" in names:
+            values = values_of(wanted, env, outcome, *mine, map)
+            views["fig4"] = {**seen, "values": values, **cost(outcome, live, began)}
+    return views
 
 
 def errors(samples: np.ndarray) -> np.ndarray:
@@ -830,6 +830,22 @@ def gather(args: argparse.Namespace, base: Settings, jobs: list[Job], path: Path
     return found
 
 
+def publish(name: str, base: Settings, found: list[list[Row]], path: Path) -> None:
+    """The table of an experiment on stdout, NAME.json and NAME.png in the run directory."""
+    rows, cells, last = tabulate(name, found), list(chain(*found)), base.seed + len(found[0]) - 1
+    models = [results[0]["series"] for results in found] if name == "table6" else [base.model]
+    heading = (f"{name} on {base.world}, seeds {base.seed} to {last}, {base.users} held-out users each\n"
+               f"model {', '.join(NAMES.get(model, model) for model in models)}")
+    head, *lines = grid([(title(row), row["figures"]) for row in rows], 24)
+    print("\n".join([heading, "", head, *(line + remark(row) for line, row in zip(lines, rows)),
+                     *[ORIENTATION] * any(row.get("paper") for row in rows), "",
+                     *(bill(results) for results in found if results[0]["calls"]["actor"]["calls"]), ""]))
+    seconds = [result.pop("seconds") for result in cells]
+    held = {"experiment": name, "settings": base._asdict(), "rows": rows, "cells": cells, "seconds": seconds}
+    write(path / f"{name}.json", dumps(held) + "\n")
+    plot(name, heading, rows, path / f"{name}.png")
+
+
 def experiments(args: argparse.Namespace, live: Live) -> None:
     """Those asked for; a run that two of them need is made once."""
     began, base = time.perf_counter(), settings(args)
@@ -855,22 +871,6 @@ def experiments(args: argparse.Namespace, live: Live) -> None:
         whole = [views.get("fig4", next(iter(views.values()))) for views in results.values()]   # it asks most
         counts = added([role for view in whole for role in view["calls"].values()])
         print(f"in all, each run once: {spelled(counts)}")
-
-
-def publish(name: str, base: Settings, found: list[list[Row]], path: Path) -> None:
-    """The table of an experiment on stdout, NAME.json and NAME.png in the run directory."""
-    rows, cells, last = tabulate(name, found), list(chain(*found)), base.seed + len(found[0]) - 1
-    models = [results[0]["series"] for results in found] if name == "table6" else [base.model]
-    heading = (f"{name} on {base.world}, seeds {base.seed} to {last}, {base.users} held-out users each\n"
-               f"model {', '.join(NAMES.get(model, model) for model in models)}")
-    head, *lines = grid([(title(row), row["figures"]) for row in rows], 24)
-    print("\n".join([heading, "", head, *(line + remark(row) for line, row in zip(lines, rows)),
-                     *[ORIENTATION] * any(row.get("paper") for row in rows), "",
-                     *(bill(results) for results in found if results[0]["calls"]["actor"]["calls"]), ""]))
-    seconds = [result.pop("seconds") for result in cells]
-    held = {"experiment": name, "settings": base._asdict(), "rows": rows, "cells": cells, "seconds": seconds}
-    write(path / f"{name}.json", dumps(held) + "\n")
-    plot(name, heading, rows, path / f"{name}.png")
 
 
 def main(argv: Sequence[str] | None = None, guarded: bool = False) -> int:
