@@ -1108,6 +1108,34 @@ def test_show_tells_the_episode_asked_for(tmp_path):
         assert all(("encouraged" in line) == ("advantage +" in line) for line in credit)
         assert bool(credit) == first.startswith("learn")
     assert cli("--show", tmp_path, "--pick", "before:99")[0] == 2
+    told = json.loads((tmp_path / "episodes.jsonl").read_text("utf-8").splitlines()[-1])
+    told["steps"][0]["experience"] = [["Ant [Bug]", n % 2] for n in range(7)]
+    lines = [line.split() for line in run.story(told).splitlines()]
+    assert lines.count(["discouraged", "Ant", "[Bug]"]) >= 3 and ["and", "2", "more", "experiences"] in lines
+
+
+def test_bars_show_how_long_the_batches_were(tmp_path):
+    assert cli("--episodes", 10, "--users", 4, "--out", tmp_path)[0] == 0
+    for learning, bars in (([0, 1, 2], "▁▄█"), ([5], "█"), ([0, 0], "▁▁")):
+        assert any(f" {bars} " in line for line in run.report({**result(tmp_path)[1], "learning": learning}, "", ()))
+
+
+def test_a_flag_beats_the_environment_and_the_environment_the_default():
+    def chosen(*argv, **variables):
+        with mock.patch.dict(os.environ, quiet(**variables), clear=True):
+            found = run.settings(run.parse(argv))
+            return found.model, found.embedding, run.variable(*run.URLS)
+    named = dict(OPENAI_MODEL="m", OPENAI_EMBED_MODEL="e", OPENAI_API_BASE="http://old")
+    assert chosen() == ("offline", "hashed_ngrams", "") and chosen(**named) == ("m", "e", "http://old")
+    assert chosen(**named, OPENAI_BASE_URL="http://new")[2] == "http://new"
+    assert chosen("--model", "n", "--embed-model", "f", **named)[:2] == ("n", "f")
+    assert chosen("--model", "offline", **named)[:2] == ("offline", "hashed_ngrams")
+
+
+def test_what_costs_nothing_is_not_foretold():
+    code, out, _ = cli("--experiment", "table3", "--seeds", 1, "--users", 2, "--episodes", 2, "--dry-run")
+    told = [line.split()[0] for line in out.splitlines()[1:-2]]
+    assert code == 0 and told == ["act", "react", "reflexion", "billp"]
 
 
 # ------------------------------------------------------------------------------- experiments
