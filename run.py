@@ -139,8 +139,9 @@ def reasons(record: type) -> dict[str, str]:
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
-    def error(self, message: str) -> None:      # argparse would print its whole usage first
-        raise UserError(f"{message}; --help lists the flags")
+    def error(self, message: str) -> None:      # argparse would print its whole usage first, and keys given it
+        told = re.sub("(?s)(unrecognized arguments:).*?( --?[a-z-]+|$).*", r"\1\2", message)
+        raise UserError(f"{told}; --help lists the flags")
 
 
 def chosen(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
