@@ -1,7 +1,7 @@
 """Language: what is asked of a model, how its reply is read, and the models themselves.
 
 An `Ask` is everything that determines an answer; an `LLM` is a function from Ask to Reply and the method's only
-effect. For each of the four roles a pair stands together: `render_*`, which holds its question's text, and
+effect. For each of the four roles one trio stands together: a template, `render_*` (text out of a state) and
 `parse_*` (a value out of any text, or `Malformed`).
 
     line        one item as the model reads it, "Alien (1979) [Horror, Sci-Fi]"
@@ -250,16 +250,18 @@ def insist(llm: LLM, ask: Ask, parse: Callable, retries: int) -> tuple[Any, int]
 
 # ------------------------------------------------------------------------- planner and reflector
 
-
-def render_planner(n: int, lessons: Sequence[str]) -> str:
-    """The planner's question at step n (from 1), given the recalled reflections."""
-    return f"""
+PLANNER = """
 Lessons from sessions with other users:
-{bullets(lessons)}
+{lessons}
 
 Plan step {n} with the whole session in view: which category next, what to keep away from, and why.
 Reply with one line:
 Thought {n}: """
+
+
+def render_planner(n: int, lessons: Sequence[str]) -> str:
+    """The planner's question at step n (from 1), given the recalled reflections."""
+    return PLANNER.format(lessons=bullets(lessons), n=n)
 
 
 def parse_planner(text: str) -> str | Malformed:
@@ -267,13 +269,16 @@ def parse_planner(text: str) -> str | Malformed:
     return said("Thought", text) or Malformed("the reply held no line 'Thought: ...'")
 
 
-def render_reflector() -> str:
-    """The reflector's question after a session."""
-    return """
+REFLECTOR = """
 The session is over. In one line, say why it ended and one principle for the next user like this one:
 how far apart alike items must be, which categories to avoid or to seek.
 Reply with one line:
 Reflection: """
+
+
+def render_reflector() -> str:
+    """The reflector's question after a session."""
+    return REFLECTOR
 
 
 def parse_reflector(text: str) -> str | Malformed:
@@ -282,6 +287,16 @@ def parse_reflector(text: str) -> str | Malformed:
 
 
 # ----------------------------------------------------------------------------- actor and critic
+
+ACTOR = """\
+{thought}
+Category analysis of what the user liked before: {hint}.
+Experience in situations like this one, nearest first:
+{experience}
+
+Recommend one item by its exact title{but}.
+Reply with one line:
+Action {n}: recommend """
 
 VERDICT = ("discouraged", "encouraged")         # v_n = 0 and v_n = 1
 
@@ -296,16 +311,10 @@ def analysis(history: tuple[str, ...]) -> str:
 def render_actor(n: int, thought: str, history: tuple[str, ...], experience: Sequence[tuple[str, int]],
                  repeats: bool = False) -> str:
     """The actor's question at step n: thought, analysis of the history, (item line, v_n) pairs."""
+    lines = [f"{VERDICT[v]}: {line}" for line, v in experience]
     thought = f"Thought {n}: {clean(thought)}" if thought else ""
     but = "" if repeats else ": none that was liked before, none from this session"
-    return f"""{thought}
-Category analysis of what the user liked before: {analysis(history)}.
-Experience in situations like this one, nearest first:
-{bullets([f"{VERDICT[v]}: {line}" for line, v in experience])}
-
-Recommend one item by its exact title{but}.
-Reply with one line:
-Action {n}: recommend """
+    return ACTOR.format(thought=thought, hint=analysis(history), experience=bullets(lines), but=but, n=n)
 
 
 def parse_actor(text: str) -> str | Malformed:
@@ -314,16 +323,19 @@ def parse_actor(text: str) -> str | Malformed:
     return name.strip(" \"'“”*[]") or Malformed("the reply named no item after 'Action: recommend'")
 
 
-def render_critic(values: Sequence[tuple[str, float]], gamma: float, top: float) -> str:
-    """The critic's question, given (last line of a recalled state, target) and the largest value possible."""
-    return f"""
+CRITIC = """
 Values of situations like this one, each with the item it came after, nearest first:
-{bullets([f"{v:.2f} after {line}" for line, v in values])}
+{values}
 
 Estimate the value of the present situation: the sum of the ratings still to come, where each
 further step counts {gamma:g} times the one before and leaving ends it; at most {top:g}.
 Reply with one line:
 Value: """
+
+
+def render_critic(values: Sequence[tuple[str, float]], gamma: float, top: float) -> str:
+    """The critic's question, given (last line of a recalled state, target) and the largest value possible."""
+    return CRITIC.format(values=bullets([f"{v:.2f} after {line}" for line, v in values]), gamma=gamma, top=top)
 
 
 def parse_critic(text: str) -> float | Malformed:
