@@ -474,7 +474,7 @@ START = 2, "start the server, or check --base-url"
 MEND = 0, "mend the request (--model, --extra-body), then run the same command: it resumes"
 CURES = {"ConnectError": START, "ConnectTimeout": START, "ProxyError": START,
          "UnicodeError": START,         # of what can be no host's name
-         "LocalProtocolError": MEND, "refused": MEND, 501: MEND, "page": (1, "does --base-url lack its /v1?"),
+         "LocalProtocolError": MEND, "refused": MEND, "page": (1, "does --base-url lack its /v1?"),
          "TimeoutException": (1, "raise --timeout, now {0.timeout:g} s"),
          "length": (0, "raise --reply-tokens, or switch reasoning off by --extra-body"),
          "context": (0, "allow the prompt fewer tokens, or the server more (-c, num_ctx, n_ctx)"),
@@ -594,7 +594,7 @@ def judged(ours: dict, status: int, headers: Any, data: dict, text: str) -> Faul
     if status < 300:
         status = int(code) if re.fullmatch(r"[45]\d\d", code) else 500
     again = {"true": True, "false": False}.get(
-        headers.get("x-should-retry"), status in (408, 409, 429) or status >= 500)
+        headers.get("x-should-retry"), status in (408, 409, 429) or status >= 500 and status != 501)
     kind = 402 if "insufficient_quota" in (code, error.get("type")) else status
     kind = kind if again or kind in CURES else "refused"
     if status in (400, 413, 422, 500):

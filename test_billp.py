@@ -1498,10 +1498,10 @@ def test_bad_urls_are_refused(base):
     ({"Retry-After": "Mon, 01 Jan 99999 00:00:00 GMT"}, 0.37, 0.5),
     ({"Retry-After": email.utils.formatdate(time.time() + 50, usegmt=True)}, 1, 50)], ids=str)
 def test_waits_are_what_the_server_asks_or_back_off(headers, low, high):
-    told = error(400, headers={"x-should-retry": "true"})
+    told = error(501, headers={"x-should-retry": "true"})
     llm, _, slept = play(error(429, headers=headers), told, stats=(stats := {}))
     assert llm(ASK) == GOOD and low <= slept[0] <= high and 0.75 <= slept[1] <= 1
-    assert stats["retries"] == [429, 400]
+    assert stats["retries"] == [429, 501] and "501" in failure(play(error(501))[0], ASK)
     stopped, _, _ = play(*MENDED, sleep=lambda seconds: True)           # told to stop while it waits
     assert "stopped" in failure(stopped, ASK) and len(bodies()) == 1
 
