@@ -477,7 +477,7 @@ CURES = {"ConnectError": START, "ConnectTimeout": START, "ProxyError": START,
          "LocalProtocolError": MEND, "refused": MEND, "page": (1, "does --base-url lack its /v1?"),
          "TimeoutException": (1, "raise --timeout, now {0.timeout:g} s"),
          "length": (0, "raise --reply-tokens, or switch reasoning off by --extra-body"),
-         "context": (0, "allow the prompt fewer tokens, or the server more (-c, num_ctx, n_ctx)"),
+         "context": (1, "allow the prompt fewer tokens, or the server more (-c, num_ctx, n_ctx)"),
          401: (0, "check OPENAI_API_KEY"), 402: (0, "top up the account, then run the same command"),
          403: (0, "use a key that may use this model"), 404: (0, "check --base-url and --model")}
 # What a server may refuse and what is sent instead; how it words that, and what it calls the system's role.
