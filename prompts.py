@@ -468,7 +468,8 @@ def scripted(replies: dict[str, Sequence[str]]) -> LLM:
 # Endpoints over HTTP, the log of a run and its budget: with the data files of envs.py the only effects outside
 # run.py. What has broken other clients is handled here, each where it happens.
 
-# Kinds of fault (a status, an exception's class, a word): how often to try again, and what to do after that.
+# Kinds of fault (a status, an exception's class, a word): how often to try again, within a Wire's `retries`,
+# and what to do after that.
 AGAIN = 99, "wait, then run the same command: it resumes"
 START = 2, "start the server, or check --base-url"
 MEND = 0, "mend the request (--model, --extra-body), then run the same command: it resumes"
@@ -524,14 +525,14 @@ class Wire(NamedTuple):
 def scrubbed(text: str, secrets: Sequence[str]) -> str:
     """The text on one line, any part of a secret longer than 6 characters starred out."""
     text = clean(text, 999)
-    parts = {s[i:i + 7] for s in secrets for i in range(len(s) - 6)}
-    hits = {i + j for i in range(len(text)) if text[i:i + 7] in parts for j in range(7)}
+    sevens = {s[i:i + 7] for s in secrets for i in range(len(s) - 6)}
+    hits = {i + j for i in range(len(text)) if text[i:i + 7] in sevens for j in range(7)}
     return re.sub("\0+", "***", "".join("\0" if i in hits else c for i, c in enumerate(text)))
 
 
 def dial(base_url: str, route: str, key: str | None, headers: dict[str, str] | None = None,
          **options: Any) -> Wire:
-    """Check what a user can get wrong, then make the clients, one a thread; other options are Wire's."""
+    """Check what a user can get wrong (EndpointError), then make a client a thread; more options are Wire's."""
     import httpx
     options, base = {"timeout": 300.0, "extra": {}, "stats": {}} | options, base_url.strip()
     if "://" not in base:
@@ -539,10 +540,11 @@ def dial(base_url: str, route: str, key: str | None, headers: dict[str, str] | N
     sent = {name.strip(): value.strip() for name, value in (headers or {}).items()}
     if key := (key or "").strip():              # Azure has a header of its own for it
         sent |= {"api-key": key} if "api-version" in base else {"Authorization": f"Bearer {key}"}
-    form = r"(?ai)(?!content-length|transfer-encoding)[\w-]+\n[ -~]*"      # these two httpx sets
+    form = r"(?ai)(?!content-length|transfer-encoding)[\w-]+\n[ -~]*"
     if " " in key or not all(re.fullmatch(form, "\n".join(item)) for item in sent.items()):
-        raise EndpointError("the API key or a header holds what it may not: a space, a control character, one "
-                            "outside ASCII (often a curly quote from a web page); copy it again")
+        raise EndpointError("the API key or a header holds a space, a control character or one outside ASCII "
+                            "(often a curly quote from a web page): copy it again; or it is a header such as "
+                            "Content-Length, which is set for you: leave it out")
     client = cache(lambda thread: httpx.Client(     # a shared one searches all connections at each call
         headers={"Content-Type": "application/json"} | sent, trust_env=not LOOPBACK.match(url.netloc.decode()),
         verify=trusted, timeout=httpx.Timeout(options["timeout"], connect=10)))

@@ -491,7 +491,8 @@ def in_turn(tasks: Sequence[futures.Future], done: SimpleQueue) -> Iterator:
         yield task.result()
 
 
-def submitted(pool: Any, every: list, done: SimpleQueue, f: Callable, *columns: Iterable) -> Iterator:
+def submitted(pool: futures.Executor, every: list, done: SimpleQueue, f: Callable,
+              *columns: Iterable) -> Iterator:
     """As the pool's map; but `every` gathers all of its tasks, and `done` those that ended, for `in_turn`."""
     tasks = [pool.submit(f, *row) for row in zip(*columns)]
     every += tasks

@@ -1139,6 +1139,8 @@ def test_what_costs_nothing_is_not_foretold():
     code, out, _ = cli("--experiment", "table3", "--seeds", 1, "--users", 2, "--episodes", 2, "--dry-run")
     told = [line.split()[0] for line in out.splitlines()[1:-2]]
     assert code == 0 and told == ["act", "react", "reflexion", "billp"]
+    flags = "--models", "a{b},c", "--base-url", "http://127.0.0.1:9", "--dry-run", "--episodes", 2, "--users", 2
+    assert "\na{b} " in cli("--experiment", "table6", "--seeds", 1, *flags)[1]     # a name is no format
 
 
 # ------------------------------------------------------------------------------- experiments
@@ -1526,6 +1528,7 @@ def test_what_ails_is_told_whatever_the_status_or_the_field():
         llm, _, _ = play(*[error(status, "context length exceeded")] * 2)
         assert "allow the prompt fewer tokens" in failure(llm, ASK)
     assert "top up" in failure(play(error(429, "pay", type="insufficient_quota"))[0], ASK)
+    assert "InvalidURL" in failure(play(*[(302, {"Location": "mailto:x"}, "")] * 7)[0], ASK)
     llm, notes, _ = play()
     llm(ASK._replace(messages=(("user", "x" * 1050),)))     # few tokens were counted, but so they may be
     assert not notes
