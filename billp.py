@@ -9,9 +9,10 @@ After "Large Language Models are Learnable Planners for Long-Term Recommendation
     V(s), A(s, a)  the critic's value; the advantage r + gamma V(s') - V(s)
     v_n            what the actor remembers of an action: 1 encouraged if A >= 0, else 0 discouraged
     M_P, M_A, M_C  planner, actor and critic memories (an `Agent`); M <- M + M' is `merge(M, M')`
-    key            (seed, phase, episode, step): names every draw, so that a run repeats itself
+    key            (seed, phase, episode, step), plain ints and str: names every draw, so that a run repeats
 
-All functions are pure: the model comes in as `llm`, parallelism as `map` (any that keeps the order).
+All functions are pure: the model comes in as `llm`, parallelism as `map` (any that takes one
+iterable or more, as the built-in one, and keeps the order).
 """
 from __future__ import annotations
 
@@ -133,7 +134,7 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
 class State(NamedTuple):
     """All that a role may know of an episode at step n."""
     key: tuple                      # (seed, phase, episode, step), step from 0
-    history: tuple[str, ...]        # item lines liked before
+    history: tuple[str, ...]        # the last `titles` item lines liked before
     session: str                    # the transcript so far
     text: str                       # the last `titles` item lines: the key of the memories
     vector: np.ndarray              # float32 [d] embeds the text
@@ -145,8 +146,8 @@ class State(NamedTuple):
 class Answer(NamedTuple):
     """What a role answers: the value and how it came about."""
     value: Any                      # thought, item, value or reflection
-    said: str                       # the same in the model's words, before grounding; "" if none
-    recalled: tuple = ()            # what the memory contributed, nearest first
+    said: str                       # the same as parsed, before it is grounded or clipped; "" if none
+    recalled: tuple = ()            # nearest first: reflections, or (item line, v_n or target) pairs
     malformed: int = 0              # replies that could not be parsed
     fallback: bool = False          # none could
     exact: bool = True              # the actor named a free item of the catalogue
@@ -193,15 +194,16 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
     messages = (("system", prompts.SYSTEM), ("user", prompt))
     ask = Ask(role, state.key, messages, config.reply_tokens, config.temperature)
     value, malformed = prompts.insist(llm, ask, parse, config.retries)
-    failed = isinstance(value, Malformed)
-    return Answer(fallback if failed else value, "" if failed else str(value), (), malformed, failed)
+    if isinstance(value, Malformed):
+        return Answer(fallback, "", (), malformed, True)
+    return Answer(value, str(value), (), malformed)
 
 
 def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
     """Macro level: the thought t_n, given the state and K reflections. Fallback: no thought."""
-    vector = np.zeros_like(state.vector) if config.lessons == "latest" else state.vector
-    found = recall(memory, vector, 0 if config.lessons == "none" else config.k_lessons)
-    lessons = tuple(record.value for record in found)
+    near, nowhere = state.vector, np.zeros_like(state.vector)
+    which = {"none": (near, 0), "latest": (nowhere, config.k_lessons), "nearest": (near, config.k_lessons)}
+    lessons = tuple(record.value for record in recall(memory, *which[config.lessons]))
     question = prompts.render_planner(state.key[-1] + 1, lessons)
     answer = consult(llm, "planner", state, question, prompts.parse_planner, config, "")
     return answer._replace(recalled=lessons), memory
@@ -303,7 +305,7 @@ def conclude(trajectory: Trajectory, values: list[Output], drawn: list[Output], 
 
 def study(trajectories: Sequence[Trajectory], agent: Agent, llm: LLM, config: Config = DEFAULT,
           map: Callable = map) -> tuple[Trajectory, ...]:
-    """The batch with what it teaches, all asked side by side; what follows a leaving is worth 0 unasked."""
+    """The batch with what it teaches, all asked at once; the state after a leaving is worth 0, unasked."""
     states = [[step.state for step in t.steps] + ([] if t.terminated else [t.last]) for t in trajectories]
     values = iter(map(partial(critic, memory=agent.critic, llm=llm, config=config),
                       chain(*states) if config.experience and config.baseline else ()))
@@ -320,17 +322,20 @@ def absorb(agent: Agent, trajectory: Trajectory) -> Agent:
 
 def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, seed: int, phase: str,
              config: Config = DEFAULT, map: Callable = map, first: int = 0) -> tuple[Trajectory, ...]:
-    """One episode a user, the agent frozen, as in `train`; (seed, phase, first + i) names their draws."""
+    """One episode a user, the agent frozen; (seed, phase, first + i) names the draws of users[i]."""
     one = partial(episode, catalog, agent=agent, llm=llm, config=config)
     return tuple(map(one, users, [(seed, phase, first + i) for i in range(len(users))]))
 
 
 def train(catalog: Catalog, users: Sequence[int], llm: LLM, seed: int = 0, agent: Agent = NOVICE,
-          config: Config = DEFAULT, map: Callable = map) -> Iterator[tuple[Agent, tuple]]:
-    """The paper's algorithm, a left fold over batches: play, study, absorb; yields (agent, trajectories)."""
-    for first in range(0, len(users), config.batch):
-        batch = users[first:first + config.batch]
-        played = evaluate(catalog, batch, agent, llm, seed, "learn", config, map, first)
+          config: Config = DEFAULT, map: Callable = map, first: int = 0) -> Iterator[tuple[Agent, tuple]]:
+    """The paper's algorithm, a left fold over batches: play, study, absorb; yields (agent, trajectories).
+
+    To go on where another fold ended, give its agent and, as `first`, the number of its episodes.
+    """
+    for start in range(0, len(users), config.batch):
+        batch = users[start:start + config.batch]
+        played = evaluate(catalog, batch, agent, llm, seed, "learn", config, map, first + start)
         studied = study(played, agent, llm, config, map)
         agent = reduce(absorb, studied, agent)
         yield agent, studied

@@ -56,8 +56,8 @@ class Env(NamedTuple):
     categories: tuple[str, ...]         # [c]
     belongs: Array                      # bool [m, c]: the categories of each item
     vectors: Array                      # float32 [m, d]: items that feel alike lie near each other
-    ratings: Array | Factors | Halves   # [n, m]: what users would rate items: see `rate`
-    histories: Sequence[Array]          # [n] of item indices: liked before, oldest first
+    ratings: Array | Factors | Halves   # [n, m]: what users would rate items, 1 to 5, none missing: see `rate`
+    histories: Sequence[Array]          # [n] int arrays of items liked before, oldest first
     learners: int                       # users below this index learn; the rest are held out
     window: int = 4                     # W, recommended items a user compares the next one with
     beta: float = 1.0                   # an item nearer than this to one of them is too alike
@@ -107,7 +107,7 @@ def reset(env: Env, user) -> EnvState:
 
 
 def step(env: Env, state: EnvState, item) -> tuple[EnvState, Array, Array, Array]:
-    """Recommend one item to each user: (next state, reward, terminated, truncated), all [...].
+    """Recommend an item to each user, all [...]: (next state, reward, terminated, truncated), all [...], too.
 
     A user leaves when the item is nearer than `beta` to one of the last W recommended items, or when its rating
     is below `floor` (from step `grace` on). The leaving step earns 0. Who stays `max_steps` steps is truncated.
@@ -116,7 +116,7 @@ def step(env: Env, state: EnvState, item) -> tuple[EnvState, Array, Array, Array
     rating = rate(env, state.user, item)
     near = distance(env, state.user[..., None], state.recent, item[..., None]) < env.beta
     left = (near & (state.recent >= 0)).any(-1) | (rating < env.floor) & (state.t >= env.grace)
-    after = EnvState(state.user, np.concatenate([state.recent[..., 1:], item[..., None]], -1), state.t + 1)
+    after = EnvState(state.user, np.concatenate([state.recent, item[..., None]], -1)[..., 1:], state.t + 1)
     return after, np.where(left, 0, rating), left, ~left & (after.t >= env.max_steps)
 
 
@@ -131,7 +131,7 @@ def why_left(env: Env, user: int, items: Sequence[int]) -> str:
 
 # --------------------------------------------------------------- policies that see the numbers
 
-Policy = Callable[[Env, EnvState, Array, Rng], Array]
+Policy = Callable[[Env, EnvState, Array, Rng], Array]       # env, B sessions, free [B, m], rng -> items [B]
 Rollout = NamedTuple("Rollout", [("items", Array), ("rewards", Array)])   # [B, T]; -1 and 0 once it is over
 CELLS = 2 ** 22         # users x items looked at in one go: bounds the memory of large worlds
 
@@ -179,7 +179,7 @@ def distances(env: Env, users, items: Array, among: Array) -> Array:
 def oracle(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """The best rating among items that do not make the user leave; an upper bound in practice, not proven so.
 
-    Among equals it takes the item that rules out the fewest of those the user would stay for at the next step.
+    Among equals it takes the item that rules out fewest of those safe at the next step, the oldest forgotten.
     """
     user, every = state.user[:, None], np.arange(free.shape[1])
     some = every[::1 + len(every) ** 2 // CELLS]        # all of a small world, a sample of a large one
@@ -311,7 +311,7 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: 
     count = max(1, min(episodes // 100, CELLS // m))
     order, begun, over = rng.permutation(env.learners), 0, np.full(count, True)
     state, free, x = reset(env, np.zeros(count, int)), np.empty((m, count), bool), zeros((count, 2 * d + 1))
-    while begun - np.count_nonzero(~over) < episodes:
+    while begun - (~over).sum() < episodes:
         if over.any():                          # the next learners sit down where an episode is over
             users = order.take(np.arange(begun, begun + np.count_nonzero(over)), mode="wrap")
             begun, fresh = begun + len(users), reset(env, users)
@@ -351,9 +351,9 @@ def totals(samples: Array) -> Array:
 
 
 def bootstrap(figure: Callable, *samples: Array, draws: int = 1000) -> list[list[float]]:
-    """[mean, low, high] with the interval of 95 % for each of the numbers that `figure` makes.
+    """[mean, low, high] with the interval of 95 % for each number of `figure`, a mean over axes -3 and -2.
 
-    Samples are [S, N, ...]: S seeds with N users each, the same in all. One draw takes seeds with replacement
+    Samples are [S, N, k]: S seeds with N users each, the same in all. One draw takes seeds with replacement
     and, within each, users with replacement, alike from every sample: so differences are paired.
     """
     rng, (seeds, users) = np.random.default_rng(0), samples[0].shape[:2]
@@ -473,7 +473,8 @@ def films(seed: int = 0, users: int = 1000) -> Env:
 def synthetic(users: int, items: int, seed: int = 0, kinds: int = 12, size: int = 32) -> Env:
     """A made-up world of any size; ratings come from factors, so that memory grows with users + items.
 
-    Item i is of kind i % kinds. A user favours one kind, has watched 10 of its items, likes others by chance.
+    Item i is of kind i % kinds. A user favours one kind, has watched 10 drawn from its items, likes others by
+    chance.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(4,)))
     kinds = min(kinds, items)

@@ -11,7 +11,7 @@ effect. For each of the four roles one trio stands together: a template, `render
     shared      history + session, the part of a prompt that the next prompt extends
 
 Prompts grow at the end: what is fixed for the run, then the history, then the session, then what only this
-question needs. A server that caches prompt prefixes so computes little anew.
+question needs. So a server that caches prompt prefixes computes little anew.
 Left out on purpose: streaming, tool calls, JSON modes, token counting.
 """
 from __future__ import annotations
@@ -27,7 +27,7 @@ import warnings
 from collections import Counter, defaultdict
 from contextlib import ExitStack, suppress
 from functools import cache, lru_cache, partial
-from itertools import compress, groupby
+from itertools import groupby
 from operator import index, itemgetter
 from pathlib import Path
 from threading import Lock, get_ident
@@ -149,13 +149,18 @@ def title_key(line: str) -> str:
 
 
 def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
-    """Embeds every item's line once and indexes the titles."""
-    lines = tuple(map(item_line, env.titles, env.years, (compress(env.categories, row) for row in env.belongs)))
+    """Embeds every item's line once and indexes the titles; ValueError if fields or vectors do not fit."""
+    together = partial(zip, strict=True)        # a field too short is an error, not a shorter catalogue
+    lines = tuple(item_line(title, year, [c for c, own in together(env.categories, row) if own])
+                  for title, year, row in together(env.titles, env.years, env.belongs))
     names: dict[str, tuple[int, ...]] = {}
     for item, (line, title) in enumerate(zip(lines, env.titles)):
         for name in {title_key(line), title_key(item_line(title, None, ()))}:
             names[name] = names.get(name, ()) + (item,)
-    return Catalog(env, embed, lines, embed(lines), names)
+    vectors = embed(lines)
+    if not np.allclose(np.vecdot(vectors, vectors), 1, atol=1e-3):
+        raise ValueError("embed must give a row of length 1 for each text")
+    return Catalog(env, embed, lines, vectors, names)
 
 
 def ground(text: str, catalog: Catalog, exclude: Iterable[int] = ()) -> tuple[int, bool]:
@@ -191,7 +196,7 @@ def bounded(session: str, limit: int) -> str:
     """The session's newest turns or lines, at most `limit` characters, so that no context overflows."""
     if len(session) <= limit:
         return session
-    half = max(limit // 2, 1)       # cut by half a limit at a time, most prompts extend the one before
+    half = max(limit // 2, 1)       # cut in steps of half a limit: between cuts prompts only grow
     cut = -(-(len(session) - limit) // half) * half
     whole = session[cut:].partition("\nObservation")[2].partition("\n")[2]
     return whole or session[-limit:].partition("\n")[2]         # a turn too long: cut at a line
@@ -222,7 +227,7 @@ def bullets(lines: Sequence[str]) -> str:
 
 
 def said(label: str, text: str) -> str:
-    """What a reply says behind its first `label`, as "**Thought 3:** ...", or in a line without any.
+    """What stands behind a reply's first `label`, as "**Thought 3:** ...", or its first line without any.
 
     Models often play several turns in one reply: only the first counts.
 
@@ -237,7 +242,7 @@ def said(label: str, text: str) -> str:
 
 
 def insist(llm: LLM, ask: Ask, parse: Callable, retries: int) -> tuple[Any, int]:
-    """What `parse` makes of the reply, and how many were malformed: those are asked again, saying why."""
+    """What `parse` makes of the reply, and how many were Malformed: those are asked again, saying why."""
     for attempt in range(retries + 1):
         text = llm(ask._replace(key=ask.key + (attempt,))).text
         if not isinstance(value := parse(text), Malformed):
@@ -590,9 +595,9 @@ def judged(ours: dict, status: int, headers: Any, data: dict, text: str) -> Faul
     if status < 300 and not error:
         return Fault("page", text.strip()[:999] or "an empty body", status)
     error = error if isinstance(error, dict) else {"message": error}
-    said, code = str(error.get("message") or text), str(error.get("code"))
-    said += f" [{error['param']}: {code}]" if error.get("param") else ""
-    said += f" [{raw}]" if (raw := fields(error.get("metadata")).get("raw")) else ""       # OpenRouter
+    told, code = str(error.get("message") or text), str(error.get("code"))
+    told += f" [{error['param']}: {code}]" if error.get("param") else ""
+    told += f" [{raw}]" if (raw := fields(error.get("metadata")).get("raw")) else ""       # OpenRouter
     if status < 300:
         status = int(code) if re.fullmatch(r"[45]\d\d", code) else 500
     again = {"true": True, "false": False}.get(
@@ -601,10 +606,10 @@ def judged(ours: dict, status: int, headers: Any, data: dict, text: str) -> Faul
     kind = kind if again or kind in CURES else "refused"
     if status in (400, 413, 422, 500):
         held = {*ours, *(f"{message['role']} role" for message in ours.get("messages", ()))}
-        named = ROLE.sub("system role", said) if REFUSED.search(said) else ""
+        named = ROLE.sub("system role", told) if REFUSED.search(told) else ""
         spare = (name for name in INSTEAD if name in held and re.search(rf"(?i)\b{name}\b", named))
-        kind = "context" if OVERFLOW.search(said) else next(spare, kind)
-    return Fault(kind, said, status, asked_wait(headers))
+        kind = "context" if OVERFLOW.search(told) else next(spare, kind)
+    return Fault(kind, told, status, asked_wait(headers))
 
 
 def attempt(wire: Wire, ours: dict, read: Callable) -> Any:
@@ -682,7 +687,7 @@ def read_chat(wire: Wire, ask: Ask, data: dict) -> Reply | Fault:
     text = spoken.strip().encode("utf-8", "replace").decode()                   # half an emoji is no text
     if mark := data.get("system_fingerprint"):
         wire.stats["system_fingerprint"] = scrubbed(str(mark), wire.secrets)[:200]
-    sent = sum(len(said) for _, said in ask.messages)
+    sent = sum(len(words) for _, words in ask.messages)
     if usage.prompt and sent > 8 * usage.prompt + 1000 and "cut" not in wire.learnt:
         wire.learnt.add("cut")
         wire.notice(f"{wire.url} counts {usage.prompt} tokens in a prompt of {sent} characters: it may cut "

@@ -108,7 +108,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--show": dict(type=Path, metavar="RUN", help="print one episode of a run"),
     "--pick": dict(default="", metavar="PHASE:N", help="which one: before, learn or after, and its number"),
     "--experiment": dict(metavar="A,B", help="the paper's tables and figures, over "
-                         f"--seeds: {' '.join(EXPERIMENTS)}, or all; a run that two of them need is made once"),
+                         f"--seeds: {' '.join(EXPERIMENTS)}, or all; what one varies, such as the method, is not "
+                         "taken from flags; a run that two of them need is made once"),
     "--seeds": dict(type=int, default=5, help="seeds of an experiment, from --seed on (default 5)"),
     "--rows": dict(metavar="A,B", help="only these rows of experiments, but of table6, as react,billp"),
     "--models": dict(metavar="A,B", help="the models that table6 compares"),
@@ -255,7 +256,7 @@ def generator(wanted: Settings, branch: int) -> np.random.Generator:
 
 
 def build_world(wanted: Settings) -> tuple[envs.Env, list[int], list[int]]:
-    """A run's world under its rule of leaving; learning and held-out users; more begin with the fewer."""
+    """A run's world under its rule of leaving, and its first so many learning and held-out users."""
     env = load_world(wanted.world, wanted.seed)._replace(**wanted.rule)
     learners, held_out = np.split(np.arange(len(env.histories)), [env.learners])
     if wanted.episodes > len(learners) and wanted.method in billp.METHODS:
@@ -391,7 +392,7 @@ def report(s: dict[str, Any], about: str, lessons: Sequence[str]) -> list[str]:
              *grid([(row, s[row]) for row in ("before", "after", "difference")], 10), ""]
     if learning:
         least, most = min(learning), max(learning)
-        bars = "".join("▁▂▃▄▅▆▇█"[int(7 * length / (most or 1))] for length in learning)
+        bars = "".join("▁▂▃▄▅▆▇█"[int(7 * (length / (most or 1)))] for length in learning)
         lines.append(f"learning  {bars}  mean Len of each batch, {least:.1f} to {most:.1f}")
     lines += [*(f"lesson    {text}" for text in lessons), *ledger(s["calls"], {})]
     if s["calls"]["actor"]["calls"]:
