@@ -906,22 +906,15 @@ def main(argv: Sequence[str] | None = None, guarded: bool = False) -> int:
 def guard(argv: Sequence[str] | None) -> int:
     """main in a process of its own: if this one is killed, the answers on their way are still recorded."""
     from multiprocessing import Process
-    worker, told = Process(target=process, args=(argv, True)), []
-    signal.signal(signal.SIGINT, lambda *_: told.append(True))        # no worker is there yet to be told
+    worker = Process(target=process, args=(argv, True))
     worker.start()
-    signal.signal(signal.SIGINT, lambda *_: worker.terminate())
-    if told:
-        worker.terminate()
+    with suppress(KeyboardInterrupt):       # a second one ends this process, and the worker with it
+        worker.join()
+    worker.terminate()                      # as far as it goes on
     worker.join()
     if worker.exitcode < 0:
         say("run.py: killed from outside; run the same command again: answered calls are kept")
     return worker.exitcode if worker.exitcode >= 0 else 130
-
-
-def interrupt(*_: Any) -> None:
-    """Does as at Ctrl-C when told to stop, and is told but once."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 def process(argv: Sequence[str] | None = None, worker: bool = False) -> None:
@@ -933,7 +926,7 @@ def process(argv: Sequence[str] | None = None, worker: bool = False) -> None:
     code = 130
     with suppress(KeyboardInterrupt):           # outside main: at the very start or end
         if worker:
-            as_worker(interrupt)
+            as_worker(signal.default_int_handler)
             with suppress(AttributeError, OSError):     # not every system knows of this, or allows it
                 cores = sorted(os.sched_getaffinity(0))
                 os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})      # other runs, other cores
