@@ -32,7 +32,6 @@ from io import BytesIO
 from itertools import chain, product
 from operator import itemgetter
 from pathlib import Path
-from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 from urllib.parse import quote
@@ -484,22 +483,20 @@ def connect(args: argparse.Namespace, wanted: Settings, path: Path | None, live:
     return prompts.recorded(llm, log), embed
 
 
-def in_turn(tasks: Sequence[futures.Future], done: SimpleQueue) -> Iterator:
-    """Their results in order. The failure of any task of the pool is raised at once, whoever's turn it is."""
+def in_turn(tasks: Sequence[futures.Future], every: Sequence[futures.Future]) -> Iterator:
+    """The results of these tasks in order; but the failure of any task of the pool is raised at once."""
+    ended = futures.as_completed(every)
     for task in tasks:
         while not task.done():
-            done.get().result()
+            next(ended).result()
         yield task.result()
 
 
-def submitted(pool: futures.Executor, every: list, done: SimpleQueue, f: Callable,
-              *columns: Iterable) -> Iterator:
-    """As the pool's map; but `every` gathers all of its tasks, and `done` those that ended, for `in_turn`."""
+def submitted(pool: futures.Executor, every: list, f: Callable, *columns: Iterable) -> Iterator:
+    """As the pool's map; but `every` gathers all of its tasks, for `in_turn`."""
     tasks = [pool.submit(f, *row) for row in zip(*columns)]
     every += tasks
-    for task in tasks:
-        task.add_done_callback(done.put)
-    return in_turn(tasks, done)
+    return in_turn(tasks, every)
 
 
 @contextmanager
@@ -510,7 +507,7 @@ def mapping(executor: Callable, count: int, stop: Event) -> Iterator[Callable]:
         return
     pool, every = executor(count), []
     try:
-        yield partial(submitted, pool, every, SimpleQueue())
+        yield partial(submitted, pool, every)
     except BaseException as error:
         if not isinstance(error, prompts.BudgetSpent):  # else what is under way is paid for: it is recorded
             from multiprocessing import active_children
