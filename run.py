@@ -905,13 +905,19 @@ def guard(argv: Sequence[str] | None) -> int:
     from multiprocessing import Process
     worker = Process(target=process, args=(argv, True))
     worker.start()
-    with suppress(KeyboardInterrupt):       # a second one ends this process, and the worker with it
+    with suppress(KeyboardInterrupt):       # a second one ends this process at once
         worker.join()
-    worker.terminate()                      # as far as it goes on
+    worker.terminate()                      # if it is still at work
     worker.join()
     if worker.exitcode < 0:
         say("run.py: killed from outside; run the same command again: answered calls are kept")
     return worker.exitcode if worker.exitcode >= 0 else 130
+
+
+def interrupt(*_: Any) -> None:
+    """Does as at Ctrl-C when told to stop, and is told but once."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def process(argv: Sequence[str] | None = None, worker: bool = False) -> None:
@@ -923,7 +929,7 @@ def process(argv: Sequence[str] | None = None, worker: bool = False) -> None:
     code = 130
     with suppress(KeyboardInterrupt):           # outside main: at the very start or end
         if worker:
-            as_worker(signal.default_int_handler)
+            as_worker(interrupt)
             with suppress(AttributeError, OSError):     # not every system knows of this, or allows it
                 cores = sorted(os.sched_getaffinity(0))
                 os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})      # other runs, other cores
