@@ -329,10 +329,7 @@ def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, see
 
 def train(catalog: Catalog, users: Sequence[int], llm: LLM, seed: int = 0, agent: Agent = NOVICE,
           config: Config = DEFAULT, map: Callable = map, first: int = 0) -> Iterator[tuple[Agent, tuple]]:
-    """The paper's algorithm, a left fold over batches: play, study, absorb; yields (agent, trajectories).
-
-    To go on where another fold ended, give its agent and, as `first`, the number of its episodes.
-    """
+    """The paper's algorithm, a left fold over batches: yields (agent, trajectories) after `first` episodes."""
     for start in range(0, len(users), config.batch):
         batch = users[start:start + config.batch]
         played = evaluate(catalog, batch, agent, llm, seed, "learn", config, map, first + start)

@@ -107,8 +107,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--show": dict(type=Path, metavar="RUN", help="print one episode of a run"),
     "--pick": dict(default="", metavar="PHASE:N", help="which one: before, learn or after, and its number"),
     "--experiment": dict(metavar="A,B", help="the paper's tables and figures, over "
-                         f"--seeds: {' '.join(EXPERIMENTS)}, or all; what one varies, such as the method, is not "
-                         "taken from flags; a run that two of them need is made once"),
+                         f"--seeds: {' '.join(EXPERIMENTS)}, or all; what they vary, as the method, is no "
+                         "flag's to set; a run that two of them need is made once"),
     "--seeds": dict(type=int, default=5, help="seeds of an experiment, from --seed on (default 5)"),
     "--rows": dict(metavar="A,B", help="only these rows of experiments, but of table6, as react,billp"),
     "--models": dict(metavar="A,B", help="the models that table6 compares"),
