@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from functools import partial, reduce
 from itertools import chain, islice
+from math import fsum
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
@@ -76,7 +77,7 @@ class Record(NamedTuple):
 class Chunk(NamedTuple):
     """Records that lie together, oldest first, and the vectors they are found by."""
     records: tuple[Record, ...]
-    vectors: np.ndarray             # float32 [n, d], unit rows, row i embeds records[i].key
+    vectors: np.ndarray             # float64 [n, d], unit rows, row i embeds records[i].key
 
 
 # A memory is a tuple of chunks, oldest first, each at least twice as long as the next: the
@@ -137,7 +138,7 @@ class State(NamedTuple):
     history: tuple[str, ...]        # the last `titles` item lines liked before
     session: str                    # the transcript so far
     text: str                       # the last `titles` item lines: the key of the memories
-    vector: np.ndarray              # float32 [d] embeds the text
+    vector: np.ndarray              # float64 [d] embeds the text
     taken: tuple[int, ...]          # items liked before or shown in this session
     top: float                      # the largest value there can be: a 5 at every step to the cap, discounted
     thought: str = ""               # t_n, once the planner has spoken: for the actor alone
@@ -225,7 +226,7 @@ def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> 
     found = recall(memory, state.vector, config.k_values, config.tau_critic)
     values = tuple((record.key.rpartition("\n")[2], record.value) for record in found)
     question = prompts.render_critic(values, config.gamma, state.top)
-    fallback = sum(value for _, value in values) / max(len(values), 1)
+    fallback = fsum(value for _, value in values) / max(len(values), 1)     # as every Python adds
     answer = consult(llm, "critic", state, question, prompts.parse_critic, config, fallback)
     return answer._replace(value=min(max(answer.value, 0.0), state.top), recalled=values), memory
 
@@ -251,7 +252,7 @@ def opening(catalog: Catalog, user: int, key: tuple, config: Config = DEFAULT) -
     history = tuple(catalog.lines[i] for i in items[-config.titles:])
     text = "\n".join(history)
     top = discounted_return([5.0] * catalog.env.max_steps, config.gamma)
-    return State(key + (0,), history, "", text, catalog.embed([text])[0], tuple(items), top)
+    return State(key + (0,), history, "", text, prompts.vector_of(text, catalog), tuple(items), top)
 
 
 def advance(state: State, catalog: Catalog, step: Step, left: bool, cut: bool, config: Config) -> State:
@@ -259,7 +260,7 @@ def advance(state: State, catalog: Catalog, step: Step, left: bool, cut: bool, c
     n = state.key[-1] + 1
     text = "\n".join([*state.text.splitlines(), step.line][-config.titles:])
     return state._replace(
-        key=state.key[:-1] + (n,), text=text, vector=catalog.embed([text])[0],
+        key=state.key[:-1] + (n,), text=text, vector=prompts.vector_of(text, catalog),
         session=state.session + prompts.turn(n, step.plan.value, step.line, step.reward, left, cut),
         taken=state.taken + (step.act.value,))
 

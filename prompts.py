@@ -28,6 +28,7 @@ from collections import Counter, defaultdict
 from contextlib import ExitStack, suppress
 from functools import cache, lru_cache, partial
 from itertools import groupby
+from math import fsum
 from operator import index, itemgetter
 from pathlib import Path
 from threading import Lock, get_ident
@@ -163,6 +164,11 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
     return Catalog(env, embed, lines, vectors, names)
 
 
+def vector_of(text: str, catalog: Catalog) -> np.ndarray:
+    """float64 [d] embeds a text; in single precision, products would differ from processor to processor."""
+    return catalog.embed([text])[0].astype(float)
+
+
 def ground(text: str, catalog: Catalog, exclude: Iterable[int] = ()) -> tuple[int, bool]:
     """The free item a text names, and whether it named one: by exact title, else the nearest in L2.
 
@@ -172,7 +178,7 @@ def ground(text: str, catalog: Catalog, exclude: Iterable[int] = ()) -> tuple[in
     for item in catalog.names.get(title_key(text), ()):
         if item not in taken:
             return item, True
-    closeness = np.vecdot(catalog.vectors, catalog.embed([text])[0])
+    closeness = np.vecdot(catalog.vectors, vector_of(text, catalog))
     closeness[list(taken)] -= 4         # cosines lie in [-1, 1]: the nearest in L2 has the largest
     return int(np.argmax(closeness)), False
 
@@ -418,7 +424,7 @@ def offline_critic(text: str, seed: int) -> str:
     """The mean of the recalled values; with none, the middle of the scale."""
     values = [float(v) for v in re.findall(r"\n- (-?[\d.]+) after ", parts(text)[2])]
     top = float(re.search(r"at most ([\d.]+)\.", text)[1])
-    return f"Value: {sum(values) / len(values) if values else top / 2:.2f}"
+    return f"Value: {fsum(values) / len(values) if values else top / 2:.2f}"
 
 
 def alike(a: set[str], b: set[str]) -> bool:

@@ -335,7 +335,7 @@ def load_memory(path: Path, embedding: str) -> dict[str, list[billp.Record]]:
 def embed_memory(rows: dict[str, list[billp.Record]], embed: Embed) -> Agent:
     """An agent from records; each text is embedded once."""
     texts = list(dict.fromkeys(record.key for held in rows.values() for record in held))
-    vectors = dict(zip(texts, embed(texts))) if texts else {}
+    vectors = dict(zip(texts, embed(texts).astype(float))) if texts else {}
     return Agent(**{name: (billp.Chunk(tuple(held), np.stack([vectors[r.key] for r in held])),)
                     for name, held in rows.items() if held})
 
@@ -878,7 +878,7 @@ def main(argv: Sequence[str] | None = None, guarded: bool = False) -> int:
     live = Live({}, {}, Event(), [])
     try:
         args = parse(argv)
-        if guarded and endpoint(args):
+        if guarded and os.name == "posix" and endpoint(args) and not args.dry_run:
             return guard(argv)
         if args.show:
             show(args.show, args.pick)
@@ -902,8 +902,9 @@ def main(argv: Sequence[str] | None = None, guarded: bool = False) -> int:
 
 def guard(argv: Sequence[str] | None) -> int:
     """main in a process of its own: if this one is killed, the answers on their way are still recorded."""
-    from multiprocessing import Process
-    worker = Process(target=process, args=(argv, True))
+    from multiprocessing import get_context     # a fork is safe here, with one thread, and starts at once
+    context = get_context("fork" if sys.platform == "linux" else "spawn")
+    worker = context.Process(target=process, args=(argv, True))
     worker.start()
     with suppress(KeyboardInterrupt):       # a second one ends this process at once
         worker.join()
@@ -934,7 +935,8 @@ def process(argv: Sequence[str] | None = None, worker: bool = False) -> None:
                 cores = sorted(os.sched_getaffinity(0))
                 os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})      # other runs, other cores
         gc.set_threshold(10**5)     # new objects, not 700: most are kept, and each search holds all threads up
-        sys.stdout = sys.stdout or open(os.devnull, "w")        # it may have been closed
+        sys.stdout = sys.stdout or open(os.devnull, "w")        # they may have been closed
+        sys.stderr = sys.stderr or open(os.devnull, "w")
         sys.stdout.reconfigure(errors="replace")                # a console without bars gets question marks
         code = main(argv, guarded=not worker)
         with suppress(OSError):

@@ -23,7 +23,7 @@ import time
 import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import cache, partial
 from pathlib import Path
 from unittest import mock
@@ -793,6 +793,18 @@ def test_each_memory_is_searched_by_its_own_k_and_tau_and_only_if_the_method_use
         assert len(billp.actor(state, memory, llm, CATALOG, config)[0].recalled) == tried
 
 
+@given(st.lists(st.integers(0, 999), min_size=2, max_size=8))
+def test_a_mean_of_values_is_the_same_in_any_order_as_on_any_python(cents):
+    def mean(values, **said):
+        memory = EMPTY
+        for n, value in enumerate(values):
+            memory = remember(memory, f"{n}", value, state.vector)
+        return billp.critic(state, memory, noting(**said)[0] if said else prompts.offline)[0].value
+    state = billp.opening(CATALOG, 0, (0, "learn", 0))._replace(top=10.0)
+    values = [cent / 100 for cent in sorted(cents)]
+    assert mean(values) == mean(values[::-1]) and mean(values, critic=["hm"]) == mean(values[::-1], critic=["hm"])
+
+
 def test_a_value_lies_between_0_and_the_largest_there_can_be_and_falls_back_to_the_mean():
     state = billp.opening(CATALOG, 0, (0, "learn", 0))
     memory = merge(remember(EMPTY, "a", 2.0, state.vector), remember(EMPTY, "b", 4.0, state.vector))
@@ -918,8 +930,8 @@ class Quick(threading.Event):
 
 
 def quiet(**variables):
-    """The environment without anybody's endpoint in it, and these variables."""
-    return {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")} | variables
+    """The environment without anybody's endpoint or choice of BLAS in it, and these variables."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("OPENAI_", "OPENBLAS_"))} | variables
 
 
 def cli(*argv, **variables):
@@ -949,6 +961,19 @@ def test_the_same_bytes_for_any_worker_count_and_a_second_run(tmp_path):
     assert code == 0 and all(w in out for w in ("liked before", "recalled", "thought", "encouraged", "said",
                                                "reward", "the user left", "advantage", "reflection"))
     assert cli("--show", tmp_path / "a", "--pick", "before:3")[0] == 0
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="streams, locks and signals as POSIX has them")
+
+
+@posix
+def test_the_same_bytes_on_another_processor_and_no_progress_among_results(tmp_path):
+    for name, kind in (("this", {}), ("old", {"OPENBLAS_CORETYPE": "Nehalem"})):
+        argv = [sys.executable, run.__file__, "--episodes", "50", "--users", "9", "--out", tmp_path / name]
+        done = subprocess.run(argv, env=quiet(**kind), stdout=subprocess.PIPE, encoding="utf-8",
+                              preexec_fn=partial(os.close, 2))          # no progress, then, anywhere
+        assert done.returncode == 0 and done.stdout.startswith("billp on films")
+    assert result(tmp_path / "this") == result(tmp_path / "old")
 
 
 def test_a_loaded_memory_is_the_agent_that_was_saved(tmp_path):
@@ -1675,6 +1700,7 @@ def test_no_text_forges_a_line_an_action_a_message_or_a_record(titles, categorie
             assert all(len(text.splitlines()) == 1 for _, text in ask.messages[2:])
 
 
+@posix
 def test_a_log_resumes_refuses_strangers_and_loses_only_a_torn_line(tmp_path):
     path, notes, open_log, recorded = tmp_path / "calls.jsonl", [], prompts.open_log, prompts.recorded
     asks, log = [ASK._replace(key=(i,)) for i in range(3)], open_log(path, "m")
@@ -1860,6 +1886,14 @@ def test_a_fatal_fault_stops_at_once_who_waits_who_hangs_and_who_would_ask_more(
     assert len(bodies()) == 4 and len(answered(tmp_path / "calls.jsonl")) == 1      # the one that came in time
 
 
+def twice(pid, signum):
+    os.killpg(pid, signum)
+    time.sleep(0.01)
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signum)
+
+
+@posix
 def test_a_run_that_is_killed_or_interrupted_resumes_and_asks_nothing_answered_twice(tmp_path, request):
     """Killed alone, the command's worker records what is on its way; killed together, the log is whole."""
     for told, how in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
@@ -1868,7 +1902,7 @@ def test_a_run_that_is_killed_or_interrupted_resumes_and_asks_nothing_answered_t
     flags = *SMALL, 0.5, "--base-url", server().url, "--model", "m", "--workers", 4, "--out", tmp_path
     for kill, sent, code, more in ((os.kill, "SIGKILL", -9, 7), (os.kill, "SIGINT", 130, 12),
                                    (os.killpg, "SIGKILL", -9, 9), (os.killpg, "SIGHUP", -1, 9),
-                                   (os.killpg, "SIGINT", 130, 9),           # as a terminal's Ctrl-C
+                                   (os.killpg, "SIGINT", 130, 9), (twice, "SIGINT", 130, 9),    # as by Ctrl-C
                                    (os.kill, "SIGKILL", -9, 5), (None, "", 0, 999)):
         before, start = answered(tmp_path / "calls.jsonl"), len(bodies())
         child = subprocess.Popen([sys.executable, run.__file__, *map(str, flags)], env=quiet(), text=True,
