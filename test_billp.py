@@ -983,6 +983,8 @@ def test_a_loaded_memory_is_the_agent_that_was_saved(tmp_path):
     assert cli(*cold, *loaded, "--out", tmp_path / "b")[0] == 0
     ((_, memory), first), ((_, again), second) = result(tmp_path / "a"), result(tmp_path / "b")
     assert memory == again and first["after"] == second["before"] == second["after"]
+    rows = run.load_memory(tmp_path / "a" / "memory.json", "hashed_ngrams")
+    assert all(chunk.vectors.dtype == float for held in run.embed_memory(rows, CATALOG.embed) for chunk in held)
 
 
 @pytest.mark.parametrize("method", [*envs.POLICIES, "act", "react", "reflexion"])
