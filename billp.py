@@ -138,7 +138,7 @@ class State(NamedTuple):
     history: tuple[str, ...]        # the last `titles` item lines liked before
     session: str                    # the transcript so far
     text: str                       # the last `titles` item lines: the key of the memories
-    vector: np.ndarray              # float64 [d] embeds the text
+    vector: np.ndarray              # float64 [d] embeds the text: products in single depend on the processor
     taken: tuple[int, ...]          # items liked before or shown in this session
     top: float                      # the largest value there can be: a 5 at every step to the cap, discounted
     thought: str = ""               # t_n, once the planner has spoken: for the actor alone
@@ -252,7 +252,7 @@ def opening(catalog: Catalog, user: int, key: tuple, config: Config = DEFAULT) -
     history = tuple(catalog.lines[i] for i in items[-config.titles:])
     text = "\n".join(history)
     top = discounted_return([5.0] * catalog.env.max_steps, config.gamma)
-    return State(key + (0,), history, "", text, prompts.vector_of(text, catalog), tuple(items), top)
+    return State(key + (0,), history, "", text, catalog.embed([text])[0].astype(float), tuple(items), top)
 
 
 def advance(state: State, catalog: Catalog, step: Step, left: bool, cut: bool, config: Config) -> State:
@@ -260,7 +260,7 @@ def advance(state: State, catalog: Catalog, step: Step, left: bool, cut: bool, c
     n = state.key[-1] + 1
     text = "\n".join([*state.text.splitlines(), step.line][-config.titles:])
     return state._replace(
-        key=state.key[:-1] + (n,), text=text, vector=prompts.vector_of(text, catalog),
+        key=state.key[:-1] + (n,), text=text, vector=catalog.embed([text])[0].astype(float),
         session=state.session + prompts.turn(n, step.plan.value, step.line, step.reward, left, cut),
         taken=state.taken + (step.act.value,))
 

@@ -164,11 +164,6 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
     return Catalog(env, embed, lines, vectors, names)
 
 
-def vector_of(text: str, catalog: Catalog) -> np.ndarray:
-    """float64 [d] embeds a text; in single precision, products would differ from processor to processor."""
-    return catalog.embed([text])[0].astype(float)
-
-
 def ground(text: str, catalog: Catalog, exclude: Iterable[int] = ()) -> tuple[int, bool]:
     """The free item a text names, and whether it named one: by exact title, else the nearest in L2.
 
@@ -178,9 +173,11 @@ def ground(text: str, catalog: Catalog, exclude: Iterable[int] = ()) -> tuple[in
     for item in catalog.names.get(title_key(text), ()):
         if item not in taken:
             return item, True
-    closeness = np.vecdot(catalog.vectors, vector_of(text, catalog))
+    vector = catalog.embed([text])[0]
+    closeness = np.vecdot(catalog.vectors, vector)
     closeness[list(taken)] -= 4         # cosines lie in [-1, 1]: the nearest in L2 has the largest
-    return int(np.argmax(closeness)), False
+    near = np.flatnonzero(closeness > closeness.max() - 1e-4)       # the last digits depend on the processor
+    return int(near[np.argmax(np.vecdot(catalog.vectors[near], vector, dtype=float).round(5))]), False
 
 
 # --------------------------------------------------------------------------- the shared prefix
