@@ -77,7 +77,7 @@ class Record(NamedTuple):
 class Chunk(NamedTuple):
     """Records that lie together, oldest first, and the vectors they are found by."""
     records: tuple[Record, ...]
-    vectors: np.ndarray             # float64 [n, d], unit rows, row i embeds records[i].key
+    vectors: np.ndarray             # float [n, d], unit rows, row i embeds records[i].key
 
 
 # A memory is a tuple of chunks, oldest first, each at least twice as long as the next: the
@@ -89,6 +89,7 @@ EMPTY: Memory = ()
 
 def push(memory: Memory, chunk: Chunk) -> Memory:
     """The memory with a chunk of newer records behind it."""
+    chunk = chunk._replace(vectors=chunk.vectors.astype(float))     # in single, products vary with processors
     while memory and len(memory[-1].records) < 2 * len(chunk.records):    # each stays twice the next
         last, memory = memory[-1], memory[:-1]
         chunk = Chunk(last.records + chunk.records, np.concatenate([last.vectors, chunk.vectors]))
@@ -138,7 +139,7 @@ class State(NamedTuple):
     history: tuple[str, ...]        # the last `titles` item lines liked before
     session: str                    # the transcript so far
     text: str                       # the last `titles` item lines: the key of the memories
-    vector: np.ndarray              # float64 [d] embeds the text: products in single depend on the processor
+    vector: np.ndarray              # float32 [d] embeds the text
     taken: tuple[int, ...]          # items liked before or shown in this session
     top: float                      # the largest value there can be: a 5 at every step to the cap, discounted
     thought: str = ""               # t_n, once the planner has spoken: for the actor alone
@@ -226,7 +227,7 @@ def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> 
     found = recall(memory, state.vector, config.k_values, config.tau_critic)
     values = tuple((record.key.rpartition("\n")[2], record.value) for record in found)
     question = prompts.render_critic(values, config.gamma, state.top)
-    fallback = fsum(value for _, value in values) / max(len(values), 1)     # as every Python adds
+    fallback = fsum(value for _, value in values) / max(len(values), 1)     # the same on every Python
     answer = consult(llm, "critic", state, question, prompts.parse_critic, config, fallback)
     return answer._replace(value=min(max(answer.value, 0.0), state.top), recalled=values), memory
 
@@ -243,7 +244,7 @@ def reflector(trajectory: Trajectory, memory: Memory, llm: LLM, config: Config =
 
 def score(trajectory: Trajectory) -> tuple[int, float]:
     """Len and return of an episode; the leaving step counts in neither."""
-    return len(trajectory.steps) - trajectory.terminated, sum(step.reward for step in trajectory.steps)
+    return len(trajectory.steps) - trajectory.terminated, fsum(step.reward for step in trajectory.steps)
 
 
 def opening(catalog: Catalog, user: int, key: tuple, config: Config = DEFAULT) -> State:
@@ -252,7 +253,7 @@ def opening(catalog: Catalog, user: int, key: tuple, config: Config = DEFAULT) -
     history = tuple(catalog.lines[i] for i in items[-config.titles:])
     text = "\n".join(history)
     top = discounted_return([5.0] * catalog.env.max_steps, config.gamma)
-    return State(key + (0,), history, "", text, catalog.embed([text])[0].astype(float), tuple(items), top)
+    return State(key + (0,), history, "", text, catalog.embed([text])[0], tuple(items), top)
 
 
 def advance(state: State, catalog: Catalog, step: Step, left: bool, cut: bool, config: Config) -> State:
@@ -260,7 +261,7 @@ def advance(state: State, catalog: Catalog, step: Step, left: bool, cut: bool, c
     n = state.key[-1] + 1
     text = "\n".join([*state.text.splitlines(), step.line][-config.titles:])
     return state._replace(
-        key=state.key[:-1] + (n,), text=text, vector=catalog.embed([text])[0].astype(float),
+        key=state.key[:-1] + (n,), text=text, vector=catalog.embed([text])[0],
         session=state.session + prompts.turn(n, step.plan.value, step.line, step.reward, left, cut),
         taken=state.taken + (step.act.value,))
 
@@ -330,7 +331,7 @@ def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, see
 
 def train(catalog: Catalog, users: Sequence[int], llm: LLM, seed: int = 0, agent: Agent = NOVICE,
           config: Config = DEFAULT, map: Callable = map, first: int = 0) -> Iterator[tuple[Agent, tuple]]:
-    """The paper's algorithm, a left fold over batches: yields (agent, trajectories) after `first` episodes."""
+    """The paper's algorithm, a left fold: (agent, trajectories) of each batch; `first` episodes came before."""
     for start in range(0, len(users), config.batch):
         batch = users[start:start + config.batch]
         played = evaluate(catalog, batch, agent, llm, seed, "learn", config, map, first + start)

@@ -107,7 +107,7 @@ def reset(env: Env, user) -> EnvState:
 
 
 def step(env: Env, state: EnvState, item) -> tuple[EnvState, Array, Array, Array]:
-    """Recommend an item to each user, all [...]: (next state, reward, terminated, truncated), all [...], too.
+    """Recommend an item to each user, int [...] as they are: (next state, reward, terminated, truncated).
 
     A user leaves when the item is nearer than `beta` to one of the last W recommended items, or when its rating
     is below `floor` (from step `grace` on). The leaving step earns 0. Who stays `max_steps` steps is truncated.
@@ -179,7 +179,7 @@ def distances(env: Env, users, items: Array, among: Array) -> Array:
 def oracle(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """The best rating among items that do not make the user leave; an upper bound in practice, not proven so.
 
-    Among equals it takes the item that rules out fewest of those safe at the next step, the oldest forgotten.
+    Among equals it takes the item that rules out the fewest of those safe once the oldest of W is forgotten.
     """
     user, every = state.user[:, None], np.arange(free.shape[1])
     some = every[::1 + len(every) ** 2 // CELLS]        # all of a small world, a sample of a large one
@@ -313,7 +313,7 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5, pace: 
     state, free, x = reset(env, np.zeros(count, int)), np.empty((m, count), bool), zeros((count, 2 * d + 1))
     while begun - (~over).sum() < episodes:
         if over.any():                          # the next learners sit down where an episode is over
-            users = order.take(np.arange(begun, begun + np.count_nonzero(over)), mode="wrap")
+            users = order.take(np.arange(begun, begun + over.sum()), mode="wrap")
             begun, fresh = begun + len(users), reset(env, users)
             for held, new in zip((*state, free.T, x), (*fresh, unseen(env, users), observe(env, fresh))):
                 held[over] = new
@@ -351,7 +351,7 @@ def totals(samples: Array) -> Array:
 
 
 def bootstrap(figure: Callable, *samples: Array, draws: int = 1000) -> list[list[float]]:
-    """[mean, low, high] with the interval of 95 % for each number of `figure`, a mean over axes -3 and -2.
+    """[mean, low, high] with the interval of 95 % for each number that `figure` makes of axes -3 and -2.
 
     Samples are [S, N, k]: S seeds with N users each, the same in all. One draw takes seeds with replacement
     and, within each, users with replacement, alike from every sample: so differences are paired.

@@ -150,7 +150,7 @@ def title_key(line: str) -> str:
 
 
 def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
-    """Embeds every item's line once and indexes the titles; ValueError if fields or vectors do not fit."""
+    """Embeds every item's line once and indexes the titles; ValueError if what the lines need does not fit."""
     together = partial(zip, strict=True)        # a field too short is an error, not a shorter catalogue
     lines = tuple(item_line(title, year, [c for c, own in together(env.categories, row) if own])
                   for title, year, row in together(env.titles, env.years, env.belongs))
@@ -159,7 +159,7 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
         for name in {title_key(line), title_key(item_line(title, None, ()))}:
             names[name] = names.get(name, ()) + (item,)
     vectors = embed(lines)
-    if not np.allclose(np.vecdot(vectors, vectors), 1, atol=1e-3):
+    if not np.array_equal(np.vecdot(vectors, vectors).round(2), np.ones(len(lines))):
         raise ValueError("embed must give a row of length 1 for each text")
     return Catalog(env, embed, lines, vectors, names)
 

@@ -107,8 +107,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--show": dict(type=Path, metavar="RUN", help="print one episode of a run"),
     "--pick": dict(default="", metavar="PHASE:N", help="which one: before, learn or after, and its number"),
     "--experiment": dict(metavar="A,B", help="the paper's tables and figures, over "
-                         f"--seeds: {' '.join(EXPERIMENTS)}, or all; what they vary, as the method, is no "
-                         "flag's to set; a run that two of them need is made once"),
+                         f"--seeds: {' '.join(EXPERIMENTS)}, or all; flags do not set what they vary, "
+                         "as the method; a run that two of them need is made once"),
     "--seeds": dict(type=int, default=5, help="seeds of an experiment, from --seed on (default 5)"),
     "--rows": dict(metavar="A,B", help="only these rows of experiments, but of table6, as react,billp"),
     "--models": dict(metavar="A,B", help="the models that table6 compares"),
@@ -255,7 +255,7 @@ def generator(wanted: Settings, branch: int) -> np.random.Generator:
 
 
 def build_world(wanted: Settings) -> tuple[envs.Env, list[int], list[int]]:
-    """A run's world under its rule of leaving, and its first so many learning and held-out users."""
+    """A run's world under its rule of leaving, its learners and its held-out users, in the seed's order."""
     env = load_world(wanted.world, wanted.seed)._replace(**wanted.rule)
     learners, held_out = np.split(np.arange(len(env.histories)), [env.learners])
     if wanted.episodes > len(learners) and wanted.method in billp.METHODS:
@@ -335,8 +335,8 @@ def load_memory(path: Path, embedding: str) -> dict[str, list[billp.Record]]:
 def embed_memory(rows: dict[str, list[billp.Record]], embed: Embed) -> Agent:
     """An agent from records; each text is embedded once."""
     texts = list(dict.fromkeys(record.key for held in rows.values() for record in held))
-    vectors = dict(zip(texts, embed(texts).astype(float))) if texts else {}
-    return Agent(**{name: (billp.Chunk(tuple(held), np.stack([vectors[r.key] for r in held])),)
+    vectors = dict(zip(texts, embed(texts))) if texts else {}
+    return Agent(**{name: billp.push((), billp.Chunk(tuple(held), np.stack([vectors[r.key] for r in held])))
                     for name, held in rows.items() if held})
 
 
@@ -484,7 +484,7 @@ def connect(args: argparse.Namespace, wanted: Settings, path: Path | None, live:
 
 
 def in_turn(tasks: Sequence[futures.Future], every: Sequence[futures.Future]) -> Iterator:
-    """The results of these tasks in order; but the failure of any task of the pool is raised at once."""
+    """The results of these tasks in order; but the failure of any task so far is raised at once."""
     ended = futures.as_completed(every)
     for task in tasks:
         while not task.done():
@@ -878,7 +878,8 @@ def main(argv: Sequence[str] | None = None, guarded: bool = False) -> int:
     live = Live({}, {}, Event(), [])
     try:
         args = parse(argv)
-        if guarded and os.name == "posix" and endpoint(args) and not args.dry_run:
+        asking = endpoint(args) and args.model != "offline" and not args.dry_run
+        if guarded and asking and os.name == "posix":
             return guard(argv)
         if args.show:
             show(args.show, args.pick)
@@ -902,11 +903,11 @@ def main(argv: Sequence[str] | None = None, guarded: bool = False) -> int:
 
 def guard(argv: Sequence[str] | None) -> int:
     """main in a process of its own: if this one is killed, the answers on their way are still recorded."""
-    from multiprocessing import get_context     # a fork is safe here, with one thread, and starts at once
+    from multiprocessing import get_context     # a fork is safe here, before any thread, and starts at once
     context = get_context("fork" if sys.platform == "linux" else "spawn")
     worker = context.Process(target=process, args=(argv, True))
     worker.start()
-    with suppress(KeyboardInterrupt):       # a second one ends this process at once
+    with suppress(KeyboardInterrupt):       # a second one ends this process; the worker records on
         worker.join()
     worker.terminate()                      # if it is still at work
     worker.join()

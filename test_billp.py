@@ -703,6 +703,7 @@ def test_any_map_gives_the_same_run_and_an_ask_is_named_once():
 
 def test_learning_goes_on_where_another_fold_ended():
     (half, _), (whole, _) = learn()
+    assert {chunk.vectors.dtype for memory in whole for chunk in memory} == {np.dtype(float)}
     (more, _), = billp.train(CATALOG, range(10, 20), prompts.offline, agent=half, first=10)
     assert [*map(billp.records, more)] == [*map(billp.records, whole)]
 
@@ -712,9 +713,10 @@ def test_learning_goes_on_where_another_fold_ended():
 def test_a_world_whose_fields_do_not_fit_is_refused_and_so_is_an_embedding_of_other_lengths(field, value):
     with pytest.raises(ValueError):
         prompts.catalog(FILMS._replace(**{field: value}))
-    for factor in (0, 2, np.nan):
+    for spoil in (lambda rows: rows * 0, lambda rows: rows * 2, lambda rows: rows * np.nan,
+                  lambda rows: rows[1:], lambda rows: rows[0]):
         with pytest.raises(ValueError, match="length 1"):
-            prompts.catalog(FILMS, lambda texts: factor * prompts.hashed_ngrams(texts))
+            prompts.catalog(FILMS, lambda texts: spoil(prompts.hashed_ngrams(texts)))
     with pytest.raises(KeyError):
         billp.planner(learn()[-1][1][0].last, billp.EMPTY, prompts.offline, Config(lessons="last"))
 
@@ -806,6 +808,11 @@ def test_a_mean_of_values_is_the_same_in_any_order_as_on_any_python(cents):
     values = [cent / 100 for cent in sorted(cents)]
     assert mean(values) == mean(values[::-1])
     assert mean(values, critic=["hm"]) == mean(values[::-1], critic=["hm"])
+
+
+def test_a_return_is_the_exact_sum_of_ratings_that_need_not_be_whole():
+    t = learn(episodes=1)[0][1][0]
+    assert billp.score(t._replace(steps=(t.steps[0]._replace(reward=0.1),) * 10))[1] == 1
 
 
 def test_a_value_lies_between_0_and_the_largest_there_can_be_and_falls_back_to_the_mean():
@@ -986,8 +993,6 @@ def test_a_loaded_memory_is_the_agent_that_was_saved(tmp_path):
     assert cli(*cold, *loaded, "--out", tmp_path / "b")[0] == 0
     ((_, memory), first), ((_, again), second) = result(tmp_path / "a"), result(tmp_path / "b")
     assert memory == again and first["after"] == second["before"] == second["after"]
-    rows = run.load_memory(tmp_path / "a" / "memory.json", "hashed_ngrams")
-    assert all(chunk.vectors.dtype == float for held in run.embed_memory(rows, CATALOG.embed) for chunk in held)
 
 
 @pytest.mark.parametrize("method", [*envs.POLICIES, "act", "react", "reflexion"])
@@ -1917,12 +1922,45 @@ def test_a_run_that_is_killed_or_interrupted_resumes_and_asks_nothing_answered_t
         kill and kill(child.pid, getattr(signal, sent))
         _, err = child.communicate(timeout=20)
         alone = kill is os.kill or sent in ("SIGHUP", "SIGINT")         # which its worker leaves to it
-        assert child.returncode == code and ("answered calls are kept" in err) == alone, err
+        told = err.count("answered calls are kept")
+        assert child.returncode == code and (told == alone or kill is twice and told == 2), err
         assert not set(before) & set(asked()[start:])
         if alone:
             assert len(set(answered(tmp_path / "calls.jsonl"))) == len(set(asked()))
     assert before and result(tmp_path)[0] == undisturbed()[0]
     assert len(asked()) - len(set(asked())) <= 4            # in flight when both were killed, one a worker
+
+
+@posix
+def test_a_second_ctrl_c_ends_the_command_at_once_and_what_was_asked_is_recorded(tmp_path):
+    cast().plan = lambda body: time.sleep(0.5)
+    argv = [sys.executable, run.__file__, *map(str, SMALL), "0.5", "--base-url", server().url, "--model", "m",
+            "--workers", "4", "--out", str(tmp_path)]
+    child = subprocess.Popen(argv, env=quiet(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                             start_new_session=True)
+    while len(bodies()) < 3:
+        time.sleep(0.001)
+    began = time.monotonic()
+    twice(child.pid, signal.SIGINT)
+    assert child.wait(5) == 130 and time.monotonic() - began < 0.4      # the answers take 0.5 s
+    time.sleep(1)
+    assert len(answered(tmp_path / "calls.jsonl")) == len(bodies())
+
+
+@pytest.mark.parametrize("flags, apart", [
+    ("--model m", True), ("--model offline", False), ("--model m --dry-run", False)])
+def test_a_command_that_asks_an_endpoint_is_a_process_apart_and_no_other(flags, apart, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "guard", lambda argv: 7)
+    argv = f"--base-url http://a/v1 --method random --users 1 --out {tmp_path / 'r'} {flags}".split()
+    assert (run.main(argv, guarded=True) == 7) == (apart and os.name == "posix")
+
+
+def test_a_task_of_another_map_that_fails_is_told_at_once():            # the critic waits, the reflector fails
+    stop, began = threading.Event(), time.monotonic()
+    with pytest.raises(ValueError), run.mapping(ThreadPoolExecutor, 2, stop) as map:
+        slow, _ = map(stop.wait, [5]), map(int, ["x"])
+        next(slow)
+    assert time.monotonic() - began < 2
 
 
 def test_models_are_compared_over_http_foretold_stopped_resumed_and_replayed_with_the_server_gone(tmp_path):
