@@ -331,7 +331,7 @@ def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, see
 
 def train(catalog: Catalog, users: Sequence[int], llm: LLM, seed: int = 0, agent: Agent = NOVICE,
           config: Config = DEFAULT, map: Callable = map, first: int = 0) -> Iterator[tuple[Agent, tuple]]:
-    """The paper's algorithm, a left fold: (agent, trajectories) of each batch; `first` episodes came before."""
+    """The paper's algorithm, a left fold: yields (agent, trajectories) by batch; `first` episodes are past."""
     for start in range(0, len(users), config.batch):
         batch = users[start:start + config.batch]
         played = evaluate(catalog, batch, agent, llm, seed, "learn", config, map, first + start)

@@ -107,7 +107,7 @@ def reset(env: Env, user) -> EnvState:
 
 
 def step(env: Env, state: EnvState, item) -> tuple[EnvState, Array, Array, Array]:
-    """Recommend an item to each user, int [...] as they are: (next state, reward, terminated, truncated).
+    """Recommend an item, int [...], to each user: (next state, reward, terminated, truncated), all [...].
 
     A user leaves when the item is nearer than `beta` to one of the last W recommended items, or when its rating
     is below `floor` (from step `grace` on). The leaving step earns 0. Who stays `max_steps` steps is truncated.

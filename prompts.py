@@ -150,7 +150,10 @@ def title_key(line: str) -> str:
 
 
 def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
-    """Embeds every item's line once and indexes the titles; ValueError if what the lines need does not fit."""
+    """Embeds every item's line once and indexes the titles.
+
+    ValueError where titles, years and categories, or the rows that `embed` gives, do not fit together.
+    """
     together = partial(zip, strict=True)        # a field too short is an error, not a shorter catalogue
     lines = tuple(item_line(title, year, [c for c, own in together(env.categories, row) if own])
                   for title, year, row in together(env.titles, env.years, env.belongs))
@@ -176,7 +179,7 @@ def ground(text: str, catalog: Catalog, exclude: Iterable[int] = ()) -> tuple[in
     vector = catalog.embed([text])[0]
     closeness = np.vecdot(catalog.vectors, vector)
     closeness[list(taken)] -= 4         # cosines lie in [-1, 1]: the nearest in L2 has the largest
-    near = np.flatnonzero(closeness > closeness.max() - 1e-4)       # the last digits depend on the processor
+    near = np.flatnonzero(closeness > closeness.max() - 1e-4)       # last digits vary with processors
     return int(near[np.argmax(np.vecdot(catalog.vectors[near], vector, dtype=float).round(5))]), False
 
 

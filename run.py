@@ -336,8 +336,9 @@ def embed_memory(rows: dict[str, list[billp.Record]], embed: Embed) -> Agent:
     """An agent from records; each text is embedded once."""
     texts = list(dict.fromkeys(record.key for held in rows.values() for record in held))
     vectors = dict(zip(texts, embed(texts))) if texts else {}
-    return Agent(**{name: billp.push((), billp.Chunk(tuple(held), np.stack([vectors[r.key] for r in held])))
-                    for name, held in rows.items() if held})
+    chunks = {name: billp.Chunk(tuple(held), np.stack([vectors[r.key] for r in held]))
+              for name, held in rows.items() if held}
+    return Agent(**{name: billp.push(billp.EMPTY, chunk) for name, chunk in chunks.items()})
 
 
 def describe(env: envs.Env, t: Trajectory) -> dict[str, Any]:
