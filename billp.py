@@ -1,23 +1,23 @@
 """BiLLP: a language model that learns to recommend for the long run without training a weight.
 
-After "Large Language Models are Learnable Planners for Long-Term Recommendation" (SIGIR 2024, arXiv
-2403.00843). Four roles share one model; all that is learned lies in three memories.
+After "Large Language Models are Learnable Planners for Long-Term Recommendation" (SIGIR 2024,
+arXiv 2403.00843). Four roles share one model. All that is learned lies in three memories.
 
-    state s_n      history and session as text, e.g. 10 liked films, then 3 recommended ones
+    state s_n      history and session as text, for example 10 liked films and 3 recommended ones
     thought t_n    the planner's line, "a comedy next, nothing like the last three films"
-    action a_n     a catalogue item; reward r_n its rating, 0 when the user leaves
-    V(s), A(s, a)  the critic's value; the advantage r + gamma V(s') - V(s)
-    v_n            what the actor remembers of an action: 1 encouraged if A >= 0, else 0 discouraged
-    M_P, M_A, M_C  planner, actor and critic memories (an `Agent`); M <- M + M' is `merge(M, M')`
-    key            (seed, phase, episode, step), plain ints and str: names every draw, so that a run repeats
+    action a_n     an item of the catalogue; its reward r_n is the rating, or 0 if the user leaves
+    V(s), A(s, a)  the critic's value of a state; the advantage r + gamma V(s') - V(s)
+    verdict v_n    what the actor remembers of an action: 1 encouraged if A >= 0, else 0 discouraged
+    M_P, M_A, M_C  the memories of planner, actor and critic (an `Agent`)
+    key            names every random draw of an ask, so that a run repeats (see prompts.Key)
 
-All functions are pure: the model comes in as `llm`, parallelism as `map` (any that takes one
-iterable or more, as the built-in one, and keeps the order).
+All functions are pure. The model comes in as the argument `llm`. Parallelism comes in as the
+argument `pmap`: any function that works like the built-in `map` and keeps the order.
+Config, credit and memory need numpy alone. They can be copied into another project as one block.
 """
 from __future__ import annotations
 
 from functools import partial, reduce
-from itertools import chain, islice
 from math import fsum
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
@@ -25,144 +25,281 @@ import numpy as np
 
 import envs
 import prompts
-from envs import EnvState, advantage, discounted_return, td_target
-from prompts import LLM, Ask, Catalog, Malformed, ground
+from envs import EnvState
+from prompts import LLM, Ask, Catalog, Key, Malformed
 
 # --------------------------------------------------------------------------------- config
 
 
 class Config(NamedTuple):
-    """Every number and switch of the method, each with its reason; run.py makes them flags."""
+    """Every number and switch of the method, each with its reason. run.py makes them flags."""
     thoughts: bool = True           # the planner is asked for a thought t_n before each action
-    lessons: str = "nearest"        # which reflections the planner gets: none, latest or nearest
-    experience: bool = True         # M_A and M_C are written and recalled; without, no critic is asked
-    baseline: bool = True           # the critic's V(s) counts; without, V = 0: all is encouraged, M_C is idle
+    lessons: str = "nearest"        # which reflections the planner reads: none, latest or nearest
+    experience: bool = True         # M_A and M_C are written and recalled
+    baseline: bool = True           # the critic's V(s) counts; without it V = 0 and all is encouraged
     gamma: float = 0.5              # discount of later rewards; the paper's gamma
     k_lessons: int = 2              # reflections recalled; the paper's K
     k_actions: int = 24             # experiences recalled for the actor, enough to choose among
     k_values: int = 8               # values recalled for the critic, enough to average
-    tau_actor: float = 1.2          # farthest experience, squared L2: cos >= 0.4 suits n-grams; paper: 0.01
-    tau_critic: float = 1.2         # farthest value, squared L2: cos >= 0.4 suits n-grams; paper: 0.1
-    titles: int = 10                # items in a state's text, and liked ones in a prompt; as the paper
-    batch: int = 10                 # episodes between updates of the memories; as the paper
-    transcript: int = 24000         # characters of a session in a prompt, about 6,000 tokens: fits contexts
+    tau_actor: float = 1.2          # farthest experience, squared L2: cosine 0.4 suits n-grams; paper: 0.01
+    tau_critic: float = 1.2         # farthest value, squared L2: cosine 0.4 suits n-grams; paper: 0.1
+    titles: int = 10                # items in a state's text and in a prompt's list; as the paper
+    batch: int = 10                 # episodes between two updates of the memories; as the paper
+    transcript: int = 24000         # characters of a session in a prompt: about 6,000 tokens
     temperature: float = 0.5        # of every ask; as the paper
-    reply_tokens: int = 256         # longest reply asked for; reasoning models need thousands
-    retries: int = 2                # times a malformed reply is asked for again
-    repeats: bool = False           # whether items liked before or shown already may be recommended
+    reply_tokens: int = 256         # longest reply asked for; models that reason need thousands
+    retries: int = 2                # how often a malformed reply is asked for again
+    repeats: bool = False           # whether an item may come twice in a session, or come from the history
 
 
 DEFAULT = Config()
 
 METHODS: dict[str, dict[str, Any]] = {          # each method is a row of switches over the same roles
-    "act": dict(thoughts=False, lessons="none", experience=False),
-    "react": dict(lessons="none", experience=False),
-    "reflexion": dict(lessons="latest", experience=False),
-    "billp": dict(),
-    "billp-no-macro": dict(lessons="none"),
-    "billp-no-micro": dict(experience=False),
-    "billp-no-critic": dict(baseline=False),
+    "act": {"thoughts": False, "lessons": "none", "experience": False},
+    "react": {"lessons": "none", "experience": False},
+    "reflexion": {"lessons": "latest", "experience": False},
+    "billp": {},
+    "billp-no-macro": {"lessons": "none"},
+    "billp-no-micro": {"experience": False},
+    "billp-no-critic": {"baseline": False},
 }
+
+# --------------------------------------------------------------------------------- credit
+
+
+def td_target(reward: float, gamma: float, next_value: float, terminated: bool) -> float:
+    """What a state turned out to be worth: r_n + gamma V(s_{n+1}), with V = 0 once the user has left.
+
+    >>> td_target(4.0, 0.5, 6.0, False), td_target(0.0, 0.5, 6.0, True)
+    (7.0, 0.0)
+    """
+    return reward + gamma * next_value * (1 - terminated)
+
+
+def advantage(reward: float, gamma: float, value: float, next_value: float, terminated: bool) -> float:
+    """A(s_n, a_n) = r_n + gamma V(s_{n+1}) - V(s_n): how much better than the critic expected.
+
+    >>> advantage(4.0, 0.5, 5.0, 6.0, False)
+    2.0
+    """
+    return td_target(reward, gamma, next_value, terminated) - value
+
+
+def discounted_return(rewards: Sequence[float], gamma: float) -> float:
+    """The sum over n of gamma^n r_n, n from 0.
+
+    >>> discounted_return([4, 4, 4], 0.5)
+    7.0
+    """
+    total = 0.0
+    for reward in reversed(rewards):
+        total = reward + gamma * total
+    return total
+
 
 # --------------------------------------------------------------------------------- memory
 
 
 class Record(NamedTuple):
     """One thing remembered."""
-    key: str                        # the text it is found by
-    action: str                     # what was done there; "" where the key alone identifies
-    value: Any                      # a reflection, v_n or a TD target
+    text: str                       # the state it is found by
+    item: str                       # the item it is about, or ""
+    content: Any                    # a reflection, a verdict or a TD target
 
 
 class Chunk(NamedTuple):
-    """Records that lie together, oldest first, and the vectors they are found by."""
+    """Records that lie together, oldest first, with the vectors they are found by."""
     records: tuple[Record, ...]
-    vectors: np.ndarray             # float [n, d], unit rows, row i embeds records[i].key
+    vectors: np.ndarray             # float64 [n, d], unit rows; row i embeds records[i].text
 
 
-# A memory is a tuple of chunks, oldest first, each at least twice as long as the next: the
-# logarithmic method of Bentley and Saxe. Appending copies O(log n) records on average, and every
-# older memory stays valid because no chunk is ever changed.
+# A memory is a tuple of chunks, oldest first. Each chunk is at least twice as long as the next.
+# So a new record causes little copying on average, and every older memory stays as it was.
 Memory = tuple[Chunk, ...]
 EMPTY: Memory = ()
 
 
 def push(memory: Memory, chunk: Chunk) -> Memory:
-    """The memory with a chunk of newer records behind it."""
-    chunk = chunk._replace(vectors=chunk.vectors.astype(float))     # in single, products vary with processors
-    while memory and len(memory[-1].records) < 2 * len(chunk.records):    # each stays twice the next
-        last, memory = memory[-1], memory[:-1]
-        chunk = Chunk(last.records + chunk.records, np.concatenate([last.vectors, chunk.vectors]))
-    return memory + (chunk,)
+    """The memory with a chunk of newer records at its end."""
+    # Single precision would make products, and so near ties, differ from processor to processor.
+    newer = Chunk(chunk.records, chunk.vectors.astype(float))
+    while memory and len(memory[-1].records) < 2 * len(newer.records):
+        older = memory[-1]
+        memory = memory[:-1]
+        newer = Chunk(older.records + newer.records, np.concatenate([older.vectors, newer.vectors]))
+    return memory + (newer,)
 
 
 def merge(memory: Memory, newer: Memory) -> Memory:
-    """All records of both, `newer` counting as newer. Associative in its records, EMPTY is its unit."""
+    """All records of both memories. Associative in its records; EMPTY is its unit."""
     return reduce(push, newer, memory)
 
 
-def remember(memory: Memory, key: str, value: Any, vector: np.ndarray, action: str = "") -> Memory:
-    """The memory and one new record; the old memory is left as it was."""
-    return push(memory, Chunk((Record(key, action, value),), np.asarray(vector)[None]))
+def remember(memory: Memory, text: str, content: Any, vector: np.ndarray, item: str = "") -> Memory:
+    """The memory with one new record. `vector` [d] is the text's embedding, of length 1."""
+    return push(memory, Chunk((Record(text, item, content),), np.asarray(vector)[None]))
 
 
 def records(memory: Memory) -> tuple[Record, ...]:
     """All records, oldest first."""
-    return tuple(chain.from_iterable(chunk.records for chunk in memory))
+    return sum((chunk.records for chunk in memory), ())
+
+
+def record_at(memory: Memory, i: int) -> Record:
+    """The i-th oldest record."""
+    for chunk in memory:
+        if i < len(chunk.records):
+            return chunk.records[i]
+        i -= len(chunk.records)
+    raise IndexError("a memory has no record of this number")
+
+
+def nearest_first(distances: np.ndarray, count: int) -> np.ndarray:
+    """Places of the `count` smallest distances and of all ties; newest first among equals."""
+    if count < len(distances):
+        limit = np.partition(distances, count - 1)[count - 1]
+    else:
+        limit = np.inf
+    places = np.flatnonzero(distances <= limit)
+    return places[np.lexsort((-places, distances[places]))]
 
 
 def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> tuple[Record, ...]:
     """The k records nearest to a unit vector [d], nearest first, none farther than tau.
 
-    Distance is squared L2, 2 - 2 cos between unit vectors, rounded so that equal texts tie. Newest
-    first among equals; of records with the same (key, action) only the newest counts. A zero
-    vector is equally far from everything and so recalls the newest (lessons = "latest").
+    The distance is squared L2, which is 2 - 2 cos between unit vectors. It is rounded, so that equal
+    texts tie. Among equals the newest comes first. Of records with the same text and item only the
+    newest counts.
     """
     if not memory or k < 1:
         return ()
-    distance = (2 - 2 * np.concatenate([np.vecdot(c.vectors, vector) for c in memory])).round(5)
-    everything, found = records(memory), {}
-    near = np.flatnonzero(distance <= tau)[::-1]                    # newest first, and so among equals:
-    for i in near[np.argsort(distance[near], kind="stable")]:       # this sort is stable
-        found.setdefault(everything[i][:2], everything[i])          # by (key, action)
-        if len(found) == k:
-            break
-    return tuple(found.values())
+    cosines = np.concatenate([np.vecdot(chunk.vectors, vector) for chunk in memory])
+    distances = (2 - 2 * cosines).round(5)
+    count = 2 * k                   # older records of the same text and item may stand among the nearest
+    while True:
+        found: dict[tuple[str, str], Record] = {}
+        for i in nearest_first(distances, count):
+            if len(found) == k or distances[i] > tau:
+                return tuple(found.values())
+            record = record_at(memory, i)
+            found.setdefault((record.text, record.item), record)
+        if count >= len(distances):
+            return tuple(found.values())
+        count *= 4
 
 
-# ------------------------------------------------------------------------------------ roles
+# ---------------------------------------------------------------------------------- roles
 
 
 class State(NamedTuple):
     """All that a role may know of an episode at step n."""
-    key: tuple                      # (seed, phase, episode, step), step from 0
-    history: tuple[str, ...]        # the last `titles` item lines liked before
+    key: Key                        # key.step counts from 0
+    history: tuple[str, ...]        # lines of the last `titles` items liked before
     session: str                    # the transcript so far
-    text: str                       # the last `titles` item lines: the key of the memories
-    vector: np.ndarray              # float32 [d] embeds the text
-    taken: tuple[int, ...]          # items liked before or shown in this session
-    top: float                      # the largest value there can be: a 5 at every step to the cap, discounted
-    thought: str = ""               # t_n, once the planner has spoken: for the actor alone
+    lines: tuple[str, ...]          # lines of the last `titles` items, liked or recommended
+    vector: np.ndarray              # float32 [d], the embedding of `text`
+    taken: tuple[int, ...]          # items liked before or recommended in this session
+    top: float                      # the largest value possible: 5 at every step to the cap, discounted
+    thought: str = ""               # t_n, once the planner has spoken; for the actor alone
+
+    @property
+    def text(self) -> str:
+        """The state as text: what the memories are searched by."""
+        return "\n".join(self.lines)
 
 
 class Answer(NamedTuple):
-    """What a role answers: the value and how it came about."""
-    value: Any                      # thought, item, value or reflection
-    said: str                       # the same as parsed, before it is grounded or clipped; "" if none
-    recalled: tuple = ()            # nearest first: reflections, or (item line, v_n or target) pairs
+    """What a role answers, and how it came to the answer."""
+    value: Any                      # thought, item, V(s) or reflection
+    said: str                       # what was parsed, before grounding or clipping; "" if nothing was
+    recalled: tuple = ()            # nearest first: reflections, or pairs (item line, verdict or target)
     malformed: int = 0              # replies that could not be parsed
-    fallback: bool = False          # none could
+    fallback: bool = False          # no reply could be parsed
     exact: bool = True              # the actor named a free item of the catalogue
 
 
 class Agent(NamedTuple):
     """All that is learned."""
     planner: Memory = EMPTY         # M_P: state -> reflection
-    actor: Memory = EMPTY           # M_A: state, action -> 1 encouraged or 0 discouraged
-    critic: Memory = EMPTY          # M_C: state -> target
+    actor: Memory = EMPTY           # M_A: state, item -> verdict
+    critic: Memory = EMPTY          # M_C: state -> TD target
 
 
 NOVICE = Agent()
+Output = tuple[Answer, Memory]      # of every role; a role that only reads returns the very same memory
+
+
+def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, config: Config,
+            fallback: Any) -> Answer:
+    """Put a role's question to the model. The fallback answers if no reply can be parsed."""
+    session = prompts.bounded(state.session, config.transcript)
+    prompt = prompts.shared(state.history, session) + question
+    messages = (("system", prompts.SYSTEM), ("user", prompt))
+    ask = Ask(role, state.key, messages, config.reply_tokens, config.temperature)
+    value, malformed = prompts.insist(llm, ask, parse, config.retries)
+    if isinstance(value, Malformed):
+        return Answer(fallback, "", malformed=malformed, fallback=True)
+    return Answer(value, str(value), malformed=malformed)
+
+
+def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
+    """Macro level: the thought t_n, given the state and K reflections. Fallback: no thought."""
+    recalled: tuple[Record, ...] = ()
+    if config.lessons == "nearest":
+        recalled = recall(memory, state.vector, config.k_lessons)
+    if config.lessons == "latest":
+        recalled = records(memory)[::-1][:config.k_lessons]
+    lessons = tuple(record.content for record in recalled)
+    question = prompts.render_planner(state.key.step + 1, lessons)
+    answer = consult(llm, "planner", state, question, prompts.parse_planner, config, "")
+    return answer._replace(recalled=lessons), memory
+
+
+def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog, config: Config = DEFAULT) -> Output:
+    """Micro level: the item a_n, given the thought and experience in similar states.
+
+    Fallback: the free item nearest to the thought, or else to the state.
+    """
+    recalled: tuple[Record, ...] = ()
+    if config.experience:
+        recalled = recall(memory, state.vector, config.k_actions, config.tau_actor)
+    experience = tuple((record.item, record.content) for record in recalled)
+    question = prompts.render_actor(state.key.step + 1, state.thought, state.history, experience,
+                                    config.repeats)
+    answer = consult(llm, "actor", state, question, prompts.parse_actor, config, "")
+    taken = () if config.repeats else state.taken
+    item = None if answer.fallback else prompts.named(answer.value, catalog, taken)
+    exact = item is not None
+    if not exact:
+        item = prompts.nearest(answer.value or state.thought or state.text, catalog, taken)
+    return answer._replace(value=item, recalled=experience, exact=exact), memory
+
+
+def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
+    """Micro level: V(s_n) in [0, state.top], given TD targets of similar states. Fallback: their mean, or 0."""
+    recalled = recall(memory, state.vector, config.k_values, config.tau_critic)
+    targets = tuple((record.item, record.content) for record in recalled)
+    question = prompts.render_critic(targets, config.gamma, state.top)
+    mean = fsum(target for _, target in targets) / max(len(targets), 1)
+    answer = consult(llm, "critic", state, question, prompts.parse_critic, config, mean)
+    value = min(max(answer.value, 0.0), state.top)
+    return answer._replace(value=value, recalled=targets), memory
+
+
+def reflector(trajectory: Trajectory, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
+    """Macro level: a principle drawn from a finished episode, kept under its first state.
+
+    Fallback: nothing is kept.
+    """
+    question = prompts.render_reflector()
+    answer = consult(llm, "reflector", trajectory.last, question, prompts.parse_reflector, config, "")
+    if answer.fallback:
+        return answer, memory
+    first = trajectory.steps[0].state
+    return answer, remember(memory, first.text, answer.value, first.vector)
+
+
+# -------------------------------------------------------------------------------- episode
 
 
 class Step(NamedTuple):
@@ -175,166 +312,141 @@ class Step(NamedTuple):
 
 
 class Trajectory(NamedTuple):
-    """One episode, from its first step to the state after its last, and what it teaches once studied."""
+    """One episode, and what it teaches once it has been studied."""
     user: int
     steps: tuple[Step, ...]         # at least one; the last is the leaving step if terminated
-    last: State                     # s_{N+1}
+    last: State                     # s_{N+1}, the state after the last step
     terminated: bool                # the user left
-    values: tuple[float, ...] = ()          # V(s_1) .. V(s_{N+1}), the last 0 if the user left
-    advantages: tuple[float, ...] = ()      # A(s_n, a_n)
+    values: tuple[float, ...] = ()          # V(s_1) .. V(s_{N+1}); the last is 0 if the user left
+    advantages: tuple[float, ...] = ()      # A(s_1, a_1) .. A(s_N, a_N)
     answers: tuple[Answer, ...] = ()        # of critic and reflector
     gained: Agent = NOVICE                  # three small memories to merge
 
 
-Output = tuple[Answer, Memory]      # of every role; one that only reads gives back the very same memory
-
-
-def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, config: Config,
-            fallback: Any) -> Answer:
-    """A role's question about a state, put to the model; the fallback if no reply can be parsed."""
-    prompt = prompts.shared(state.history, prompts.bounded(state.session, config.transcript)) + question
-    messages = (("system", prompts.SYSTEM), ("user", prompt))
-    ask = Ask(role, state.key, messages, config.reply_tokens, config.temperature)
-    value, malformed = prompts.insist(llm, ask, parse, config.retries)
-    if isinstance(value, Malformed):
-        return Answer(fallback, "", (), malformed, True)
-    return Answer(value, str(value), (), malformed)
-
-
-def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
-    """Macro level: the thought t_n, given the state and K reflections. Fallback: no thought."""
-    near, nowhere = state.vector, np.zeros_like(state.vector)
-    which = {"none": (near, 0), "latest": (nowhere, config.k_lessons), "nearest": (near, config.k_lessons)}
-    lessons = tuple(record.value for record in recall(memory, *which[config.lessons]))
-    question = prompts.render_planner(state.key[-1] + 1, lessons)
-    answer = consult(llm, "planner", state, question, prompts.parse_planner, config, "")
-    return answer._replace(recalled=lessons), memory
-
-
-def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog, config: Config = DEFAULT) -> Output:
-    """Micro level: the item a_n, given thought and like experience. Fallback: nearest to thought or state."""
-    found = recall(memory, state.vector, config.k_actions if config.experience else 0, config.tau_actor)
-    tried = tuple((record.action, record.value) for record in found)
-    question = prompts.render_actor(state.key[-1] + 1, state.thought, state.history, tried, config.repeats)
-    answer = consult(llm, "actor", state, question, prompts.parse_actor, config, state.thought or state.text)
-    listed = catalog._replace(names={}) if answer.fallback else catalog        # a fallback names no title
-    item, exact = ground(answer.value, listed, () if config.repeats else state.taken)
-    return answer._replace(value=item, recalled=tried, exact=exact), memory
-
-
-def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
-    """Micro level: V(s_n) in [0, state.top], given targets of states like it. Fallback: their mean, or 0."""
-    found = recall(memory, state.vector, config.k_values, config.tau_critic)
-    values = tuple((record.key.rpartition("\n")[2], record.value) for record in found)
-    question = prompts.render_critic(values, config.gamma, state.top)
-    fallback = fsum(value for _, value in values) / max(len(values), 1)     # the same on every Python
-    answer = consult(llm, "critic", state, question, prompts.parse_critic, config, fallback)
-    return answer._replace(value=min(max(answer.value, 0.0), state.top), recalled=values), memory
-
-
-def reflector(trajectory: Trajectory, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
-    """Macro level: a principle drawn from an episode, kept under its first state. Fallback: nothing is kept."""
-    question, first = prompts.render_reflector(), trajectory.steps[0].state
-    answer = consult(llm, "reflector", trajectory.last, question, prompts.parse_reflector, config, "")
-    return answer, memory if answer.fallback else remember(memory, first.text, answer.value, first.vector)
-
-
-# ---------------------------------------------------------------------------------- episode
-
-
 def score(trajectory: Trajectory) -> tuple[int, float]:
-    """Len and return of an episode; the leaving step counts in neither."""
-    return len(trajectory.steps) - trajectory.terminated, fsum(step.reward for step in trajectory.steps)
+    """Length and return of an episode. The leaving step counts in neither."""
+    length = len(trajectory.steps) - trajectory.terminated
+    return length, fsum(step.reward for step in trajectory.steps)
 
 
-def opening(catalog: Catalog, user: int, key: tuple, config: Config = DEFAULT) -> State:
-    """The state before the first step of a session; key is (seed, phase, episode)."""
-    items = catalog.env.histories[user].tolist()
-    history = tuple(catalog.lines[i] for i in items[-config.titles:])
-    text = "\n".join(history)
+def opening(catalog: Catalog, user: int, key: Key, config: Config = DEFAULT) -> State:
+    """The state before the first step of a session."""
+    liked = [int(item) for item in catalog.env.histories[user]]
+    history = tuple(catalog.lines[item] for item in liked[-config.titles:])
+    vector = catalog.embed(["\n".join(history)])[0]
     top = discounted_return([5.0] * catalog.env.max_steps, config.gamma)
-    return State(key + (0,), history, "", text, catalog.embed([text])[0], tuple(items), top)
+    return State(key._replace(step=0), history, "", history, vector, tuple(liked), top)
 
 
 def advance(state: State, catalog: Catalog, step: Step, left: bool, cut: bool, config: Config) -> State:
-    """The state after one more step: the transcript grown by one turn, nothing rewritten."""
-    n = state.key[-1] + 1
-    text = "\n".join([*state.text.splitlines(), step.line][-config.titles:])
+    """The state after one more step. The transcript grows by one turn; nothing in it is rewritten."""
+    n = state.key.step + 1
+    lines = (state.lines + (step.line,))[-config.titles:]
+    turn = prompts.turn(n, step.plan.value, step.line, step.reward, left, cut)
     return state._replace(
-        key=state.key[:-1] + (n,), text=text, vector=catalog.embed([text])[0],
-        session=state.session + prompts.turn(n, step.plan.value, step.line, step.reward, left, cut),
+        key=state.key._replace(step=n),
+        session=state.session + turn,
+        lines=lines,
+        vector=catalog.embed(["\n".join(lines)])[0],
         taken=state.taken + (step.act.value,))
 
 
 def play(catalog: Catalog, world: EnvState, state: State, agent: Agent, llm: LLM, config: Config) -> Trajectory:
-    """Think, act, observe from this state on, until the user leaves or the cap is reached."""
-    steps, left, cut = (), False, False
+    """Think, act and observe from this state on, until the user leaves or the step cap is reached."""
+    steps: list[Step] = []
+    left = cut = False
     while not (left or cut):
-        plan = planner(state, agent.planner, llm, config)[0] if config.thoughts else Answer("", "")
+        plan = Answer("", "")
+        if config.thoughts:
+            plan, _ = planner(state, agent.planner, llm, config)
         act, _ = actor(state._replace(thought=plan.value), agent.actor, llm, catalog, config)
-        world, reward, *ends = envs.step(catalog.env, world, act.value)
-        left, cut = map(bool, ends)
-        steps += (Step(state, plan, act, catalog.lines[act.value], float(reward)),)
-        state = advance(state, catalog, steps[-1], left, cut, config)
-    return Trajectory(int(world.user), steps, state, left)
+        world, reward, left, cut = envs.step(catalog.env, world, act.value)
+        step = Step(state, plan, act, catalog.lines[act.value], float(reward))
+        state = advance(state, catalog, step, bool(left), bool(cut), config)
+        steps.append(step)
+    return Trajectory(int(world.user), tuple(steps), state, bool(left))
 
 
-def episode(catalog: Catalog, user: int, key: tuple, agent: Agent, llm: LLM,
-            config: Config = DEFAULT) -> Trajectory:
-    """One session with one user. The agent is read, never changed; key = (seed, phase, episode)."""
-    return play(catalog, envs.reset(catalog.env, user), opening(catalog, user, key, config), agent, llm, config)
+def episode(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM, config: Config = DEFAULT) -> Trajectory:
+    """One session with one user. The agent is read and never changed."""
+    world = envs.reset(catalog.env, user)
+    return play(catalog, world, opening(catalog, user, key, config), agent, llm, config)
 
 
-# --------------------------------------------------------------------------------- learning
+# ------------------------------------------------------------------------------- learning
 
 
-def conclude(trajectory: Trajectory, values: list[Output], drawn: list[Output], config: Config) -> Trajectory:
-    """The episode with what it teaches: `values` are the critic's outputs, `drawn` the reflector's, or []."""
-    steps, n = trajectory.steps, len(trajectory.steps)
-    v = np.array([answer.value for answer, _ in values] + [0.0] * (n + 1 - len(values)))      # 0 if not asked
-    rewards = np.array([step.reward for step in steps])
-    ended = np.array([False] * (n - 1) + [trajectory.terminated])
-    targets = td_target(rewards, config.gamma, v[1:], ended).tolist()
-    advantages = advantage(rewards, config.gamma, v[:-1], v[1:], ended).tolist()
-    vectors = np.stack([step.state.vector for step in steps])
-    tried = Chunk(tuple(Record(s.state.text, s.line, int(a >= 0)) for s, a in zip(steps, advantages)), vectors)
-    valued = Chunk(tuple(Record(s.state.text, "", target) for s, target in zip(steps, targets)), vectors)
-    gained = Agent(drawn[0][1] if drawn else EMPTY, (tried,) if config.experience else EMPTY,
-                   (valued,) if values else EMPTY)
-    return trajectory._replace(values=tuple(v.tolist()), advantages=tuple(advantages),
-                               answers=tuple(answer for answer, _ in values + drawn), gained=gained)
+def appraise(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config) -> tuple[Answer, ...]:
+    """The critic's answers for s_1 .. s_N, and for s_{N+1} unless the user left, whose value is 0."""
+    states = [step.state for step in trajectory.steps]
+    if not trajectory.terminated:
+        states.append(trajectory.last)
+    return tuple(critic(state, agent.critic, llm, config)[0] for state in states)
 
 
-def study(trajectories: Sequence[Trajectory], agent: Agent, llm: LLM, config: Config = DEFAULT,
-          map: Callable = map) -> tuple[Trajectory, ...]:
-    """The batch with what it teaches, all asked at once; the state after a leaving is worth 0, unasked."""
-    states = [[step.state for step in t.steps] + ([] if t.terminated else [t.last]) for t in trajectories]
-    values = iter(map(partial(critic, memory=agent.critic, llm=llm, config=config),
-                      chain(*states) if config.experience and config.baseline else ()))
-    drawn = iter(map(partial(reflector, memory=EMPTY, llm=llm, config=config),
-                     trajectories if config.lessons != "none" else ()))
-    return tuple(conclude(t, list(islice(values, len(own))), list(islice(drawn, 1)), config)
-                 for t, own in zip(trajectories, states))
+def credit(trajectory: Trajectory, values: Sequence[float], gamma: float) -> tuple[list[float], list[float]]:
+    """TD targets and advantages of the N steps, given V(s_1) .. V(s_{N+1})."""
+    targets, advantages = [], []
+    for n, step in enumerate(trajectory.steps):
+        left = trajectory.terminated and n == len(trajectory.steps) - 1
+        targets.append(td_target(step.reward, gamma, values[n + 1], left))
+        advantages.append(advantage(step.reward, gamma, values[n], values[n + 1], left))
+    return targets, advantages
+
+
+def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAULT) -> Trajectory:
+    """The episode with what it teaches: three small memories, not yet merged into the agent's."""
+    answers: tuple[Answer, ...] = ()
+    if config.experience and config.baseline:
+        answers = appraise(trajectory, agent, llm, config)
+    unknown = len(trajectory.steps) + 1 - len(answers)
+    values = tuple(answer.value for answer in answers) + (0.0,) * unknown
+    targets, advantages = credit(trajectory, values, config.gamma)
+    lessons, tried, valued = EMPTY, EMPTY, EMPTY
+    for step, target, gain in zip(trajectory.steps, targets, advantages):
+        state = step.state
+        if config.experience:
+            tried = remember(tried, state.text, int(gain >= 0), state.vector, step.line)
+        if config.experience and config.baseline:
+            last_line = "".join(state.lines[-1:])
+            valued = remember(valued, state.text, target, state.vector, last_line)
+    if config.lessons != "none":
+        reflection, lessons = reflector(trajectory, EMPTY, llm, config)
+        answers += (reflection,)
+    return trajectory._replace(values=values, advantages=tuple(advantages), answers=answers,
+                               gained=Agent(lessons, tried, valued))
+
+
+def session(catalog: Catalog, agent: Agent, llm: LLM, config: Config, user: int, key: Key) -> Trajectory:
+    """Play an episode and study it. Both read the same frozen agent."""
+    played = episode(catalog, user, key, agent, llm, config)
+    return study(played, agent, llm, config)
 
 
 def absorb(agent: Agent, trajectory: Trajectory) -> Agent:
     """M <- M + M' for each of the three memories, with what an episode teaches."""
-    return Agent(*map(merge, agent, trajectory.gained))
+    gained = trajectory.gained
+    return Agent(merge(agent.planner, gained.planner), merge(agent.actor, gained.actor),
+                 merge(agent.critic, gained.critic))
 
 
 def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, seed: int, phase: str,
-             config: Config = DEFAULT, map: Callable = map, first: int = 0) -> tuple[Trajectory, ...]:
-    """One episode a user, the agent frozen; (seed, phase, first + i) names the draws of users[i]."""
+             config: Config = DEFAULT, pmap: Callable = map) -> tuple[Trajectory, ...]:
+    """One episode with each user while the agent stays as it is. (seed, phase, i) names the draws of users[i]."""
+    keys = [Key(seed, phase, i) for i in range(len(users))]
     one = partial(episode, catalog, agent=agent, llm=llm, config=config)
-    return tuple(map(one, users, [(seed, phase, first + i) for i in range(len(users))]))
+    return tuple(pmap(one, users, keys))
 
 
 def train(catalog: Catalog, users: Sequence[int], llm: LLM, seed: int = 0, agent: Agent = NOVICE,
-          config: Config = DEFAULT, map: Callable = map, first: int = 0) -> Iterator[tuple[Agent, tuple]]:
-    """The paper's algorithm, a left fold: yields (agent, trajectories) by batch; `first` episodes are past."""
+          config: Config = DEFAULT, pmap: Callable = map, first: int = 0) -> Iterator[tuple[Agent, tuple]]:
+    """The paper's algorithm, a left fold. Yields (agent, trajectories) after each batch.
+
+    `first` is the number of episodes learned before, so that learning can go on where it stopped.
+    """
     for start in range(0, len(users), config.batch):
         batch = users[start:start + config.batch]
-        played = evaluate(catalog, batch, agent, llm, seed, "learn", config, map, first + start)
-        studied = study(played, agent, llm, config, map)
-        agent = reduce(absorb, studied, agent)
-        yield agent, studied
+        keys = [Key(seed, "learn", first + start + i) for i in range(len(batch))]
+        trajectories = tuple(pmap(partial(session, catalog, agent, llm, config), batch, keys))
+        agent = reduce(absorb, trajectories, agent)
+        yield agent, trajectories

@@ -1,38 +1,34 @@
-"""The shell: flags, files, threads, progress, tables.
+"""The command line: flags, files, threads, tables.
 
     python run.py --episodes 50             learn; evaluate the same users before and after
-    python run.py --method reflexion        the same with another row of switches
+    python run.py --method reflexion        the same with another method
     python run.py --show RUN                one episode of a finished run, step by step
-    python run.py --experiment table5       one of the paper's tables or figures, over several seeds, or all
+    python run.py --experiment table5       one of the paper's tables or figures, over several seeds
 
-Every effect is here, but for the sections "the outside world": data files in envs.py, HTTP and the log in
-prompts.py. Results go to stdout, progress and errors to stderr. A run directory holds config.json (what
-determines the result), calls.jsonl (a real model's answers), episodes.jsonl, memory.json and summary.json; that
-of experiments config.json, MODEL/calls.jsonl, and NAME.json and NAME.png of each. The same command again
-continues or repeats the run; a directory of another configuration is never touched.
+Every effect is here, except for the sections "the outside world" of envs.py (data files) and prompts.py
+(HTTP and the log). Results go to stdout. Progress and errors go to stderr.
+
+A run directory holds config.json (what determines the result), calls.jsonl (the answers of a real model),
+episodes.jsonl, memory.json and summary.json. A directory of experiments holds config.json, MODEL/calls.jsonl,
+and NAME.json and NAME.png of each experiment. The same command continues or repeats a run. A directory of
+another configuration is never touched.
 Exit codes: 0 done, 2 a mistake that can be mended, 3 the budget is spent, 130 interrupted.
 """
 from __future__ import annotations
 
-import argparse
-import gc
 import hashlib
-import inspect
 import json
 import os
-import re
 import signal
 import sys
 import time
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
 from concurrent import futures
-from contextlib import contextmanager, suppress
-from functools import lru_cache, partial, reduce
-from importlib.util import find_spec
-from io import BytesIO
-from itertools import chain, product
-from operator import itemgetter
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 from urllib.parse import quote
 
@@ -42,144 +38,193 @@ import numpy as np
 import billp
 import envs
 import prompts
-from billp import Agent, Catalog, Config, Trajectory
-from prompts import LLM, Embed, Usage
+from billp import Agent, Config, Trajectory
+from envs import Array
+from prompts import LLM, Ask, Embed, Key, Reply, Usage
 
 
 class UserError(Exception):
     """A mistake that the person at the keyboard can mend: one line, exit code 2."""
 
 
-MENDABLE = (UserError, prompts.EndpointError, envs.BadData, OSError, MemoryError, RecursionError,
-            futures.BrokenExecutor)
-NAMES = {"offline": "offline, a rule-based stand-in: it shows the mechanism at work and is no evidence about "
-                    "real models"}      # what is no language model never passes for one
-EXPECTED = "expected, by a run of the offline reader at 4 characters a token:"
-WORLDS = "films, synthetic:USERSxITEMS, movielens:DIR, steam:DIR, amazon:DIR"
+MENDABLE = (UserError, prompts.EndpointError, envs.BadData, OSError, MemoryError, futures.BrokenExecutor)
+STAND_IN = ("offline, a rule-based stand-in: it shows the mechanism at work "
+            "and is no evidence about real models")
+WORLDS = "films, csv:DIR, movielens:DIR, steam:DIR, amazon:DIR"
 METHODS = (*envs.POLICIES, *billp.METHODS)
-BUDGET = 100                            # learning episodes of language models in the paper
-Counts = dict[str, "int | None"]        # calls and tokens; None where the server does not say
-Job = tuple["Settings", list[str]]      # a run and the experiments that need it
-Row = dict[str, Any]                    # what is known of a cell, or of a row in a table
-URLS = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
-COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()     # Okabe and Ito
-PAPER = {"billp": "69.19, 42.44", "reflexion": "57.42, 40.67", "billp-no-macro": "64.96, -",
-         "billp-no-micro": "64.72, -"}
-ORIENTATION = ("paper: R_traj on Steam and Amazon-Book with gpt-3.5-turbo; its worlds and models differ from "
-               "these, the figures are for orientation only")
+ROLES = ("planner", "actor", "critic", "reflector")
 
 
-class Experiment(NamedTuple):
-    """A table or figure, of the paper's but for `curve`."""
-    rows: str                           # methods, or method:episodes; table6 has --models instead
-    varied: str = ""                    # what else differs between its cells
-    places: Sequence[int | None] = (None,)      # the values of that
-    axis: str = ""                      # the x axis's name, if there is one
-    what: str = "R_traj"                # the figure that is drawn
-    label: str = "reward an episode"    # that figure's name in the picture
+def say(text: str) -> None:
+    """Print to stderr what is no result, if anybody still listens."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        pass
 
 
-EXPERIMENTS = {
-    "table3": Experiment("random popular greedy a2c a2c:100000 act react reflexion billp oracle"),
-    "table5": Experiment("billp-no-macro billp-no-micro billp-no-critic billp"),
-    "fig3": Experiment("billp a2c:10000",       # a tenth of what RL gets already gives the picture
-                       axis="popularity group of items (1: least popular fifth)",
-                       what="share", label="share of recommendations"),
-    "fig4": Experiment("billp", "episodes", (10, 50, 100, 200), "learning episodes",
-                       "MSE", "mean squared error of the value"),
-    "fig5": Experiment("react a2c reflexion billp", "window", (1, 2, 4, 6, 8),
-                       "window W (items a user remembers)"),
-    "table6": Experiment("", "model"),
-    "curve": Experiment("a2c billp", "episodes", (0, 10, 20, 50, 100, 200), "learning episodes")}
+# ---------------------------------------------------------------------------------- flags
 
-# ------------------------------------------------------------------------------------ flags
+TEXTS = {                               # flags that take a text: group, help
+    "method": ("one run", f"{', '.join(METHODS)} (default billp)"),
+    "world": ("one run", f"{WORLDS} (default films)"),
+    "out": ("one run", "run directory (default: one of its own under runs/)"),
+    "load": ("one run", "go on from the memories of another run, with users not yet seen"),
+    "show": ("look at a finished run", "print one episode of this run directory"),
+    "pick": ("look at a finished run", "which one: before, learn or after and its number, as after:3"),
+    "experiment": ("experiments", "one or more, as table3,fig5, or all (listed at the end)"),
+    "rows": ("experiments", "only these rows, as react,billp"),
+    "models": ("experiments", "the models that table6 compares, as a,b"),
+    "model": ("a real model", "model name, or offline (default: OPENAI_MODEL)"),
+    "base_url": ("a real model", "endpoint (default: OPENAI_BASE_URL); the key is OPENAI_API_KEY"),
+    "embed_model": ("a real model", "embedding model (default: OPENAI_EMBED_MODEL, or letter trigrams)"),
+    "extra_body": ("a real model", "a JSON object: more fields for each chat request"),
+    "lessons": ("method", "reflections to read: none, latest or nearest"),
+}
+NUMBERS = {                             # flags that take a number: group, lowest, highest, help
+    "episodes": ("one run", 0, 10**9, "learning episodes (default 50; 100 in experiments)"),
+    "users": ("one run", 1, 10**9, "held-out users to evaluate on (default 50)"),
+    "seed": ("one run", 0, 10**18, "names every random draw (default 0)"),
+    "workers": ("one run", 1, 1000, "episodes at once (default: 1 offline, else a batch); "
+                                    "of offline experiments runs at once (default: all cores)"),
+    "seeds": ("experiments", 1, 1000, "seeds of an experiment, from --seed on (default 5)"),
+    "timeout": ("a real model", 0.001, 10**6, "seconds for one answer (default 300)"),
+    "max_calls": ("a real model", 0, 10**12, "stop cleanly after so many requests to each model"),
+    "gamma": ("method", 0, 1, "discount of later rewards; the paper's gamma"),
+    "k_lessons": ("method", 0, 10**6, "reflections recalled; the paper's K"),
+    "k_actions": ("method", 0, 10**6, "experiences recalled for the actor"),
+    "k_values": ("method", 0, 10**6, "values recalled for the critic"),
+    "tau_actor": ("method", 0, 4, "farthest experience, squared L2 distance; the paper's tau_A"),
+    "tau_critic": ("method", 0, 4, "farthest value, squared L2 distance; the paper's tau_C"),
+    "titles": ("method", 1, 1000, "items in a state's text and in a prompt's list"),
+    "batch": ("method", 1, 10**9, "episodes between two updates of the memories"),
+    "transcript": ("method", 1000, 10**9, "characters of a session in a prompt"),
+    "temperature": ("method", 0, 2, "sampling temperature of every ask"),
+    "reply_tokens": ("method", 1, 10**9, "longest reply asked for; models that reason need thousands"),
+    "retries": ("method", 0, 100, "how often a malformed reply is asked for again"),
+    "window": ("rule of leaving", 1, 1000, "recommended items that a user remembers; the paper's W"),
+    "beta": ("rule of leaving", 0, 10**9, "an item nearer than this to one of them is too alike"),
+    "floor": ("rule of leaving", 0, 10**9, "a rating below this disappoints"),
+    "grace": ("rule of leaving", 0, 10**9, "steps at the start at which disappointment is forgiven"),
+    "max_steps": ("rule of leaving", 1, 10**5, "the cap at which an episode is cut"),
+}
+SWITCHES = {                            # flags that are given or not, and with --no- before them
+    "thoughts": ("method", "ask the planner for a thought before each action"),
+    "experience": ("method", "write and recall the memories of actor and critic"),
+    "baseline": ("method", "use the critic's V(s); without it every action is encouraged"),
+    "repeats": ("method", "allow an item to come twice in a session, or from the history"),
+    "replay": ("a real model", "answer from the run's log alone"),
+}
+GROUPS = {"one run": "", "look at a finished run": "", "experiments": "", "a real model": "",
+          "method": "left out, the value of the row of --method stands; Config gives the reasons",
+          "rule of leaving": "left out, the world's own value stands"}
+DEFAULTS = {"users": 50, "method": "billp", "world": "films", "seed": 0, "seeds": 5, "timeout": 300.0,
+            "header": [], "extra_body": "{}", "pick": ""}
+NEEDS = {"seeds": "experiment", "rows": "experiment", "models": "experiment", "pick": "show"}
+EXAMPLES = """\
+examples:
+  run.py --episodes 50
+  run.py --method reflexion --seed 1
+  run.py --experiment table3,table5 --seeds 3"""
 
-FLAGS: dict[str, dict[str, Any]] = {
-    "--episodes": dict(type=int, help=f"learning episodes (default 50; {BUDGET} in experiments)"),
-    "--users": dict(type=int, default=50, help="held-out users to evaluate on (default 50)"),
-    "--method": dict(default="billp", choices=METHODS, metavar="METHOD", help=" ".join(METHODS)),
-    "--world": dict(default="films", help=f"{WORLDS} (default films)"),
-    "--seed": dict(type=int, default=0, help="names every random draw (default 0)"),
-    "--workers": dict(type=int, help="episodes at once (default: 1 offline, else a batch); of offline "
-                      "experiments runs at once (default: all cores)"),
-    "--out": dict(type=Path, help="run directory (default: one of its own under runs/)"),
-    "--load": dict(type=Path, help="start from another run's memory.json"),
-    "--show": dict(type=Path, metavar="RUN", help="print one episode of a run"),
-    "--pick": dict(default="", metavar="PHASE:N", help="which one: before, learn or after, and its number"),
-    "--experiment": dict(metavar="A,B", help="the paper's tables and figures, over "
-                         f"--seeds: {' '.join(EXPERIMENTS)}, or all; flags do not set what they vary, "
-                         "as the method; a run that two of them need is made once"),
-    "--seeds": dict(type=int, default=5, help="seeds of an experiment, from --seed on (default 5)"),
-    "--rows": dict(metavar="A,B", help="only these rows of experiments, but of table6, as react,billp"),
-    "--models": dict(metavar="A,B", help="the models that table6 compares"),
-    "--model": dict(help="model name, or offline (default: OPENAI_MODEL)"),
-    "--base-url": dict(help="endpoint (default: OPENAI_BASE_URL; the key is read from OPENAI_API_KEY)"),
-    "--embed-model": dict(help="embedding model (default: OPENAI_EMBED_MODEL, or character n-grams)"),
-    "--timeout": dict(type=float, default=300.0, help="seconds for one answer (default 300)"),
-    "--header": dict(action="append", default=[], metavar="K=V", help="one more request header"),
-    "--extra-body": dict(default="{}", metavar="JSON", help="more fields for each request"),
-    "--max-calls": dict(type=int, help="stop cleanly after so many live calls of each model, not embeddings"),
-    "--max-tokens": dict(type=int, help="stop cleanly after so many tokens of each model"),
-    "--replay": dict(action="store_true", help="answer from the run's log alone"),
-    "--dry-run": dict(action="store_true", help="expected calls and tokens; sends nothing")}
-GROUPS = {"method (default: the row of --method)": Config, "world (default: the world's own)": envs.Env}
-KINDS = {bool: dict(action=argparse.BooleanOptionalAction), str: dict(choices=("none", "latest", "nearest"))}
-BOUNDS = [                              # lowest, highest, and the flags that must lie between
-    (0, 1, "gamma"), (0, 2, "temperature"), (0, 4, "tau_actor tau_critic"), (0.001, 10**6, "timeout"),
-    (1, 1000, "workers seeds titles window"), (0, 100, "retries"), (1, 10**5, "max_steps"),
-    (1, 10**9, "users batch reply_tokens"), (1000, 10**9, "transcript"), (0, 10**18, "seed"),
-    (0, 10**9, "episodes k_lessons k_actions k_values beta floor grace max_calls max_tokens")]
 
-
-def reasons(record: type) -> dict[str, str]:
-    """The comment beside each field that has a default."""
-    return dict(re.findall(r"^    (\w+): .*?= .*?# (.*)$", inspect.getsource(record), re.M))
-
-
-class Parser(argparse.ArgumentParser):
+class Parser(ArgumentParser):
     """A parser whose errors are one line."""
 
-    def error(self, message: str) -> None:      # argparse would print its whole usage first, and keys given it
-        told = re.sub("(?s)(unrecognized arguments:).*?( --?[a-z-]+|$).*", r"\1\2", message)
-        raise UserError(f"{told}; --help lists the flags")
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; --help lists the flags")
 
 
-def chosen(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """The flags among `names` that were given."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+def flag(name: str) -> str:
+    """A flag as it is typed."""
+    return "--" + name.replace("_", "-")
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags, each within its bounds."""
-    text = f"BiLLP learns, then is evaluated. The built-in model is {NAMES['offline']}"
-    parser = Parser("run.py", description=text, allow_abbrev=False)
-    for flag, how in FLAGS.items():
-        parser.add_argument(flag, **how)
-    for heading, record in GROUPS.items():
-        group = parser.add_argument_group(heading)
-        for name, why in reasons(record).items():       # left out, the method's or world's own value stands
-            default = record._field_defaults[name]
-            kind = type(default)
-            how = KINDS.get(kind, dict(type=kind, metavar=kind.__name__))
-            text = why if kind is bool or record is envs.Env else f"{why} (default {default})"
-            group.add_argument(f"--{name.replace('_', '-')}", help=text.replace("%", "%%"), **how)
-    args = parser.parse_args(argv)
-    named = [] if args.experiment is None else args.experiment.replace("all", ",".join(EXPERIMENTS)).split(",")
-    if not set(named) <= set(EXPERIMENTS):
-        raise UserError(f"no experiment {args.experiment!r}; there are all, {', '.join(EXPERIMENTS)}")
-    args.experiment = list(dict.fromkeys(named))
+def number(name: str, kind: type) -> Callable[[str], float]:
+    """A reader of the numbers that a flag takes."""
+    _, low, high, _ = NUMBERS[name]
+
+    def read(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise ArgumentTypeError(f"{text} does not lie from {low} to {high}")
+        return value
+    read.__name__ = kind.__name__       # argparse says "invalid float value"
+    return read
+
+
+def make_parser() -> Parser:
+    """All flags. One that is not given is None."""
+    parser = Parser("run.py", allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter, epilog=EXAMPLES,
+                    description=f"Learn, then evaluate. The built-in model is {STAND_IN}.")
+    groups = {title: parser.add_argument_group(title, text) for title, text in GROUPS.items()}
+    fields = {**envs.Env._field_defaults, **Config._field_defaults, "timeout": 0.0}
+    for name, (title, text) in TEXTS.items():
+        groups[title].add_argument(flag(name), help=text)
+    for name, (title, _, _, text) in NUMBERS.items():
+        kind = type(fields.get(name, 0))
+        if title == "method":
+            text += f" (default {fields[name]})"
+        groups[title].add_argument(flag(name), type=number(name, kind), metavar="N", help=text)
+    for name, (title, text) in SWITCHES.items():
+        groups[title].add_argument(flag(name), action=BooleanOptionalAction, help=text)
+    groups["a real model"].add_argument("--header", action="append", metavar="K=V", help="one more request header")
+    return parser
+
+
+def check_flags(given: set[str]) -> None:
+    """UserError for a flag that would have no effect."""
+    for name in sorted(given):
+        if name in NEEDS and NEEDS[name] not in given:
+            raise UserError(f"{flag(name)} has no effect without {flag(NEEDS[name])}")
+        if "show" in given and name != "show" and NEEDS.get(name) != "show":
+            raise UserError(f"{flag(name)} has no effect beside --show")
+        if "experiment" in given and name in ("method", "load"):
+            raise UserError(f"{flag(name)} has no effect beside --experiment")
+
+
+def checked_json(text: str) -> str:
+    """The text, if it is a JSON object."""
+    try:
+        usable = isinstance(json.loads(text), dict)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise UserError("--extra-body takes a JSON object, such as '{\"top_p\": 0.9}'")
+    return text
+
+
+def parse(argv: Sequence[str] | None) -> Namespace:
+    """The flags, checked, with defaults filled in."""
+    args, unknown = make_parser().parse_known_args(argv)
+    if unknown:                         # words without a dash are not shown: one may be a key
+        names = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        what = f"unknown flag {names[0]}" if names else "every value needs its flag, as in --method billp"
+        raise UserError(f"{what}; --help lists the flags")
+    given = {name for name, value in vars(args).items() if value is not None}
+    check_flags(given)
+    for name, default in DEFAULTS.items():
+        if name not in given:
+            setattr(args, name, default)
+    for name in given & {"out", "load", "show"}:
+        setattr(args, name, Path(getattr(args, name)).expanduser())
     if args.episodes is None:
-        args.episodes = BUDGET if args.experiment else 50
-    for low, high, names in BOUNDS:
-        for name, value in chosen(args, names.split()).items():
-            if not low <= value <= high:
-                raise UserError(f"--{name.replace('_', '-')} is {value}; it must lie from {low} to {high}")
-    if not all("=" in header for header in args.header):
-        raise UserError("--header takes NAME=VALUE")
-    with suppress(ValueError):
-        if isinstance(json.loads(args.extra_body), dict):
-            return args
-    raise UserError("--extra-body takes a JSON object, such as '{\"top_p\": 0.9}'")
+        args.episodes = 100 if args.experiment else 50
+    if args.method not in METHODS:
+        raise UserError(f"no method {args.method!r}; there are {', '.join(METHODS)}")
+    if args.lessons not in (None, "none", "latest", "nearest"):
+        raise UserError("--lessons takes none, latest or nearest")
+    args.experiment = args.experiment.split(",") if args.experiment is not None else []
+    if args.experiment == ["all"]:
+        args.experiment = list(EXPERIMENTS)
+    for name in args.experiment:
+        if name not in EXPERIMENTS:
+            raise UserError(f"no experiment {name!r}; there are all, {', '.join(EXPERIMENTS)}")
+    for header in args.header:
+        if "=" not in header:
+            raise UserError("--header takes NAME=VALUE")
+    checked_json(args.extra_body)
+    return args
 
 
 class Settings(NamedTuple):
@@ -191,10 +236,11 @@ class Settings(NamedTuple):
     seed: int
     episodes: int
     users: int
+    first: int                  # learners that a loaded memory has met already
     load: str                   # digest of the memory started from, "" for none
     extra: str                  # digest of --extra-body, "" for none
-    config: dict[str, Any]      # of the method
-    rule: dict[str, Any]        # the world's fields as far as flags set them
+    config: dict[str, Any]      # fields of Config
+    rule: dict[str, Any]        # fields of the world that flags replace
 
 
 def digest(content: bytes) -> str:
@@ -203,100 +249,141 @@ def digest(content: bytes) -> str:
 
 
 def variable(*names: str) -> str:
-    """The first of these environment variables that is set."""
-    return next(filter(None, map(os.environ.get, names)), "")
+    """The first of these environment variables that is set, or ""."""
+    for name in names:
+        if os.environ.get(name):
+            return os.environ[name]
+    return ""
 
 
-def endpoint(args: argparse.Namespace) -> bool:
-    """Whether the flags or the environment point to an endpoint."""
-    return bool(args.base_url or args.replay or variable(*URLS, "OPENAI_API_KEY"))
+def chosen(args: Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The flags among `names` that were given."""
+    values = {name: getattr(args, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def settings(args: argparse.Namespace) -> Settings:
-    """What the flags and the environment ask for; an experiment's cells add their own method's row."""
-    live = endpoint(args)
-    compared = (args.models or "").split(",")
-    model = args.model or (live and variable("OPENAI_MODEL")) or compared[0] or ("" if live else "offline")
-    models = {model, *(compared if args.models else ())}
-    if models & {"", ".", ".."} or not (live or models == {"offline"}):
-        raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
-                        "or give --base-url and --model; --model offline is the built-in reader")
-    named = "" if models == {"offline"} else variable("OPENAI_EMBED_MODEL")
-    embedding = args.embed_model or named or "hashed_ngrams"
+def model_names(args: Namespace) -> list[str]:
+    """The models that the flags or the environment name, the main one first."""
+    endpoint = args.base_url or args.replay or variable("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY")
+    compared = args.models.split(",") if args.models else []
+    model = args.model
+    if not model and endpoint:
+        model = variable("OPENAI_MODEL")
+    if not model and compared:
+        model = compared[0]
+    if not model and not endpoint:
+        model = "offline"
+    names = list(dict.fromkeys([model, *compared]))
+    if not all(names) or (not endpoint and names != ["offline"]):
+        raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, or give "
+                        "--base-url and --model; --model offline is the built-in reader")
+    return names
+
+
+def settings(args: Namespace) -> Settings:
+    """What the flags and the environment ask for. The runs of experiments add their own method's row."""
+    models = model_names(args)
+    live = models != ["offline"]
+    embedding = args.embed_model or (live and variable("OPENAI_EMBED_MODEL")) or "hashed_ngrams"
     if "offline" in models and embedding != "hashed_ngrams":
-        raise UserError(f"the built-in reader takes no embedding model such as {embedding}")
-    load = digest(args.load.read_bytes()) if args.load else ""
-    extra = digest(args.extra_body.encode("utf-8", "replace")) if args.extra_body != "{}" else ""
-    row = {} if args.experiment else billp.METHODS.get(args.method, {})
-    config = {**Config()._asdict(), **row, **chosen(args, Config._fields)}
-    return Settings(args.world, args.method, model, embedding, args.seed, args.episodes, args.users,
-                    load, extra, config, chosen(args, reasons(envs.Env)))
+        raise UserError("the built-in reader takes no embedding model")
+    memory, first = load_path(args.load, args.world, args.seed) if args.load else (None, 0)
+    config = Config()._asdict()
+    if not args.experiment:
+        config |= billp.METHODS.get(args.method, {})
+    return Settings(
+        world=args.world, method=args.method, model=models[0], embedding=embedding, seed=args.seed,
+        episodes=args.episodes, users=args.users, first=first,
+        load=digest(memory.read_bytes()) if memory else "",
+        extra=digest(args.extra_body.encode("utf-8", "replace")) if args.extra_body != "{}" else "",
+        config=config | chosen(args, Config._fields), rule=chosen(args, envs.RULE))
 
 
-@lru_cache(64)
+# ---------------------------------------------------------------------------------- world
+
+
 def load_world(name: str, seed: int) -> envs.Env:
     """A world by its name on the command line."""
-    kind, _, rest = name.partition(":")
-    size = re.fullmatch(r"(\d{1,9})x(\d{1,9})", rest)
+    kind, _, folder = name.partition(":")
     if name == "films":
         return envs.films(seed)
-    if kind == "synthetic" and size and min(map(int, size.groups())) > 1:
-        return envs.synthetic(*map(int, size.groups()), seed)
-    if kind == "movielens" and rest:
-        return envs.movielens(rest, seed)
-    if kind in ("steam", "amazon") and rest:
-        return load_world(name, 0) if seed else envs.released(rest, kind)  # nothing in it is drawn
+    if kind == "csv" and folder:
+        return envs.ratings_folder(folder, seed, notice=say)
+    if kind == "movielens" and folder:
+        return envs.movielens(folder, seed, notice=say)
+    if kind in ("steam", "amazon") and folder:
+        return envs.released(folder, kind)
     raise UserError(f"no world {name!r}; there are {WORLDS}")
 
 
-def generator(wanted: Settings, branch: int) -> np.random.Generator:
-    """The random draws of one purpose, as the run's seed names them."""
-    return np.random.default_rng(np.random.SeedSequence(wanted.seed, spawn_key=(branch,)))
+def generator(seed: int, branch: int) -> np.random.Generator:
+    """The random draws of one purpose in the run of this seed."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(branch,)))
 
 
-def build_world(wanted: Settings) -> tuple[envs.Env, list[int], list[int]]:
-    """A run's world under its rule of leaving, its learners and its held-out users, in the seed's order."""
-    env = load_world(wanted.world, wanted.seed)._replace(**wanted.rule)
-    learners, held_out = np.split(np.arange(len(env.histories)), [env.learners])
-    if wanted.episodes > len(learners) and wanted.method in billp.METHODS:
-        raise UserError(f"{wanted.world} has {len(learners)} learning users, too few for {wanted.episodes} "
-                        "episodes")
-    if wanted.users > len(held_out):
-        raise UserError(f"--users {wanted.users}: {wanted.world} has {len(held_out)} held-out users")
-    return (env, generator(wanted, 0).permutation(learners)[:wanted.episodes].tolist(),
-            generator(wanted, 1).permutation(held_out)[:wanted.users].tolist())
+class Place(NamedTuple):
+    """Where a run takes place."""
+    env: envs.Env
+    learners: list[int]         # users to learn from, in the seed's order
+    held_out: list[int]         # users to evaluate on
 
 
-# ------------------------------------------------------------------------------------ files
+def build_place(run: Settings) -> Place:
+    """The world of a run under its rule of leaving, with its users."""
+    env = load_world(run.world, run.seed)._replace(**run.rule)
+    users = np.arange(len(env.histories))
+    learners, held_out = users[:env.learners], users[env.learners:]
+    needed = run.first + run.episodes
+    if needed > len(learners) and run.method in billp.METHODS:
+        raise UserError(f"{run.world} has {len(learners)} learning users, too few for {needed} episodes")
+    if run.users > len(held_out):
+        raise UserError(f"--users {run.users}: {run.world} has {len(held_out)} held-out users")
+    order = generator(run.seed, 0).permutation(learners)
+    return Place(env, order[run.first:needed].tolist(),
+                 generator(run.seed, 1).permutation(held_out)[:run.users].tolist())
 
-dumps = partial(json.dumps, ensure_ascii=False)
+
+# ---------------------------------------------------------------------------------- files
+
+
+def dumps(value: Any, **options: Any) -> str:
+    """JSON with letters of all alphabets as they are."""
+    return json.dumps(value, ensure_ascii=False, **options)
 
 
 def write(path: Path, content: str | bytes) -> None:
     """Write, then rename: the file is whole or not there."""
+    if isinstance(content, str):
+        content = content.encode("utf-8", "replace")
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
-    draft.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
+    draft.write_bytes(content)
     os.replace(draft, path)
 
 
-def contents(env: envs.Env) -> str:
-    """A digest of a world that comes from files, where the same name may come to stand for other data."""
-    if env.name.startswith(("films", "synthetic")):
-        return ""
-    held = dumps([env.titles, env.about, [history.tolist() for history in env.histories]])
-    return digest(held.encode("utf-8", "replace") + b"".join(map(bytes, getattr(env.ratings, "tables", ()))))
+def read_config(path: Path) -> dict[str, Any] | None:
+    """The config.json of a run directory, or None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is damaged: delete it, or choose another --out") from None
 
 
-def run_directory(args: argparse.Namespace, wanted: dict[str, Any], env: envs.Env) -> Path:
-    """The directory of this run, made if need be; refused if it holds anything else."""
-    text = dumps({**wanted, "data": contents(env)}, indent=1).encode("utf-8", "replace").decode() + "\n"
-    what = f"{wanted['world'].partition(':')[0]}-{'+'.join(args.experiment or [wanted['method']])}"
-    path = args.out or Path("runs", f"{what}-{digest(text.encode())[:8]}")
-    held = path / "config.json"
-    if held.exists():
-        old, new = (re.findall(r'(\w+)": ([^{].*?),?$', content, re.M)
-                    for content in (held.read_text("utf-8", "replace"), text))
-        if changed := dict.fromkeys(pair[0] for pair in old + new if (pair in old) != (pair in new)):
+def run_name(config: dict[str, Any], label: str) -> str:
+    """The name of a run directory: world, method and a digest of the configuration."""
+    world = config["world"].partition(":")[0]
+    return f"{world}-{label}-seed{config['seed']}-{digest(dumps(config).encode('utf-8', 'replace'))[:6]}"
+
+
+def run_directory(args: Namespace, config: dict[str, Any]) -> Path:
+    """The directory of this run, made if need be. UserError if it holds anything else."""
+    config = json.loads(json.dumps(config))
+    path = args.out or Path("runs", run_name(config, "+".join(args.experiment) or args.method))
+    earlier = read_config(path / "config.json")
+    if earlier is not None:
+        changed = [name for name in {**earlier, **config} if earlier.get(name) != config.get(name)]
+        if changed:
             raise UserError(f"{path} holds a run of another configuration ({', '.join(changed)}); "
                             "choose another --out")
     elif path.exists() and any(file.suffix != ".part" for file in path.iterdir()):
@@ -304,647 +391,749 @@ def run_directory(args: argparse.Namespace, wanted: dict[str, Any], env: envs.En
     elif args.replay:
         raise UserError(f"{path} holds no run to replay: run without --replay, or give its --out")
     path.mkdir(parents=True, exist_ok=True)
-    write(held, text)
+    write(path / "config.json", dumps(config, indent=1) + "\n")
     return path
 
 
 def save_memory(agent: Agent, embedding: str) -> str:
-    """The memories as JSON, a record a line; vectors are left out and made again on loading."""
-    parts = [f'"{name}": [\n' + ",\n".join(map(dumps, billp.records(memory))) + "\n]"
-             for name, memory in agent._asdict().items()]
-    return f'{{"billp": 1, "embedding": {dumps(embedding)},\n' + ",\n".join(parts) + "}\n"
+    """The memories as JSON, one record a line. Vectors are left out and made again on loading."""
+    parts = [f'{{"billp": 1, "embedding": {dumps(embedding)}']
+    for role, memory in agent._asdict().items():
+        rows = ",\n".join(dumps(record) for record in billp.records(memory))
+        parts.append(f'"{role}": [\n{rows}\n]')
+    return ",\n".join(parts) + "}\n"
 
 
-def load_memory(path: Path, embedding: str) -> dict[str, list[billp.Record]]:
-    """The records that `save_memory` wrote, per role; anything else is refused."""
-    usable = {"planner": lambda v: isinstance(v, str), "actor": lambda v: type(v) is int and v in (0, 1),
-              "critic": lambda v: np.isfinite(v + 0.0)}
+def load_path(path: Path, world: str, seed: int) -> tuple[Path, int]:
+    """The memory.json of a run (a directory or the file), and how many learners of this world it has met."""
+    memory = path / "memory.json" if path.is_dir() else path
+    if not memory.is_file():
+        raise UserError(f"{path} holds no memory.json: --load takes the directory of a finished run")
+    config = read_config(memory.with_name("config.json")) or {}
+    if config.get("world") != world or config.get("seed") != seed:
+        return memory, 0
+    return memory, config["first"] + config["episodes"]
+
+
+def read_record(role: str, row: list) -> billp.Record:
+    """A record of a role's memory; ValueError or TypeError if it is damaged."""
+    record = billp.Record(*row)
+    usable = {str: role == "planner", int: role != "planner", float: role == "critic"}
+    if not usable.get(type(record.content)) or type(record.text) is not str or type(record.item) is not str:
+        raise ValueError("a field of another type")
+    if role == "actor" and record.content not in (0, 1) or role == "critic" and not np.isfinite(record.content):
+        raise ValueError("a number out of range")
+    return record
+
+
+def load_memory(path: Path, embedding: str, embed: Embed) -> Agent:
+    """The agent that `save_memory` wrote. UserError for any other file."""
     try:
-        held = json.loads(path.read_bytes())
-        rows = {name: [billp.Record(*row) for row in held[name]] for name in usable}
-        if held["billp"] != 1 or not all(isinstance(r.key + r.action, str) and usable[name](r.value)
-                                         for name in rows for r in rows[name]):
-            raise ValueError
-        if held["embedding"] != embedding:
-            raise UserError(f"{path} was made with the embedding {held['embedding']}, not {embedding}")
-    except (ValueError, KeyError, TypeError, OverflowError):
-        raise UserError(f"{path} is not a memory.json of this program, which is JSON in UTF-8")
-    return rows
+        content = json.loads(path.read_bytes())
+        made_with = content["embedding"]
+        records = {role: [read_record(role, row) for row in content[role]] for role in Agent._fields}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not a memory.json of this program") from None
+    if made_with != embedding:
+        raise UserError(f"{path} was made with the embedding {made_with}, not {embedding}")
+    memories = []
+    for rows in records.values():
+        vectors = embed([record.text for record in rows])
+        memories.append(billp.push(billp.EMPTY, billp.Chunk(tuple(rows), vectors)) if rows else billp.EMPTY)
+    return Agent(*memories)
 
 
-def embed_memory(rows: dict[str, list[billp.Record]], embed: Embed) -> Agent:
-    """An agent from records; each text is embedded once."""
-    texts = list(dict.fromkeys(record.key for held in rows.values() for record in held))
-    vectors = dict(zip(texts, embed(texts))) if texts else {}
-    chunks = {name: billp.Chunk(tuple(held), np.stack([vectors[r.key] for r in held]))
-              for name, held in rows.items() if held}
-    return Agent(**{name: billp.push(billp.EMPTY, chunk) for name, chunk in chunks.items()})
-
-
-def describe(env: envs.Env, t: Trajectory) -> dict[str, Any]:
-    """One episode as a line of episodes.jsonl: all that --show needs."""
-    steps = [{"lessons": s.plan.recalled, "thought": s.plan.value, "experience": s.act.recalled,
-              "said": s.act.said, "exact": s.act.exact, "item": s.line, "reward": s.reward} for s in t.steps]
-    left = envs.why_left(env, t.user, [s.act.value for s in t.steps]) if t.terminated else ""
-    reflection = "".join(record.value for record in billp.records(t.gained.planner))
-    values, advantages = (t.values, t.advantages) if t.gained.actor else ((), ())      # else none is credited
-    _, phase, number, _ = t.last.key
-    return {"phase": phase, "episode": number, "user": t.user, "history": t.last.history,
-            "steps": steps, "left": prompts.clean(left),        # it names titles, which are data
-            "values": values, "advantages": advantages, "reflection": reflection}
-
-
-# ----------------------------------------------------------------------------------- tables
-
-
-def grid(rows: Sequence[tuple[str, dict[str, Sequence[float]]]], width: int) -> list[str]:
-    """A table: a line of headings, then one a row, each figure with its interval."""
-    lines = [("", [f"{name} [95 %]" for name in rows[0][1]])]
-    lines += [(label, [f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in figures.values()])
-              for label, figures in rows]
-    return [f"{label:{width}}" + "".join(f"{text:>24}" for text in texts) for label, texts in lines]
-
-
-def spelled(counts: Counts) -> str:
-    """Calls, and tokens of the kinds that the server counts.
-
-    >>> spelled({"calls": 2, "prompt": 9, "cached": None, "completion": 4})
-    '2 calls, tokens: prompt 9, completion 4'
-    """
-    kinds = [f"{name} {counts[name]}" for name in Usage._fields if counts[name] is not None]
-    return f"{counts['calls']} calls" + ", tokens: " * bool(kinds) + ", ".join(kinds)
-
-
-def ledger(roles: dict[str, Counts], stats: dict[str, Any]) -> list[str]:
-    """Calls and tokens per role; last, what an endpoint's client saw, if there was one."""
-    lines = [f"{role:10}{spelled(counts)}" for role, counts in roles.items() if counts["calls"]]
-    if stats:
-        lines.append(f"retries {len(stats.get('retries', ()))}, system {stats.get('system_fingerprint', '?')}")
-    return lines
-
-
-def report(s: dict[str, Any], about: str, lessons: Sequence[str]) -> list[str]:
-    """The results as a person reads them, from summary.json."""
-    policy, learning = s["method"] in envs.POLICIES, s["learning"]
-    model = "none: this policy sees the numbers" if policy else NAMES.get(s["model"], s["model"])
-    lines = [f"{s['method']} on {s['world']}, seed {s['seed']}: {s['episodes']} learning episodes, then "
-             f"{s['users']} held-out users", *[f"world     {about}"] * bool(about), f"model     {model}", "",
-             *grid([(row, s[row]) for row in ("before", "after", "difference")], 10), ""]
-    if learning:
-        least, most = min(learning), max(learning)
-        bars = "".join("▁▂▃▄▅▆▇█"[int(7 * (length / (most or 1)))] for length in learning)
-        lines.append(f"learning  {bars}  mean Len of each batch, {least:.1f} to {most:.1f}")
-    lines += [*(f"lesson    {text}" for text in lessons), *ledger(s["calls"], {})]
-    if s["calls"]["actor"]["calls"]:
-        lines.append(f"replies   malformed {s['malformed']}, fallbacks {s['fallbacks']}, "
-                     f"actions that named no free item {s['ungrounded']:.0%}")
-    return [*lines, f"seconds   {s['seconds']}"]
-
-
-def story(e: dict[str, Any]) -> str:
-    """An episode in words: what was recalled, thought, done, seen and learnt at each step."""
-    lines = [f"{e['phase']} episode {e['episode']}, user {e['user']}", "",
-             "liked before", *(f"    {line}" for line in e["history"])]
-    for n, step in enumerate(e["steps"]):
-        tried, more = step["experience"][:5], len(step["experience"]) - 5
-        left = e["left"] if n == len(e["steps"]) - 1 else ""
-        rows = [*(("recalled", lesson) for lesson in step["lessons"]), ("thought", step["thought"]),
-                *((prompts.VERDICT[v], line) for line, v in tried),
-                ("", f"and {more} more experiences" if more > 0 else ""), ("said", step["said"]),
-                ("item", step["item"] + " (the nearest; no free title was named)" * (not step["exact"])),
-                ("reward", f"{step['reward']:g}" + (f", the user left: {left}" if left else ""))]
-        if e["advantages"]:
-            a = e["advantages"][n]
-            rows.append(("value", f"{e['values'][n]:.2f}, advantage {a:+.2f}: {prompts.VERDICT[a >= 0]}"))
-        lines += ["", f"step {n + 1}", *(f"    {label:12}{text}" for label, text in rows if text)]
-    lines += [] if e["left"] else ["", "the user stayed to the last step"]
-    return "\n".join(lines + (["", f"reflection  {e['reflection']}"] if e["reflection"] else []))
-
-
-def show(path: Path, pick: str) -> None:
-    """Print one episode of a finished run: by default the last one learnt from."""
-    phase, _, number = pick.partition(":")
-    try:
-        episodes = [json.loads(line) for line in (path / "episodes.jsonl").read_bytes().splitlines()]
-        wanted = [e for e in episodes if e["phase"] == (phase or "learn")
-                  and e["episode"] == int(number or e["episode"])]
-        print(story((wanted if pick else wanted or episodes)[-1]))
-    except (ValueError, LookupError, TypeError, OverflowError):
-        raise UserError(f"{path} holds no episode {pick}".rstrip() + " (they are kept of language methods)")
-
-
-# ---------------------------------------------------------------------------------- running
+# --------------------------------------------------------------------------------- one run
 
 
 class Live(NamedTuple):
-    """What is known of a run's calls at any moment, however it ends."""
-    tally: dict[str, list[Counts]]      # of each call answered, per role
-    stats: dict[str, Any]               # what an endpoint's client saw: retries, fingerprint
-    stop: Event                         # set when calls under way shall give up
-    files: list[Any]                    # logs open for writing; closed at the end
+    """What is known of a run's calls at any moment, however it ends. Appending is safe among threads."""
+    replies: list[tuple[str, Reply]]    # role and reply, of the log or new
+    stats: dict[str, Any]                       # what an endpoint's client counts
+    failures: list[Exception]                   # of calls that failed for good
+    stop: Event                                 # set when no further call shall begin
 
 
-def say(text: str) -> None:
-    """What is no result goes to stderr, if anybody still listens."""
-    with suppress(OSError):
-        print(text, file=sys.stderr)
+def new_live() -> Live:
+    """Nothing has been asked yet."""
+    return Live([], {}, [], Event())
 
 
-def counted(llm: LLM, live: Live, ask: prompts.Ask) -> prompts.Reply:
-    """The model's answer, unless it shall stop; what the call used is noted (appending is atomic)."""
+def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
+    """The model's reply, noted. After one call has failed for good no other begins."""
     if live.stop.is_set():
         raise prompts.EndpointError("stopped")
-    reply = llm(ask)
-    live.tally.setdefault(ask.role, []).append({"calls": 1, **reply.usage._asdict()})
+    try:
+        reply = llm(ask)
+    except prompts.EndpointError as error:
+        live.failures.append(error)
+        live.stop.set()
+        raise
+    live.replies.append((ask.role, reply))
     return reply
 
 
-def estimated(ask: prompts.Ask) -> prompts.Reply:
-    """The offline reader, with about as many tokens as a model would be paid for."""
-    reply = prompts.offline(ask)
-    return reply._replace(usage=prompts.guessed(ask, reply))
-
-
-def connect(args: argparse.Namespace, wanted: Settings, path: Path | None, live: Live) -> tuple[LLM, Embed]:
-    """The model and the embedding of a run; those of an endpoint are recorded in its directory."""
-    if args.dry_run or wanted.model == "offline":
-        return (estimated if args.dry_run else prompts.offline), prompts.hashed_ngrams
-    url = args.base_url or variable(*URLS) or "https://api.openai.com/v1"
-    options = dict(key=variable("OPENAI_API_KEY"), timeout=args.timeout, notice=say,
-                   extra=json.loads(args.extra_body), stats=live.stats, sleep=live.stop.wait,
-                   headers=dict(header.split("=", 1) for header in args.header))
-    path.mkdir(exist_ok=True)
-    log = prompts.open_log(path / "calls.jsonl", [wanted.model, wanted.embedding, wanted.extra],
+def connect(args: Namespace, run: Settings, folder: Path, live: Live) -> tuple[LLM, Embed]:
+    """The model and the embedding of a run. Those of an endpoint are recorded in the folder."""
+    if run.model == "offline":
+        return prompts.offline, prompts.hashed_ngrams
+    url = args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE") or "https://api.openai.com/v1"
+    options = {"key": variable("OPENAI_API_KEY"), "timeout": args.timeout, "notice": say, "stats": live.stats,
+               "sleep": live.stop.wait, "headers": dict(header.split("=", 1) for header in args.header)}
+    folder.mkdir(exist_ok=True)
+    log = prompts.open_log(folder / "calls.jsonl", [run.model, run.embedding, run.extra],
                            replay=args.replay, notice=say)
-    live.files.append(log.file)
-    llm = prompts.limited(prompts.openai(url, wanted.model, **options), args.max_calls, args.max_tokens)
+    llm = prompts.openai(url, run.model, extra=json.loads(args.extra_body), **options)
+    if args.max_calls is not None:
+        llm = prompts.limited(llm, args.max_calls)
     embed = prompts.hashed_ngrams
-    if wanted.embedding != "hashed_ngrams":
-        embed = prompts.recorded_embed(prompts.embeddings(url, wanted.embedding, **options), log)
+    if run.embedding != "hashed_ngrams":
+        embed = prompts.recorded_embed(prompts.embeddings(url, run.embedding, **options), log)
     return prompts.recorded(llm, log), embed
 
 
-def in_turn(tasks: Sequence[futures.Future], every: Sequence[futures.Future]) -> Iterator:
-    """The results of these tasks in order; but the failure of any task so far is raised at once."""
-    ended = futures.as_completed(every)
-    for task in tasks:
-        while not task.done():
-            next(ended).result()
-        yield task.result()
-
-
-def submitted(pool: futures.Executor, every: list, f: Callable, *columns: Iterable) -> Iterator:
-    """As the pool's map; but `every` gathers all of its tasks, for `in_turn`."""
-    tasks = [pool.submit(f, *row) for row in zip(*columns)]
-    every += tasks
-    return in_turn(tasks, every)
-
-
 @contextmanager
-def mapping(executor: Callable, count: int, stop: Event) -> Iterator[Callable]:
-    """A map: the built-in one for 0, or a pool's. An error or Ctrl-C also stops what is under way."""
-    if not count:
+def parallel(pool: futures.Executor | None, stop: Event) -> Iterator[Callable]:
+    """The pool's map, or the built-in one. After an error no further call begins."""
+    if pool is None:
         yield map
         return
-    pool, every = executor(count), []
     try:
-        yield partial(submitted, pool, every)
+        yield pool.map
     except BaseException as error:
-        if not isinstance(error, prompts.BudgetSpent):  # else what is under way is paid for: it is recorded
-            from multiprocessing import active_children
-            stop.set()
-            for process in active_children():
-                process.terminate()     # it would go on, and then wait for its parent for ever
+        stop.set()
+        # Answers on their way are waited for and logged, except after Ctrl-C.
+        pool.shutdown(wait=not isinstance(error, KeyboardInterrupt), cancel_futures=True)
+        for process in active_children():
+            process.terminate()
         raise
-    finally:
-        pool.shutdown(wait=not stop.is_set(), cancel_futures=True)
-        futures.wait([task for task in every if task.running()], 1)     # for answers on their way: recorded
+    pool.shutdown()
 
 
-def end_with_parent() -> None:
-    """Tells this process to stop once its parent has ended, however that ended."""
-    from multiprocessing import parent_process
-    parent_process().join()
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def as_worker(told: Any = signal.SIG_DFL) -> None:
-    """Makes this a worker: it leaves Ctrl-C and hang-ups to its parent, with which it ends, as `told` says."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(getattr(signal, "SIGHUP", signal.SIGINT), signal.SIG_IGN)     # Windows has none
-    signal.signal(signal.SIGTERM, told)
-    Thread(target=end_with_parent, daemon=True).start()
-
-
-def progress(batches: Iterable, total: int, size: int) -> Iterator:
-    """The batches as they come, with a bar on a terminal (tqdm) or a line each."""
-    if find_spec("tqdm") and sys.stderr.isatty():
-        from tqdm import tqdm
-        yield from tqdm(batches, "learning", total=-(-total // size), unit="batch", leave=False)
-        return
-    for agent, trajectories in batches:
-        mean = np.mean([billp.score(t)[0] for t in trajectories])
-        say(f"learning: {trajectories[-1].last.key[2] + 1} of {total} episodes, mean Len {mean:.1f}")
-        yield agent, trajectories
+def threads(count: int | None) -> futures.Executor | None:
+    """A pool of threads, or None where one episode is played after the other."""
+    return futures.ThreadPoolExecutor(count) if count and count > 1 else None
 
 
 class Outcome(NamedTuple):
-    """What a run gives: scores [1, users, 2] of the held-out users, and how it came to them."""
-    before: np.ndarray
-    after: np.ndarray
-    items: list[np.ndarray]             # of each user: what was recommended after learning
+    """What a run gives."""
+    before: Array          # scores [1, users, 2] of the held-out users
+    after: Array
+    items: list[list[int]]      # what each held-out user was recommended after learning
     agent: Agent = billp.NOVICE
     episodes: tuple[Trajectory, ...] = ()       # before, while and after learning
 
 
-def perform(wanted: Settings, rows: dict, models: tuple[LLM, Embed], map: Callable,
-            watched: bool = False) -> Outcome:
-    """Evaluate if watched, learn, evaluate the same users (again), starting from memory records."""
-    env, learners, held_out = build_world(wanted)
-    if policy := envs.POLICIES.get(wanted.method):      # only a2c learns
-        played = [envs.rollout(env, np.array(held_out), policy(env, n, wanted.seed, wanted.config["gamma"]),
-                               generator(wanted, 2)) for n in ([0] if watched else []) + [wanted.episodes]]
-        scores = [envs.scores((p.items >= 0).sum(1), p.rewards.sum(1)) for p in played]
-        return Outcome(scores[0], scores[-1], [row[row >= 0] for row in played[-1].items])
-    (llm, embed), config = models, Config(**wanted.config)
-    catalog, agent = prompts.catalog(env, embed), embed_memory(rows, embed)
-    evaluate = partial(billp.evaluate, catalog, held_out, llm=llm, seed=wanted.seed, config=config, map=map)
-    before, learnt = evaluate(agent, phase="before") if watched else (), ()
-    batches = billp.train(catalog, learners, llm, wanted.seed, agent, config, map)
-    for agent, trajectories in progress(batches, len(learners), config.batch) if watched else batches:
-        learnt += trajectories
-    after = evaluate(agent, phase="after")
-    first, last = (envs.scores(*zip(*map(billp.score, ts))) for ts in (before or after, after))
-    items = [np.array([step.act.value for step in t.steps[:billp.score(t)[0]]], int) for t in after]
-    return Outcome(first, last, items, agent, before + learnt + after)
+def watched(pmap: Callable, totals: dict[str, int]) -> Callable:
+    """The same map, which tells after every tenth episode how far its phase has come."""
+    lengths: dict[str, list[int]] = {phase: [] for phase in totals}
+
+    def watched_map(function: Callable, users: Sequence[int], keys: Sequence[Key]) -> Iterator[Trajectory]:
+        for trajectory in pmap(function, users, keys):
+            phase = trajectory.last.key.phase
+            seen = lengths[phase]
+            seen.append(billp.score(trajectory)[0])
+            if len(seen) % 10 == 0 or len(seen) == totals[phase]:
+                say(f"{phase}: {len(seen)} of {totals[phase]} episodes, mean Len {np.mean(seen):.1f}")
+            yield trajectory
+    return watched_map
 
 
-def added(rows: Sequence[Counts]) -> Counts:
-    """Their sum; None where none of them is known.
-
-    >>> added([{"calls": 1, "cached": None}, {"calls": 1, "cached": None}])
-    {'calls': 2, 'cached': None}
-    """
-    known = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0]}
-    return {name: sum(counts) if counts else None for name, counts in known.items()}
+def scores_of(trajectories: Iterable[Trajectory]) -> Array:
+    """Scores [1, episodes, 2]."""
+    pairs = [billp.score(trajectory) for trajectory in trajectories]
+    return envs.scores([length for length, _ in pairs], [total for _, total in pairs])
 
 
-def calls(live: Live) -> dict[str, Counts]:
-    """Calls and tokens per role."""
-    none, roles = {"calls": 0, **Usage()._asdict()}, ("planner", "actor", "critic", "reflector")
-    return {role: added([none, *live.tally.get(role, ())]) for role in roles}
+def perform_policy(run: Settings, place: Place) -> Outcome:
+    """A run of a policy without a language model: evaluated untrained and trained, with the same draws."""
+    played, scores = None, []
+    for episodes in (0, run.episodes):
+        policy = envs.policy_named(run.method, place.env, episodes, run.seed, run.config["gamma"])
+        played = envs.rollout(place.env, np.array(place.held_out), policy, generator(run.seed, 2))
+        scores.append(envs.scores((played.items >= 0).sum(1), played.rewards.sum(1)))
+    items = [row[row >= 0].tolist() for row in played.items]
+    return Outcome(scores[0], scores[1], items)
+
+
+def perform(run: Settings, place: Place, agent: Agent, llm: LLM, embed: Embed, pmap: Callable,
+            phases: Sequence[str] = ("before", "after")) -> Outcome:
+    """Evaluate, learn, and evaluate the same users again; or only before, or only after learning."""
+    if run.method in envs.POLICIES:
+        return perform_policy(run, place)
+    config = Config(**run.config)
+    catalog = prompts.catalog(place.env, embed)
+    before, learned, after = (), (), ()
+    if "before" in phases:
+        before = billp.evaluate(catalog, place.held_out, agent, llm, run.seed, "before", config, pmap)
+    for agent, trajectories in billp.train(catalog, place.learners, llm, run.seed, agent, config, pmap, run.first):
+        learned += trajectories
+    if "after" in phases:
+        after = billp.evaluate(catalog, place.held_out, agent, llm, run.seed, "after", config, pmap)
+    items = []
+    for trajectory in after:
+        length, _ = billp.score(trajectory)
+        items.append([step.act.value for step in trajectory.steps[:length]])
+    return Outcome(scores_of(before or after), scores_of(after or before), items, agent, before + learned + after)
+
+
+def calls_by_role(live: Live) -> dict[str, dict[str, int | None]]:
+    """Calls and tokens of each role. A kind of token that the server never counts is None."""
+    table = {}
+    for role in ROLES:
+        usages = [reply.usage for answered, reply in live.replies if answered == role]
+        table[role] = {"calls": len(usages)}
+        for kind in Usage._fields:
+            counts = [getattr(usage, kind) for usage in usages if getattr(usage, kind) is not None]
+            table[role][kind] = sum(counts) if counts else None
+    return table
 
 
 def cost(outcome: Outcome, live: Live, began: float) -> dict[str, Any]:
     """What a run cost: replies that were of no use, calls and tokens, seconds."""
-    steps = [step for t in outcome.episodes for step in t.steps]
-    answers = list(chain(*((s.plan, s.act) for s in steps), *(t.answers for t in outcome.episodes)))
-    return {"malformed": sum(a.malformed for a in answers), "fallbacks": sum(a.fallback for a in answers),
-            "ungrounded": round(float(np.mean([not s.act.exact for s in steps])), 4) if steps else 0.0,
-            "calls": calls(live), "seconds": round(time.perf_counter() - began, 2)}
+    steps = [step for trajectory in outcome.episodes for step in trajectory.steps]
+    answers = [answer for step in steps for answer in (step.plan, step.act)]
+    for trajectory in outcome.episodes:
+        answers += trajectory.answers
+    unnamed = [not step.act.exact for step in steps]
+    return {"malformed": sum(answer.malformed for answer in answers),
+            "fallbacks": sum(answer.fallback for answer in answers),
+            "ungrounded": round(float(np.mean(unnamed)), 4) if steps else 0.0,
+            "calls": calls_by_role(live), "seconds": round(time.perf_counter() - began, 2)}
 
 
-def run(args: argparse.Namespace, live: Live) -> None:
-    """The default flow: learn, evaluate, write the run directory, print the results."""
-    began, wanted = time.perf_counter(), settings(args)
-    env, *_ = build_world(wanted)
-    rows = load_memory(args.load, wanted.embedding) if args.load else {}
-    path = None if args.dry_run else run_directory(args, wanted._asdict(), env)
-    llm, embed = connect(args, wanted, path, live)
-    workers = args.workers or (0 if args.dry_run or wanted.model == "offline" else wanted.config["batch"])
-    with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
-        outcome = perform(wanted, rows, (partial(counted, llm, live), embed), map, watched=True)
-    if args.dry_run:
-        print("\n".join([EXPECTED, *(ledger(calls(live), {}) or ["no calls"])]))
-        return
-    lessons, summary = [record.value for record in billp.records(outcome.agent.planner)], wanted._asdict()
-    episodes, batch = [describe(env, t) for t in outcome.episodes], wanted.config["batch"]
-    lengths = [billp.score(t)[0] for t in outcome.episodes if "learn" in t.last.key]
-    learning = [float(np.mean(lengths[n:n + batch])) for n in range(0, len(lengths), batch)]
-    summary |= {"config": {**wanted.config, **summary.pop("rule")}, "learning": learning,
-                "before": envs.metrics(outcome.before), "after": envs.metrics(outcome.after),
-                "difference": envs.metrics(outcome.after, outcome.before), "reflections": len(lessons),
-                **cost(outcome, live, began)}       # the contract that scripts read
-    write(path / "episodes.jsonl", "".join(dumps(episode) + "\n" for episode in episodes))
-    write(path / "memory.json", save_memory(outcome.agent, wanted.embedding))
-    write(path / "summary.json", dumps(summary, indent=1) + "\n")
-    print("\n".join([*report(summary, env.about, lessons[-2:]), f"run       {path}"]))
+def describe(env: envs.Env, trajectory: Trajectory) -> dict[str, Any]:
+    """One episode as a line of episodes.jsonl: all that --show needs."""
+    steps = []
+    for step in trajectory.steps:
+        steps.append({"lessons": step.plan.recalled, "thought": step.plan.value,
+                      "experience": step.act.recalled, "said": step.act.said, "exact": step.act.exact,
+                      "item": step.line, "reward": step.reward})
+    left = ""
+    if trajectory.terminated:
+        left = envs.why_left(env, trajectory.user, [step.act.value for step in trajectory.steps])
+    key, gained = trajectory.last.key, trajectory.gained
+    credited = gained.actor != billp.EMPTY
+    return {"phase": key.phase, "episode": key.episode, "user": trajectory.user,
+            "history": trajectory.last.history, "steps": steps, "left": prompts.clean(left),
+            "values": trajectory.values if credited else (),
+            "advantages": trajectory.advantages if credited else (),
+            "reflection": "".join(record.content for record in billp.records(gained.planner))}
+
+
+def summarise(run: Settings, outcome: Outcome, live: Live, began: float) -> dict[str, Any]:
+    """summary.json, which other programs read. An interval is [mean, low, high], 95 %."""
+    lengths = [billp.score(t)[0] for t in outcome.episodes if t.last.key.phase == "learn"]
+    size = run.config["batch"]
+    batches = [float(np.mean(lengths[start:start + size])) for start in range(0, len(lengths), size)]
+    summary = run._asdict()
+    summary["config"] = summary["config"] | summary.pop("rule")
+    difference = envs.metrics(outcome.after, outcome.before) if run.episodes else None
+    return summary | {"learning": batches, "before": envs.metrics(outcome.before),
+                      "after": envs.metrics(outcome.after), "difference": difference,
+                      "reflections": len(billp.records(outcome.agent.planner)),
+                      **cost(outcome, live, began)}
+
+
+def interval(figure: Sequence[float]) -> str:
+    """A mean with its interval."""
+    mean, low, high = figure
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def grid(rows: dict[str, dict[str, str]]) -> list[str]:
+    """A table as lines: a heading, then one row a line. All rows have the columns of the first."""
+    columns = list(next(iter(rows.values())))
+    label_width = max(len(label) for label in rows)
+    widths = {name: max(len(row[name]) for row in [*rows.values(), {name: name}]) for name in columns}
+    lines = []
+    for label, row in {"": {name: name for name in columns}, **rows}.items():
+        cells = [f"{row[name]:>{widths[name]}}" for name in columns]
+        lines.append("  ".join([f"{label:{label_width}}", *cells]).rstrip())
+    return lines
+
+
+def spelled_calls(counts: dict[str, int | None]) -> str:
+    """Calls, and tokens of the kinds that the server counts.
+
+    >>> spelled_calls({"calls": 2, "prompt": 9, "cached": None, "completion": 4})
+    '2 calls, tokens: prompt 9, completion 4'
+    """
+    tokens = [f"{kind} {counts[kind]}" for kind in Usage._fields if counts[kind] is not None]
+    return f"{counts['calls']} calls" + (f", tokens: {', '.join(tokens)}" if tokens else "")
+
+
+def ledger(live: Live) -> list[str]:
+    """Calls and tokens of each role, then what the endpoint's client counted."""
+    lines = []
+    for role, counts in calls_by_role(live).items():
+        if counts["calls"]:
+            lines.append(f"{role:10}{spelled_calls(counts)}")
     if live.stats:
-        say(ledger({}, live.stats)[0])
+        lines.append("endpoint  " + ", ".join(f"{name} {value}" for name, value in live.stats.items()))
+    return lines
+
+
+def report(summary: dict[str, Any], about: str, lessons: Sequence[str], live: Live) -> list[str]:
+    """The results as a person reads them."""
+    policy = summary["method"] in envs.POLICIES
+    model = "none: this policy sees the numbers" if policy else summary["model"]
+    rows = {}
+    for label in ("before", "after", "difference"):
+        if summary[label]:
+            rows[label] = {f"{name} [95 %]": interval(figure) for name, figure in summary[label].items()}
+    lines = [f"{summary['method']} on {summary['world']}, seed {summary['seed']}: {summary['episodes']} "
+             f"learning episodes, then {summary['users']} held-out users"]
+    if about:
+        lines.append(f"world     {about}")
+    lines += [f"model     {STAND_IN if model == 'offline' else model}", "", *grid(rows), ""]
+    learning = summary["learning"]
+    if learning:
+        top = max(learning) or 1
+        bars = "".join("▁▂▃▄▅▆▇█"[int(7 * length / top)] for length in learning)
+        lines.append(f"learning  {bars}  mean Len of each batch, {min(learning):.1f} to {max(learning):.1f}")
+    lines += [f"lesson    {lesson}" for lesson in lessons]
+    lines += ledger(live)
+    if summary["calls"]["actor"]["calls"]:
+        lines.append(f"replies   malformed {summary['malformed']}, fallbacks {summary['fallbacks']}, "
+                     f"actions that named no free item {summary['ungrounded']:.0%}")
+    return [*lines, f"seconds   {summary['seconds']}"]
+
+
+def start_agent(args: Namespace, run: Settings, embed: Embed) -> Agent:
+    """The agent that a run starts from."""
+    if not args.load:
+        return billp.NOVICE
+    path, _ = load_path(args.load, run.world, run.seed)
+    return load_memory(path, run.embedding, embed)
+
+
+def one_run(args: Namespace, live: Live) -> None:
+    """Learn, evaluate, write the run directory, print the results."""
+    began = time.perf_counter()
+    run = settings(args)
+    place = build_place(run)
+    folder = run_directory(args, run._asdict())
+    llm, embed = connect(args, run, folder, live)
+    agent = start_agent(args, run, embed)
+    totals = {"before": run.users, "learn": run.episodes, "after": run.users}
+    phases = ("before", "after") if run.episodes else ("before",)
+    workers = args.workers or (1 if run.model == "offline" else run.config["batch"])
+    with parallel(threads(workers), live.stop) as pmap:
+        outcome = perform(run, place, agent, partial(counted, llm, live), embed, watched(pmap, totals), phases)
+    summary = summarise(run, outcome, live, began)
+    lessons = [record.content for record in billp.records(outcome.agent.planner)]
+    episodes = [dumps(describe(place.env, trajectory)) + "\n" for trajectory in outcome.episodes]
+    write(folder / "episodes.jsonl", "".join(episodes))
+    write(folder / "memory.json", save_memory(outcome.agent, run.embedding))
+    write(folder / "summary.json", dumps(summary, indent=1) + "\n")
+    print("\n".join([*report(summary, place.env.about, lessons[-2:], live), f"run       {folder}"]))
+
+
+# ------------------------------------------------------------------------ a look at a run
+
+
+def story(episode: dict[str, Any]) -> list[str]:
+    """An episode in words: what was recalled, thought, done, seen and learned at each step."""
+    lines = [f"{episode['phase']} episode {episode['episode']}, user {episode['user']}", "", "liked before"]
+    lines += [f"    {line}" for line in episode["history"]]
+    for n, step in enumerate(episode["steps"]):
+        rows = [("recalled", lesson) for lesson in step["lessons"]]
+        rows.append(("thought", step["thought"]))
+        rows += [(prompts.VERDICT[verdict], line) for line, verdict in step["experience"][:5]]
+        if len(step["experience"]) > 5:
+            rows.append(("", f"and {len(step['experience']) - 5} more experiences"))
+        nearest = "" if step["exact"] else " (the nearest; no free title was named)"
+        rows += [("said", step["said"]), ("item", step["item"] + nearest)]
+        last = n == len(episode["steps"]) - 1
+        left = f", the user left: {episode['left']}" if last and episode["left"] else ""
+        rows.append(("reward", f"{step['reward']:g}{left}"))
+        if episode["advantages"]:
+            gain = episode["advantages"][n]
+            verdict = prompts.VERDICT[gain >= 0]
+            rows.append(("value", f"{episode['values'][n]:.2f}, advantage {gain:+.2f}: {verdict}"))
+        lines += ["", f"step {n + 1}", *(f"    {label:12}{text}" for label, text in rows if text)]
+    if not episode["left"]:
+        lines += ["", "the user stayed to the last step"]
+    if episode["reflection"]:
+        lines += ["", f"reflection  {episode['reflection']}"]
+    return lines
+
+
+def show(folder: Path, pick: str) -> None:
+    """Print one episode of a finished run: by default the last one learned from."""
+    try:
+        lines = (folder / "episodes.jsonl").read_bytes().splitlines()
+        episodes = [json.loads(line) for line in lines]
+    except (OSError, ValueError):
+        raise UserError(f"{folder} holds no episodes.jsonl: --show takes the directory of a finished run") from None
+    phase, _, number = (pick or "learn").partition(":")
+    fitting = [e for e in episodes if e["phase"] == phase and str(e["episode"]) == (number or str(e["episode"]))]
+    if not pick:
+        fitting = fitting or episodes
+    if not fitting:
+        raise UserError(f"{folder} holds no episode {pick!r}: --pick takes before, learn or after, as in after:3; "
+                        "policies without a language model keep no episodes")
+    print("\n".join(story(fitting[-1])))
 
 
 # ------------------------------------------------------------------------------ experiments
 
 
-def change(base: Settings, name: str, series: str, x: int | None, seed: int) -> Settings:
-    """The settings of one cell for one seed."""
-    varied = EXPERIMENTS[name].varied
-    model, text = (series, base.method) if varied == "model" else (base.model, series)
+class Experiment(NamedTuple):
+    """A table or figure of the paper; `curve` is ours."""
+    rows: str                           # methods, or method:episodes; table6 has --models instead
+    varied: str = ""                    # what else differs between its cells: episodes, window or model
+    places: Sequence[int | None] = (None,)      # the values of that
+    measure: str = "scores"             # what is measured: scores, shares or values
+    axis: str = ""                      # the name of the x axis, if there is one
+    label: str = "reward an episode"    # the name of the y axis
+
+
+EXPERIMENTS = {
+    "table3": Experiment("random popular greedy a2c a2c:100000 act react reflexion billp oracle"),
+    "table5": Experiment("billp-no-macro billp-no-micro billp-no-critic billp"),
+    "fig3": Experiment("billp a2c:10000", measure="shares", axis="popularity of items, by quintile",
+                       label="share of recommendations"),
+    "fig4": Experiment("billp", "episodes", (10, 50, 100, 200), "values", "learning episodes",
+                       "mean squared error of the value"),
+    "fig5": Experiment("react a2c reflexion billp", "window", (1, 2, 4, 6, 8),
+                       axis="window W (items that a user remembers)"),
+    "table6": Experiment("", "model"),
+    "curve": Experiment("a2c billp", "episodes", (0, 10, 20, 50, 100, 200), axis="learning episodes"),
+}
+
+
+class Cell(NamedTuple):
+    """One row of a table, or one point of a line."""
+    series: str                         # the method or model
+    x: int | None                       # the place on the x axis, if there is one
+    runs: list[Settings]                # one for each seed
+
+
+class Job(NamedTuple):
+    """A run and what is measured in it."""
+    run: Settings
+    measure: str
+
+
+class Result(NamedTuple):
+    """What a job gives."""
+    samples: list                       # [users or states, k]
+    cost: dict[str, Any]
+
+
+def cell_settings(base: Settings, experiment: Experiment, series: str, x: int | None, seed: int) -> Settings:
+    """The settings of one run of a cell."""
+    run = base._replace(seed=seed)
+    text = series
+    if experiment.varied == "model":
+        run = run._replace(model=series)
+        text = base.method
+    if experiment.varied == "window":
+        run = run._replace(rule=base.rule | {"window": x})
     method, _, budget = text.partition(":")
-    config = {**base.config, **billp.METHODS.get(method, {})}
-    idle = config["lessons"] == "none" and not config["experience"]         # nothing to learn
-    episodes = 0 if idle else x if varied == "episodes" else int(budget or base.episodes)
-    rule = {**base.rule, "window": x} if varied == "window" else base.rule
-    own = ("window", load_world(base.world, base.seed).window)     # named or not, it is the same run
-    return base._replace(seed=seed, model=model, method=method, episodes=episodes, config=config,
-                         rule={name: value for name, value in rule.items() if (name, value) != own})
+    config = base.config | billp.METHODS.get(method, {})
+    episodes = int(budget or base.episodes)
+    if experiment.varied == "episodes":
+        episodes = x
+    if config["lessons"] == "none" and not config["experience"]:
+        episodes = 0                    # this method learns nothing
+    return run._replace(method=method, episodes=episodes, config=config)
 
 
-def plan(args: argparse.Namespace, base: Settings, name: str) -> list[tuple[Row, list[Settings]]]:
-    """An experiment's series and places, a run a seed for each; a mistake is found before any run begins."""
+def cells_of(args: Namespace, base: Settings, name: str) -> list[Cell]:
+    """The cells of an experiment. A mistake is found before any run begins."""
     experiment = EXPERIMENTS[name]
-    known = experiment.rows.split() or list(dict.fromkeys((args.models or base.model).split(",")))
+    known = experiment.rows.split() or model_names(args)
     rows = args.rows.split(",") if args.rows and experiment.rows else known
-    if not set(rows) <= set(known):
-        raise UserError(f"--rows {args.rows}: {name} has no such rows, only {' '.join(known)}")
+    for row in rows:
+        if row not in known:
+            raise UserError(f"--rows {row}: {name} has no such row, only {' '.join(known)}")
     seeds = range(base.seed, base.seed + args.seeds)
-    jobs = [({"series": series, "x": x}, [change(base, name, series, x, seed) for seed in seeds])
-            for series, x in product(known, experiment.places) if series in rows]
-    for _, runs in jobs:
-        build_world(runs[0])
-    return [job for job in jobs if not (args.dry_run and job[1][0].method in envs.POLICIES)]
+    cells = []
+    for series in known:
+        for x in experiment.places:
+            if series in rows:
+                runs = [cell_settings(base, experiment, series, x, seed) for seed in seeds]
+                build_place(runs[0])
+                cells.append(Cell(series, x, runs))
+    return cells
 
 
-def continuation(catalog: Catalog, play: Callable, gamma: float, start: tuple[Trajectory, int],
-                 key: tuple) -> float:
-    """The return of an episode played anew from its step n, as far as discounts are above 1/1000."""
-    (t, n), most = start, catalog.env.max_steps
-    far = next((steps for steps in range(most) if gamma ** steps < 0.001), most)
-    env, state = catalog.env._replace(max_steps=min(n + far, most)), t.steps[n].state
-    world = reduce(lambda world, step: envs.step(env, world, step.act.value)[0], t.steps[:n],
-                   envs.reset(env, t.user))
-    played = play(catalog._replace(env=env), world, state._replace(key=key + state.key[-1:]))
-    return billp.discounted_return([step.reward for step in played.steps], gamma)
+def shares(place: Place, outcome: Outcome) -> list[list[int]]:
+    """[users, 5]: how often each user was given items of each quintile by popularity, the least popular first."""
+    order = np.argsort(envs.popularity(place.env), kind="stable")
+    quintile = np.empty(len(order), int)
+    quintile[order] = np.arange(len(order)) * 5 // len(order)
+    return [np.bincount(quintile[items], minlength=5).tolist() for items in outcome.items]
 
 
-def values_of(wanted: Settings, env: envs.Env, outcome: Outcome, llm: LLM, embed: Embed, map: Callable,
-              states: int = 40, draws: int = 8) -> list[list[float]]:
-    """[states, 3]: for states of held-out episodes their Monte-Carlo value, one return and the critic's V."""
-    config, agent = Config(**wanted.config), outcome.agent
-    played = [(t, n) for t in outcome.episodes if "after" in t.last.key for n in range(len(t.steps))]
-    starts = [played[i] for i in generator(wanted, 3).integers(len(played), size=states)]
-    tries = product(starts, [(wanted.seed, "continue", draw) for draw in range(draws)])
-    play = partial(billp.play, agent=agent, llm=llm, config=config)
-    go_on = partial(continuation, prompts.catalog(env, embed), play, config.gamma)
-    sampled = np.reshape(list(map(go_on, *zip(*tries))), (states, draws))
-    critic = partial(billp.critic, memory=agent.critic, llm=llm, config=config)
-    answers = [answer.value for answer, _ in map(critic, [t.steps[n].state for t, n in starts])]
-    single = [billp.discounted_return([step.reward for step in t.steps[n:]], config.gamma) for t, n in starts]
-    return [list(row) for row in zip(sampled.mean(1).tolist(), single, answers)]
+def measure_job(job: Job, agent: Agent, llm: LLM, embed: Embed, pmap: Callable, live: Live) -> Result:
+    """Perform a run and measure what its experiment needs."""
+    began = time.perf_counter()
+    place = build_place(job.run)
+    outcome = perform(job.run, place, agent, llm, embed, pmap, ("after",))
+    if job.measure == "shares":
+        samples = shares(place, outcome)
+    elif job.measure == "values":
+        samples = critic_errors(job.run, place, llm, embed, pmap)
+    else:
+        samples = outcome.after[0].tolist()
+    return Result(samples, cost(outcome, live, began))
 
 
-def shares(env: envs.Env, outcome: Outcome) -> dict[str, Any]:
-    """How often each user was given items of each fifth by popularity (least first), Gini and coverage."""
-    rank = np.argsort(np.argsort(envs.popularity(env), kind="stable"))
-    counts = np.bincount(np.concatenate(outcome.items), minlength=len(rank))
-    return {"shares": [np.bincount(rank[row] * 5 // len(rank), minlength=5).tolist() for row in outcome.items],
-            "gini": envs.gini(counts), "coverage": float((counts > 0).mean())}
+def offline_job(job: Job) -> Result:
+    """A job of the stand-in or of a policy, complete in itself, so that any process can do it."""
+    live = new_live()
+    llm = partial(counted, prompts.offline, live)
+    return measure_job(job, billp.NOVICE, llm, prompts.hashed_ngrams, map, live)
 
 
-def run_cell(rows: dict, models: dict[str, tuple[LLM, Embed]], workers: int, job: Job) -> dict[str, Row]:
-    """One run, as each of the experiments that it belongs to sees it."""
-    (wanted, names), began, live = job, time.perf_counter(), Live({}, {}, Event(), [])
-    (llm, embed), (env, *_) = models[wanted.model], build_world(wanted)
-    mine = partial(counted, llm, live), embed
-    with mapping(futures.ThreadPoolExecutor, workers, live.stop) as map:
-        outcome = perform(wanted, rows, mine, map)
-        seen = {"seed": wanted.seed, "scores": outcome.after[0].tolist(), **cost(outcome, live, began)}
-        views = dict.fromkeys(names, seen)
-        if "fig3" in names:
-            views["fig3"] = {**seen, **shares(env, outcome)}
-        if "fig4" in names:
-            values = values_of(wanted, env, outcome, *mine, map)
-            views["fig4"] = {**seen, "values": values, **cost(outcome, live, began)}
-    return views
+def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Callable,
+                  repeats: int = 8, states: int = 3, draws: int = 200) -> list[list[float]]:
+    """[states, 6]: bias, variance and mean squared error of one return, then of the critic's V.
 
-
-def errors(samples: np.ndarray) -> np.ndarray:
-    """[..., S, N, 1 + k], truth and k estimates -> [..., k, 3]: bias, variance and mean squared error of each.
-
-    The variance is that of the error over all states and seeds, not of an estimator at one state; the truth is
-    itself a mean of a few returns, whose noise is in both rows of fig4.
+    Errors are taken at the first state of a session, over `repeats` learning runs that differ in their random
+    draws. The reference is the mean of `draws` further returns of the same agent from the same state.
     """
-    error, all_over = samples[..., 1:] - samples[..., :1], (-3, -2)
-    return np.stack([error.mean(all_over), error.var(all_over), (error ** 2).mean(all_over)], -1)
+    config = Config(**run.config)
+    catalog = prompts.catalog(place.env, embed)
+    horizon = 1
+    while horizon < place.env.max_steps and config.gamma ** horizon >= 0.001:
+        horizon += 1                    # later rewards hardly count
+    short = catalog._replace(env=place.env._replace(max_steps=horizon))
+    errors = np.zeros((repeats, states, 2))
+    for repeat in range(repeats):
+        seed = run.seed + 1000 * (repeat + 1)
+        agent = billp.NOVICE
+        learners = generator(seed, 0).permutation(place.learners).tolist()
+        for agent, _ in billp.train(catalog, learners, llm, seed, agent, config, pmap):
+            pass
+        for i, user in enumerate(place.held_out[:states]):
+            play = partial(billp.episode, short, agent=agent, llm=llm, config=config)
+            keys = [Key(seed, "continue", draw) for draw in range(draws + 1)]
+            returns = []
+            for trajectory in pmap(play, [user] * len(keys), keys):
+                rewards = [step.reward for step in trajectory.steps]
+                returns.append(billp.discounted_return(rewards, config.gamma))
+            reference = np.mean(returns[1:])
+            state = billp.opening(catalog, user, Key(seed, "value", i), config)
+            answer, _ = billp.critic(state, agent.critic, llm, config)
+            errors[repeat, i] = returns[0] - reference, answer.value - reference
+    bias, variance = errors.mean(0), errors.var(0)
+    return np.stack([bias, variance, bias ** 2 + variance], -1).reshape(states, 6).tolist()
 
 
-def column(results: list[Row], *keys: str) -> np.ndarray:
-    """What was measured over a cell's seeds [S, ...]; several things side by side [S, keys]."""
-    return np.array([itemgetter(*keys)(result) for result in results], float)
+class Row(NamedTuple):
+    """One row of a table, or one point of a picture. Intervals are [mean, low, high], 95 %."""
+    series: str
+    x: int | None
+    figures: dict[str, list[float]]
+    gain: list[float] | None = None     # R_traj less that of billp, paired by user
 
 
-def title(row: Row) -> str:
-    """A row's or a cell's name in tables."""
-    return row["series"] + ("" if row["x"] is None else f", {row['x']}")
+def share_of(counts: Array) -> Array:
+    """Counts [..., seeds, users, 5] -> the share of each quintile [..., 5]."""
+    sums = counts.sum((-3, -2))
+    return sums / np.maximum(sums.sum(-1, keepdims=True), 1)
 
 
-def tabulate(name: str, found: list[list[Row]]) -> list[Row]:
-    """An experiment's rows: one a popularity group in fig3, one an estimate in fig4, else one a cell.
-
-    R_traj is held against the row above in table3 and table6, else against billp.
-    """
-    rows, billps = [], {results[0]["x"]: results for results in found if results[0]["series"] == "billp"}
-    for results, above in zip(found, found[:1] + found):
-        head = {key: results[0][key] for key in ("series", "x")}
-        if name == "fig3":
-            groups = envs.bootstrap(lambda n: n.sum((-3, -2)) / np.maximum(n.sum((-3, -2, -1)), 1)[..., None],
-                                    column(results, "shares"))
-            pair = column(results, "gini", "coverage")[:, None]                 # of all items together
-            whole = dict(zip(("gini", "coverage"), envs.bootstrap(lambda n: n.mean((-3, -2)), pair)))
-            rows += [{**head, "x": i, "figures": {"share": one, **whole}} for i, one in enumerate(groups, 1)]
-        elif name == "fig4":
-            both = zip(("one return", "critic"), envs.bootstrap(errors, column(results, "values")))
-            rows += [{**head, "series": series, "figures": dict(zip(("bias", "variance", "MSE"), figures))}
-                     for series, figures in both]
-        else:
-            other = above if name in ("table3", "table6") else billps.get(head["x"], results)
-            scores = [column(cell, "scores") for cell in (results, other)]
-            gain = envs.metrics(*scores)["R_traj"] if other is not results else None
-            rows.append({**head, "figures": envs.metrics(scores[0]), "against": title(other[0]), "gain": gain,
-                         "paper": PAPER.get(head["series"], "") if head["x"] is None else ""})
-    return rows
+def mean_of(samples: Array) -> Array:
+    """Samples [..., seeds, states, k] -> their means [..., k]."""
+    return samples.mean((-3, -2))
 
 
-def remark(row: Row) -> str:
-    """What stands behind a row. It is called higher or lower only if the interval holds no 0."""
-    text = f"   paper {row['paper']}" if row.get("paper") else ""
-    if not row.get("gain"):
-        return text
-    mean, low, high = row["gain"]
-    verdict = "higher" if low > 0 else "lower" if high < 0 else "not told apart"
-    return f"   R_traj {mean:+.2f} [{low:.2f}, {high:.2f}] against {row['against']}: {verdict}{text}"
+def rows_of(cell: Cell, measure: str, samples: Array, reference: Array | None) -> list[Row]:
+    """The rows of one cell, from its samples [seeds, users, k]. `reference` is that of billp, if it is another."""
+    if measure == "shares":
+        intervals = envs.bootstrap(share_of, samples)
+        return [Row(cell.series, place, {"share": figure}) for place, figure in enumerate(intervals, 1)]
+    if measure == "values":
+        names = ("bias", "variance", "MSE")
+        intervals = envs.bootstrap(mean_of, samples)
+        return [Row("one return", cell.x, dict(zip(names, intervals[:3]))),
+                Row("critic", cell.x, dict(zip(names, intervals[3:])))]
+    gain = None if reference is None else envs.metrics(samples, reference)["R_traj"]
+    return [Row(cell.series, cell.x, envs.metrics(samples), gain)]
 
 
-def plot(name: str, heading: str, rows: list[Row], path: Path) -> None:
-    """One figure with its intervals: lines over x, or one point a row where there is no x."""
+def verdict(gain: list[float]) -> str:
+    """How a row compares with billp. It is higher or lower only if the interval holds no 0."""
+    _, low, high = gain
+    if low > 0:
+        return "higher"
+    return "lower" if high < 0 else "not significant"
+
+
+def label_of(row: Row | Cell) -> str:
+    """The name of a row in tables."""
+    return row.series if row.x is None else f"{row.series}, {row.x}"
+
+
+def table_of(rows: Sequence[Row]) -> list[str]:
+    """The rows as lines of text."""
+    texts = {}
+    for row in rows:
+        cells = {f"{name} [95 %]": interval(figure) for name, figure in row.figures.items()}
+        if any(row.gain for row in rows):
+            cells["R_traj less billp's"] = interval(row.gain) if row.gain else "-"
+            cells[""] = verdict(row.gain) if row.gain else ""
+        texts[label_of(row)] = cells
+    return grid(texts)
+
+
+COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()     # Okabe and Ito
+
+
+def plot(name: str, heading: str, rows: Sequence[Row], path: Path) -> None:
+    """Draw the first or only figure of each row with its interval."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return say("no picture: pip install -e '.[plot]' draws it")
-    *_, axis, what, label = EXPERIMENTS[name]
-    figure, image = Figure((8, 4.5), dpi=100, layout="constrained"), BytesIO()
-    axes, names = figure.subplots(), list(dict.fromkeys(row["series"] for row in rows))
-    for i, series in enumerate(names):
-        mine, plain = [row for row in rows if row["series"] == series], series.replace("$", r"\$")
-        places = [row["x"] for row in mine] if axis else [plain]
-        mean, low, high = np.array([row["figures"][what] for row in mine]).T
-        axes.errorbar(places, mean, np.maximum([mean - low, high - mean], 0), label=plain,
-                      color=COLOURS[i % len(COLOURS)], marker="osD^vPX*"[i % 8], capsize=3)
-    if axis:
-        axes.set(xlabel=axis, xticks=sorted({row["x"] for row in rows}))
+        say("no picture: pip install -e '.[plot]' draws it")
+        return
+    experiment = EXPERIMENTS[name]
+    figure = Figure((8, 4.5), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    drawn = {"scores": "R_traj", "shares": "share", "values": "MSE"}[experiment.measure]
+    for i, series in enumerate(dict.fromkeys(row.series for row in rows)):
+        points = [row for row in rows if row.series == series]
+        places = [row.x for row in points] if experiment.axis else [series]
+        mean, low, high = np.array([row.figures[drawn] for row in points]).T
+        axes.errorbar(places, mean, np.maximum([mean - low, high - mean], 0), label=series,
+                      color=COLOURS[i % len(COLOURS)], marker="o", capsize=3)
+    if experiment.axis:
+        axes.set(xlabel=experiment.axis, xticks=sorted({row.x for row in rows}))
         axes.legend(frameon=False)
-    else:
-        axes.tick_params("x", labelrotation=10)         # names of models can be long
-    axes.set_ylabel(f"{label}\n(mean, 95 % interval)")
+    axes.set_ylabel(f"{experiment.label}\n(mean, 95 % confidence interval)")
     axes.set_title(heading, fontsize=9, parse_math=False)
     axes.grid(alpha=0.3)
-    figure.savefig(image)
-    write(path, image.getvalue())
+    draft = path.with_suffix(".part.png")
+    figure.savefig(draft)
+    os.replace(draft, path)
 
 
-def bill(results: list[Row]) -> str:
-    """What one cell cost over all its seeds: calls, tokens, replies that were of no use, seconds."""
-    counts = added([role for result in results for role in result["calls"].values()])
-    bad, replaced, none, seconds = column(results, "malformed", "fallbacks", "ungrounded", "seconds").mean(0)
-    return (f"{title(results[0]):24}{spelled(counts)}; a run: malformed {bad:.1f}, fallbacks {replaced:.1f}, "
-            f"named no free item {none:.0%}, {seconds:.1f} s")
+def bill(cell: Cell, results: Sequence[Result]) -> str:
+    """What a cell cost: calls and tokens of all its seeds; per run, replies of no use and seconds."""
+    totals: dict[str, int | None] = {}
+    for result in results:
+        for counts in result.cost["calls"].values():
+            for kind, count in counts.items():
+                totals[kind] = totals.get(kind) if count is None else (totals.get(kind) or 0) + count
+    means = {}
+    for kind in ("malformed", "fallbacks", "ungrounded", "seconds"):
+        means[kind] = np.mean([result.cost[kind] for result in results])
+    return (f"{label_of(cell)}: {spelled_calls(totals)}; a run: malformed {means['malformed']:.1f}, fallbacks "
+            f"{means['fallbacks']:.1f}, named no free item {means['ungrounded']:.0%}, {means['seconds']:.1f} s")
 
 
-def gather(args: argparse.Namespace, base: Settings, jobs: list[Job], path: Path | None, start: dict,
-           live: Live) -> list[dict[str, Row]]:
-    """What the runs give, in order: side by side offline, else one by one with threads of its own."""
-    folder = partial(quote, safe="", errors="replace")
-    models = {model: connect(args, base._replace(model=model), path and path / folder(model), live)
-              for model in dict.fromkeys(wanted.model for wanted, _ in jobs)}      # one client and log each
-    if args.dry_run or set(models) == {"offline"}:
-        count, workers = min(args.workers or os.cpu_count() or 1, len(jobs), 60), 0
-        count = count if count > 1 else 0               # one alone needs no process of its own
-    else:
-        count, workers = 0, args.workers or base.config["batch"]
-        models = {model: (partial(counted, llm, live), embed) for model, (llm, embed) in models.items()}
-    pool, found = partial(futures.ProcessPoolExecutor, initializer=as_worker), []
-    with mapping(pool, count, live.stop) as map:
-        for (wanted, names), result in zip(jobs, map(partial(run_cell, start, models, workers), jobs)):
-            found.append(result)
-            what = [wanted.method, f"{wanted.episodes} episodes", *(f"{k} {v}" for k, v in wanted.rule.items())]
-            say(f"{' '.join(names)}: {len(found)} of {len(jobs)}, {', '.join(what)}, seed {wanted.seed}")
-    return found
+def do_jobs(args: Namespace, jobs: dict[str, Job], folder: Path, live: Live) -> Iterator[Result]:
+    """The results of jobs in their order: side by side in processes offline, else one after the other."""
+    if all(job.run.model == "offline" for job in jobs.values()):
+        count = min(args.workers or os.cpu_count() or 1, len(jobs))
+        pool = None
+        if count > 1:                   # Ctrl-C is for this process, which then ends the others
+            pool = futures.ProcessPoolExecutor(count, initializer=signal.signal,
+                                               initargs=(signal.SIGINT, signal.SIG_IGN))
+        with parallel(pool, live.stop) as pmap:
+            yield from pmap(offline_job, jobs.values())
+        return
+    models: dict[str, tuple[LLM, Embed]] = {}       # one client and one log for each
+    for job in jobs.values():
+        name = job.run.model
+        if name not in models:
+            models[name] = connect(args, job.run, folder / quote(name, safe=""), live)
+        llm, embed = models[name]
+        own = live._replace(replies=[])
+        with parallel(threads(args.workers or job.run.config["batch"]), live.stop) as pmap:
+            yield measure_job(job, billp.NOVICE, partial(counted, llm, own), embed, pmap, own)
+        live.replies.extend(own.replies)
 
 
-def publish(name: str, base: Settings, found: list[list[Row]], path: Path) -> None:
-    """The table of an experiment on stdout, NAME.json and NAME.png in the run directory."""
-    rows, cells, last = tabulate(name, found), list(chain(*found)), base.seed + len(found[0]) - 1
-    models = [results[0]["series"] for results in found] if name == "table6" else [base.model]
-    heading = (f"{name} on {base.world}, seeds {base.seed} to {last}, {base.users} held-out users each\n"
-               f"model {', '.join(NAMES.get(model, model) for model in models)}")
-    head, *lines = grid([(title(row), row["figures"]) for row in rows], 24)
-    print("\n".join([heading, "", head, *(line + remark(row) for line, row in zip(lines, rows)),
-                     *[ORIENTATION] * any(row.get("paper") for row in rows), "",
-                     *(bill(results) for results in found if results[0]["calls"]["actor"]["calls"]), ""]))
-    seconds = [result.pop("seconds") for result in cells]
-    held = {"experiment": name, "settings": base._asdict(), "rows": rows, "cells": cells, "seconds": seconds}
-    write(path / f"{name}.json", dumps(held) + "\n")
-    plot(name, heading, rows, path / f"{name}.png")
+def publish(name: str, base: Settings, cells: Sequence[Cell], results: Sequence[Sequence[Result]],
+            folder: Path) -> None:
+    """Print the table of an experiment; write NAME.json and NAME.png."""
+    measure = EXPERIMENTS[name].measure
+    samples = [np.array([result.samples for result in row], float) for row in results]
+    billps = {cell.x: array for cell, array in zip(cells, samples) if cell.series == "billp"}
+    rows = []
+    for cell, array in zip(cells, samples):
+        reference = None if cell.series == "billp" else billps.get(cell.x)
+        rows += rows_of(cell, measure, array, reference)
+    seeds = [run.seed for run in cells[0].runs]
+    models = list(dict.fromkeys(cell.runs[0].model for cell in cells))
+    named = ", ".join(STAND_IN if model == "offline" else model for model in models)
+    heading = (f"{name} on {base.world}, seeds {seeds[0]} to {seeds[-1]}, {base.users} held-out users each\n"
+               f"model {named}")
+    bills = []
+    for cell, row in zip(cells, results):
+        if row[0].cost["calls"]["actor"]["calls"]:
+            bills.append(bill(cell, row))
+    print("\n".join([heading, "", *table_of(rows), "", *bills, ""]))
+    content = {"experiment": name, "settings": base._asdict(), "rows": [row._asdict() for row in rows],
+               "cells": [{"series": cell.series, "x": cell.x, "results": [result._asdict() for result in row]}
+                         for cell, row in zip(cells, results)]}
+    write(folder / f"{name}.json", dumps(content) + "\n")
+    plot(name, heading, rows, folder / f"{name}.png")
 
 
-def experiments(args: argparse.Namespace, live: Live) -> None:
-    """Those asked for; a run that two of them need is made once."""
-    began, base = time.perf_counter(), settings(args)
-    plans, jobs = {name: plan(args, base, name) for name in args.experiment}, {}
-    for name, table in plans.items():
-        for wanted in chain(*(runs for _, runs in table)):
-            jobs.setdefault(dumps(wanted), (wanted, []))[1].append(name)
-    start = load_memory(args.load, base.embedding) if args.load else {}
-    also = dict(experiment=",".join(args.experiment), seeds=args.seeds, models=args.models, rows=args.rows)
-    world = load_world(base.world, base.seed)
-    path = None if args.dry_run else run_directory(args, {**base._asdict(), **also}, world)
-    jobs = dict(sorted(jobs.items(), key=lambda job: -job[1][0].episodes))      # long ones last would run alone
-    results = dict(zip(jobs, gather(args, base, list(jobs.values()), path, start, live)))
-    for name, table in plans.items():
-        found = [[{**head, **results[dumps(wanted)][name]} for wanted in runs] for head, runs in table]
-        if args.dry_run:
-            print("\n".join([f"{name}: {EXPECTED}", *map(bill, found), ""]))
-        else:
-            publish(name, base, found, path)
-    if path:
-        print(f"seconds   {time.perf_counter() - began:.1f}\nrun       {path}")
-    elif results:
-        whole = [views.get("fig4", next(iter(views.values()))) for views in results.values()]   # it asks most
-        counts = added([role for view in whole for role in view["calls"].values()])
-        print(f"in all, each run once: {spelled(counts)}")
+def experiments(args: Namespace, live: Live) -> None:
+    """Perform the experiments asked for. A run that two of them need is performed once."""
+    began = time.perf_counter()
+    base = settings(args)
+    tables = {name: cells_of(args, base, name) for name in args.experiment}
+    jobs: dict[str, Job] = {}
+    for name, cells in tables.items():
+        for cell in cells:
+            for run in cell.runs:
+                job = Job(run, EXPERIMENTS[name].measure)
+                jobs[dumps(job)] = job
+    # The longest come first: at the end, no core waits long for another.
+    jobs = dict(sorted(jobs.items(), key=lambda item: -item[1].run.episodes))
+    asked = {"experiment": args.experiment, "seeds": args.seeds, "models": args.models, "rows": args.rows}
+    folder = run_directory(args, base._asdict() | asked)
+    results: dict[str, Result] = {}
+    for key, result in zip(jobs, do_jobs(args, jobs, folder, live)):
+        results[key] = result
+        run = jobs[key].run
+        say(f"{len(results)} of {len(jobs)} runs: {run.method}, {run.episodes} episodes, seed {run.seed}")
+    for name, cells in tables.items():
+        measure = EXPERIMENTS[name].measure
+        found = [[results[dumps(Job(run, measure))] for run in cell.runs] for cell in cells]
+        publish(name, base, cells, found, folder)
+    print(f"seconds   {time.perf_counter() - began:.1f}\nrun       {folder}")
 
 
-def main(argv: Sequence[str] | None = None, guarded: bool = False) -> int:
-    """Does what the flags say, with an endpoint in a process apart if guarded; the exit code."""
-    live = Live({}, {}, Event(), [])
+# ------------------------------------------------------------------------------------ main
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the flags say; the exit code."""
+    live = new_live()
     try:
         args = parse(argv)
-        asking = endpoint(args) and args.model != "offline" and not args.dry_run
-        if guarded and asking and os.name == "posix":
-            return guard(argv)
         if args.show:
             show(args.show, args.pick)
+        elif args.experiment:
+            experiments(args, live)
         else:
-            (experiments if args.experiment else run)(args, live)
+            one_run(args, live)
         sys.stdout.flush()
         return 0
-    except (KeyboardInterrupt, prompts.BudgetSpent) as error:
-        halted = str(error) or "interrupted; run the same command again: answered calls are kept"
-        say("\n".join([*ledger(calls(live), live.stats), f"run.py: {halted}"]))
-        return 3 if isinstance(error, prompts.BudgetSpent) else 130
-    except BrokenPipeError:     # whoever read has seen enough
+    except BrokenPipeError:             # the reader of the output has closed it
         return 0
+    except KeyboardInterrupt:
+        say("\n".join([*ledger(live), "run.py: interrupted; run the same command again: answered calls are kept"]))
+        return 130
     except MENDABLE as error:
-        say("run.py: " + prompts.clean(str(error), 999))
-        return 2
-    finally:
-        for file in filter(None, live.files):
-            file.close()
-
-
-def guard(argv: Sequence[str] | None) -> int:
-    """main in a process of its own: if this one is killed, the answers on their way are still recorded."""
-    from multiprocessing import get_context     # a fork is safe here, before any thread, and starts at once
-    context = get_context("fork" if sys.platform == "linux" else "spawn")
-    worker = context.Process(target=process, args=(argv, True))
-    worker.start()
-    with suppress(KeyboardInterrupt):       # a second one ends this process; the worker records on
-        worker.join()
-    worker.terminate()                      # if it is still at work
-    worker.join()
-    if worker.exitcode < 0:
-        say("run.py: killed from outside; run the same command again: answered calls are kept")
-    return worker.exitcode if worker.exitcode >= 0 else 130
-
-
-def interrupt(*_: Any) -> None:
-    """Does as at Ctrl-C when told to stop, and is told but once."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
-def process(argv: Sequence[str] | None = None, worker: bool = False) -> None:
-    """main as a whole process, which ends with its exit code; a worker also when its parent says so, or ends.
-
-    A worker keeps to one core: Python's threads take turns anyway, and to hand over from core to core costs a
-    hundred of them up to half of their time.
-    """
-    code = 130
-    with suppress(KeyboardInterrupt):           # outside main: at the very start or end
-        if worker:
-            as_worker(interrupt)
-            with suppress(AttributeError, OSError):     # not every system knows of this, or allows it
-                cores = sorted(os.sched_getaffinity(0))
-                os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})      # other runs, other cores
-        gc.set_threshold(10**5)     # new objects, not 700: most are kept, and each search holds all threads up
-        sys.stdout = sys.stdout or open(os.devnull, "w")        # they may have been closed
-        sys.stderr = sys.stderr or open(os.devnull, "w")
-        sys.stdout.reconfigure(errors="replace")                # a console without bars gets question marks
-        code = main(argv, guarded=not worker)
-        with suppress(OSError):
-            sys.stdout.flush()
-    os._exit(code)              # threads that still wait for an answer must not hold up the end
+        cause = live.failures[0] if live.failures else error        # later ones only follow from the first
+        spent = isinstance(cause, prompts.BudgetSpent)
+        say("\n".join([*(ledger(live) if spent else []), f"run.py: {prompts.clean(str(cause), 999)}"]))
+        return 3 if spent else 2
 
 
 if __name__ == "__main__":
-    process()
+    exit_code = main()
+    # A thread may still wait for an answer after Ctrl-C. It must not hold up the end.
+    os._exit(exit_code)
