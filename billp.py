@@ -19,14 +19,14 @@ from __future__ import annotations
 
 from functools import partial, reduce
 from math import fsum
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
 import envs
 import prompts
 from envs import EnvState
-from prompts import LLM, Ask, Catalog, Key, Malformed
+from prompts import LLM, Ask, Candidate, Catalog, Key, Malformed
 
 # --------------------------------------------------------------------------------- config
 
@@ -39,10 +39,11 @@ class Config(NamedTuple):
     baseline: bool = True           # the critic's V(s) counts; without it V = 0 and all is encouraged
     gamma: float = 0.5              # discount of later rewards; the paper's gamma
     k_lessons: int = 2              # reflections recalled; the paper's K
-    k_actions: int = 24             # experiences recalled for the actor, enough to choose among
+    k_experience: int = 200         # experiences recalled for the actor and counted for each item
+    k_actions: int = 10             # items shown for their experience where there are no candidates
     k_values: int = 8               # values recalled for the critic, enough to average
-    tau_actor: float = 1.2          # farthest experience, squared L2: cosine 0.4 suits n-grams; paper: 0.01
-    tau_critic: float = 1.2         # farthest value, squared L2: cosine 0.4 suits n-grams; paper: 0.1
+    candidates: int = 10            # free items shown to the actor; 0 shows none, as the paper
+    lately: int = 4                 # steps that the category tool calls lately; as the released code
     titles: int = 10                # items in a state's text and in a prompt's list; as the paper
     batch: int = 10                 # episodes between two updates of the memories; as the paper
     transcript: int = 24000         # characters of a session in a prompt: about 6,000 tokens
@@ -195,24 +196,20 @@ class State(NamedTuple):
     """All that a role may know of an episode at step n."""
     key: Key                        # key.step counts from 0
     history: tuple[str, ...]        # lines of the last `titles` items liked before
+    shown: tuple[str, ...]          # lines of the items recommended in this session
     session: str                    # the transcript so far
-    lines: tuple[str, ...]          # lines of the last `titles` items, liked or recommended
-    vector: np.ndarray              # float32 [d], the embedding of `text`
+    text: str                       # the last `titles` lines, liked or shown: what memories are searched by
+    vector: np.ndarray              # float32 [d], the embedding of the text
     taken: tuple[int, ...]          # items liked before or recommended in this session
     top: float                      # the largest value possible: 5 at every step to the cap, discounted
     thought: str = ""               # t_n, once the planner has spoken; for the actor alone
-
-    @property
-    def text(self) -> str:
-        """The state as text: what the memories are searched by."""
-        return "\n".join(self.lines)
 
 
 class Answer(NamedTuple):
     """What a role answers, and how it came to the answer."""
     value: Any                      # thought, item, V(s) or reflection
     said: str                       # what was parsed, before grounding or clipping; "" if nothing was
-    recalled: tuple = ()            # nearest first: reflections, or pairs (item line, verdict or target)
+    recalled: tuple = ()            # reflections, candidates, or pairs (item line, target)
     malformed: int = 0              # replies that could not be parsed
     fallback: bool = False          # no reply could be parsed
     exact: bool = True              # the actor named a free item of the catalogue
@@ -242,42 +239,87 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
     return Answer(value, str(value), malformed=malformed)
 
 
+def distinct(lessons: Iterable[str], k: int) -> tuple[str, ...]:
+    """The first k lessons, without those that share more than 0.8 of their words with an earlier one."""
+    chosen: list[str] = []
+    for lesson in lessons:
+        if len(chosen) == k:
+            break
+        words = set(lesson.split())
+        shares = [len(words & set(other.split())) / len(words | set(other.split())) for other in chosen]
+        if max(shares, default=0) <= 0.8:
+            chosen.append(lesson)
+    return tuple(chosen)
+
+
 def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
-    """Macro level: the thought t_n, given the state and K reflections. Fallback: no thought."""
+    """Macro level: the thought t_n, given the state, K reflections and the category tool. Fallback: no thought."""
     recalled: tuple[Record, ...] = ()
     if config.lessons == "nearest":
-        recalled = recall(memory, state.vector, config.k_lessons)
+        recalled = recall(memory, state.vector, 4 * config.k_lessons)
     if config.lessons == "latest":
-        recalled = records(memory)[::-1][:config.k_lessons]
-    lessons = tuple(record.content for record in recalled)
-    question = prompts.render_planner(state.key.step + 1, lessons)
+        recalled = records(memory)[::-1]
+    lessons = distinct((record.content for record in recalled), config.k_lessons)
+    tastes = prompts.category_tool(state.history, state.shown, config.lately)
+    question = prompts.render_planner(state.key.step + 1, lessons, tastes, config.lately)
     answer = consult(llm, "planner", state, question, prompts.parse_planner, config, "")
     return answer._replace(recalled=lessons), memory
 
 
+def evidence(state: State, memory: Memory, config: Config) -> dict[str, Candidate]:
+    """What is remembered of each item in the states most similar to this one, by item line."""
+    items: dict[str, Candidate] = {}
+    if config.experience:
+        for record in recall(memory, state.vector, config.k_experience):
+            item = items.get(record.item, Candidate(record.item))
+            if record.content == 1:
+                items[record.item] = item._replace(encouraged=item.encouraged + 1)
+            else:
+                items[record.item] = item._replace(discouraged=item.discouraged + 1)
+    return items
+
+
+def chance(candidate: Candidate) -> float:
+    """The chance that an item is encouraged, by Laplace's rule: 1/2 for one that was never tried."""
+    return (candidate.encouraged + 1) / (candidate.encouraged + candidate.discouraged + 2)
+
+
+def shortlist(state: State, memory: Memory, catalog: Catalog, config: Config) -> tuple[Candidate, ...]:
+    """The free items that the actor is shown, each once, the most encouraged first.
+
+    They are those nearest to the thought, or to the state where there is none, and the most encouraged ones.
+    """
+    taken = () if config.repeats else state.taken
+    tastes = prompts.category_tool(state.history, state.shown, config.lately)
+    texts = prompts.query(state.thought, catalog.env.categories, tastes)
+    known = evidence(state, memory, config)
+    free = [catalog.lines[item] for item in prompts.closest(texts, catalog, taken, config.candidates)]
+    if not config.candidates:
+        excluded = {catalog.lines[item] for item in taken}
+        free = [line for line in known if line not in excluded]
+    listed = sorted((known.get(line, Candidate(line)) for line in free), key=chance, reverse=True)
+    return tuple(listed[:config.candidates or config.k_actions])
+
+
 def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog, config: Config = DEFAULT) -> Output:
-    """Micro level: the item a_n, given the thought and experience in similar states.
+    """Micro level: the item a_n, given the thought, free items and the experience with them.
 
     Fallback: the free item nearest to the thought, or else to the state.
     """
-    recalled: tuple[Record, ...] = ()
-    if config.experience:
-        recalled = recall(memory, state.vector, config.k_actions, config.tau_actor)
-    experience = tuple((record.item, record.content) for record in recalled)
-    question = prompts.render_actor(state.key.step + 1, state.thought, state.history, experience,
-                                    config.repeats)
+    listed = shortlist(state, memory, catalog, config)
+    question = prompts.render_actor(state.key.step + 1, state.thought, listed)
     answer = consult(llm, "actor", state, question, prompts.parse_actor, config, "")
     taken = () if config.repeats else state.taken
     item = None if answer.fallback else prompts.named(answer.value, catalog, taken)
     exact = item is not None
     if not exact:
         item = prompts.nearest(answer.value or state.thought or state.text, catalog, taken)
-    return answer._replace(value=item, recalled=experience, exact=exact), memory
+    return answer._replace(value=item, recalled=listed, exact=exact), memory
 
 
 def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
     """Micro level: V(s_n) in [0, state.top], given TD targets of similar states. Fallback: their mean, or 0."""
-    recalled = recall(memory, state.vector, config.k_values, config.tau_critic)
+    recalled = recall(memory, state.vector, config.k_values)
     targets = tuple((record.item, record.content) for record in recalled)
     question = prompts.render_critic(targets, config.gamma, state.top)
     mean = fsum(target for _, target in targets) / max(len(targets), 1)
@@ -333,21 +375,24 @@ def opening(catalog: Catalog, user: int, key: Key, config: Config = DEFAULT) -> 
     """The state before the first step of a session."""
     liked = [int(item) for item in catalog.env.histories[user]]
     history = tuple(catalog.lines[item] for item in liked[-config.titles:])
-    vector = catalog.embed(["\n".join(history)])[0]
+    text = "\n".join(history)
     top = discounted_return([5.0] * catalog.env.max_steps, config.gamma)
-    return State(key._replace(step=0), history, "", history, vector, tuple(liked), top)
+    return State(key._replace(step=0), history, (), "", text, catalog.embed([text])[0], tuple(liked), top)
 
 
-def advance(state: State, catalog: Catalog, step: Step, left: bool, cut: bool, config: Config) -> State:
+def advance(state: State, catalog: Catalog, step: Step, left: bool, config: Config) -> State:
     """The state after one more step. The transcript grows by one turn; nothing in it is rewritten."""
     n = state.key.step + 1
-    lines = (state.lines + (step.line,))[-config.titles:]
-    turn = prompts.turn(n, step.plan.value, step.line, step.reward, left, cut)
+    shown = state.shown + (step.line,)
+    text = "\n".join((state.history + shown)[-config.titles:])
+    replaced = not step.act.exact and not step.act.fallback
+    asked = step.act.said if replaced else ""
     return state._replace(
         key=state.key._replace(step=n),
-        session=state.session + turn,
-        lines=lines,
-        vector=catalog.embed(["\n".join(lines)])[0],
+        shown=shown,
+        session=state.session + prompts.turn(n, step.plan.value, step.line, step.reward, left, asked),
+        text=text,
+        vector=catalog.embed([text])[0],
         taken=state.taken + (step.act.value,))
 
 
@@ -362,7 +407,7 @@ def play(catalog: Catalog, world: EnvState, state: State, agent: Agent, llm: LLM
         act, _ = actor(state._replace(thought=plan.value), agent.actor, llm, catalog, config)
         world, reward, left, cut = envs.step(catalog.env, world, act.value)
         step = Step(state, plan, act, catalog.lines[act.value], float(reward))
-        state = advance(state, catalog, step, bool(left), bool(cut), config)
+        state = advance(state, catalog, step, bool(left), config)
         steps.append(step)
     return Trajectory(int(world.user), tuple(steps), state, bool(left))
 
@@ -408,7 +453,7 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
         if config.experience:
             tried = remember(tried, state.text, int(gain >= 0), state.vector, step.line)
         if config.experience and config.baseline:
-            last_line = "".join(state.lines[-1:])
+            last_line = "".join((state.history + state.shown)[-1:])
             valued = remember(valued, state.text, target, state.vector, last_line)
     if config.lessons != "none":
         reflection, lessons = reflector(trajectory, EMPTY, llm, config)

@@ -44,7 +44,7 @@ class Env(NamedTuple):
 
     `rate(users, items)` gives ratings from 1 to 5, none missing. `distance(users, a, b)` tells how
     far apart users feel the items a and b to be. Both take int arrays that broadcast together and
-    return an array of that shape. `table`, `factors` and `euclidean` make such functions.
+    return an array of that shape. `table` and `euclidean` make such functions.
     """
     name: str
     titles: tuple[str, ...]             # [m], without the year
@@ -91,13 +91,8 @@ def predict(p: Array, q: Array, offset: float, users: Array, items: Array) -> Ar
 
 
 def rounded(p: Array, q: Array, offset: float, users: Array, items: Array) -> Array:
-    """What `predict` gives, rounded and clipped to 1..5."""
+    """What `predict` gives, rounded and clipped to 1..5; `partial(rounded, p, q, offset)` rates."""
     return np.clip(np.rint(predict(p, q, offset, users, items)), 1, 5)
-
-
-def factors(p: Array, q: Array, offset: float) -> Function:
-    """A `rate` that predicts ratings from user factors p [n, k] and item factors q [m, k]."""
-    return partial(rounded, p, q, offset)
 
 
 def length_between(vectors: Array, users: Array, a: Array, b: Array) -> Array:
@@ -122,10 +117,22 @@ def reset(env: Env, user: Array) -> EnvState:
     return EnvState(user, nothing, np.zeros(user.shape, int))
 
 
+def nearest(env: Env, state: EnvState, item: Array) -> Array:
+    """float [...]: how far an item is from the nearest of the last W; infinite if there are none.
+
+    The item broadcasts with the users of the state.
+    """
+    distance = np.full(np.broadcast_shapes(state.user.shape, item.shape), np.inf)
+    for place in range(env.window):
+        other = state.recent[..., place]
+        apart = np.where(other >= 0, env.distance(state.user, other, item), np.inf)
+        distance = np.minimum(distance, apart)
+    return distance
+
+
 def leaves(env: Env, state: EnvState, item: Array, rating: Array) -> Array:
     """bool [...]: whether each user leaves at an item that he or she would give this rating."""
-    apart = env.distance(state.user[..., None], state.recent, item[..., None])
-    too_alike = ((apart < env.beta) & (state.recent >= 0)).any(-1)
+    too_alike = nearest(env, state, item) < env.beta
     disappointed = (rating < env.floor) & (state.t >= env.grace)
     return too_alike | disappointed
 
@@ -163,45 +170,27 @@ def demand(holds: bool, message: str) -> None:
 def check(env: Env) -> None:
     """Raise a ValueError of one line if the parts of a world do not fit together.
 
-    All ratings are checked if there are at most 10^7, otherwise 10^6 of them.
+    It looks at all ratings if there are at most 10^7, otherwise at those of some users.
     """
     n, m, c = len(env.histories), len(env.titles), len(env.categories)
-    demand(n > 0 and m > 0, "a world needs at least one user (histories) and one item (titles)")
+    demand(min(n, m) > 0, f"a world of {n} users (histories) and {m} items (titles)")
     demand(0 <= env.learners <= n, f"learners is {env.learners} for {n} histories")
-    d = np.shape(env.vectors)[-1] if np.ndim(env.vectors) else 0
-    for field, shape in {"years": (m,), "belongs": (m, c), "vectors": (m, d)}.items():
-        actual = np.shape(getattr(env, field))
-        demand(actual == shape, f"{field} has shape {actual} instead of {shape}")
-    demand(np.isfinite(env.vectors).all(), "vectors holds a number that is not finite")
+    demand(len(env.years) == m, f"there are {len(env.years)} years for {m} titles")
+    demand(np.shape(env.belongs) == (m, c), f"belongs does not fit {m} titles, {c} categories")
+    demand(np.shape(env.vectors)[:-1] == (m,), f"vectors does not fit {m} titles")
     for user, history in enumerate(env.histories):
-        items = np.asarray(history)
-        demand(items.ndim == 1, f"the history of user {user} is not a list of items")
-        if len(items) > 0:
-            demand(items.dtype.kind in "iu", f"the history of user {user} does not hold integers")
-            inside = items.min() >= 0 and items.max() < m
-            demand(inside, f"the history of user {user} has an item outside 0..{m - 1}")
-    check_functions(env, n, m)
-
-
-def check_functions(env: Env, n: int, m: int) -> None:
-    """Raise a ValueError of one line if `rate` or `distance` does not fit n users and m items."""
-    users, items = np.arange(n), np.arange(m)
-    if n * m > 10 ** 7:
-        rng = np.random.default_rng(0)
-        users, items = rng.integers(n, size=1000), rng.integers(m, size=1000)
+        for item in history:
+            fits = isinstance(item, (int, np.integer)) and 0 <= item < m
+            demand(fits, f"user {user} has {item!r} in the history, which is not from 0..{m - 1}")
+    users, items = np.random.default_rng(0).permutation(n)[:1 + 10 ** 7 // m], np.arange(m)
     try:
-        ratings = np.asarray(env.rate(users[:, None], items))
-        apart = np.asarray(env.distance(0, items, items[0]))
+        ratings = env.rate(users[:, None], items)
+        env.distance(0, items, 0)
     except IndexError as error:
-        raise ValueError(f"rate or distance fails for {n} users and {m} items: {error}") from None
-    demand(ratings.shape == (len(users), len(items)), f"rate gives the shape {ratings.shape}")
-    demand(apart.shape == items.shape, f"distance gives the shape {apart.shape}")
-    demand(not np.isnan(apart).any(), "a distance is not a number")
-    wrong = ~((ratings >= 1) & (ratings <= 5))          # also where a rating is not a number
-    if wrong.any():
-        row, column = np.argwhere(wrong)[0]
-        raise ValueError(f"user {users[row]} rates item {items[column]} {ratings[row, column]}, "
-                         "which is not between 1 and 5")
+        raise ValueError(f"rate or distance does not fit {n} users, {m} items: {error}") from None
+    demand(np.shape(ratings) == (len(users), m), "rate does not return the shape of its arguments")
+    wrong = ratings[~((ratings >= 1) & (ratings <= 5))]         # also what is not a number
+    demand(len(wrong) == 0, f"ratings that are not between 1 and 5: {wrong[:9]}")
 
 
 # ------------------------------------------------------- policies without a language model
@@ -243,9 +232,57 @@ def rollout(env: Env, users: Array, policy: Policy, rng: Rng) -> Rollout:
     return Rollout(items, rewards)
 
 
+def best(score: Array, allowed: Array) -> Array:
+    """int [B]: the allowed item of the highest score, the first of equals; both are [B, m]."""
+    return np.argmax(np.where(allowed, score, -np.inf), -1)
+
+
+def draw(score: Array, allowed: Array, rng: Rng) -> Array:
+    """int [B]: the allowed item of the highest score, any of equals."""
+    score = np.where(allowed, score, -np.inf)
+    equal = score == score.max(-1, keepdims=True)
+    return np.argmax(np.where(equal, rng.random(equal.shape, np.float32), -1), -1)
+
+
+def preferred(good: Array, free: Array) -> Array:
+    """bool [B, m]: the free items that are good, or all free items of a user who has none."""
+    both = good & free
+    return np.where(both.any(-1, keepdims=True), both, free)
+
+
+def with_all(env: Env, state: EnvState) -> tuple[EnvState, Array]:
+    """B sessions and all m items, shaped such that they broadcast to [B, m]."""
+    sessions = EnvState(state.user[:, None], state.recent[:, None], state.t[:, None])
+    return sessions, np.arange(len(env.titles))
+
+
 def random(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """Any free item, each as likely."""
-    return np.argmax(rng.random(free.shape, np.float32) * free, -1)
+    return draw(0, free, rng)
+
+
+# Two policies see the user's own ratings, which no real recommender knows.
+
+
+def greedy(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
+    """The free item that the user rates best, without a thought of what comes after."""
+    sessions, every = with_all(env, state)
+    return best(env.rate(sessions.user, every), free)
+
+
+def oracle(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
+    """The item that the user rates best among the free items that do not make the user leave.
+
+    It knows the rule but does not plan, so it is no proven upper bound. In practice it keeps nearly
+    everybody to the cap.
+    """
+    sessions, every = with_all(env, state)
+    ratings = env.rate(sessions.user, every)
+    stays = ~leaves(env, sessions, every, ratings)
+    return best(ratings, preferred(stays, free))
+
+
+# Two policies see the learners' ratings, and give everybody the same list.
 
 
 def popularity(env: Env) -> Array:
@@ -259,34 +296,100 @@ def popularity(env: Env) -> Array:
 
 def popular(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """The free item of most appeal [m]. `partial(popular, popularity(env))` is a `Policy`."""
-    return np.argmax(np.where(free, appeal, -np.inf), -1)
+    return best(appeal, free)
 
 
-def greedy(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
-    """The free item of the best rating now, without a thought of what comes after."""
-    ratings = env.rate(state.user[:, None], np.arange(free.shape[1]))
-    return np.argmax(np.where(free, ratings, -np.inf), -1)
+def one_list(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
+    """The free item of most appeal [m] that is not too alike. See `popular`."""
+    sessions, every = with_all(env, state)
+    different = nearest(env, sessions, every) >= env.beta
+    return best(appeal, preferred(different, free))
 
 
-def oracle(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
-    """The best rating among the free items that do not make the user leave.
+# Two policies are rules that see categories, not ratings.
 
-    If all do, it takes the first free item. For films with the default rule this is an upper bound
-    in practice, which is not proven.
+
+def shared(env: Env, state: EnvState) -> Array:
+    """float [B, m]: how many of each item's categories the last W items have among them."""
+    recent = env.belongs[state.recent] & (state.recent >= 0)[..., None]
+    return recent.any(1).astype(np.float32) @ env.belongs.T
+
+
+def mean_liked(rows: Array, env: Env, users: Array) -> Array:
+    """float32 [B, k]: the mean, over each user's history, of the items' rows [m, k]."""
+    means = np.zeros((len(users), rows.shape[1]), np.float32)
+    for place, user in enumerate(users):
+        liked = rows[np.asarray(env.histories[user], int)]
+        means[place] = liked.sum(0) / max(len(liked), 1)
+    return means
+
+
+def affinity(env: Env, state: EnvState) -> Array:
+    """float [B, m]: how common an item's categories are in the user's history, on average."""
+    sizes = np.maximum(env.belongs.sum(1), 1)
+    return mean_liked(env.belongs, env, state.user) @ env.belongs.T / sizes
+
+
+def varied(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
+    """Any free item that shares no category with the last W; any free item if there is none."""
+    return draw(0, preferred(shared(env, state) == 0, free), rng)
+
+
+def common_sense(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
+    """The item of the highest affinity among those that `varied` draws from."""
+    allowed = preferred(shared(env, state) == 0, free)
+    return draw(affinity(env, state), allowed, rng)
+
+
+# ------------------------------------ policies that learn: a bandit, and an actor and critic
+
+
+def staying(stay: Array, state: EnvState, free: Array) -> tuple[EnvState, Array]:
+    """The sessions that go on, and what is free in them, by a mask [B]."""
+    return EnvState(state.user[stay], state.recent[stay], state.t[stay]), free[stay]
+
+
+def features(env: Env, state: EnvState) -> Array:
+    """float [B, m, 4]: distance to the nearest of the last W, shared categories, affinity, 1."""
+    sessions, every = with_all(env, state)
+    # the distance is infinite at the first step, and beta is its unit in this world
+    apart = np.minimum(nearest(env, sessions, every), 2 * env.beta)
+    return np.stack([apart, shared(env, state), affinity(env, state), np.ones_like(apart)], -1)
+
+
+def bandit(weights: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
+    """The free item of the highest predicted reward. `partial(bandit, weights)` is a `Policy`."""
+    return draw(features(env, state) @ weights, free, rng)
+
+
+def learn_bandit(env: Env, episodes: int, seed: int = 0, epsilon: float = 0.1) -> Policy:
+    """A linear contextual bandit: ridge regression of the next reward on `features`, penalty 1.
+
+    It learns from the rewards of its own episodes and does not look ahead. Learners take turns, in
+    100 rounds of episodes. A random item is recommended at a rate of epsilon.
     """
-    every, best = np.arange(free.shape[1]), []
-    # one user at a time, because all their distances at once would need much memory
-    for user, recent, t, free_items in zip(*state, free):
-        ratings = env.rate(user, every)
-        left = leaves(env, EnvState(user, recent, t), every, ratings)
-        best.append(np.argmax(np.where(free_items & ~left, 1 + ratings, free_items)))
-    return np.array(best)
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(6,)))
+    turns = np.resize(rng.permutation(env.learners), episodes)
+    gram, moment = np.eye(4), np.zeros(4)
+    for users in np.array_split(turns, 100):
+        state, free = reset(env, users), unseen(env, users)
+        while len(free) > 0:
+            x = features(env, state)
+            predicted = x @ np.linalg.solve(gram, moment)
+            explores = rng.random((len(x), 1)) < epsilon
+            item = draw(np.where(explores, 0, predicted), free, rng)
+            state, reward, left, cut = step(env, state, item)
+            rows = np.arange(len(x))
+            chosen = x[rows, item]
+            gram = gram + chosen.T @ chosen
+            moment = moment + reward @ chosen
+            free[rows, item] = False
+            state, free = staying(~(left | cut), state, free)
+    return partial(bandit, np.linalg.solve(gram, moment))
 
 
-# ----------------------------------------------------- a policy that learns: actor and critic
-
-CHOICES = 48        # items that the learner chooses among at a step; a 16th of all if that is more
-ENTROPY = 0.05      # weight of the learner's bonus for keeping its choices open
+CHOICES = 64        # items the actor-critic chooses among while it learns; m / 16 if that is more
+ENTROPY = 0.05      # weight of the actor's bonus for keeping its choices open
 
 
 class Weights(NamedTuple):
@@ -294,130 +397,112 @@ class Weights(NamedTuple):
 
     It sees a session as x = [mean vector of the history, sum of the last W vectors, 1].
     """
-    match: Array                        # float32 [2d + 1, d]: x @ match is the vector that fits
-    appeal: Array                       # float32 [m]: of each item, to anyone
-    value: Array                        # float32 [2d + 1]: V(s) = x @ value
+    match: Array                        # [2d + 1, d]: x @ match is the vector that fits
+    appeal: Array                       # [m]: of each item, to anyone
+    value: Array                        # [2d + 1]: V(s) = x @ value
 
 
-def tastes(env: Env, users: Array) -> Array:
-    """float32 [B, d]: the mean vector of each user's history."""
-    means = np.zeros((len(users), env.vectors.shape[1]), np.float32)
-    for row, user in enumerate(users):
-        vectors = env.vectors[np.asarray(env.histories[user], int)]
-        means[row] = vectors.sum(0) / max(len(vectors), 1)
-    return means
+def unpack(theta: Array, env: Env) -> Weights:
+    """The weights that are learnt as one vector."""
+    m, d = env.vectors.shape
+    size = (2 * d + 1) * d
+    return Weights(theta[:size].reshape(-1, d), theta[size:size + m], theta[size + m:])
 
 
 def observe(env: Env, state: EnvState, taste: Array) -> Array:
-    """float32 [B, 2d + 1]: x of each session, given the users' tastes [B, d]."""
-    filled = (state.recent >= 0)[..., None]
-    recent = (env.vectors.take(state.recent, 0) * filled).sum(1)
-    one = np.ones((len(taste), 1), np.float32)
-    return np.hstack([taste, recent, one])
+    """float32 [B, 2d + 1]: x of each session, given the tastes [n, d] of all users."""
+    recent = env.vectors[state.recent] * (state.recent >= 0)[..., None]
+    one = np.ones((len(recent), 1), np.float32)
+    return np.hstack([taste[state.user], recent.sum(1), one])
 
 
-def logits(env: Env, weights: Weights, x: Array, items: Array, free: Array) -> Array:
-    """float32 [B, c]: how well c items fit each session; free [B, c] tells which may be taken."""
+def log_chances(env: Env, weights: Weights, x: Array, items: Array, free: Array) -> Array:
+    """float [B, k]: the logarithm of the chance that the actor takes each of k items.
+
+    free [B, k] tells which it may take.
+    """
     fit = x @ weights.match @ env.vectors[items].T + weights.appeal[items]
-    return np.where(free, fit, np.float32(-1e6))
-
-
-def sample(fit: Array, rng: Rng) -> tuple[Array, Array]:
-    """From logits [B, c]: logarithms of the softmax [B, c], and a draw from each row [B]."""
-    shifted = fit - fit.max(1, keepdims=True)
-    log = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    ladder = np.cumsum(np.exp(log), 1)
-    draw = rng.random((len(fit), 1), np.float32) * ladder[:, -1:]
-    return log, np.argmax(ladder > draw, 1)
+    fit = np.where(free, fit, -1e6)
+    fit = fit - fit.max(1, keepdims=True)
+    return fit - np.log(np.exp(fit).sum(1, keepdims=True))
 
 
 def gradient(env: Env, x: Array, items: Array, log: Array, pick: Array,
-             advantage: Array) -> Weights:
+             advantage: Array) -> Array:
     """The slope, uphill, of the sum over B sessions of advantage * log[pick] + ENTROPY * entropy.
 
-    For `value` it is the slope, downhill, of half the critic's squared error with the target fixed.
+    It is a vector as `unpack` takes it. For `value` it is the slope, downhill, of half the critic's
+    squared error with the target fixed.
     """
     chance = np.exp(log)
     entropy = -(chance * log).sum(1, keepdims=True)
     slope = -chance * (advantage[:, None] + ENTROPY * (log + entropy))
     slope[np.arange(len(x)), pick] += advantage
-    appeal = np.zeros(len(env.titles), np.float32)
+    appeal = np.zeros(len(env.titles))
     appeal[items] = slope.sum(0)
     match = x.T @ slope @ env.vectors[items]
-    return Weights(match, appeal, advantage @ x)
+    return np.concatenate([match.ravel(), appeal, advantage @ x])
 
 
-def adagrad(weights: Weights, squares: Weights, slope: Weights, pace: float) -> list[Weights]:
-    """One step uphill: the new weights and their sums of squared slopes."""
-    moved, sums = [], []
-    for weight, square, g in zip(weights, squares, slope):
-        square = square + g * g
-        moved.append(weight + pace * g / np.sqrt(square))
-        sums.append(square)
-    return [Weights(*moved), Weights(*sums)]
-
-
-def learn_round(env: Env, users: Array, learnt: list[Weights], gamma: float, pace: float,
-                rng: Rng) -> list[Weights]:
-    """Play an episode of each of B users, side by side until all are over; learn at every step.
-
-    What is learnt are the weights and, for Adagrad, their sums of squared slopes.
-    """
-    m = len(env.titles)
-    choices = min(m, max(CHOICES, m // 16))
-    state = reset(env, users)
-    free = unseen(env, users)
-    taste = tastes(env, users)
+def a2c(weights: Weights, taste: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
+    """The free item that fits best. `partial(a2c, weights, taste)` is a `Policy`."""
     x = observe(env, state, taste)
-    while len(x) > 0:
-        weights = learnt[0]
-        items = rng.choice(m, choices, replace=False)
-        log, pick = sample(logits(env, weights, x, items, free[:, items]), rng)
-        item = items[pick]
-        state, reward, left, cut = step(env, state, item)
-        after = observe(env, state, taste)
-        target = reward + gamma * (after @ weights.value) * ~left
-        advantage = (target - x @ weights.value).astype(np.float32)
-        learnt = adagrad(*learnt, gradient(env, x, items, log, pick, advantage), pace)
-        free[np.arange(len(x)), item] = False
-        stay = ~(left | cut)
-        state = EnvState(*(field[stay] for field in state))
-        x, free, taste = after[stay], free[stay], taste[stay]
-    return learnt
-
-
-def a2c(weights: Weights, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
-    """The free item that fits best. `partial(a2c, weights)` is a `Policy`."""
-    x = observe(env, state, tastes(env, state.user))
-    return np.argmax(logits(env, weights, x, np.arange(free.shape[1]), free), -1)
+    return best(log_chances(env, weights, x, np.arange(free.shape[1]), free), free)
 
 
 def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5,
               pace: float = 0.3) -> Policy:
-    """Advantage actor-critic, trained in 200 rounds of episodes of learners, taken in turn."""
+    """Advantage actor-critic. Learners take turns, in 200 rounds of episodes side by side.
+
+    It learns at every step, by Adagrad: a weight moves less where its slopes have been steep.
+    """
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(3,)))
     m, d = env.vectors.shape
-    shapes = (2 * d + 1, d), m, 2 * d + 1
-    weights = Weights(*(np.zeros(shape, np.float32) for shape in shapes))
-    learnt = [weights, Weights(*(w + np.float32(1e-6) for w in weights))]
+    taste = mean_liked(env.vectors, env, np.arange(len(env.histories)))
+    theta = np.zeros((2 * d + 1) * (d + 1) + m)
+    choices = min(m, max(CHOICES, m // 16))
+    squares = theta + 1e-6
     turns = np.resize(rng.permutation(env.learners), episodes)
-    size = max(1, episodes // 200)
-    for first in range(0, episodes, size):
-        learnt = learn_round(env, turns[first:first + size], learnt, gamma, pace, rng)
-    return partial(a2c, learnt[0])
+    for users in np.array_split(turns, 200):
+        state, free = reset(env, users), unseen(env, users)
+        while len(free) > 0:
+            weights, x = unpack(theta, env), observe(env, state, taste)
+            items = rng.choice(m, choices, replace=False)
+            log = log_chances(env, weights, x, items, free[:, items])
+            pick = np.argmax(log + rng.gumbel(size=log.shape), 1)       # draws by these chances
+            state, reward, left, cut = step(env, state, items[pick])
+            after = observe(env, state, taste)
+            target = reward + gamma * (after @ weights.value) * ~left
+            advantage = target - x @ weights.value
+            slope = gradient(env, x, items, log, pick, advantage)
+            squares = squares + slope ** 2
+            theta = theta + pace * slope / np.sqrt(squares)
+            free[np.arange(len(free)), items[pick]] = False
+            state, free = staying(~(left | cut), state, free)
+    return partial(a2c, unpack(theta, env), taste)
 
 
-POLICIES = ("random", "popular", "greedy", "oracle", "a2c")
+POLICIES = ("random", "popular", "greedy", "varied", "common-sense", "one-list", "bandit", "a2c",
+            "oracle")
 
 
 def policy_named(name: str, env: Env, episodes: int = 0, seed: int = 0,
                  gamma: float = 0.5) -> Policy:
-    """The policy of a name in POLICIES. Only a2c learns and uses the last three arguments."""
+    """The policy of a name in POLICIES.
+
+    Only bandit and a2c learn, from so many episodes. Only a2c has a discount gamma.
+    """
     if name == "popular":
         return partial(popular, popularity(env))
+    if name == "one-list":
+        return partial(one_list, popularity(env))
+    if name == "bandit":
+        return learn_bandit(env, episodes, seed)
     if name == "a2c":
         return learn_a2c(env, episodes, seed, gamma)
-    return {"random": random, "greedy": greedy, "oracle": oracle}[name]
+    ready = {"random": random, "greedy": greedy, "varied": varied, "common-sense": common_sense,
+             "oracle": oracle}
+    return ready[name]
 
 
 # ------------------------------------------------------------------------------------ metrics
@@ -462,10 +547,8 @@ def bootstrap(figure: Callable[..., Array], *samples: Array,
 def metrics(after: Array, before: Array | None = None) -> dict[str, list[float]]:
     """[mean, low, high] of Len, R_each and R_traj of scores [S, N, 2], or of their gains."""
     if before is None:
-        intervals = bootstrap(totals, after)
-    else:
-        intervals = bootstrap(gains, after, before)
-    return dict(zip(METRICS, intervals))
+        return dict(zip(METRICS, bootstrap(totals, after)))
+    return dict(zip(METRICS, bootstrap(gains, after, before)))
 
 
 # ---------------------------------------------------------------------------- the films world
@@ -556,15 +639,15 @@ def labels(tags: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], Array]:
 def films(seed: int = 0, users: int = 1000) -> Env:
     """The embedded default: 200 well-known films, and users whose tastes are drawn from `seed`.
 
-    Titles, years and categories are facts. Ratings are made up: how much a user, who is near one of
-    six archetypes, cares for the film's categories, plus the film's general appeal, plus noise,
-    rounded to 1..5. Films feel alike when they share categories, rare ones more so. Half the users
-    learn.
+    Titles, years and categories are facts; ratings are made up. A rating is mostly taste: how much
+    the user likes the film's categories, which is in part shared with one of six archetypes. Then
+    comes the film's general appeal, then noise. Two films are too alike when they share about half
+    of their categories or more, which is about one pair in 25. Half of the users learn.
     """
     rows = re.findall(r"(.+?) (\d{4}) ([A-Z]+)(?:;\s+|$)", FILMS.strip())
     titles, years, codes = zip(*rows)
     categories, belongs = labels([[CODES[letter] for letter in letters] for letters in codes])
-    rarity = np.sqrt(np.log(len(titles) / belongs.sum(0)))
+    rarity = np.sqrt(np.log(len(titles) / belongs.sum(0)))      # a rare category counts for more
     vectors = unit(belongs * rarity).astype(np.float32)
 
     # archetypes and appeal are the same for every seed
@@ -574,11 +657,10 @@ def films(seed: int = 0, users: int = 1000) -> Env:
 
     rng = np.random.default_rng(np.random.SeedSequence(seed))
     taste = archetypes[rng.integers(6, size=users)]
-    taste = taste + 0.5 * rng.normal(size=taste.shape)
+    taste = taste + 0.8 * rng.normal(size=taste.shape)
     liking = taste @ (belongs / np.sqrt(belongs.sum(1, keepdims=True))).T
     noise = 0.5 * rng.normal(size=liking.shape)
-    ratings = 5 + 1.5 * liking + 2 * appeal + noise
-    ratings = np.clip(np.rint(ratings), 1, 5)
+    ratings = np.clip(np.rint(3.8 + 2 * liking + 0.8 * appeal + noise), 1, 5)
 
     # ten films drawn without replacement; one more point makes a film e times likelier
     order = np.argsort(-(ratings + rng.gumbel(size=ratings.shape)), 1)
@@ -587,49 +669,14 @@ def films(seed: int = 0, users: int = 1000) -> Env:
         categories=categories, belongs=belongs, vectors=vectors,
         rate=table(ratings.astype(np.int8)),
         distance=euclidean(vectors),
-        histories=tuple(order[:, :10]), learners=users // 2, beta=1.1)
-
-
-# --------------------------------------------------- data files: finding and reading them
-
-GROUPLENS = "whole copies are at grouplens.org/datasets/movielens"
-AUTHORS = "whole copies are in the authors' repository, github.com/jizhi-zhang/BiLLP"
-OWN_DATA = "the README tells what the two files hold"
-
-
-class BadData(ValueError):
-    """A data file is missing or malformed; one line names the file, the place and a remedy."""
-
-
-def find(path: Location, names: Sequence[str], advice: str, world: str = "") -> Path:
-    """The file of the first of these names that occurs in a folder or below it.
-
-    Of several such files it takes one in a folder named as the world, then the least deep one.
-    """
-    folder = Path(path).expanduser()
-    for name in names:
-        files = [file for file in folder.rglob(name) if file.is_file()]
-        if files:
-            return min(files, key=lambda file: (world not in file.parts, len(file.parts), file))
-    raise BadData(f"{folder}: no {' or '.join(names)} there or below; {advice}")
-
-
-@contextmanager
-def blaming(file: Path, advice: str) -> Iterator[None]:
-    """Turn whatever fails inside into one line that names the file and gives the advice."""
-    try:
-        yield
-    except Exception as error:      # damaged files make csv, json, numpy and pickle raise all sorts
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        if isinstance(error, KeyError):
-            reason = f"no key {reason}"
-        raise BadData(f"{file}: {reason}; {advice}") from None
+        histories=tuple(order[:, :10]), learners=users // 2, beta=0.9)
 
 
 # ------------------------------------------------ data files: ratings, from MovieLens or anybody
 
+ADVICE = ("the README tells what the files hold; whole copies of MovieLens are at "
+          "grouplens.org/datasets/movielens")
 LISTS = ("items.csv", "movies.csv", "movie.csv", "movies.dat")
-RATINGS = {".csv": ("ratings.csv", "rating.csv"), ".dat": ("ratings.dat",)}
 HEADERS = {"movies.dat": ["movieId", "title", "genres"],                # .dat files have no header
            "ratings.dat": ["userId", "movieId", "rating", "timestamp"]}
 ALIASES = {"item": "itemid item movieid filmid bookid productid id",
@@ -643,6 +690,31 @@ NO_TAG = ("", "unknown", "(no genres listed)")
 ARTICLE = r"^([^(]*), (The|A|An|Les?|La|L'|Il|El|Los|Las|Das|Der|Die|Une?)(?= \(|$)"
 MANY = 10 ** 6      # more ratings than this take a while
 Notice = Callable[[str], None]      # takes a line for the person who waits
+
+
+class BadData(ValueError):
+    """A data file is missing or malformed; one line names the file, the place and a remedy."""
+
+
+@contextmanager
+def reading(path: Location, names: Sequence[str], advice: str, world: str = "") -> Iterator[Path]:
+    """A file of one of these names in a folder or below it; whatever fails inside is blamed on it.
+
+    Of several it takes one in a folder named as the world, then the least deep, then by name.
+    """
+    folder = Path(path).expanduser()
+    files = [file for name in names for file in folder.rglob(name) if file.is_file()]
+    if not files:
+        raise BadData(f"{folder}: no {' or '.join(names)} there or below; {advice}")
+    # of equals min takes the first, and files are in the order of names
+    file = min(files, key=lambda file: (world not in file.parts, len(file.parts)))
+    try:
+        yield file
+    except Exception as error:      # damaged files make csv, json, numpy and pickle raise all sorts
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, KeyError):
+            reason = f"no key {reason}"
+        raise BadData(f"{file}: {reason}; {advice}") from None
 
 
 def silent(text: str) -> None:
@@ -660,52 +732,50 @@ def encoding(file: Path) -> str:
     return "utf-8-sig"
 
 
-def split_lines(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line number, fields) of each line of a csv or .dat file that is not empty."""
-    with file.open(encoding=encoding(file), newline="") as stream:
-        if file.suffix == ".dat":
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield number, line.rstrip("\r\n").split("::")
-            return
-        rows = csv.reader(stream, strict=True)
-        try:
-            for fields in rows:
-                if any(fields):
-                    yield rows.line_num, fields
-        except csv.Error as error:
-            raise ValueError(f"line {rows.line_num}: {error}") from None
+def columns(header: Sequence[str]) -> dict[str, int]:
+    """The places of the columns in a header, by any alias, case and punctuation.
 
-
-def column(header: list[str], name: str) -> int:
-    """The place of a column in a header, by any alias, case and punctuation; -1 if there is none.
-
-    >>> column(["Title", "Movie_ID"], "item"), column(["Title"], "year")
-    (1, -1)
+    >>> columns(["Title", "Movie_ID"])
+    {'item': 1, 'title': 0}
     """
-    plain = [re.sub(r"[\W_]", "", title).lower() for title in header]
-    for alias in ALIASES[name].split():
-        if alias in plain:
-            return plain.index(alias)
-    return -1
+    plain = [re.sub(r"[\W_]", "", text).lower() for text in header]
+    places = {}
+    for name, aliases in ALIASES.items():
+        for alias in aliases.split():
+            if alias in plain and name not in places:
+                places[name] = plain.index(alias)
+    return places
 
 
-def read_columns(file: Path, needed: str, optional: str) -> Iterator[tuple[int, list[str]]]:
-    """(line number, texts of the needed and optional columns) of each row; "" if there is none."""
-    lines = split_lines(file)
-    header = HEADERS.get(file.name)
-    if header is None:
-        _, header = next(lines, (1, [""]))
-    places = [column(header, name) for name in (needed + " " + optional).split()]
-    start = ",".join(header)[:80]
-    for name in needed.split():
-        names = ALIASES[name].replace(" ", " or ")
-        demand(column(header, name) >= 0, f"line 1: the header {start!r} has no column {names}")
-    for number, fields in lines:
-        fit = len(fields) == len(header)
-        demand(fit, f"line {number}: {len(fields)} fields where the header has {len(header)}")
-        fields.append("")           # where the place -1 of a missing column points
-        yield number, [fields[place].strip() for place in places]
+Row = dict[str, str]                # the texts of a line by the names in ALIASES
+
+
+def read_rows(file: Path, needed: str, parse: Callable[[Row], Any],
+              notice: Notice = silent) -> Iterator[Any]:
+    """parse(row) of each line of a csv or .dat file that is not empty.
+
+    A ValueError names the line.
+    """
+    with file.open(encoding=encoding(file), newline="") as stream:
+        lines = csv.reader(stream, strict=True)
+        if file.suffix == ".dat":
+            tabbed = (line.replace("::", "\t") for line in stream)
+            lines = csv.reader(tabbed, delimiter="\t", quoting=csv.QUOTE_NONE)
+        try:
+            header = HEADERS.get(file.name) or next(lines, [])
+            places = columns(header)
+            for name in needed.split():
+                demand(name in places, f"no column for the {name} ({ALIASES[name]}) in the header "
+                                       + repr(",".join(header)[:80]))
+            for fields in lines:
+                if lines.line_num == MANY:
+                    notice(f"{file} has a million lines or more: reading and fitting takes a while")
+                if any(fields):
+                    if len(fields) != len(header):
+                        raise ValueError(f"{len(fields)} fields instead of {len(header)}")
+                    yield parse({name: fields[place].strip() for name, place in places.items()})
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"line {lines.line_num}: {error}") from None
 
 
 class Item(NamedTuple):
@@ -728,19 +798,16 @@ def split_title(text: str) -> tuple[str, int | None]:
     return title, int(year) if year else None
 
 
-def read_items(file: Path) -> dict[str, Item]:
-    """The items by their ids, in the order of the file."""
-    items = {}
-    for number, (key, text, date, tags) in read_columns(file, "item title", "year categories"):
-        demand(key != "" and text != "", f"line {number}: an item without id or title")
-        demand(key not in items, f"line {number}: item {key} is listed twice")
-        title, year = split_title(text)
-        digits = re.search(r"\d{4}", date)
-        if digits:
-            year = int(digits.group())
-        names = [tag.strip() for tag in tags.split("|")]
-        items[key] = Item(title, year, [tag for tag in names if tag not in NO_TAG])
-    return items
+def parse_item(items: dict[str, Item], row: Row) -> tuple[str, Item]:
+    """The id of an item, and the item, which must not be among items."""
+    demand(row["item"] != "" and row["title"] != "", "an item without id or title")
+    demand(row["item"] not in items, f"item {row['item']} is listed twice")
+    title, year = split_title(row["title"])
+    digits = re.search(r"\d{4}", row.get("year", ""))
+    if digits:
+        year = int(digits.group())
+    names = [name.strip() for name in row.get("categories", "").split("|")]
+    return row["item"], Item(title, year, [name for name in names if name not in NO_TAG])
 
 
 def seconds(text: str) -> float:
@@ -751,30 +818,24 @@ def seconds(text: str) -> float:
         return datetime.fromisoformat(text).timestamp()
 
 
-def parse_ratings(file: Path, items: dict[str, Item], notice: Notice) -> Iterator[tuple]:
-    """(user, item, rating, time) of each row; users are numbered as they come."""
-    users, places = {}, {key: place for place, key in enumerate(items)}
-    rows = read_columns(file, "user item rating", "time")
-    for count, (number, texts) in enumerate(rows, 1):
-        user, item, rating, time = texts
-        demand(user != "", f"line {number}: a rating without user")
-        demand(item in places, f"line {number}: item {item} is not in the list of items")
-        if count == MANY:
-            notice(f"{file} has a million ratings or more: reading and fitting takes a while")
-        try:
-            value, when = float(rating), seconds(time)
-        except ValueError:
-            raise ValueError(f"line {number}: the rating {rating!r} is not a number or "
-                             f"the time {time!r} is not a time") from None
-        demand(np.isfinite(value), f"line {number}: the rating {rating} is not finite")
-        yield users.setdefault(user, len(users)), places[item], value, when
+# a log is an array [N] of such records
+LOG = [("user", int), ("item", int), ("rating", float), ("time", float)]
 
 
-class Log(NamedTuple):
-    """Ratings, sorted by user and then by time; all [N]."""
-    users: Array                        # int
-    items: Array                        # int
-    ratings: Array                      # float32
+def parse_rating(users: dict[str, int], items: dict[str, int], row: Row) -> tuple:
+    """The values of one record of a LOG, given the numbers of ids.
+
+    A new user gets the next number.
+    """
+    rating = float(row["rating"])
+    if not abs(rating) < np.inf:
+        raise ValueError(f"the rating {rating} is not finite")
+    if row["user"] == "":
+        raise ValueError("a rating without user")
+    if row["item"] not in items:
+        raise ValueError(f"item {row['item']} is not in the list of items")
+    user = users.setdefault(row["user"], len(users))
+    return user, items[row["item"]], rating, seconds(row.get("time", ""))
 
 
 def rescaled(ratings: Array) -> tuple[Array, str]:
@@ -789,22 +850,6 @@ def rescaled(ratings: Array) -> tuple[Array, str]:
     demand(low < high, f"every rating is {low:g}")
     mapped = 1 + 4 * (ratings - low) / (high - low)
     return mapped, f", mapped linearly from {low:g}..{high:g} onto 1..5"
-
-
-def read_log(file: Path, items: dict[str, Item], notice: Notice) -> tuple[Log, str]:
-    """The ratings of a file, and how they were mapped."""
-    rows = np.fromiter(parse_ratings(file, items, notice), np.dtype((float, 4)))
-    users, places, ratings, times = rows.T
-    demand(users.any(), "fewer than two users")
-    ratings, mapping = rescaled(ratings)
-    order = np.lexsort((times, users))
-    log = Log(users.astype(int), places.astype(int), ratings.astype(np.float32))
-    return rows_of(log, order), mapping
-
-
-def rows_of(log: Log, rows: Array) -> Log:
-    """Part of a log, by numbers of rows or a mask."""
-    return Log(log.users[rows], log.items[rows], log.ratings[rows])
 
 
 def groups(keys: Array) -> list[Array]:
@@ -835,10 +880,10 @@ class Model(NamedTuple):
     offset: float
 
 
-def als(log: Log, n: int, m: int, rank: int, sweeps: int = 10) -> Model:
+def als(log: Array, n: int, m: int, rank: int, sweeps: int = 10) -> Model:
     """Alternating least squares: a rating is offset + user's bias + item's bias + p . q."""
-    users, items, offset = log.users, log.items, log.ratings.mean()
-    ratings = log.ratings - offset
+    users, items, offset = log["user"], log["item"], log["rating"].mean()
+    ratings = log["rating"] - offset
     q = 0.1 * np.random.default_rng(0).standard_normal((m, rank + 1), np.float32)
     q[:, rank] = 0
     for _ in range(sweeps):
@@ -847,33 +892,35 @@ def als(log: Log, n: int, m: int, rank: int, sweeps: int = 10) -> Model:
     return Model(np.insert(p, rank + 1, 1, 1), np.insert(q, rank, 1, 1), float(offset))
 
 
-def rmse(model: Model, log: Log) -> float:
+def rmse(model: Model, log: Array) -> float:
     """The root of the mean squared error of the predicted ratings; 0 if there are none."""
-    errors = predict(*model, log.users, log.items) - log.ratings
+    errors = predict(*model, log["user"], log["item"]) - log["rating"]
     return np.sqrt(np.square(errors).sum() / max(len(errors), 1))
 
 
-def liked(log: Log) -> tuple[Array, ...]:
+def liked(log: Array) -> tuple[Array, ...]:
     """Each user's history: the last 20 items rated 4 or more, or else the last 20 rated best."""
     histories = []
-    for own in groups(log.users):
-        ratings = log.ratings[own]
+    for own in groups(log["user"]):
+        ratings = log["rating"][own]
         good = ratings >= min(4, ratings.max())
-        histories.append(log.items[own][good][-20:])
+        histories.append(log["item"][own][good][-20:])
     return tuple(histories)
 
 
-def fitted_world(name: str, items: Sequence[Item], log: Log, mapping: str, seed: int) -> Env:
+def fitted_world(items: Sequence[Item], log: Array, n: int, seed: int) -> Env:
     """A world whose ratings `als` predicts. `about` has its error on a tenth that it has not seen.
 
     Item vectors are item factors scaled to length 1; `beta` is the 0.2 quantile of their distances.
     Half of the users, drawn by `seed`, learn.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(5,)))
-    n, m, size = log.users.max() + 1, len(items), len(log.users)
-    log = log._replace(users=rng.permutation(n)[log.users])
+    m, size = len(items), len(log)
+    log = log[np.lexsort((log["time"], log["user"]))]
+    log["rating"], mapping = rescaled(log["rating"])
+    log["user"] = rng.permutation(n)[log["user"]]
     held_out = rng.permutation(size) < size // 10
-    train, test = rows_of(log, ~held_out), rows_of(log, held_out)
+    train, test = log[~held_out], log[held_out]
     model, biases = als(train, n, m, 12), als(train, n, m, 0)
     vectors = unit(model.q[:, :12])
     a, b = rng.integers(m, size=(2, 100_000))
@@ -883,22 +930,11 @@ def fitted_world(name: str, items: Sequence[Item], log: Log, mapping: str, seed:
     titles, years, tags = zip(*items)
     categories, belongs = labels(tags)
     return Env(
-        name=name, titles=titles, years=years,
+        name="csv", titles=titles, years=years,
         categories=categories, belongs=belongs, vectors=vectors,
-        rate=factors(*model),
+        rate=partial(rounded, *model),
         distance=euclidean(vectors),
         histories=liked(log), learners=n // 2, beta=float(beta), about=about)
-
-
-def read_ratings(name: str, path: Location, seed: int, notice: Notice, advice: str) -> Env:
-    """The world of a list of items and a file of ratings beside it."""
-    file = find(path, LISTS, advice)
-    with blaming(file, advice):
-        items = read_items(file)
-    file = find(file.parent, RATINGS[file.suffix], advice)
-    with blaming(file, advice):
-        log, mapping = read_log(file, items, notice)
-    return fitted_world(name, list(items.values()), log, mapping, seed)
 
 
 def ratings_folder(path: Location, seed: int = 0, notice: Notice = silent) -> Env:
@@ -908,15 +944,27 @@ def ratings_folder(path: Location, seed: int = 0, notice: Notice = silent) -> En
     item, rating, optional time. The header names the columns by any of ALIASES, in any order; other
     columns are ignored. Ids are any text. Ratings of another scale are mapped: see `rescaled`.
     """
-    return read_ratings("csv", path, seed, notice, OWN_DATA)
+    items, users = {}, {}
+    with reading(path, LISTS, ADVICE) as file:
+        for key, item in read_rows(file, "item title", partial(parse_item, items), notice):
+            items[key] = item
+    numbers = {key: number for number, key in enumerate(items)}
+    names = ["ratings" + file.suffix, "rating" + file.suffix]
+    with reading(file.parent, names, ADVICE) as file:
+        parse = partial(parse_rating, users, numbers)
+        log = np.fromiter(read_rows(file, "user item rating", parse, notice), LOG)
+        demand(len(users) > 1, "fewer than two users")
+        return fitted_world(list(items.values()), log, len(users), seed)
 
 
 def movielens(path: Location, seed: int = 0, notice: Notice = silent) -> Env:
     """The world of a folder as GroupLens ships it: csv files, or .dat files (ml-1m and ml-10M)."""
-    return read_ratings("movielens", path, seed, notice, GROUPLENS)
+    return ratings_folder(path, seed, notice)._replace(name="movielens")
 
 
 # ------------------------------------------------------- data files: the authors' two worlds
+
+AUTHORS = "whole copies are in the authors' repository, github.com/jizhi-zhang/BiLLP"
 
 
 class ArraysOnly(pickle.Unpickler):
@@ -931,70 +979,75 @@ class ArraysOnly(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_matrix(path: Location, name: str, world: str) -> Array:
-    """One matrix of finite numbers: .npy stays on disk, memory-mapped; a pickle is loaded."""
-    file = find(path, [name], AUTHORS, world)
-    with blaming(file, AUTHORS):
-        if file.suffix == ".npy":
-            matrix = np.load(file, "r", allow_pickle=False)
-        else:
-            with file.open("rb") as stream:
-                matrix = ArraysOnly(stream).load()
-        numeric = isinstance(matrix, np.ndarray) and matrix.dtype.kind in "iuf"
-        fit = numeric and matrix.ndim == 2 and np.isfinite(matrix).all()
-        demand(fit, "it does not hold one matrix of finite numbers")
-        return matrix
+def load(file: Path) -> Any:
+    """What a .json file holds, or the finite matrix of a .npy file (memory-mapped) or a pickle."""
+    if file.suffix == ".json":
+        return json.loads(file.read_bytes())
+    if file.suffix == ".npy":
+        matrix = np.load(file, "r", allow_pickle=False)
+    else:
+        with file.open("rb") as stream:
+            matrix = ArraysOnly(stream).load()
+    numeric = isinstance(matrix, np.ndarray) and matrix.dtype.kind in "iuf"
+    fit = numeric and matrix.ndim == 2 and np.isfinite(matrix).all()
+    demand(fit, "it does not hold one matrix of finite numbers")
+    return matrix
 
 
-def read_titles(path: Location, world: str, count: int) -> tuple[str, ...]:
-    """The titles of the items 0..count - 1."""
-    file = find(path, ["datamaps.json"], AUTHORS, world)
-    with blaming(file, AUTHORS):
-        names = json.loads(file.read_text("utf-8"))["id2item_dict"]
-        return tuple(html.unescape(names[str(item)]) for item in range(count))
+@contextmanager
+def content(path: Location, name: str, world: str) -> Iterator[Any]:
+    """What a file of a world holds. The file is blamed for whatever fails inside."""
+    with reading(path, [name], AUTHORS, world) as file:
+        yield load(file)
 
 
-def read_genres(path: Location, world: str, titles: Sequence[str]) -> list[list[str]]:
-    """The genres of each title; the file writes each list as Python source."""
-    file = find(path, ["list_genre.json"], AUTHORS, world)
-    with blaming(file, AUTHORS):
-        sources = json.loads(file.read_text("utf-8"))
-        by_title = {html.unescape(title): source for title, source in sources.items()}
-        lists = [ast.literal_eval(by_title.get(title, "[]")) for title in titles]
-        return [[str(genre) for genre in genres] for genres in lists]
+def history_of(titles: Sequence[str], index: dict[str, int]) -> Array:
+    """The last 20 distinct items that the index has, each at its last place in titles."""
+    newest_first = {}           # a dict, because it keeps the order and each item once
+    for title in reversed(titles):
+        item = index.get(html.unescape(title))
+        if item is not None:
+            newest_first[item] = True
+    return np.array(list(newest_first)[:20][::-1], int)
 
 
-def read_users(path: Location, name: str, world: str,
-               titles: Sequence[str]) -> list[tuple[int, Array]]:
-    """(row in the table of ratings, history) of each user.
+class Half(NamedTuple):
+    """What the authors' files hold for the users who learn, or for the others."""
+    titles: tuple[str, ...]             # [m]
+    ratings: Array                      # [., m]
+    apart: Array                        # [m, m]: distances
+    rows: list[int]                     # of each user in `ratings`
+    histories: list[Array]              # of each user
 
-    A history is the last 20 distinct items that exist, each at its last place.
-    """
-    file = find(path, [name], AUTHORS, world)
+
+def read_half(path: Location, world: str, half: str) -> Half:
+    """The half "train" or "test" of a world."""
+    with content(path, f"{world}_{half}.npy", world) as ratings:
+        m = ratings.shape[1]
+    with content(path, "datamaps.json", world) as maps:
+        titles = tuple(html.unescape(maps["id2item_dict"][str(item)]) for item in range(m))
+    with content(path, f"{half}_distance_mat.pickle", world) as apart:
+        demand(apart.shape == (m, m), f"the distances do not fit {m} items")
     index = {title: item for item, title in enumerate(titles)}
-    users = []
-    with blaming(file, AUTHORS):
-        for record in json.loads(file.read_bytes()):
-            newest_first = {}           # a dict, because it keeps the order and each item once
-            for title in reversed(record["pos_seq_name"]):
-                item = index.get(html.unescape(title))
-                if item is not None:
-                    newest_first[item] = True
-            history = np.array(list(newest_first)[:20][::-1], int)
-            users.append((int(record["userid_encoded"]), history))
-    return users
+    with content(path, f"{half}.json", world) as users:
+        rows = [int(user["userid_encoded"]) for user in users]
+        histories = [history_of(user["pos_seq_name"], index) for user in users]
+        fit = len(rows) > 0 and min(rows) >= 0 and max(rows) < len(ratings)
+        demand(fit, f"the users do not fit {len(ratings)} rows of ratings")
+    return Half(titles, ratings, apart, rows, histories)
 
 
 def rate_by_half(learners: int, rows: Array, train: Array, test: Array, users: Array,
                  items: Array) -> Array:
-    """Ratings from one table for learners and from another for the others; rows [n] of both.
+    """Ratings from one table for learners and from another for the others, clipped to 1..5.
 
-    The rating of a user in the other's table is looked up in row 0 and dropped.
+    rows [n] has each user's row. The rating of a user in the other's table is looked up in row 0
+    and dropped.
     """
     learns = users < learners
     of_learners = train[np.where(learns, rows[users], 0), items]
     of_others = test[np.where(learns, 0, rows[users]), items]
-    return np.where(learns, of_learners, of_others)
+    return np.clip(np.where(learns, of_learners, of_others), 1, 5)
 
 
 def distance_by_half(learners: int, train: Array, test: Array, users: Array, a: Array,
@@ -1009,26 +1062,18 @@ def released(path: Location, name: str) -> Env:
     Users of train.json learn, those of test.json do not. Only `a2c` sees the vectors, which are the
     genres as rows of length 1.
     """
-    ratings = [read_matrix(path, f"{name}_{half}.npy", name) for half in ("train", "test")]
-    apart = [read_matrix(path, f"{half}_distance_mat.pickle", name) for half in ("train", "test")]
-    m = ratings[0].shape[1]
-    titles = read_titles(path, name, m)
-    train, test = (read_users(path, f"{half}.json", name, titles) for half in ("train", "test"))
-    with blaming(path, AUTHORS):
-        demand(min(m, len(train), len(test)) > 0, f"{name} has no items or no users")
-        sizes = {len(apart[0]), len(apart[1]), *(matrix.shape[1] for matrix in ratings + apart)}
-        demand(sizes == {m}, f"the matrices of {name} do not fit each other")
-        for users, table in zip((train, test), ratings):
-            places = [row for row, _ in users]
-            fit = min(places) >= 0 and max(places) < len(table)
-            demand(fit, f"the ratings of {name} do not fit the users")
-    rows, histories = zip(*train, *test)
-    genres, belongs = labels(read_genres(path, name, titles))
-    learners = len(train)
+    train, test = read_half(path, name, "train"), read_half(path, name, "test")
+    if train.titles != test.titles:
+        raise BadData(f"{path}: the two halves of {name} do not fit each other; {AUTHORS}")
+    with content(path, "list_genre.json", name) as sources:
+        # each list of genres is written as Python source
+        genres = {html.unescape(title): ast.literal_eval(sources[title]) for title in sources}
+        categories, belongs = labels([genres.get(title, []) for title in train.titles])
+    learners, rows = len(train.rows), np.array(train.rows + test.rows)
     return Env(
-        name=name, titles=titles, years=(None,) * m,
-        categories=genres, belongs=belongs, vectors=unit(belongs).astype(np.float32),
-        rate=partial(rate_by_half, learners, np.array(rows), *ratings),
-        distance=partial(distance_by_half, learners, *apart),
-        histories=histories, learners=learners,
+        name=name, titles=train.titles, years=(None,) * len(train.titles),
+        categories=categories, belongs=belongs, vectors=unit(belongs).astype(np.float32),
+        rate=partial(rate_by_half, learners, rows, train.ratings, test.ratings),
+        distance=partial(distance_by_half, learners, train.apart, test.apart),
+        histories=train.histories + test.histories, learners=learners,
         beta={"steam": 50.0, "amazon": 15.0}[name], grace=1)

@@ -32,6 +32,10 @@ from threading import Event
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 from urllib.parse import quote
 
+if __name__ == "__main__":
+    # Ctrl-C while the libraries are loaded ends the command without a traceback.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")      # matrices are small here: more threads only wait
 import numpy as np
 
@@ -75,6 +79,7 @@ TEXTS = {                               # flags that take a text: group, help
     "experiment": ("experiments", "one or more, as table3,fig5, or all (listed at the end)"),
     "rows": ("experiments", "only these rows, as react,billp"),
     "models": ("experiments", "the models that table6 compares, as a,b"),
+    "cluster": ("experiments", "address of a dask.distributed scheduler that offline runs are sent to"),
     "model": ("a real model", "model name, or offline (default: OPENAI_MODEL)"),
     "base_url": ("a real model", "endpoint (default: OPENAI_BASE_URL); the key is OPENAI_API_KEY"),
     "embed_model": ("a real model", "embedding model (default: OPENAI_EMBED_MODEL, or letter trigrams)"),
@@ -92,10 +97,11 @@ NUMBERS = {                             # flags that take a number: group, lowes
     "max_calls": ("a real model", 0, 10**12, "stop cleanly after so many requests to each model"),
     "gamma": ("method", 0, 1, "discount of later rewards; the paper's gamma"),
     "k_lessons": ("method", 0, 10**6, "reflections recalled; the paper's K"),
-    "k_actions": ("method", 0, 10**6, "experiences recalled for the actor"),
+    "k_experience": ("method", 0, 10**6, "experiences recalled for the actor, counted for each item"),
+    "k_actions": ("method", 0, 10**6, "items shown for their experience where there are no candidates"),
+    "candidates": ("method", 0, 10**6, "free items shown to the actor; 0 as in the paper"),
+    "lately": ("method", 1, 1000, "steps that the category tool calls lately"),
     "k_values": ("method", 0, 10**6, "values recalled for the critic"),
-    "tau_actor": ("method", 0, 4, "farthest experience, squared L2 distance; the paper's tau_A"),
-    "tau_critic": ("method", 0, 4, "farthest value, squared L2 distance; the paper's tau_C"),
     "titles": ("method", 1, 1000, "items in a state's text and in a prompt's list"),
     "batch": ("method", 1, 10**9, "episodes between two updates of the memories"),
     "transcript": ("method", 1000, 10**9, "characters of a session in a prompt"),
@@ -114,13 +120,17 @@ SWITCHES = {                            # flags that are given or not, and with 
     "baseline": ("method", "use the critic's V(s); without it every action is encouraged"),
     "repeats": ("method", "allow an item to come twice in a session, or from the history"),
     "replay": ("a real model", "answer from the run's log alone"),
+    "prompts": ("look at a finished run", "print the prompts of the episode and their replies"),
+    "plot": ("look at a finished run", "draw the learning curve into RUN/learning.png"),
 }
 GROUPS = {"one run": "", "look at a finished run": "", "experiments": "", "a real model": "",
           "method": "left out, the value of the row of --method stands; Config gives the reasons",
           "rule of leaving": "left out, the world's own value stands"}
 DEFAULTS = {"users": 50, "method": "billp", "world": "films", "seed": 0, "seeds": 5, "timeout": 300.0,
             "header": [], "extra_body": "{}", "pick": ""}
-NEEDS = {"seeds": "experiment", "rows": "experiment", "models": "experiment", "pick": "show"}
+NEEDS = {"seeds": "experiment", "rows": "experiment", "models": "experiment", "cluster": "experiment",
+         "pick": "show", "prompts": "show", "plot": "show"}
+ENDPOINT = ("base_url", "embed_model", "extra_body", "timeout", "header", "max_calls", "replay")
 EXAMPLES = """\
 examples:
   run.py --episodes 50
@@ -203,6 +213,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         raise UserError(f"{what}; --help lists the flags")
     given = {name for name, value in vars(args).items() if value is not None}
     check_flags(given)
+    args.given = given
     for name, default in DEFAULTS.items():
         if name not in given:
             setattr(args, name, default)
@@ -280,6 +291,16 @@ def model_names(args: Namespace) -> list[str]:
     return names
 
 
+def check_idle(args: Namespace, live: bool) -> None:
+    """UserError for a flag that has no effect on the model or the method."""
+    for name in sorted(args.given):
+        if name in ENDPOINT and not live:
+            raise UserError(f"{flag(name)} has no effect on the built-in reader, which asks no endpoint")
+        is_policy = args.method in envs.POLICIES and not args.experiment
+        if is_policy and name in Config._fields and name != "gamma":
+            raise UserError(f"{flag(name)} has no effect on {args.method}, which asks no language model")
+
+
 def settings(args: Namespace) -> Settings:
     """What the flags and the environment ask for. The runs of experiments add their own method's row."""
     models = model_names(args)
@@ -287,6 +308,7 @@ def settings(args: Namespace) -> Settings:
     embedding = args.embed_model or (live and variable("OPENAI_EMBED_MODEL")) or "hashed_ngrams"
     if "offline" in models and embedding != "hashed_ngrams":
         raise UserError("the built-in reader takes no embedding model")
+    check_idle(args, live)
     memory, first = load_path(args.load, args.world, args.seed) if args.load else (None, 0)
     config = Config()._asdict()
     if not args.experiment:
@@ -426,8 +448,8 @@ def read_record(role: str, row: list) -> billp.Record:
     return record
 
 
-def load_memory(path: Path, embedding: str, embed: Embed) -> Agent:
-    """The agent that `save_memory` wrote. UserError for any other file."""
+def read_memory(path: Path, embedding: str) -> dict[str, list[billp.Record]]:
+    """The records of each role that `save_memory` wrote. UserError for any other file."""
     try:
         content = json.loads(path.read_bytes())
         made_with = content["embedding"]
@@ -436,11 +458,18 @@ def load_memory(path: Path, embedding: str, embed: Embed) -> Agent:
         raise UserError(f"{path} is not a memory.json of this program") from None
     if made_with != embedding:
         raise UserError(f"{path} was made with the embedding {made_with}, not {embedding}")
-    memories = []
-    for rows in records.values():
-        vectors = embed([record.text for record in rows])
-        memories.append(billp.push(billp.EMPTY, billp.Chunk(tuple(rows), vectors)) if rows else billp.EMPTY)
-    return Agent(*memories)
+    return records
+
+
+def agent_of(records: dict[str, list[billp.Record]], embed: Embed) -> Agent:
+    """The agent with these records. Vectors are made again."""
+    memories = {}
+    for role, rows in records.items():
+        memories[role] = billp.EMPTY
+        if rows:
+            vectors = embed([record.text for record in rows])
+            memories[role] = billp.push(billp.EMPTY, billp.Chunk(tuple(rows), vectors))
+    return Agent(**memories)
 
 
 # --------------------------------------------------------------------------------- one run
@@ -448,7 +477,8 @@ def load_memory(path: Path, embedding: str, embed: Embed) -> Agent:
 
 class Live(NamedTuple):
     """What is known of a run's calls at any moment, however it ends. Appending is safe among threads."""
-    replies: list[tuple[str, Reply]]    # role and reply, of the log or new
+    replies: list[tuple[str, Reply]]    # role and reply, from the log or new
+    paid: list[str]                     # the role of each reply that was asked for now
     stats: dict[str, Any]                       # what an endpoint's client counts
     failures: list[Exception]                   # of calls that failed for good
     stop: Event                                 # set when no further call shall begin
@@ -456,7 +486,7 @@ class Live(NamedTuple):
 
 def new_live() -> Live:
     """Nothing has been asked yet."""
-    return Live([], {}, [], Event())
+    return Live([], [], {}, [], Event())
 
 
 def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
@@ -473,6 +503,13 @@ def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
     return reply
 
 
+def paid(llm: LLM, live: Live, ask: Ask) -> Reply:
+    """The model's reply, noted as asked for now."""
+    reply = llm(ask)
+    live.paid.append(ask.role)
+    return reply
+
+
 def connect(args: Namespace, run: Settings, folder: Path, live: Live) -> tuple[LLM, Embed]:
     """The model and the embedding of a run. Those of an endpoint are recorded in the folder."""
     if run.model == "offline":
@@ -482,10 +519,11 @@ def connect(args: Namespace, run: Settings, folder: Path, live: Live) -> tuple[L
                "sleep": live.stop.wait, "headers": dict(header.split("=", 1) for header in args.header)}
     folder.mkdir(exist_ok=True)
     log = prompts.open_log(folder / "calls.jsonl", [run.model, run.embedding, run.extra],
-                           replay=args.replay, notice=say)
+                           replay=bool(args.replay))
     llm = prompts.openai(url, run.model, extra=json.loads(args.extra_body), **options)
     if args.max_calls is not None:
         llm = prompts.limited(llm, args.max_calls)
+    llm = partial(paid, llm, live)
     embed = prompts.hashed_ngrams
     if run.embedding != "hashed_ngrams":
         embed = prompts.recorded_embed(prompts.embeddings(url, run.embedding, **options), log)
@@ -503,7 +541,7 @@ def parallel(pool: futures.Executor | None, stop: Event) -> Iterator[Callable]:
     except BaseException as error:
         stop.set()
         # Answers on their way are waited for and logged, except after Ctrl-C.
-        pool.shutdown(wait=not isinstance(error, KeyboardInterrupt), cancel_futures=True)
+        pool.shutdown(wait=not isinstance(error, KeyboardInterrupt))
         for process in active_children():
             process.terminate()
         raise
@@ -599,7 +637,7 @@ def cost(outcome: Outcome, live: Live, began: float) -> dict[str, Any]:
     return {"malformed": sum(answer.malformed for answer in answers),
             "fallbacks": sum(answer.fallback for answer in answers),
             "ungrounded": round(float(np.mean(unnamed)), 4) if steps else 0.0,
-            "calls": calls_by_role(live), "seconds": round(time.perf_counter() - began, 2)}
+            "calls": calls_by_role(live), "endpoint": live.stats, "seconds": round(time.perf_counter() - began, 2)}
 
 
 def describe(env: envs.Env, trajectory: Trajectory) -> dict[str, Any]:
@@ -607,7 +645,7 @@ def describe(env: envs.Env, trajectory: Trajectory) -> dict[str, Any]:
     steps = []
     for step in trajectory.steps:
         steps.append({"lessons": step.plan.recalled, "thought": step.plan.value,
-                      "experience": step.act.recalled, "said": step.act.said, "exact": step.act.exact,
+                      "listed": step.act.recalled, "said": step.act.said, "exact": step.act.exact,
                       "item": step.line, "reward": step.reward})
     left = ""
     if trajectory.terminated:
@@ -670,14 +708,19 @@ def ledger(live: Live) -> list[str]:
         if counts["calls"]:
             lines.append(f"{role:10}{spelled_calls(counts)}")
     if live.stats:
-        lines.append("endpoint  " + ", ".join(f"{name} {value}" for name, value in live.stats.items()))
+        known = len(live.replies) - len(live.paid)
+        lines.append(f"answers   {known} from the log, {len(live.paid)} asked for now")
+        lines.append(f"requests  {live.stats.get('requests', 0)}, retries {sum(live.stats.get('retries', {}).values())}, "
+                     f"system {live.stats.get('system_fingerprint', 'not named')}")
+        for reason, number in live.stats.get("empty", {}).items():
+            lines.append(f"empty     {number} replies: {reason}")
     return lines
 
 
 def report(summary: dict[str, Any], about: str, lessons: Sequence[str], live: Live) -> list[str]:
     """The results as a person reads them."""
     policy = summary["method"] in envs.POLICIES
-    model = "none: this policy sees the numbers" if policy else summary["model"]
+    model = "none: this policy asks no language model" if policy else summary["model"]
     rows = {}
     for label in ("before", "after", "difference"):
         if summary[label]:
@@ -700,12 +743,9 @@ def report(summary: dict[str, Any], about: str, lessons: Sequence[str], live: Li
     return [*lines, f"seconds   {summary['seconds']}"]
 
 
-def start_agent(args: Namespace, run: Settings, embed: Embed) -> Agent:
-    """The agent that a run starts from."""
-    if not args.load:
-        return billp.NOVICE
-    path, _ = load_path(args.load, run.world, run.seed)
-    return load_memory(path, run.embedding, embed)
+def phases_of(run: Settings) -> tuple[str, ...]:
+    """When the held-out users are asked. Where nothing is learned, once is enough."""
+    return ("before", "after") if run.episodes else ("before",)
 
 
 def one_run(args: Namespace, live: Live) -> None:
@@ -713,14 +753,17 @@ def one_run(args: Namespace, live: Live) -> None:
     began = time.perf_counter()
     run = settings(args)
     place = build_place(run)
+    records = {}
+    if args.load:
+        path, _ = load_path(args.load, run.world, run.seed)
+        records = read_memory(path, run.embedding)
     folder = run_directory(args, run._asdict())
     llm, embed = connect(args, run, folder, live)
-    agent = start_agent(args, run, embed)
+    agent = agent_of(records, embed)
     totals = {"before": run.users, "learn": run.episodes, "after": run.users}
-    phases = ("before", "after") if run.episodes else ("before",)
     workers = args.workers or (1 if run.model == "offline" else run.config["batch"])
     with parallel(threads(workers), live.stop) as pmap:
-        outcome = perform(run, place, agent, partial(counted, llm, live), embed, watched(pmap, totals), phases)
+        outcome = perform(run, place, agent, partial(counted, llm, live), embed, watched(pmap, totals), phases_of(run))
     summary = summarise(run, outcome, live, began)
     lessons = [record.content for record in billp.records(outcome.agent.planner)]
     episodes = [dumps(describe(place.env, trajectory)) + "\n" for trajectory in outcome.episodes]
@@ -740,10 +783,10 @@ def story(episode: dict[str, Any]) -> list[str]:
     for n, step in enumerate(episode["steps"]):
         rows = [("recalled", lesson) for lesson in step["lessons"]]
         rows.append(("thought", step["thought"]))
-        rows += [(prompts.VERDICT[verdict], line) for line, verdict in step["experience"][:5]]
-        if len(step["experience"]) > 5:
-            rows.append(("", f"and {len(step['experience']) - 5} more experiences"))
-        nearest = "" if step["exact"] else " (the nearest; no free title was named)"
+        rows += [("listed", prompts.render_candidate(prompts.Candidate(*item))) for item in step["listed"][:5]]
+        if len(step["listed"]) > 5:
+            rows.append(("", f"and {len(step['listed']) - 5} more"))
+        nearest = "" if step["exact"] else " (in its place: no free title was named)"
         rows += [("said", step["said"]), ("item", step["item"] + nearest)]
         last = n == len(episode["steps"]) - 1
         left = f", the user left: {episode['left']}" if last and episode["left"] else ""
@@ -760,21 +803,91 @@ def story(episode: dict[str, Any]) -> list[str]:
     return lines
 
 
-def show(folder: Path, pick: str) -> None:
-    """Print one episode of a finished run: by default the last one learned from."""
+def read_episodes(folder: Path) -> list[dict[str, Any]]:
+    """The episodes of a finished run, in the order in which they were played."""
     try:
         lines = (folder / "episodes.jsonl").read_bytes().splitlines()
         episodes = [json.loads(line) for line in lines]
     except (OSError, ValueError):
         raise UserError(f"{folder} holds no episodes.jsonl: --show takes the directory of a finished run") from None
-    phase, _, number = (pick or "learn").partition(":")
-    fitting = [e for e in episodes if e["phase"] == phase and str(e["episode"]) == (number or str(e["episode"]))]
-    if not pick:
-        fitting = fitting or episodes
-    if not fitting:
-        raise UserError(f"{folder} holds no episode {pick!r}: --pick takes before, learn or after, as in after:3; "
-                        "policies without a language model keep no episodes")
-    print("\n".join(story(fitting[-1])))
+    if not episodes:
+        raise UserError(f"{folder} holds no episodes: policies without a language model keep none")
+    return episodes
+
+
+def picked(episodes: list[dict[str, Any]], pick: str) -> dict[str, Any]:
+    """The episode that --pick names; by default the last one learned from, or else the last one."""
+    phase, _, number = pick.partition(":")
+    for episode in reversed(episodes):
+        if episode["phase"] == (phase or "learn") and number in ("", str(episode["episode"])):
+            return episode
+    if pick:
+        raise UserError(f"the run has no episode {pick!r}: --pick takes before, learn or after, as in after:3")
+    return episodes[-1]
+
+
+def asks_of(folder: Path, phase: str, number: int) -> list[tuple[Ask, Reply]]:
+    """The asks of an episode with their replies, made again from the log or by the stand-in."""
+    config = read_config(folder / "config.json") or {}
+    if config.get("load", "") or "experiment" in config:
+        raise UserError(f"{folder} was started by --load or --experiment: its prompts cannot be made again")
+    run = Settings(**config)
+    llm, embed = prompts.offline, prompts.hashed_ngrams
+    if run.model != "offline":
+        log = prompts.open_log(folder / "calls.jsonl", [run.model, run.embedding, run.extra], replay=True)
+        llm = prompts.recorded(prompts.offline, log)
+        if run.embedding != "hashed_ngrams":
+            embed = prompts.recorded_embed(prompts.hashed_ngrams, log)
+    pairs = []
+
+    def tapped(ask: Ask) -> Reply:
+        reply = llm(ask)
+        if (ask.key.phase, ask.key.episode) == (phase, number):
+            pairs.append((ask, reply))
+        return reply
+
+    perform(run, build_place(run), billp.NOVICE, tapped, embed, map, phases_of(run))
+    return pairs
+
+
+def show_prompts(folder: Path, episode: dict[str, Any]) -> None:
+    """Print what the model was sent in an episode, and what it answered."""
+    for ask, reply in asks_of(folder, episode["phase"], episode["episode"]):
+        print(f"==== {ask.role}, step {ask.key.step + 1}, attempt {ask.key.attempt + 1}")
+        for role, text in ask.messages:
+            print(f"---- {role}\n{text}")
+        print(f"---- reply\n{reply.text}\n")
+
+
+def plot_learning(folder: Path, episodes: list[dict[str, Any]]) -> None:
+    """Draw the length of each learning episode, and the mean of each batch, into learning.png."""
+    lengths = [len(e["steps"]) - bool(e["left"]) for e in episodes if e["phase"] == "learn"]
+    size = (read_config(folder / "config.json") or {"config": {"batch": 10}})["config"]["batch"]
+    figure = new_figure()
+    if figure is None or not lengths:
+        raise UserError("no picture: the run has no learning episodes, or matplotlib is not installed")
+    axes = figure.subplots()
+    axes.plot(range(1, len(lengths) + 1), lengths, "o", color="#BBBBBB", label="one episode")
+    starts = range(0, len(lengths), size)
+    means = [np.mean(lengths[start:start + size]) for start in starts]
+    middles = [start + (min(size, len(lengths) - start) + 1) / 2 for start in starts]
+    axes.plot(middles, means, "o-", color=COLOURS[0], label=f"mean of {size} episodes")
+    axes.set(xlabel="learning episode", ylabel="steps until the user left", ylim=(0, None))
+    axes.legend(frameon=False)
+    save_figure(figure, folder / "learning.png")
+    print(folder / "learning.png")
+
+
+def show(args: Namespace) -> None:
+    """Print one episode of a finished run, its prompts, or draw its learning curve."""
+    episodes = read_episodes(args.show)
+    episode = picked(episodes, args.pick)
+    if args.plot:
+        plot_learning(args.show, episodes)
+    elif args.prompts:
+        show_prompts(args.show, episode)
+    else:
+        print("\n".join(story(episode)))
 
 
 # ------------------------------------------------------------------------------ experiments
@@ -791,7 +904,7 @@ class Experiment(NamedTuple):
 
 
 EXPERIMENTS = {
-    "table3": Experiment("random popular greedy a2c a2c:100000 act react reflexion billp oracle"),
+    "table3": Experiment("random popular greedy varied common-sense one-list bandit a2c a2c:100000 act react reflexion billp oracle"),
     "table5": Experiment("billp-no-macro billp-no-micro billp-no-critic billp"),
     "fig3": Experiment("billp a2c:10000", measure="shares", axis="popularity of items, by quintile",
                        label="share of recommendations"),
@@ -984,34 +1097,78 @@ def table_of(rows: Sequence[Row]) -> list[str]:
 
 
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()     # Okabe and Ito
+COLOUR = {                              # one colour for a method in all pictures; ablations share that of billp
+    "billp": "#0072B2", "reflexion": "#D55E00", "react": "#009E73", "act": "#CC79A7", "a2c": "#E69F00",
+    "one return": "#E69F00", "critic": "#0072B2",
+}
+TITLES = {"table3": "Main comparison", "table5": "Ablation", "fig3": "Popularity of what is recommended",
+          "fig4": "The critic's estimate and one return", "fig5": "How many items a user remembers",
+          "table6": "Language models", "curve": "Learning curve"}
 
 
-def plot(name: str, heading: str, rows: Sequence[Row], path: Path) -> None:
-    """Draw the first or only figure of each row with its interval."""
+def new_figure() -> Any:
+    """An empty figure, or None where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        say("no picture: pip install -e '.[plot]' draws it")
-        return
-    experiment = EXPERIMENTS[name]
-    figure = Figure((8, 4.5), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    drawn = {"scores": "R_traj", "shares": "share", "values": "MSE"}[experiment.measure]
-    for i, series in enumerate(dict.fromkeys(row.series for row in rows)):
-        points = [row for row in rows if row.series == series]
-        places = [row.x for row in points] if experiment.axis else [series]
-        mean, low, high = np.array([row.figures[drawn] for row in points]).T
-        axes.errorbar(places, mean, np.maximum([mean - low, high - mean], 0), label=series,
-                      color=COLOURS[i % len(COLOURS)], marker="o", capsize=3)
-    if experiment.axis:
-        axes.set(xlabel=experiment.axis, xticks=sorted({row.x for row in rows}))
-        axes.legend(frameon=False)
-    axes.set_ylabel(f"{experiment.label}\n(mean, 95 % confidence interval)")
-    axes.set_title(heading, fontsize=9, parse_math=False)
-    axes.grid(alpha=0.3)
+        return None
+    return Figure((8, 4.5), dpi=100, layout="constrained")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a picture whole or not at all."""
     draft = path.with_suffix(".part.png")
     figure.savefig(draft)
     os.replace(draft, path)
+
+
+def plot_bars(axes: Any, rows: Sequence[Row], drawn: str) -> None:
+    """Horizontal bars with intervals. A bar far beyond the methods with language is cut and says so."""
+    means = [row.figures[drawn][0] for row in rows]
+    highest = [row.figures[drawn][2] for row in rows if row.series in billp.METHODS]
+    limit = 1.3 * max(highest or means)
+    for place, row in enumerate(reversed(rows)):
+        mean, low, high = row.figures[drawn]
+        colour = COLOUR.get(row.series.partition(":")[0].partition("-no-")[0], "#999999")
+        axes.barh(place, mean, xerr=[[mean - low], [high - mean]], color=colour, capsize=3)
+        if mean > limit:
+            axes.text(limit * 0.99, place, f"{mean:.0f} (cut)", ha="right", va="center", color="white")
+    axes.set_yticks(range(len(rows)), [row.series for row in reversed(rows)])
+    axes.set_xlim(0, min(limit, 1.05 * max(row.figures[drawn][2] for row in rows)))
+
+
+def plot_lines(axes: Any, rows: Sequence[Row], drawn: str) -> None:
+    """One line with intervals for each series."""
+    for place, series in enumerate(dict.fromkeys(row.series for row in rows)):
+        points = [row for row in rows if row.series == series]
+        mean, low, high = np.array([row.figures[drawn] for row in points]).T
+        colour = COLOUR.get(series.partition(":")[0], COLOURS[place % len(COLOURS)])
+        axes.errorbar([row.x for row in points], mean, [mean - low, high - mean], label=series, color=colour,
+                      marker="o", capsize=3)
+    axes.set_xticks(sorted({row.x for row in rows}))
+    axes.set_ylim(0, None)
+    axes.legend(frameon=False)
+
+
+def plot(name: str, heading: str, rows: Sequence[Row], path: Path) -> None:
+    """Draw an experiment: lines over its x axis, or else bars."""
+    figure = new_figure()
+    if figure is None:
+        say("no picture: pip install -e '.[plot]' draws it")
+        return
+    experiment = EXPERIMENTS[name]
+    axes = figure.subplots()
+    drawn = {"scores": "R_traj", "shares": "share", "values": "MSE"}[experiment.measure]
+    label = f"{experiment.label} (mean, 95 % confidence interval)"
+    if experiment.axis:
+        plot_lines(axes, rows, drawn)
+        axes.set(xlabel=experiment.axis, ylabel=label)
+    else:
+        plot_bars(axes, rows, drawn)
+        axes.set_xlabel(label)
+    axes.set_title(f"{TITLES[name]}\n{heading}", fontsize=9, parse_math=False)
+    axes.grid(alpha=0.3)
+    save_figure(figure, path)
 
 
 def bill(cell: Cell, results: Sequence[Result]) -> str:
@@ -1028,15 +1185,28 @@ def bill(cell: Cell, results: Sequence[Result]) -> str:
             f"{means['fallbacks']:.1f}, named no free item {means['ungrounded']:.0%}, {means['seconds']:.1f} s")
 
 
+def offline_pool(args: Namespace, jobs: int) -> futures.Executor | None:
+    """Where offline runs are performed: on a cluster, in processes of this machine, or here."""
+    if args.cluster:
+        try:
+            from distributed import Client
+        except ImportError:
+            raise UserError("--cluster needs dask: pip install -e '.[cluster]'") from None
+        client = Client(args.cluster, timeout=10)
+        for module in ("envs", "prompts", "billp", "run"):
+            client.upload_file(f"{module}.py")
+        return client.get_executor()
+    count = min(args.workers or os.cpu_count() or 1, jobs)
+    if count == 1:
+        return None
+    # Ctrl-C is for this process, which then ends the others.
+    return futures.ProcessPoolExecutor(count, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+
+
 def do_jobs(args: Namespace, jobs: dict[str, Job], folder: Path, live: Live) -> Iterator[Result]:
     """The results of jobs in their order: side by side in processes offline, else one after the other."""
     if all(job.run.model == "offline" for job in jobs.values()):
-        count = min(args.workers or os.cpu_count() or 1, len(jobs))
-        pool = None
-        if count > 1:                   # Ctrl-C is for this process, which then ends the others
-            pool = futures.ProcessPoolExecutor(count, initializer=signal.signal,
-                                               initargs=(signal.SIGINT, signal.SIG_IGN))
-        with parallel(pool, live.stop) as pmap:
+        with parallel(offline_pool(args, len(jobs)), live.stop) as pmap:
             yield from pmap(offline_job, jobs.values())
         return
     models: dict[str, tuple[LLM, Embed]] = {}       # one client and one log for each
@@ -1114,7 +1284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(argv)
         if args.show:
-            show(args.show, args.pick)
+            show(args)
         elif args.experiment:
             experiments(args, live)
         else:
@@ -1134,6 +1304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     exit_code = main()
     # A thread may still wait for an answer after Ctrl-C. It must not hold up the end.
     os._exit(exit_code)
