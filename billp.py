@@ -9,7 +9,11 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
     V(s), A(s, a)  the critic's value of a state; the advantage r + gamma V(s') - V(s)
     verdict v_n    what the actor remembers of an action: 1 encouraged if A >= 0, else 0 discouraged
     M_P, M_A, M_C  the memories of planner, actor and critic (an `Agent`)
-    key            names every random draw of an ask, so that a run repeats (see prompts.Key)
+    ask            one question to the model (prompts.Ask); its key names every random draw, so that a run repeats
+    malformed      a reply that a parser cannot use; after some of them a role gives its fallback
+
+To record (s, a) as encouraged makes it likelier that a is shown and chosen in similar states. This does what a
+policy-gradient step does to pi(a | s), without a weight.
 
 All functions are pure. The model comes in as the argument `llm`. Parallelism comes in as the
 argument `pmap`: any function that works like the built-in `map` and keeps the order.
@@ -43,11 +47,11 @@ class Config(NamedTuple):
     k_actions: int = 10             # items shown for their experience where there are no candidates
     k_values: int = 8               # values recalled for the critic, enough to average
     candidates: int = 10            # free items shown to the actor; 0 shows none, as the paper
-    lately: int = 4                 # steps that the category tool calls lately; as the released code
-    titles: int = 10                # items in a state's text and in a prompt's list; as the paper
-    batch: int = 10                 # episodes between two updates of the memories; as the paper
+    lately: int = 4                 # how many steps back the category tool looks; as in the released code
+    titles: int = 10                # items in a state's text and in a prompt's list; as in the paper
+    batch: int = 10                 # episodes between two updates of the memories; as in the paper
     transcript: int = 24000         # characters of a session in a prompt: about 6,000 tokens
-    temperature: float = 0.5        # of every ask; as the paper
+    temperature: float = 0.5        # of every ask; as in the paper
     reply_tokens: int = 256         # longest reply asked for; models that reason need thousands
     retries: int = 2                # how often a malformed reply is asked for again
     repeats: bool = False           # whether an item may come twice in a session, or come from the history
@@ -104,7 +108,7 @@ def discounted_return(rewards: Sequence[float], gamma: float) -> float:
 class Record(NamedTuple):
     """One thing remembered."""
     text: str                       # the state it is found by
-    item: str                       # the item it is about, or ""
+    item: str                       # M_A: the item recommended; M_C: the last item of the state; M_P: ""
     content: Any                    # a reflection, a verdict or a TD target
 
 
@@ -122,7 +126,7 @@ EMPTY: Memory = ()
 
 def push(memory: Memory, chunk: Chunk) -> Memory:
     """The memory with a chunk of newer records at its end."""
-    # Single precision would make products, and so near ties, differ from processor to processor.
+    # Double precision, so that the distances of `recall` do not depend on the processor.
     newer = Chunk(chunk.records, chunk.vectors.astype(float))
     while memory and len(memory[-1].records) < 2 * len(newer.records):
         older = memory[-1]
@@ -132,8 +136,8 @@ def push(memory: Memory, chunk: Chunk) -> Memory:
 
 
 def merge(memory: Memory, newer: Memory) -> Memory:
-    """All records of both memories. Associative in its records; EMPTY is its unit."""
-    return reduce(push, newer, memory)
+    """The memory with all records of a newer one at its end."""
+    return reduce(push, newer, memory)          # pushes chunk after chunk
 
 
 def remember(memory: Memory, text: str, content: Any, vector: np.ndarray, item: str = "") -> Memory:
@@ -156,13 +160,12 @@ def record_at(memory: Memory, i: int) -> Record:
 
 
 def nearest_first(distances: np.ndarray, count: int) -> np.ndarray:
-    """Places of the `count` smallest distances and of all ties; newest first among equals."""
+    """Indices of the `count` smallest distances, nearest first, newest first among equals; ties add more."""
+    limit = np.inf
     if count < len(distances):
-        limit = np.partition(distances, count - 1)[count - 1]
-    else:
-        limit = np.inf
-    places = np.flatnonzero(distances <= limit)
-    return places[np.lexsort((-places, distances[places]))]
+        limit = np.partition(distances, count - 1)[count - 1]       # quicker than sorting all
+    near = np.flatnonzero(distances <= limit)
+    return near[np.lexsort((-near, distances[near]))]               # by distance, then by age
 
 
 def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> tuple[Record, ...]:
@@ -176,17 +179,17 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
         return ()
     cosines = np.concatenate([np.vecdot(chunk.vectors, vector) for chunk in memory])
     distances = (2 - 2 * cosines).round(5)
-    count = 2 * k                   # older records of the same text and item may stand among the nearest
+    count = 2 * k
     while True:
         found: dict[tuple[str, str], Record] = {}
         for i in nearest_first(distances, count):
             if len(found) == k or distances[i] > tau:
-                return tuple(found.values())
+                break
             record = record_at(memory, i)
             found.setdefault((record.text, record.item), record)
-        if count >= len(distances):
+        if len(found) == k or count >= len(distances):
             return tuple(found.values())
-        count *= 4
+        count *= 4                  # several records of one text and item took the places: look further
 
 
 # ---------------------------------------------------------------------------------- roles
@@ -239,15 +242,19 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
     return Answer(value, str(value), malformed=malformed)
 
 
+def likeness(a: str, b: str) -> float:
+    """The share of words that two texts have in common: Jaccard's index, 0 to 1."""
+    words_a, words_b = set(a.split()), set(b.split())
+    return len(words_a & words_b) / max(len(words_a | words_b), 1)
+
+
 def distinct(lessons: Iterable[str], k: int) -> tuple[str, ...]:
-    """The first k lessons, without those that share more than 0.8 of their words with an earlier one."""
+    """The first k lessons, without near copies of earlier ones."""
     chosen: list[str] = []
     for lesson in lessons:
         if len(chosen) == k:
             break
-        words = set(lesson.split())
-        shares = [len(words & set(other.split())) / len(words | set(other.split())) for other in chosen]
-        if max(shares, default=0) <= 0.8:
+        if all(likeness(lesson, earlier) <= 0.8 for earlier in chosen):
             chosen.append(lesson)
     return tuple(chosen)
 
@@ -256,7 +263,7 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
     """Macro level: the thought t_n, given the state, K reflections and the category tool. Fallback: no thought."""
     recalled: tuple[Record, ...] = ()
     if config.lessons == "nearest":
-        recalled = recall(memory, state.vector, 4 * config.k_lessons)
+        recalled = recall(memory, state.vector, 4 * config.k_lessons)      # some to spare for `distinct`
     if config.lessons == "latest":
         recalled = records(memory)[::-1]
     lessons = distinct((record.content for record in recalled), config.k_lessons)
@@ -279,41 +286,41 @@ def evidence(state: State, memory: Memory, config: Config) -> dict[str, Candidat
     return items
 
 
-def chance(candidate: Candidate) -> float:
-    """The chance that an item is encouraged, by Laplace's rule: 1/2 for one that was never tried."""
-    return (candidate.encouraged + 1) / (candidate.encouraged + candidate.discouraged + 2)
-
-
 def shortlist(state: State, memory: Memory, catalog: Catalog, config: Config) -> tuple[Candidate, ...]:
-    """The free items that the actor is shown, each once, the most encouraged first.
+    """The free items that the actor is shown, each once, those with the best evidence first.
 
-    They are those nearest to the thought, or to the state where there is none, and the most encouraged ones.
+    With candidates they are the free items nearest to the thought. Without, those that are remembered.
     """
     taken = () if config.repeats else state.taken
-    tastes = prompts.category_tool(state.history, state.shown, config.lately)
-    texts = prompts.query(state.thought, catalog.env.categories, tastes)
     known = evidence(state, memory, config)
-    free = [catalog.lines[item] for item in prompts.closest(texts, catalog, taken, config.candidates)]
-    if not config.candidates:
-        excluded = {catalog.lines[item] for item in taken}
-        free = [line for line in known if line not in excluded]
-    listed = sorted((known.get(line, Candidate(line)) for line in free), key=chance, reverse=True)
+    if config.candidates:
+        tastes = prompts.category_tool(state.history, state.shown, config.lately)
+        texts = prompts.query(state.thought, catalog.env.categories, tastes)
+        items = prompts.closest(texts, catalog, taken, config.candidates)
+        lines = [catalog.lines[item] for item in items]
+    else:
+        free = set(catalog.lines) - {catalog.lines[item] for item in taken}
+        lines = [line for line in known if line in free]
+    listed = [known.get(line, Candidate(line)) for line in lines]
+    listed.sort(key=prompts.chance, reverse=True)
     return tuple(listed[:config.candidates or config.k_actions])
 
 
 def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog, config: Config = DEFAULT) -> Output:
-    """Micro level: the item a_n, given the thought, free items and the experience with them.
+    """Micro level: the item a_n, given the thought, free items and the evidence for them.
 
-    Fallback: the free item nearest to the thought, or else to the state.
+    If the reply names no free item, the one nearest to what was asked for is taken. Fallback: the first item that
+    was shown, or the one nearest to the state.
     """
     listed = shortlist(state, memory, catalog, config)
     question = prompts.render_actor(state.key.step + 1, state.thought, listed)
     answer = consult(llm, "actor", state, question, prompts.parse_actor, config, "")
     taken = () if config.repeats else state.taken
-    item = None if answer.fallback else prompts.named(answer.value, catalog, taken)
-    exact = item is not None
-    if not exact:
-        item = prompts.nearest(answer.value or state.thought or state.text, catalog, taken)
+    if answer.fallback:
+        wish = listed[0].line if listed else state.text
+        item, exact = prompts.nearest(wish, catalog, taken), False
+    else:
+        item, exact = prompts.ground(answer.value, catalog, taken)
     return answer._replace(value=item, recalled=listed, exact=exact), memory
 
 
@@ -385,8 +392,9 @@ def advance(state: State, catalog: Catalog, step: Step, left: bool, config: Conf
     n = state.key.step + 1
     shown = state.shown + (step.line,)
     text = "\n".join((state.history + shown)[-config.titles:])
-    replaced = not step.act.exact and not step.act.fallback
-    asked = step.act.said if replaced else ""
+    asked = ""
+    if not step.act.exact and not step.act.fallback:
+        asked = step.act.said       # the model asked for something that could not be recommended
     return state._replace(
         key=state.key._replace(step=n),
         shown=shown,
@@ -421,8 +429,14 @@ def episode(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM, confi
 # ------------------------------------------------------------------------------- learning
 
 
+def last_item(state: State) -> str:
+    """The line of the last item that was liked or shown; "" if there is none."""
+    lines = state.history + state.shown
+    return lines[-1] if lines else ""
+
+
 def appraise(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config) -> tuple[Answer, ...]:
-    """The critic's answers for s_1 .. s_N, and for s_{N+1} unless the user left, whose value is 0."""
+    """The critic's answers for s_1 .. s_N. For s_{N+1}, too, unless the user left: then its value is 0."""
     states = [step.state for step in trajectory.steps]
     if not trajectory.terminated:
         states.append(trajectory.last)
@@ -441,20 +455,21 @@ def credit(trajectory: Trajectory, values: Sequence[float], gamma: float) -> tup
 
 def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAULT) -> Trajectory:
     """The episode with what it teaches: three small memories, not yet merged into the agent's."""
+    asks_critic = config.experience and config.baseline
     answers: tuple[Answer, ...] = ()
-    if config.experience and config.baseline:
+    values = (0.0,) * (len(trajectory.steps) + 1)
+    if asks_critic:
         answers = appraise(trajectory, agent, llm, config)
-    unknown = len(trajectory.steps) + 1 - len(answers)
-    values = tuple(answer.value for answer in answers) + (0.0,) * unknown
+        after_leaving = (0.0,) if trajectory.terminated else ()
+        values = tuple(answer.value for answer in answers) + after_leaving
     targets, advantages = credit(trajectory, values, config.gamma)
     lessons, tried, valued = EMPTY, EMPTY, EMPTY
     for step, target, gain in zip(trajectory.steps, targets, advantages):
         state = step.state
         if config.experience:
             tried = remember(tried, state.text, int(gain >= 0), state.vector, step.line)
-        if config.experience and config.baseline:
-            last_line = "".join((state.history + state.shown)[-1:])
-            valued = remember(valued, state.text, target, state.vector, last_line)
+        if asks_critic:
+            valued = remember(valued, state.text, target, state.vector, last_item(state))
     if config.lessons != "none":
         reflection, lessons = reflector(trajectory, EMPTY, llm, config)
         answers += (reflection,)

@@ -560,6 +560,11 @@ class Candidate(NamedTuple):
     discouraged: int = 0
 
 
+def chance(candidate: Candidate) -> float:
+    """The chance that an item is encouraged, by Laplace's rule: 1/2 for one that was never tried."""
+    return (candidate.encouraged + 1) / (candidate.encouraged + candidate.discouraged + 2)
+
+
 def render_candidate(candidate: Candidate) -> str:
     """An item line with its evidence behind it.
 
@@ -718,7 +723,8 @@ def offline_actor(text: str, seed: int) -> str:
     best, best_rank = ["anything"], None
     for title, tags, encouraged, discouraged in LISTED.findall(question):
         own = split_tags(tags)
-        rank = (not away & set(own), target in own, (int(encouraged or 0) + 1) / (int(encouraged or 0) + int(discouraged or 0) + 2))
+        evidence = chance(Candidate(title, int(encouraged or 0), int(discouraged or 0)))
+        rank = (not away & set(own), target in own, evidence)
         if best_rank is None or rank > best_rank:
             best, best_rank = [title], rank
         elif rank == best_rank:

@@ -908,7 +908,7 @@ EXPERIMENTS = {
     "table5": Experiment("billp-no-macro billp-no-micro billp-no-critic billp"),
     "fig3": Experiment("billp a2c:10000", measure="shares", axis="popularity of items, by quintile",
                        label="share of recommendations"),
-    "fig4": Experiment("billp", "episodes", (10, 50, 100, 200), "values", "learning episodes",
+    "fig4": Experiment("billp", "episodes", (10, 50, 100), "values", "learning episodes",
                        "mean squared error of the value"),
     "fig5": Experiment("react a2c reflexion billp", "window", (1, 2, 4, 6, 8),
                        axis="window W (items that a user remembers)"),
@@ -1004,7 +1004,7 @@ def offline_job(job: Job) -> Result:
 
 
 def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Callable,
-                  repeats: int = 8, states: int = 3, draws: int = 200) -> list[list[float]]:
+                  repeats: int = 6, states: int = 2, draws: int = 200) -> list[list[float]]:
     """[states, 6]: bias, variance and mean squared error of one return, then of the critic's V.
 
     Errors are taken at the first state of a session, over `repeats` learning runs that differ in their random
@@ -1060,11 +1060,11 @@ def mean_of(samples: Array) -> Array:
 def rows_of(cell: Cell, measure: str, samples: Array, reference: Array | None) -> list[Row]:
     """The rows of one cell, from its samples [seeds, users, k]. `reference` is that of billp, if it is another."""
     if measure == "shares":
-        intervals = envs.bootstrap(share_of, samples)
+        intervals = envs.intervals(share_of, samples)
         return [Row(cell.series, place, {"share": figure}) for place, figure in enumerate(intervals, 1)]
     if measure == "values":
         names = ("bias", "variance", "MSE")
-        intervals = envs.bootstrap(mean_of, samples)
+        intervals = envs.intervals(mean_of, samples)
         return [Row("one return", cell.x, dict(zip(names, intervals[:3]))),
                 Row("critic", cell.x, dict(zip(names, intervals[3:])))]
     gain = None if reference is None else envs.metrics(samples, reference)["R_traj"]
