@@ -8,7 +8,8 @@ one user, or B users at once: policies that see numbers need millions of steps.
     window, W    how many recommended items a user remembers
     too alike    nearer than `beta` to one of the last W recommended items
     left, cut    the user left; the step cap was reached. Never both
-    Len, R_each, R_traj   steps an episode, reward a step, reward an episode (leaving step excluded)
+    Len, R_each, R_traj   steps per episode, reward per step, reward per episode, all without the
+                 step at which the user leaves
     free         bool [B, m]: the items that a policy may still recommend to each of B users
 
 Left out on purpose: slates, clicks, time. A step recommends one item and returns one rating.
@@ -32,7 +33,16 @@ import numpy as np
 Array = np.ndarray
 Rng = np.random.Generator
 Location = str | Path                   # of a folder of data files
-Function = Callable[..., Array]        # of users and items, see `Env`
+Function = Callable[..., Array]
+
+# independent random streams of one seed; run.py uses 0, 1 and 2
+BRANCHES = {"actor-critic": 3, "data": 5, "bandit": 6}
+
+
+def branch(seed: int, purpose: str) -> Rng:
+    """The random stream of a seed for a purpose in BRANCHES."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(BRANCHES[purpose],)))
+
 
 # ------------------------------------------------------------- the world and its leaving rule
 
@@ -42,8 +52,8 @@ RULE = ("window", "beta", "floor", "grace", "max_steps")
 class Env(NamedTuple):
     """A world of n users, m items and c categories. `check` finds what does not fit together.
 
-    `rate(users, items)` gives ratings from 1 to 5, none missing. `distance(users, a, b)` tells how
-    far apart users feel the items a and b to be. Both take int arrays that broadcast together and
+    `rate(users, items)` gives ratings from 1 to 5, none missing. `distance(users, a, b)` is
+    how different the items a and b feel to users. Both take int arrays that broadcast together and
     return an array of that shape. `table` and `euclidean` make such functions.
     """
     name: str
@@ -71,6 +81,11 @@ class EnvState(NamedTuple):
     t: Array                            # int [...]: steps taken
 
 
+def sessions_at(state: EnvState, index: Any) -> EnvState:
+    """The sessions at an index of the leading axis."""
+    return EnvState(state.user[index], state.recent[index], state.t[index])
+
+
 def look_up(ratings: Array, users: Array, items: Array) -> Array:
     """The entries of a table [n, m]."""
     return ratings[users, items]
@@ -79,20 +94,10 @@ def look_up(ratings: Array, users: Array, items: Array) -> Array:
 def table(ratings: Array) -> Function:
     """A `rate` that looks ratings up in a table [n, m].
 
-    >>> table(np.array([[1, 2], [3, 4]]))(np.array([0, 1]), 1).tolist()
+    >>> table([[1, 2], [3, 4]])(np.array([0, 1]), 1).tolist()
     [2, 4]
     """
     return partial(look_up, np.asarray(ratings))
-
-
-def predict(p: Array, q: Array, offset: float, users: Array, items: Array) -> Array:
-    """offset + the product of the users' rows of p and the items' rows of q; not rounded."""
-    return offset + np.einsum("...k,...k->...", p[users], q[items])
-
-
-def rounded(p: Array, q: Array, offset: float, users: Array, items: Array) -> Array:
-    """What `predict` gives, rounded and clipped to 1..5; `partial(rounded, p, q, offset)` rates."""
-    return np.clip(np.rint(predict(p, q, offset, users, items)), 1, 5)
 
 
 def length_between(vectors: Array, users: Array, a: Array, b: Array) -> Array:
@@ -117,22 +122,24 @@ def reset(env: Env, user: Array) -> EnvState:
     return EnvState(user, nothing, np.zeros(user.shape, int))
 
 
-def nearest(env: Env, state: EnvState, item: Array) -> Array:
-    """float [...]: how far an item is from the nearest of the last W; infinite if there are none.
+def distance_to_recent(env: Env, state: EnvState, item: Array) -> Array:
+    """float [...]: the distance of an item to the nearest of the last W items; infinite if none.
 
-    The item broadcasts with the users of the state.
+    [...] is the shape to which state.user and item broadcast: one item for each of B users, or,
+    after `with_all`, m items for each of B users.
     """
-    distance = np.full(np.broadcast_shapes(state.user.shape, item.shape), np.inf)
+    smallest = np.full(np.broadcast(state.user, item).shape, np.inf)
     for place in range(env.window):
         other = state.recent[..., place]
-        apart = np.where(other >= 0, env.distance(state.user, other, item), np.inf)
-        distance = np.minimum(distance, apart)
-    return distance
+        # an empty place is -1, which indexes the last item: that distance is dropped
+        distance = env.distance(state.user, other, item)
+        smallest = np.minimum(smallest, np.where(other < 0, np.inf, distance))
+    return smallest
 
 
 def leaves(env: Env, state: EnvState, item: Array, rating: Array) -> Array:
     """bool [...]: whether each user leaves at an item that he or she would give this rating."""
-    too_alike = nearest(env, state, item) < env.beta
+    too_alike = distance_to_recent(env, state, item) < env.beta
     disappointed = (rating < env.floor) & (state.t >= env.grace)
     return too_alike | disappointed
 
@@ -145,14 +152,14 @@ def step(env: Env, state: EnvState, item: Array) -> tuple[EnvState, Array, Array
     item = np.asarray(item)
     rating = env.rate(state.user, item)
     left = leaves(env, state, item, rating)
-    recent = np.concatenate([state.recent, item[..., None]], -1)[..., 1:]
-    after = EnvState(state.user, recent, state.t + 1)
+    recent = np.concatenate([state.recent, item[..., None]], -1)
+    after = EnvState(state.user, recent[..., 1:], state.t + 1)      # without the oldest
     cut = ~left & (after.t >= env.max_steps)
     return after, np.where(left, 0, rating), left, cut
 
 
 def why_left(env: Env, user: int, items: Sequence[int]) -> str:
-    """In words, which part of the rule ended a session at the last of its items."""
+    """The part of the rule, in words, that ended a session at the last of its items."""
     *earlier, item = items
     newest_first = earlier[::-1][:env.window]
     for back, other in enumerate(newest_first, 1):
@@ -172,30 +179,35 @@ def check(env: Env) -> None:
 
     It looks at all ratings if there are at most 10^7, otherwise at those of some users.
     """
-    n, m, c = len(env.histories), len(env.titles), len(env.categories)
-    demand(min(n, m) > 0, f"a world of {n} users (histories) and {m} items (titles)")
+    n, m = len(env.histories), len(env.titles)
+    demand(n > 0 and m > 0, f"a world of {n} users (histories) and {m} items (titles)")
     demand(0 <= env.learners <= n, f"learners is {env.learners} for {n} histories")
-    demand(len(env.years) == m, f"there are {len(env.years)} years for {m} titles")
-    demand(np.shape(env.belongs) == (m, c), f"belongs does not fit {m} titles, {c} categories")
-    demand(np.shape(env.vectors)[:-1] == (m,), f"vectors does not fit {m} titles")
+    c, d = len(env.categories), np.size(env.vectors) // m
+    expected = {"years": (m,), "belongs": (m, c), "vectors": (m, d)}
+    for name, shape in expected.items():
+        actual = np.shape(getattr(env, name))
+        demand(actual == shape, f"{name} has the shape {actual} instead of {shape}")
+    demand(np.isfinite(env.vectors).all(), "vectors has numbers that are not finite")
     for user, history in enumerate(env.histories):
         for item in history:
             fits = isinstance(item, (int, np.integer)) and 0 <= item < m
-            demand(fits, f"user {user} has {item!r} in the history, which is not from 0..{m - 1}")
-    users, items = np.random.default_rng(0).permutation(n)[:1 + 10 ** 7 // m], np.arange(m)
+            demand(fits, f"the history of user {user} has {item!r}, which is not from 0..{m - 1}")
+
+    count = max(1, 10 ** 7 // m)
+    users, items = np.random.default_rng(0).permutation(n)[:count], np.arange(m)
     try:
         ratings = env.rate(users[:, None], items)
         env.distance(0, items, 0)
     except IndexError as error:
         raise ValueError(f"rate or distance does not fit {n} users, {m} items: {error}") from None
     demand(np.shape(ratings) == (len(users), m), "rate does not return the shape of its arguments")
-    wrong = ratings[~((ratings >= 1) & (ratings <= 5))]         # also what is not a number
-    demand(len(wrong) == 0, f"ratings that are not between 1 and 5: {wrong[:9]}")
+    fit = (ratings >= 1) & (ratings <= 5)           # false for NaN
+    demand(fit.all(), f"ratings that are not between 1 and 5: {ratings[~fit][:9]}")
 
 
 # ------------------------------------------------------- policies without a language model
 
-# env, B sessions, free [B, m], rng -> items [B]
+# env, B sessions, free [B, m], rng -> items [B]. A user for whom nothing is free gets any item.
 Policy = Callable[[Env, EnvState, Array, Rng], Array]
 
 
@@ -209,39 +221,41 @@ def unseen(env: Env, users: Array) -> Array:
     """bool [B, m]: the items that are not in each user's history."""
     free = np.ones((len(users), len(env.titles)), bool)
     for row, user in enumerate(users):
+        # as integers, because an empty list would become an array of floats
         free[row, np.asarray(env.histories[user], int)] = False
     return free
 
 
 def rollout(env: Env, users: Array, policy: Policy, rng: Rng) -> Rollout:
-    """One episode for each of B users, stepped at once; no item twice while another is free."""
+    """One episode for each of B users. No user gets an item twice while another is free."""
     state, free = reset(env, users), unseen(env, users)
-    rows = np.arange(len(users))
     active = np.ones(len(users), bool)
     items = np.full((len(users), env.max_steps), -1)
     rewards = np.zeros(items.shape)
     for t in range(env.max_steps):
+        # users who left are stepped too, which keeps the arrays [B]; nothing of it is recorded
         item = policy(env, state, free, rng)
         state, reward, left, _ = step(env, state, item)
+        free[np.arange(len(users)), item] = False
         active = active & ~left
-        free[rows, item] = False
-        items[:, t] = np.where(active, item, -1)
-        rewards[:, t] = np.where(active, reward, 0)
+        items[active, t] = item[active]
+        rewards[active, t] = reward[active]
         if not active.any():
             break
     return Rollout(items, rewards)
 
 
 def best(score: Array, allowed: Array) -> Array:
-    """int [B]: the allowed item of the highest score, the first of equals; both are [B, m]."""
+    """int [B]: allowed item of the highest score, the first of equals; score is [B, m] or [m]."""
     return np.argmax(np.where(allowed, score, -np.inf), -1)
 
 
 def draw(score: Array, allowed: Array, rng: Rng) -> Array:
-    """int [B]: the allowed item of the highest score, any of equals."""
+    """int [B]: an allowed item of the highest score, drawn from equals; score is [B, m] or 0."""
     score = np.where(allowed, score, -np.inf)
-    equal = score == score.max(-1, keepdims=True)
-    return np.argmax(np.where(equal, rng.random(equal.shape, np.float32), -1), -1)
+    highest = score == score.max(-1, keepdims=True)
+    # the largest of random numbers is at a random place; float32 is precise enough and quicker
+    return best(rng.random(highest.shape, np.float32), highest)
 
 
 def preferred(good: Array, free: Array) -> Array:
@@ -251,13 +265,15 @@ def preferred(good: Array, free: Array) -> Array:
 
 
 def with_all(env: Env, state: EnvState) -> tuple[EnvState, Array]:
-    """B sessions and all m items, shaped such that they broadcast to [B, m]."""
-    sessions = EnvState(state.user[:, None], state.recent[:, None], state.t[:, None])
-    return sessions, np.arange(len(env.titles))
+    """Sessions and items that broadcast to [B, m], to ask about all m items for each of B users.
+
+    The sessions get an axis of length 1: user and t are [B, 1], recent is [B, 1, W].
+    """
+    return sessions_at(state, np.s_[:, None]), np.arange(len(env.titles))
 
 
 def random(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
-    """Any free item, each as likely."""
+    """A free item, drawn with equal chances."""
     return draw(0, free, rng)
 
 
@@ -265,7 +281,7 @@ def random(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
 
 
 def greedy(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
-    """The free item that the user rates best, without a thought of what comes after."""
+    """The free item that the user rates best. It does not look ahead."""
     sessions, every = with_all(env, state)
     return best(env.rate(sessions.user, every), free)
 
@@ -273,8 +289,8 @@ def greedy(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
 def oracle(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """The item that the user rates best among the free items that do not make the user leave.
 
-    It knows the rule but does not plan, so it is no proven upper bound. In practice it keeps nearly
-    everybody to the cap.
+    It knows the rule but does not plan, so it is not proven to be an upper bound. In practice
+    nearly every user stays to the cap.
     """
     sessions, every = with_all(env, state)
     ratings = env.rate(sessions.user, every)
@@ -302,59 +318,78 @@ def popular(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> 
 def one_list(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """The free item of most appeal [m] that is not too alike. See `popular`."""
     sessions, every = with_all(env, state)
-    different = nearest(env, sessions, every) >= env.beta
+    different = distance_to_recent(env, sessions, every) >= env.beta
     return best(appeal, preferred(different, free))
 
 
 # Two policies are rules that see categories, not ratings.
 
 
-def shared(env: Env, state: EnvState) -> Array:
-    """float [B, m]: how many of each item's categories the last W items have among them."""
-    recent = env.belongs[state.recent] & (state.recent >= 0)[..., None]
-    return recent.any(1).astype(np.float32) @ env.belongs.T
+def rows_of_recent(rows: Array, state: EnvState) -> Array:
+    """[B, W, k]: the rows [m, k] of the last W items; zeros for an empty place."""
+    # an empty place is -1, which indexes the last row: it is multiplied by zero
+    filled = (state.recent >= 0)[..., None]
+    return rows[state.recent] * filled
+
+
+def overlap(env: Env, state: EnvState) -> Array:
+    """float32 [B, m]: how many of an item's categories occur among the last W items."""
+    occur = rows_of_recent(env.belongs, state).any(1)           # [B, c]
+    return occur.astype(np.float32) @ env.belongs.T
 
 
 def mean_liked(rows: Array, env: Env, users: Array) -> Array:
-    """float32 [B, k]: the mean, over each user's history, of the items' rows [m, k]."""
-    means = np.zeros((len(users), rows.shape[1]), np.float32)
-    for place, user in enumerate(users):
-        liked = rows[np.asarray(env.histories[user], int)]
-        means[place] = liked.sum(0) / max(len(liked), 1)
-    return means
+    """float32 [B, k]: the mean of the items' rows [m, k] over each user's history."""
+    member = (~unseen(env, users)).astype(np.float32)           # [B, m]: 1 in the history, else 0
+    return member @ rows / np.maximum(member.sum(1, keepdims=True), 1)
 
 
 def affinity(env: Env, state: EnvState) -> Array:
-    """float [B, m]: how common an item's categories are in the user's history, on average."""
+    """float [B, m]: the share of the history in a category, averaged over an item's categories."""
     sizes = np.maximum(env.belongs.sum(1), 1)
     return mean_liked(env.belongs, env, state.user) @ env.belongs.T / sizes
 
 
+def fresh(env: Env, state: EnvState, free: Array) -> Array:
+    """bool [B, m]: the free items that share no category with the last W; all free if none does."""
+    return preferred(overlap(env, state) == 0, free)
+
+
 def varied(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
-    """Any free item that shares no category with the last W; any free item if there is none."""
-    return draw(0, preferred(shared(env, state) == 0, free), rng)
+    """One of the `fresh` items, drawn with equal chances."""
+    return draw(0, fresh(env, state, free), rng)
 
 
 def common_sense(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
-    """The item of the highest affinity among those that `varied` draws from."""
-    allowed = preferred(shared(env, state) == 0, free)
-    return draw(affinity(env, state), allowed, rng)
+    """The `fresh` item of the highest affinity."""
+    return draw(affinity(env, state), fresh(env, state, free), rng)
 
 
 # ------------------------------------ policies that learn: a bandit, and an actor and critic
 
 
-def staying(stay: Array, state: EnvState, free: Array) -> tuple[EnvState, Array]:
-    """The sessions that go on, and what is free in them, by a mask [B]."""
-    return EnvState(state.user[stay], state.recent[stay], state.t[stay]), free[stay]
+def turns(env: Env, episodes: int, rounds: int, rng: Rng) -> list[Array]:
+    """The users of each round: learners take turns, in a random order, for so many episodes."""
+    # resize repeats the order until it is long enough
+    users = np.resize(rng.permutation(env.learners), episodes)
+    return np.array_split(users, rounds)
+
+
+def go_on(state: EnvState, free: Array, item: Array, stay: Array) -> tuple[EnvState, Array]:
+    """The sessions that go on, by a mask [B], and what is free in them after the item [B]."""
+    still_free = free[stay]         # a copy
+    still_free[np.arange(len(still_free)), item[stay]] = False
+    return sessions_at(state, stay), still_free
 
 
 def features(env: Env, state: EnvState) -> Array:
-    """float [B, m, 4]: distance to the nearest of the last W, shared categories, affinity, 1."""
+    """float [B, m, 4]: distance to the nearest of the last W, overlap, affinity, 1."""
     sessions, every = with_all(env, state)
-    # the distance is infinite at the first step, and beta is its unit in this world
-    apart = np.minimum(nearest(env, sessions, every), 2 * env.beta)
-    return np.stack([apart, shared(env, state), affinity(env, state), np.ones_like(apart)], -1)
+    # at the first step the distance is infinite, which a regression cannot use, so it has a cap;
+    # worlds measure distance in different units, and beta tells what is far in each
+    distance = np.minimum(distance_to_recent(env, sessions, every), 2 * env.beta)
+    one = np.ones(distance.shape)
+    return np.stack([distance, overlap(env, state), affinity(env, state), one], -1)
 
 
 def bandit(weights: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
@@ -365,27 +400,26 @@ def bandit(weights: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> 
 def learn_bandit(env: Env, episodes: int, seed: int = 0, epsilon: float = 0.1) -> Policy:
     """A linear contextual bandit: ridge regression of the next reward on `features`, penalty 1.
 
-    It learns from the rewards of its own episodes and does not look ahead. Learners take turns, in
-    100 rounds of episodes. A random item is recommended at a rate of epsilon.
+    It learns from the rewards of its own episodes and does not look ahead. It recommends a random
+    item at a rate of epsilon.
     """
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(6,)))
-    turns = np.resize(rng.permutation(env.learners), episodes)
-    gram, moment = np.eye(4), np.zeros(4)
-    for users in np.array_split(turns, 100):
+    rng = branch(seed, "bandit")
+    # ridge regression solves (sum of x x' + penalty) weights = sum of reward x
+    square, product = np.eye(4), np.zeros(4)
+    for users in turns(env, episodes, 100, rng):
         state, free = reset(env, users), unseen(env, users)
         while len(free) > 0:
             x = features(env, state)
-            predicted = x @ np.linalg.solve(gram, moment)
+            predicted = x @ np.linalg.solve(square, product)
+            # equal scores draw a random item
             explores = rng.random((len(x), 1)) < epsilon
             item = draw(np.where(explores, 0, predicted), free, rng)
             state, reward, left, cut = step(env, state, item)
-            rows = np.arange(len(x))
-            chosen = x[rows, item]
-            gram = gram + chosen.T @ chosen
-            moment = moment + reward @ chosen
-            free[rows, item] = False
-            state, free = staying(~(left | cut), state, free)
-    return partial(bandit, np.linalg.solve(gram, moment))
+            chosen = x[np.arange(len(x)), item]
+            square += chosen.T @ chosen
+            product += reward @ chosen
+            state, free = go_on(state, free, item, ~(left | cut))
+    return partial(bandit, np.linalg.solve(square, product))
 
 
 CHOICES = 64        # items the actor-critic chooses among while it learns; m / 16 if that is more
@@ -402,18 +436,15 @@ class Weights(NamedTuple):
     value: Array                        # [2d + 1]: V(s) = x @ value
 
 
-def unpack(theta: Array, env: Env) -> Weights:
-    """The weights that are learnt as one vector."""
-    m, d = env.vectors.shape
-    size = (2 * d + 1) * d
-    return Weights(theta[:size].reshape(-1, d), theta[size:size + m], theta[size + m:])
+def with_one(rows: Array) -> Array:
+    """The rows with a 1 behind each, which takes the weight of a constant."""
+    return np.hstack([rows, np.ones((len(rows), 1), np.float32)])
 
 
-def observe(env: Env, state: EnvState, taste: Array) -> Array:
-    """float32 [B, 2d + 1]: x of each session, given the tastes [n, d] of all users."""
-    recent = env.vectors[state.recent] * (state.recent >= 0)[..., None]
-    one = np.ones((len(recent), 1), np.float32)
-    return np.hstack([taste[state.user], recent.sum(1), one])
+def observe(env: Env, state: EnvState) -> Array:
+    """float32 [B, 2d + 1]: x of each session."""
+    taste = mean_liked(env.vectors, env, state.user)
+    return with_one(np.hstack([taste, rows_of_recent(env.vectors, state).sum(1)]))
 
 
 def log_chances(env: Env, weights: Weights, x: Array, items: Array, free: Array) -> Array:
@@ -422,64 +453,67 @@ def log_chances(env: Env, weights: Weights, x: Array, items: Array, free: Array)
     free [B, k] tells which it may take.
     """
     fit = x @ weights.match @ env.vectors[items].T + weights.appeal[items]
+    # not -inf, because 0 * -inf would make the entropy NaN
     fit = np.where(free, fit, -1e6)
-    fit = fit - fit.max(1, keepdims=True)
-    return fit - np.log(np.exp(fit).sum(1, keepdims=True))
+    return fit - np.logaddexp.reduce(fit, 1, keepdims=True)
 
 
-def gradient(env: Env, x: Array, items: Array, log: Array, pick: Array,
-             advantage: Array) -> Array:
-    """The slope, uphill, of the sum over B sessions of advantage * log[pick] + ENTROPY * entropy.
+def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
+             td_error: Array) -> Weights:
+    """The uphill slopes of what the weights maximize, summed over B sessions.
 
-    It is a vector as `unpack` takes it. For `value` it is the slope, downhill, of half the critic's
-    squared error with the target fixed.
+    match and appeal maximize td_error * log_chance[pick] + ENTROPY * entropy of the chances.
+    value maximizes -(target - V(s))^2 / 2 for a fixed target; td_error is target - V(s).
     """
-    chance = np.exp(log)
-    entropy = -(chance * log).sum(1, keepdims=True)
-    slope = -chance * (advantage[:, None] + ENTROPY * (log + entropy))
-    slope[np.arange(len(x)), pick] += advantage
+    chance = np.exp(log_chance)
+    entropy = -(chance * log_chance).sum(1, keepdims=True)
+    picked = np.eye(len(items))[pick]           # [B, k]: 1 at the pick, 0 elsewhere
+    # d log_chance[pick] / d fit_j = picked_j - chance_j
+    # d entropy / d fit_j = -chance_j * (log_chance_j + entropy)
+    slope = td_error[:, None] * (picked - chance) - ENTROPY * chance * (log_chance + entropy)
+    # fit = x @ match @ vectors[items].T + appeal[items]
     appeal = np.zeros(len(env.titles))
     appeal[items] = slope.sum(0)
-    match = x.T @ slope @ env.vectors[items]
-    return np.concatenate([match.ravel(), appeal, advantage @ x])
+    return Weights(x.T @ slope @ env.vectors[items], appeal, td_error @ x)
 
 
-def a2c(weights: Weights, taste: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
-    """The free item that fits best. `partial(a2c, weights, taste)` is a `Policy`."""
-    x = observe(env, state, taste)
-    return best(log_chances(env, weights, x, np.arange(free.shape[1]), free), free)
+def a2c(weights: Weights, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
+    """The free item of the highest chance. `partial(a2c, weights)` is a `Policy`."""
+    every = np.arange(len(env.titles))
+    return best(log_chances(env, weights, observe(env, state), every, free), free)
 
 
 def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5,
-              pace: float = 0.3) -> Policy:
-    """Advantage actor-critic. Learners take turns, in 200 rounds of episodes side by side.
+              learning_rate: float = 0.3) -> Policy:
+    """Advantage actor-critic, which learns at every step of many episodes side by side.
 
-    It learns at every step, by Adagrad: a weight moves less where its slopes have been steep.
+    It learns by Adagrad: a weight moves less where its slopes have been steep.
     """
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(3,)))
+    rng = branch(seed, "actor-critic")
     m, d = env.vectors.shape
-    taste = mean_liked(env.vectors, env, np.arange(len(env.histories)))
-    theta = np.zeros((2 * d + 1) * (d + 1) + m)
+    weights = Weights(np.zeros((2 * d + 1, d)), np.zeros(m), np.zeros(2 * d + 1))
+    squares = [np.full(weight.shape, 1e-6) for weight in weights]
     choices = min(m, max(CHOICES, m // 16))
-    squares = theta + 1e-6
-    turns = np.resize(rng.permutation(env.learners), episodes)
-    for users in np.array_split(turns, 200):
+    for users in turns(env, episodes, 200, rng):
         state, free = reset(env, users), unseen(env, users)
         while len(free) > 0:
-            weights, x = unpack(theta, env), observe(env, state, taste)
+            x = observe(env, state)
+            # if none of these is free to a user, he or she gets any of them
             items = rng.choice(m, choices, replace=False)
-            log = log_chances(env, weights, x, items, free[:, items])
-            pick = np.argmax(log + rng.gumbel(size=log.shape), 1)       # draws by these chances
+            log_chance = log_chances(env, weights, x, items, free[:, items])
+            # the Gumbel trick: the largest of log chance + Gumbel noise is a draw by the chances
+            pick = np.argmax(log_chance + rng.gumbel(size=log_chance.shape), 1)
             state, reward, left, cut = step(env, state, items[pick])
-            after = observe(env, state, taste)
-            target = reward + gamma * (after @ weights.value) * ~left
-            advantage = target - x @ weights.value
-            slope = gradient(env, x, items, log, pick, advantage)
-            squares = squares + slope ** 2
-            theta = theta + pace * slope / np.sqrt(squares)
-            free[np.arange(len(free)), items[pick]] = False
-            state, free = staying(~(left | cut), state, free)
-    return partial(a2c, unpack(theta, env), taste)
+            # a user who left has no future
+            future = observe(env, state) @ weights.value * ~left
+            td_error = reward + gamma * future - x @ weights.value
+            slopes = gradient(env, x, items, log_chance, pick, td_error)
+            for weight, square, slope in zip(weights, squares, slopes):
+                # += changes the arrays inside `weights` and `squares`
+                square += slope ** 2
+                weight += learning_rate * slope / np.sqrt(square)
+            state, free = go_on(state, free, items[pick], ~(left | cut))
+    return partial(a2c, weights)
 
 
 POLICIES = ("random", "popular", "greedy", "varied", "common-sense", "one-list", "bandit", "a2c",
@@ -492,14 +526,14 @@ def policy_named(name: str, env: Env, episodes: int = 0, seed: int = 0,
 
     Only bandit and a2c learn, from so many episodes. Only a2c has a discount gamma.
     """
-    if name == "popular":
-        return partial(popular, popularity(env))
-    if name == "one-list":
-        return partial(one_list, popularity(env))
     if name == "bandit":
         return learn_bandit(env, episodes, seed)
     if name == "a2c":
         return learn_a2c(env, episodes, seed, gamma)
+    if name == "popular":
+        return partial(popular, popularity(env))
+    if name == "one-list":
+        return partial(one_list, popularity(env))
     ready = {"random": random, "greedy": greedy, "varied": varied, "common-sense": common_sense,
              "oracle": oracle}
     return ready[name]
@@ -531,41 +565,42 @@ def gains(after: Array, before: Array) -> Array:
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
-def over_users(figure: Callable[..., Array], samples: Sequence[Array], draws: int) -> Array:
-    """[2, ...]: the percentile bootstrap's 95 % interval of figure(*samples), users drawn with replacement."""
-    rng = np.random.default_rng(0)
+def over_users(figure: Function, samples: Sequence[Array], draws: int) -> Array:
+    """[2, ...]: the 95 % interval of the percentile bootstrap over the users of one seed.
+
+    The same users are drawn, with replacement, from all samples [1, N, k].
+    """
     users = samples[0].shape[1]
-    drawn = rng.integers(users, size=(draws, 1, users))
-    resampled = [sample[np.zeros_like(drawn), drawn] for sample in samples]
+    drawn = np.random.default_rng(0).integers(users, size=(draws, users))
+    # [draws, 1, N, k]: each draw is a sample of one seed
+    resampled = [sample[:, drawn].swapaxes(0, 1) for sample in samples]
     return np.quantile(figure(*resampled), [0.025, 0.975], axis=0)
 
 
-def intervals(figure: Callable[..., Array], *samples: Array, draws: int = 1000) -> list[list[float]]:
+def intervals(figure: Function, *samples: Array, draws: int = 1000) -> list[list[float]]:
     """[mean, low, high] of each number in figure(*samples), with its 95 % confidence interval.
 
-    Samples are [S, N, k]: S seeds with N users each, the same users in all samples, so that differences are
-    paired. Several seeds give a t interval over the seeds' figures, because users of one seed share its world.
-    One seed gives a bootstrap interval over its users.
+    Samples are [S, N, k]: S seeds with N users each, the same users in all samples, so that
+    differences are paired. The figure takes [..., S, N, k]. Several seeds give a t interval over
+    the seeds' figures, because users of one seed share its world. One seed gives a bootstrap
+    interval over its users.
     """
-    seeds = len(samples[0])
-    figures = []
-    for seed in range(seeds):
-        figures.append(figure(*[sample[seed:seed + 1] for sample in samples]))
-    mean = np.mean(figures, 0)
+    # [S, 1, N, k]: each seed is a sample of one seed
+    figures = figure(*[sample[:, None] for sample in samples])
+    seeds, mean = len(figures), figures.mean(0)
     if seeds == 1:
         low, high = over_users(figure, samples, draws)
     else:
         quantile = STUDENT[min(seeds - 2, len(STUDENT) - 1)]
-        margin = quantile * np.std(figures, 0, ddof=1) / np.sqrt(seeds)
+        margin = quantile * figures.std(0, ddof=1) / np.sqrt(seeds)
         low, high = mean - margin, mean + margin
     return np.stack([mean, low, high], -1).round(4).tolist()
 
 
 def metrics(after: Array, before: Array | None = None) -> dict[str, list[float]]:
     """[mean, low, high] of Len, R_each and R_traj of scores [S, N, 2], or of their gains."""
-    if before is None:
-        return dict(zip(METRICS, intervals(totals, after)))
-    return dict(zip(METRICS, intervals(gains, after, before)))
+    rows = intervals(totals, after) if before is None else intervals(gains, after, before)
+    return dict(zip(METRICS, rows))
 
 
 # ---------------------------------------------------------------------------- the films world
@@ -643,14 +678,39 @@ def unit(rows: Array) -> Array:
 
 
 def labels(tags: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], Array]:
-    """The categories that occur in the items' tags, sorted, and bool [m, c]: which item has which.
+    """The categories that occur in the items' tags, sorted, and `belongs` of `Env`.
 
     >>> labels([["War"], ["Drama", "War"]])[0]
     ('Drama', 'War')
     """
     names = sorted({tag for item_tags in tags for tag in item_tags})
     belongs = [[name in item_tags for name in names] for item_tags in tags]
-    return tuple(names), np.array(belongs, bool).reshape(len(tags), len(names))
+    return tuple(names), np.array(belongs, bool)
+
+
+def made_up(belongs: Array, users: int, rng: Rng) -> Array:
+    """int8 [n, m]: ratings of films, given their categories; see `films`."""
+    m, c = belongs.shape
+    # archetypes and appeal are the same for every seed
+    common = np.random.default_rng(0)
+    archetypes = common.normal(size=(6, c))
+    appeal = common.normal(size=m)
+
+    taste = archetypes[rng.integers(6, size=users)]
+    taste = taste + 0.8 * rng.normal(size=taste.shape)
+    # the root keeps the spread of a sum of independent tastes the same for any number of categories
+    liking = taste @ (belongs / np.sqrt(belongs.sum(1, keepdims=True))).T
+    noise = 0.5 * rng.normal(size=liking.shape)
+    ratings = np.rint(3.8 + 2 * liking + 0.8 * appeal + noise)
+    return np.clip(ratings, 1, 5).astype(np.int8)
+
+
+def drawn_histories(ratings: Array, rng: Rng) -> Array:
+    """int [n, 10]: ten items of each user. One more point makes an item e times likelier."""
+    # the Gumbel trick: the largest of rating + Gumbel noise are a draw without replacement
+    keys = ratings + rng.gumbel(size=ratings.shape)
+    largest_first = np.argsort(-keys, 1)
+    return largest_first[:, :10]
 
 
 def films(seed: int = 0, users: int = 1000) -> Env:
@@ -664,29 +724,16 @@ def films(seed: int = 0, users: int = 1000) -> Env:
     rows = re.findall(r"(.+?) (\d{4}) ([A-Z]+)(?:;\s+|$)", FILMS.strip())
     titles, years, codes = zip(*rows)
     categories, belongs = labels([[CODES[letter] for letter in letters] for letters in codes])
-    rarity = np.sqrt(np.log(len(titles) / belongs.sum(0)))      # a rare category counts for more
+    # two films that share a rare category are nearer to each other
+    rarity = np.sqrt(np.log(len(titles) / belongs.sum(0)))
     vectors = unit(belongs * rarity).astype(np.float32)
-
-    # archetypes and appeal are the same for every seed
-    common = np.random.default_rng(0)
-    archetypes = common.normal(size=(6, len(categories)))
-    appeal = common.normal(size=len(titles))
-
-    rng = np.random.default_rng(np.random.SeedSequence(seed))
-    taste = archetypes[rng.integers(6, size=users)]
-    taste = taste + 0.8 * rng.normal(size=taste.shape)
-    liking = taste @ (belongs / np.sqrt(belongs.sum(1, keepdims=True))).T
-    noise = 0.5 * rng.normal(size=liking.shape)
-    ratings = np.clip(np.rint(3.8 + 2 * liking + 0.8 * appeal + noise), 1, 5)
-
-    # ten films drawn without replacement; one more point makes a film e times likelier
-    order = np.argsort(-(ratings + rng.gumbel(size=ratings.shape)), 1)
+    rng = np.random.default_rng(seed)
+    ratings = made_up(belongs, users, rng)
     return Env(
         name="films", titles=titles, years=tuple(map(int, years)),
         categories=categories, belongs=belongs, vectors=vectors,
-        rate=table(ratings.astype(np.int8)),
-        distance=euclidean(vectors),
-        histories=tuple(order[:, :10]), learners=users // 2, beta=0.9)
+        rate=table(ratings), distance=euclidean(vectors),
+        histories=tuple(drawn_histories(ratings, rng)), learners=users // 2, beta=0.9)
 
 
 # ------------------------------------------------ data files: ratings, from MovieLens or anybody
@@ -696,11 +743,11 @@ ADVICE = ("the README tells what the files hold; whole copies of MovieLens are a
 LISTS = ("items.csv", "movies.csv", "movie.csv", "movies.dat")
 HEADERS = {"movies.dat": ["movieId", "title", "genres"],                # .dat files have no header
            "ratings.dat": ["userId", "movieId", "rating", "timestamp"]}
-ALIASES = {"item": "itemid item movieid filmid bookid productid id",
+ALIASES = {"user": "user userid",
+           "item": "itemid item movieid filmid bookid productid id",
            "title": "title movietitle itemtitle name",
            "year": "year releaseyear",
            "categories": "categories category genres genre tags",
-           "user": "user userid",
            "rating": "rating score stars",
            "time": "time timestamp date"}
 NO_TAG = ("", "unknown", "(no genres listed)")
@@ -713,18 +760,29 @@ class BadData(ValueError):
     """A data file is missing or malformed; one line names the file, the place and a remedy."""
 
 
+def find_file(folder: Path, names: Sequence[str], world: str) -> Path | None:
+    """A file of one of these names in a folder or below it.
+
+    Of several it takes one in a folder named as the world, then the least deep, then by the order
+    of the names, then by path.
+    """
+    files = []
+    for name in names:
+        # the order of rglob depends on the file system
+        files += sorted(file for file in folder.rglob(name) if file.is_file())
+    # a sort keeps the order of equals, so the last sort counts most
+    files.sort(key=lambda file: len(file.parts))
+    files.sort(key=lambda file: world not in file.parts)
+    return files[0] if files else None
+
+
 @contextmanager
 def reading(path: Location, names: Sequence[str], advice: str, world: str = "") -> Iterator[Path]:
-    """A file of one of these names in a folder or below it; whatever fails inside is blamed on it.
-
-    Of several it takes one in a folder named as the world, then the least deep, then by name.
-    """
+    """The file of `find_file`. A BadData names the file for whatever fails inside the block."""
     folder = Path(path).expanduser()
-    files = [file for name in names for file in folder.rglob(name) if file.is_file()]
-    if not files:
+    file = find_file(folder, names, world)
+    if file is None:
         raise BadData(f"{folder}: no {' or '.join(names)} there or below; {advice}")
-    # of equals min takes the first, and files are in the order of names
-    file = min(files, key=lambda file: (world not in file.parts, len(file.parts)))
     try:
         yield file
     except Exception as error:      # damaged files make csv, json, numpy and pickle raise all sorts
@@ -739,7 +797,7 @@ def silent(text: str) -> None:
 
 
 def encoding(file: Path) -> str:
-    """UTF-8, with or without a byte order mark, when the whole file is that; else latin-1."""
+    """UTF-8, with or without a byte order mark, if the whole file is valid; otherwise latin-1."""
     try:
         with file.open(encoding="utf-8-sig") as lines:
             for _ in lines:
@@ -749,8 +807,10 @@ def encoding(file: Path) -> str:
     return "utf-8-sig"
 
 
-def columns(header: Sequence[str]) -> dict[str, int]:
+def columns(header: Sequence[str], needed: Sequence[str] = ()) -> dict[str, int]:
     """The places of the columns in a header, by any alias, case and punctuation.
+
+    It raises a ValueError if a needed column is missing.
 
     >>> columns(["Title", "Movie_ID"])
     {'item': 1, 'title': 0}
@@ -758,44 +818,51 @@ def columns(header: Sequence[str]) -> dict[str, int]:
     plain = [re.sub(r"[\W_]", "", text).lower() for text in header]
     places = {}
     for name, aliases in ALIASES.items():
-        for alias in aliases.split():
-            if alias in plain and name not in places:
-                places[name] = plain.index(alias)
+        present = [alias for alias in aliases.split() if alias in plain]
+        if present:
+            places[name] = plain.index(present[0])
+        elif name in needed:
+            start = ",".join(header)[:80]
+            raise ValueError(f"no column for the {name} ({aliases}) in the header {start!r}")
     return places
 
 
 Row = dict[str, str]                # the texts of a line by the names in ALIASES
 
 
-def read_rows(file: Path, needed: str, parse: Callable[[Row], Any],
-              notice: Notice = silent) -> Iterator[Any]:
-    """parse(row) of each line of a csv or .dat file that is not empty.
+def split_lines(stream: Iterator[str], suffix: str) -> Any:
+    """A csv reader of the lines of a .csv or .dat file."""
+    if suffix == ".csv":
+        return csv.reader(stream, strict=True)
+    # .dat files separate fields by two colons, and csv takes only one character
+    tabbed = (line.replace("::", "\t") for line in stream)
+    return csv.reader(tabbed, delimiter="\t", quoting=csv.QUOTE_NONE)
 
-    A ValueError names the line.
+
+def read_rows(file: Path, needed: Sequence[str], parse: Callable[[Row], Any],
+              notice: Notice) -> Iterator[Any]:
+    """parse(row) of each line that is not empty, one line at a time.
+
+    A ValueError, also one of parse, names the line.
     """
     with file.open(encoding=encoding(file), newline="") as stream:
-        lines = csv.reader(stream, strict=True)
-        if file.suffix == ".dat":
-            tabbed = (line.replace("::", "\t") for line in stream)
-            lines = csv.reader(tabbed, delimiter="\t", quoting=csv.QUOTE_NONE)
+        lines = split_lines(stream, file.suffix)
         try:
             header = HEADERS.get(file.name) or next(lines, [])
-            places = columns(header)
-            for name in needed.split():
-                demand(name in places, f"no column for the {name} ({ALIASES[name]}) in the header "
-                                       + repr(",".join(header)[:80]))
+            places = columns(header, needed)
             for fields in lines:
                 if lines.line_num == MANY:
                     notice(f"{file} has a million lines or more: reading and fitting takes a while")
-                if any(fields):
-                    if len(fields) != len(header):
-                        raise ValueError(f"{len(fields)} fields instead of {len(header)}")
-                    yield parse({name: fields[place].strip() for name, place in places.items()})
+                if not any(fields):
+                    continue
+                if len(fields) != len(header):
+                    raise ValueError(f"{len(fields)} fields instead of {len(header)}")
+                yield parse({name: fields[place].strip() for name, place in places.items()})
         except (ValueError, csv.Error) as error:
             raise ValueError(f"line {lines.line_num}: {error}") from None
 
 
-class Item(NamedTuple):
+class Entry(NamedTuple):
     """One row of the list of items."""
     title: str
     year: int | None
@@ -803,28 +870,33 @@ class Item(NamedTuple):
 
 
 def split_title(text: str) -> tuple[str, int | None]:
-    """The title, its article in front, and the year that may stand behind it.
+    """The title with its article in front, and the year behind it, if there is one.
 
     >>> split_title("Matrix, The (1999)")
     ('The Matrix', 1999)
+    >>> split_title("Avventura, L' (Adventure, The) (1960)")
+    ("L'Avventura (Adventure, The)", 1960)
+    >>> split_title("Babylon 5 (1994-1998)"), split_title("Say (now")
+    (('Babylon 5', 1994), ('Say (now', None))
     """
     # the pattern would be slow on a long run of spaces
     text = " ".join(text.split())
     title, year = re.fullmatch(r"(.*?) ?(?:\((\d{4})(?:[-–]\d*)?\))?", text).groups()
+    # a text that is only a year in parentheses is a title
     title = re.sub(ARTICLE, r"\2 \1", title or text).replace("L' ", "L'")
     return title, int(year) if year else None
 
 
-def parse_item(items: dict[str, Item], row: Row) -> tuple[str, Item]:
-    """The id of an item, and the item, which must not be among items."""
+def parse_entry(entries: dict[str, Entry], row: Row) -> tuple[str, Entry]:
+    """The id and the entry of an item, which must not be among the entries."""
     demand(row["item"] != "" and row["title"] != "", "an item without id or title")
-    demand(row["item"] not in items, f"item {row['item']} is listed twice")
+    demand(row["item"] not in entries, f"item {row['item']} is listed twice")
     title, year = split_title(row["title"])
     digits = re.search(r"\d{4}", row.get("year", ""))
     if digits:
         year = int(digits.group())
     names = [name.strip() for name in row.get("categories", "").split("|")]
-    return row["item"], Item(title, year, [name for name in names if name not in NO_TAG])
+    return row["item"], Entry(title, year, [name for name in names if name not in NO_TAG])
 
 
 def seconds(text: str) -> float:
@@ -835,22 +907,17 @@ def seconds(text: str) -> float:
         return datetime.fromisoformat(text).timestamp()
 
 
-# a log is an array [N] of such records
-LOG = [("user", int), ("item", int), ("rating", float), ("time", float)]
+# votes are an array [N] of such records, in which users and items are numbers
+VOTE = [("user", int), ("item", int), ("rating", float), ("time", float)]
 
 
-def parse_rating(users: dict[str, int], items: dict[str, int], row: Row) -> tuple:
-    """The values of one record of a LOG, given the numbers of ids.
-
-    A new user gets the next number.
-    """
+def parse_vote(users: dict[str, int], items: dict[str, int], row: Row) -> tuple:
+    """The values of a VOTE, given the numbers of ids. It adds a new user to `users`."""
     rating = float(row["rating"])
-    if not abs(rating) < np.inf:
-        raise ValueError(f"the rating {rating} is not finite")
-    if row["user"] == "":
-        raise ValueError("a rating without user")
-    if row["item"] not in items:
-        raise ValueError(f"item {row['item']} is not in the list of items")
+    demand(np.isfinite(rating), f"the rating {rating} is not finite")
+    demand(row["user"] != "", "a rating without user")
+    demand(row["item"] in items, f"item {row['item']} is not in the list of items")
+    # a new user gets the next number
     user = users.setdefault(row["user"], len(users))
     return user, items[row["item"]], rating, seconds(row.get("time", ""))
 
@@ -870,7 +937,11 @@ def rescaled(ratings: Array) -> tuple[Array, str]:
 
 
 def groups(keys: Array) -> list[Array]:
-    """The places [.] of each distinct key, by key; within a key in order."""
+    """The places of each distinct key, by key; within a key in order.
+
+    >>> groups(np.array([7, 5, 7]))
+    [array([1]), array([0, 2])]
+    """
     order = np.argsort(keys, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(keys[order])) + 1)
 
@@ -880,78 +951,89 @@ def ridge(rows: Array, columns: Array, targets: Array, known: Array, count: int)
 
     The penalty is 3 + a tenth of the number of targets on each factor, and 3 on the bias.
     """
-    known = np.insert(known, known.shape[1], 1, 1)
+    known = with_one(known)
     fitted = np.zeros((count, known.shape[1]), np.float32)
-    for own in groups(rows):
-        x = known[columns[own]]
-        penalty = np.full(len(x.T), 3 + len(own) / 10)
+    for group in groups(rows):
+        x = known[columns[group]]
+        penalty = np.full(len(x.T), 3 + len(group) / 10)
         penalty[-1] = 3
-        fitted[rows[own[0]]] = np.linalg.solve(x.T @ x + np.diag(penalty), x.T @ targets[own])
+        fitted[rows[group[0]]] = np.linalg.solve(x.T @ x + np.diag(penalty), x.T @ targets[group])
     return fitted
 
 
 class Model(NamedTuple):
-    """What `predict` needs."""
-    p: Array                            # float32 [n, rank + 2]: factors, bias, 1
-    q: Array                            # float32 [m, rank + 2]: factors, 1, bias
+    """A rating is offset + the user's bias + the item's bias + the product of their factors."""
+    p: Array                            # float32 [n, rank + 1]: each user's factors and bias
+    q: Array                            # float32 [m, rank + 1]: each item's factors and bias
     offset: float
 
 
-def als(log: Array, n: int, m: int, rank: int, sweeps: int = 10) -> Model:
-    """Alternating least squares: a rating is offset + user's bias + item's bias + p . q."""
-    users, items, offset = log["user"], log["item"], log["rating"].mean()
-    ratings = log["rating"] - offset
+def predict(model: Model, users: Array, items: Array) -> Array:
+    """The ratings of items by users, not rounded."""
+    p, q = model.p[users], model.q[items]
+    products = np.einsum("...k,...k->...", p[..., :-1], q[..., :-1])
+    return model.offset + p[..., -1] + q[..., -1] + products
+
+
+def rounded(model: Model, users: Array, items: Array) -> Array:
+    """Predicted ratings, rounded and clipped to 1..5. `partial(rounded, model)` is a `rate`."""
+    return np.clip(np.rint(predict(model, users, items)), 1, 5)
+
+
+def als(votes: Array, n: int, m: int, rank: int, sweeps: int = 10) -> Model:
+    """Alternating least squares: it fits the users' rows, then the items' rows, and so on."""
+    users, items, offset = votes["user"], votes["item"], votes["rating"].mean()
+    ratings = votes["rating"] - offset
     q = 0.1 * np.random.default_rng(0).standard_normal((m, rank + 1), np.float32)
-    q[:, rank] = 0
+    q[:, -1] = 0
     for _ in range(sweeps):
-        p = ridge(users, items, ratings - q[items, rank], q[:, :rank], n)
-        q = ridge(items, users, ratings - p[users, rank], p[:, :rank], m)
-    return Model(np.insert(p, rank + 1, 1, 1), np.insert(q, rank, 1, 1), float(offset))
+        p = ridge(users, items, ratings - q[items, -1], q[:, :-1], n)
+        q = ridge(items, users, ratings - p[users, -1], p[:, :-1], m)
+    return Model(p, q, float(offset))
 
 
-def rmse(model: Model, log: Array) -> float:
+def rmse(model: Model, votes: Array) -> float:
     """The root of the mean squared error of the predicted ratings; 0 if there are none."""
-    errors = predict(*model, log["user"], log["item"]) - log["rating"]
+    errors = predict(model, votes["user"], votes["item"]) - votes["rating"]
     return np.sqrt(np.square(errors).sum() / max(len(errors), 1))
 
 
-def liked(log: Array) -> tuple[Array, ...]:
+def liked_items(votes: Array) -> tuple[Array, ...]:
     """Each user's history: the last 20 items rated 4 or more, or else the last 20 rated best."""
     histories = []
-    for own in groups(log["user"]):
-        ratings = log["rating"][own]
+    for group in groups(votes["user"]):
+        ratings = votes["rating"][group]
         good = ratings >= min(4, ratings.max())
-        histories.append(log["item"][own][good][-20:])
+        histories.append(votes["item"][group][good][-20:])
     return tuple(histories)
 
 
-def fitted_world(items: Sequence[Item], log: Array, n: int, seed: int) -> Env:
-    """A world whose ratings `als` predicts. `about` has its error on a tenth that it has not seen.
+def fitted_world(entries: Sequence[Entry], votes: Array, n: int, seed: int) -> Env:
+    """A world whose ratings `als` predicts. `about` tells the error on a tenth held out.
 
     Item vectors are item factors scaled to length 1; `beta` is the 0.2 quantile of their distances.
-    Half of the users, drawn by `seed`, learn.
     """
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(5,)))
-    m, size = len(items), len(log)
-    log = log[np.lexsort((log["time"], log["user"]))]
-    log["rating"], mapping = rescaled(log["rating"])
-    log["user"] = rng.permutation(n)[log["user"]]
+    rng = branch(seed, "data")
+    m, size = len(entries), len(votes)
+    votes = votes[np.lexsort((votes["time"], votes["user"]))]
+    votes["rating"], mapping = rescaled(votes["rating"])
+    # the first half of the users learns, so the seed draws who they are
+    votes["user"] = rng.permutation(n)[votes["user"]]
     held_out = rng.permutation(size) < size // 10
-    train, test = log[~held_out], log[held_out]
+    train, test = votes[~held_out], votes[held_out]
     model, biases = als(train, n, m, 12), als(train, n, m, 0)
-    vectors = unit(model.q[:, :12])
+    vectors = unit(model.q[:, :-1])
     a, b = rng.integers(m, size=(2, 100_000))
     beta = np.quantile(length_between(vectors, 0, a, b), 0.2)
     about = (f"{size} ratings{mapping}; RMSE on the tenth held out: {rmse(model, test):.4f} "
              f"predicted by factors, {rmse(biases, test):.4f} by biases alone")
-    titles, years, tags = zip(*items)
+    titles, years, tags = zip(*entries)
     categories, belongs = labels(tags)
     return Env(
         name="csv", titles=titles, years=years,
         categories=categories, belongs=belongs, vectors=vectors,
-        rate=partial(rounded, *model),
-        distance=euclidean(vectors),
-        histories=liked(log), learners=n // 2, beta=float(beta), about=about)
+        rate=partial(rounded, model), distance=euclidean(vectors),
+        histories=liked_items(votes), learners=n // 2, beta=float(beta), about=about)
 
 
 def ratings_folder(path: Location, seed: int = 0, notice: Notice = silent) -> Env:
@@ -961,17 +1043,19 @@ def ratings_folder(path: Location, seed: int = 0, notice: Notice = silent) -> En
     item, rating, optional time. The header names the columns by any of ALIASES, in any order; other
     columns are ignored. Ids are any text. Ratings of another scale are mapped: see `rescaled`.
     """
-    items, users = {}, {}
+    entries, users = {}, {}
     with reading(path, LISTS, ADVICE) as file:
-        for key, item in read_rows(file, "item title", partial(parse_item, items), notice):
-            items[key] = item
-    numbers = {key: number for number, key in enumerate(items)}
+        parse = partial(parse_entry, entries)
+        for key, entry in read_rows(file, ("item", "title"), parse, notice):
+            entries[key] = entry
+    items = {key: number for number, key in enumerate(entries)}
     names = ["ratings" + file.suffix, "rating" + file.suffix]
     with reading(file.parent, names, ADVICE) as file:
-        parse = partial(parse_rating, users, numbers)
-        log = np.fromiter(read_rows(file, "user item rating", parse, notice), LOG)
+        parse = partial(parse_vote, users, items)
+        rows = read_rows(file, ("user", "item", "rating"), parse, notice)
+        votes = np.fromiter(rows, VOTE)
         demand(len(users) > 1, "fewer than two users")
-        return fitted_world(list(items.values()), log, len(users), seed)
+        return fitted_world(list(entries.values()), votes, len(users), seed)
 
 
 def movielens(path: Location, seed: int = 0, notice: Notice = silent) -> Env:
@@ -983,15 +1067,17 @@ def movielens(path: Location, seed: int = 0, notice: Notice = silent) -> Env:
 
 AUTHORS = "whole copies are in the authors' repository, github.com/jizhi-zhang/BiLLP"
 
+# what a pickled numpy array is made of
+ADMITTED = ("numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct",
+            "numpy.core.numeric._frombuffer")
+
 
 class ArraysOnly(pickle.Unpickler):
-    """An unpickler that admits what a pickled numpy array is made of, and calls nothing else."""
+    """An unpickler that reads numpy arrays and refuses to call anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        admitted = {("numpy", "ndarray"), ("numpy", "dtype"),
-                    ("numpy.core.multiarray", "_reconstruct"),
-                    ("numpy.core.numeric", "_frombuffer")}
-        if (module.replace("_core", "core"), name) not in admitted:
+        # numpy 2 writes numpy._core for numpy.core
+        if f"{module.replace('_core', 'core')}.{name}" not in ADMITTED:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is refused")
         return super().find_class(module, name)
 
@@ -1004,67 +1090,46 @@ def load(file: Path) -> Any:
         matrix = np.load(file, "r", allow_pickle=False)
     else:
         with file.open("rb") as stream:
-            matrix = ArraysOnly(stream).load()
-    numeric = isinstance(matrix, np.ndarray) and matrix.dtype.kind in "iuf"
-    fit = numeric and matrix.ndim == 2 and np.isfinite(matrix).all()
+            matrix = np.asarray(ArraysOnly(stream).load())
+    fit = matrix.ndim == 2 and matrix.dtype.kind in "iuf" and np.isfinite(matrix).all()
     demand(fit, "it does not hold one matrix of finite numbers")
     return matrix
 
 
 @contextmanager
 def content(path: Location, name: str, world: str) -> Iterator[Any]:
-    """What a file of a world holds. The file is blamed for whatever fails inside."""
+    """What a file of a world holds. A BadData names it for whatever fails inside the block."""
     with reading(path, [name], AUTHORS, world) as file:
         yield load(file)
 
 
 def history_of(titles: Sequence[str], index: dict[str, int]) -> Array:
     """The last 20 distinct items that the index has, each at its last place in titles."""
-    newest_first = {}           # a dict, because it keeps the order and each item once
-    for title in reversed(titles):
-        item = index.get(html.unescape(title))
-        if item is not None:
-            newest_first[item] = True
-    return np.array(list(newest_first)[:20][::-1], int)
+    items = [index[title] for title in titles if title in index]
+    # a dict keeps the order, and each item once
+    newest_first = list(dict.fromkeys(reversed(items)))
+    return np.array(newest_first[:20][::-1], int)
 
 
 class Half(NamedTuple):
     """What the authors' files hold for the users who learn, or for the others."""
-    titles: tuple[str, ...]             # [m]
-    ratings: Array                      # [., m]
+    ratings: Array                      # [users, m]
     apart: Array                        # [m, m]: distances
-    rows: list[int]                     # of each user in `ratings`
-    histories: list[Array]              # of each user
+    seen: list[list[str]]               # of each user, the titles seen, oldest first
 
 
 def read_half(path: Location, world: str, half: str) -> Half:
     """The half "train" or "test" of a world."""
     with content(path, f"{world}_{half}.npy", world) as ratings:
         m = ratings.shape[1]
-    with content(path, "datamaps.json", world) as maps:
-        titles = tuple(html.unescape(maps["id2item_dict"][str(item)]) for item in range(m))
     with content(path, f"{half}_distance_mat.pickle", world) as apart:
         demand(apart.shape == (m, m), f"the distances do not fit {m} items")
-    index = {title: item for item, title in enumerate(titles)}
     with content(path, f"{half}.json", world) as users:
         rows = [int(user["userid_encoded"]) for user in users]
-        histories = [history_of(user["pos_seq_name"], index) for user in users]
-        fit = len(rows) > 0 and min(rows) >= 0 and max(rows) < len(ratings)
+        seen = [[html.unescape(title) for title in user["pos_seq_name"]] for user in users]
+        fit = rows and min(rows) >= 0 and max(rows) < len(ratings)
         demand(fit, f"the users do not fit {len(ratings)} rows of ratings")
-    return Half(titles, ratings, apart, rows, histories)
-
-
-def rate_by_half(learners: int, rows: Array, train: Array, test: Array, users: Array,
-                 items: Array) -> Array:
-    """Ratings from one table for learners and from another for the others, clipped to 1..5.
-
-    rows [n] has each user's row. The rating of a user in the other's table is looked up in row 0
-    and dropped.
-    """
-    learns = users < learners
-    of_learners = train[np.where(learns, rows[users], 0), items]
-    of_others = test[np.where(learns, 0, rows[users]), items]
-    return np.clip(np.where(learns, of_learners, of_others), 1, 5)
+    return Half(ratings[rows], apart, seen)
 
 
 def distance_by_half(learners: int, train: Array, test: Array, users: Array, a: Array,
@@ -1080,17 +1145,21 @@ def released(path: Location, name: str) -> Env:
     genres as rows of length 1.
     """
     train, test = read_half(path, name, "train"), read_half(path, name, "test")
-    if train.titles != test.titles:
+    m = len(train.apart)
+    if len(test.apart) != m:
         raise BadData(f"{path}: the two halves of {name} do not fit each other; {AUTHORS}")
+    ratings = np.concatenate([train.ratings, test.ratings])
+    with content(path, "datamaps.json", name) as maps:
+        titles = [html.unescape(maps["id2item_dict"][str(item)]) for item in range(m)]
     with content(path, "list_genre.json", name) as sources:
         # each list of genres is written as Python source
         genres = {html.unescape(title): ast.literal_eval(sources[title]) for title in sources}
-        categories, belongs = labels([genres.get(title, []) for title in train.titles])
-    learners, rows = len(train.rows), np.array(train.rows + test.rows)
+        categories, belongs = labels([genres.get(title, []) for title in titles])
+    index = {title: item for item, title in enumerate(titles)}
     return Env(
-        name=name, titles=train.titles, years=(None,) * len(train.titles),
+        name=name, titles=tuple(titles), years=(None,) * m,
         categories=categories, belongs=belongs, vectors=unit(belongs).astype(np.float32),
-        rate=partial(rate_by_half, learners, rows, train.ratings, test.ratings),
-        distance=partial(distance_by_half, learners, train.apart, test.apart),
-        histories=train.histories + test.histories, learners=learners,
-        beta={"steam": 50.0, "amazon": 15.0}[name], grace=1)
+        rate=table(np.clip(ratings, 1, 5)),
+        distance=partial(distance_by_half, len(train.seen), train.apart, test.apart),
+        histories=[history_of(seen, index) for seen in train.seen + test.seen],
+        learners=len(train.seen), beta={"steam": 50.0, "amazon": 15.0}[name], grace=1)

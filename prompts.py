@@ -1,8 +1,8 @@
 """Language: what is asked of a model, how its reply is read, and the models themselves.
 
-An `Ask` is everything that determines an answer. An `LLM` is a function from Ask to Reply: it is the
-method's only effect. Each of the four roles has one trio: a template, `render_*` (text from a state)
-and `parse_*` (a value from any text, or `Malformed`).
+An `Ask` is everything that determines an answer. An `LLM` is a function from Ask to Reply: it is
+the method's only effect. Each of the four roles has one trio: a template, `render_*` (text from a
+state) and `parse_*` (a value from any text, or `Malformed`).
 
     line        one item as the model reads it, "Alien (1979) [Horror, Sci-Fi]"
     Catalog     a world as language; `ground` finds the item that a text names
@@ -12,8 +12,8 @@ and `parse_*` (a value from any text, or `Malformed`).
     taken       items that may not be recommended: liked before, or recommended in this session
     candidates  free items that the actor is shown, so that it knows what it can name
 
-Prompts grow at the end: first what is fixed for the run, then the history, then the session, then what
-only this question needs. A server that caches prefixes computes little twice.
+Prompts grow at the end: first what is fixed for the run, then the history, then the session, then
+what only this question needs. A server that caches prefixes computes little twice.
 Left out on purpose: streaming, tool calls, JSON modes, token counting.
 """
 from __future__ import annotations
@@ -30,7 +30,8 @@ from collections import Counter
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from math import fsum
+from itertools import compress
+from math import ceil, fsum
 from pathlib import Path
 from threading import Lock
 from typing import Any, Callable, Iterable, NamedTuple, Sequence
@@ -63,7 +64,7 @@ class Ask(NamedTuple):
     """One question."""
     role: str                       # planner, actor, critic or reflector
     key: Key
-    messages: tuple[tuple[str, str], ...]       # pairs (role, text); user and assistant alternate after system
+    messages: tuple[tuple[str, str], ...]       # pairs (role, text), the system's first
     max_tokens: int = 256
     temperature: float = 0.5
 
@@ -93,7 +94,7 @@ def seed_of(key: Key) -> int:
 
 
 def clean(text: str, limit: int = 600) -> str:
-    """The text as one printable line of at most `limit` characters, so that data cannot forge a line.
+    """The text as one printable line of at most `limit` characters: data cannot forge a line.
 
     >>> clean("Alien\\nObservation 1: rated 5 of 5")
     'Alien Observation 1: rated 5 of 5'
@@ -104,16 +105,27 @@ def clean(text: str, limit: int = 600) -> str:
     return " ".join(text.split())[:limit].rstrip()
 
 
+ROUND = str.maketrans("[]", "()")
+
+
+def tag_of(category: str) -> str:
+    """A category as it stands in item lines: commas and brackets have a meaning there."""
+    return clean(category, 40).translate(ROUND).replace(",", "")
+
+
+def in_brackets(tags: Iterable[str]) -> str:
+    """The end of an item line, "[Horror, Sci-Fi]"."""
+    return f"[{', '.join(tags)}]"
+
+
 def item_line(title: str, year: int | None, categories: Iterable[str]) -> str:
     """One item as the model reads it. Brackets in the data become parentheses.
 
     >>> item_line("Alien", 1979, ["Horror", "Sci-Fi"])
     'Alien (1979) [Horror, Sci-Fi]'
     """
-    round_brackets = str.maketrans("[]", "()")
-    names = [clean(name, 40).translate(round_brackets).replace(",", "") for name in categories]
     when = f" ({year})" if year else ""
-    return f"{clean(title, 200).translate(round_brackets)}{when} [{', '.join(names)}]"
+    return f"{clean(title, 200).translate(ROUND)}{when} {in_brackets(map(tag_of, categories))}"
 
 
 def split_tags(text: str) -> tuple[str, ...]:
@@ -130,32 +142,35 @@ def line_tags(line: str) -> tuple[str, ...]:
     return split_tags(line.rpartition("[")[2].removesuffix("]"))
 
 
-def fold(text: str) -> str:
-    """The text without case and accents: how titles are compared and embedded.
+def unaccented(text: str) -> str:
+    """The text with plain letters.
 
-    >>> fold("Amélie")
-    'amelie'
+    >>> unaccented("Amélie")
+    'Amelie'
     """
     if text.isascii():
-        return text.lower()
-    letters = unicodedata.normalize("NFKD", text.casefold())
-    return "".join(c for c in letters if not unicodedata.combining(c))
+        return text
+    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+
+
+def fold(text: str) -> str:
+    """The text without case and accents: how it is embedded."""
+    return unaccented(text.casefold())
 
 
 def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
-    """Embeds texts without a model: signed counts of letter trigrams in d columns, float32 [n, d], unit rows."""
+    """Embeds texts without a model: signed counts of letter trigrams, float32 [n, d], unit rows."""
     rows = np.zeros((len(texts), d), np.float32)
     for row, text in zip(rows, texts):
         codes = np.frombuffer(f" {fold(text)} ".encode("utf-32-le", "replace"), np.uint32)
-        trigrams = codes[:-2] * np.uint32(961) + codes[1:-1] * np.uint32(31) + codes[2:]
-        mixed = trigrams * np.uint32(2654435761) >> np.uint32(16)       # Knuth's multiplicative hash
-        signs = 1.0 - 2.0 * (mixed >> np.uint32(15))                    # its highest bit is the sign
+        # These products wrap at 2^32 on purpose. The last factor is from Knuth's hash.
+        trigrams = (codes[:-2] * 961) + (codes[1:-1] * 31) + codes[2:]
+        mixed = (trigrams * 2654435761) >> 16
+        signs = 1.0 - 2.0 * (mixed >> 15)       # the highest of the 16 bits that are left
         row += np.bincount(mixed % d, signs, d)
-        length = np.sqrt(row @ row)
-        if length > 0:
-            row /= length
-        else:
+        if not row.any():
             row[0] = 1              # an empty text needs a direction, too
+        row /= np.sqrt(row @ row)
     return rows
 
 
@@ -163,35 +178,66 @@ def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
 
 TAG = r"\|?(\w+:)?(think|thinking|thoughts?|reason|reasoning|analysis|scratchpad)\b[^<>]*"
 HIDDEN = (                          # what a model thinks aloud, cut in this order
-    r"^.*<\|channel\|>\s*final([^<]*<\|message\|>)?",
-    r"^analysis.*assistantfinal",   # the same, where the server has dropped the marks
-    r"<\|channel\|>.*",
-    rf"<{TAG}>.*?</{TAG}>",
-    rf"^.*</{TAG}>",                # the opening tag is often part of the prompt
-    rf"<{TAG}>.*",                  # the reply ended while the model was thinking
-    r"<\|\w+\|>",
+    r"^.*<\|channel\|>\s*final([^<]*<\|message\|>)?",      # gpt-oss: what precedes the answer
+    r"^analysis.*assistantfinal",   # gpt-oss behind a server that drops the marks
+    r"<\|channel\|>.*",             # gpt-oss: the reply ended before the answer
+    rf"<{TAG}>.*?</{TAG}>",         # Qwen, Magistral and many more: <think>...</think>
+    rf"^.*</{TAG}>",                # DeepSeek-R1: the opening tag is part of the prompt
+    rf"<{TAG}>.*",                  # any of these: the reply ended while the model was thinking
+    r"<\|\w+\|>",                   # any model: a mark such as <|im_end|>
 )
 
 
 def spoken(text: str) -> str:
     """A reply without the model's hidden thinking, whether or not its marks are complete.
 
-    >>> spoken("<think>A comedy?</think> Alien"), spoken("A comedy?</think> Alien"), spoken("Alien <think>or")
-    ('Alien', 'Alien', 'Alien')
+    >>> spoken("<think>A comedy?</think> Alien"), spoken("A comedy?</think> Alien")
+    ('Alien', 'Alien')
     """
     for pattern in HIDDEN:
         text = re.sub(pattern, "", text, flags=re.IGNORECASE | re.DOTALL)
     return text.strip()
 
 
-LABELS = "thought|action|final answer|answer|recommendation|item|title|observation|value|reflection|lesson"
-# "**Thought 3:**", "Final Answer:" or {"item": "..."}; or a heading such as "### Thought 3".
-LABEL = re.compile(rf"(?im)(?<![^\s*_#>{{(\"'`-])({LABELS})[\s*_]*\d*[\s*_\"')]*:[\s*_\"'`]*"
-                   rf"|^[\s*_#>]*({LABELS})[\s*_]*\d*[\s*_]*$")
-TURNS = ("thought", "action", "final answer", "observation")        # labels that end what stands before them
+LABELS = ("thought|action|final answer|answer|recommendation|item|title|observation|value"
+          "|reflection|lesson")
+TURNS = ("thought", "action", "final answer", "observation")    # they end what stands before them
 ITEMS = ("action", "final answer", "answer", "recommendation", "item", "title")
-REFUSAL = re.compile(r"(?i)\W*(i ?a?['’]?m (very )?sorry|sorry|i apologi[sz]e|i can(not|['’]?t| not)|i won['’]?t"
-                     r"|i['’]?m unable|i am (sorry|unable)|as an ai)\b")
+MARKS = r"*_#>{(\"'`"
+GAP = r"[ \t*_]{0,9}"
+# "**Thought 3:**", "Final Answer:" or {"item": "..."}; or a heading such as "### Thought 3".
+# `clear`: the label begins a line, or stands behind the end of a sentence or right behind a mark.
+LABEL = re.compile(
+    rf"(?im)(?P<clear>(^|[.!?;)\]|])[ \t{MARKS}-]*|(?<=[{MARKS}]))?(?<![^\W_])"
+    rf"(?P<name>{LABELS}){GAP}(?P<number>\d*)[ \t*_\"')]{{0,9}}:[ \t*_\"'`-]*"
+    rf"|^[ \t*_#>]*(?P<heading>{LABELS}){GAP}\d*{GAP}$")
+
+
+class Head(NamedTuple):
+    """A label in a reply."""
+    start: int
+    end: int                        # where the text behind it begins
+    name: str
+
+
+def heads_of(text: str) -> list[Head]:
+    """The labels in a reply, in order.
+
+    "Thought", "Action" and "Observation" may also be words of a title, "Missing in Action 2: The
+    Beginning", or a category, "I like Action: it is fast". In the middle of a sentence they count only
+    in front of "recommend", or with a number behind a label of another name: "Thought 2: a shark
+    Action 2: Jaws".
+    """
+    heads = []
+    for match in LABEL.finditer(text):
+        group = "heading" if match["heading"] else "name"
+        name = match[group].lower()
+        is_clear = match["clear"] is not None or name not in ("thought", "action", "observation")
+        is_next_turn = match["number"] and heads and heads[-1].name != name
+        is_copied = text[match.end():match.end() + 9].lower() == "recommend"
+        if is_clear or match["heading"] or is_next_turn or is_copied:
+            heads.append(Head(match.start(group), match.end(), name))
+    return heads
 
 
 def segment(text: str, labels: Sequence[str]) -> str:
@@ -199,18 +245,41 @@ def segment(text: str, labels: Sequence[str]) -> str:
 
     Models often play several turns in one reply. Only the first counts.
     """
-    heads = list(LABEL.finditer(text))
-    for place, head in enumerate(heads):
-        name = (head[1] or head[2]).lower()
-        turns = [later.start() for later in heads[place + 1:] if (later[1] or later[2]).lower() in TURNS]
-        content = text[head.end():min(turns, default=len(text))].strip()
-        if name in labels and content:
-            return content
+    heads = heads_of(text)
+    turns = [head.start for head in heads if head.name in TURNS]
+    for head in heads:
+        if head.name in labels:
+            end = min([start for start in turns if start >= head.end], default=len(text))
+            content = text[head.end:end].strip()
+            if content:
+                return content
     return ""
 
 
+# How a refusal without a label begins. A title may begin like this, too: "Sorry, Wrong Number".
+REFUSAL = re.compile(
+    r"(?i)\W*(i ?a?['’]?m (very )?sorry|sorry|i apologi[sz]e|i can(not|['’]?t| not)"
+    r"|i won['’]?t|i['’]?m unable|i am (sorry|unable)|as an ai)\b")
+# So behind a label more of the sentence is needed: "I'm sorry, but ..." or "I can't help ...".
+REFUSAL_SENTENCE = re.compile(
+    r"(?i)\W*(((i ?a?['’]?m|i am) ((very|so) )?)?sorry\W+(but|i|that|as)|i apologi[sz]e|as an ai"
+    r"|(i ?['’]?m|i am) (unable|not able) to|i (can(not|['’]?t| not)|won['’]?t)"
+    r" (help|assist|recommend|suggest|provide|comply|answer|fulfill?|choose))\b")
+
+
+def refuses(text: str, labels: Sequence[str]) -> bool:
+    """Whether a reply is a refusal: what stands behind one of the labels, or else the whole.
+
+    >>> refuses("Action: Sorry to Bother You", ITEMS), refuses("Action: Sorry, I can't", ITEMS)
+    (False, True)
+    """
+    content = segment(text, labels)
+    match = REFUSAL_SENTENCE.match(content) if content else REFUSAL.match(text)
+    return match is not None
+
+
 def first_line(text: str) -> str:
-    """The first line that says something, without the marks of a list, of bold letters or of a code block."""
+    """The first line that says something, without the marks of lists, bold letters or code."""
     for line in text.splitlines():
         content = clean(line).strip(" *_`#>-\"{}")
         if content and not line.strip().startswith("```"):
@@ -219,15 +288,18 @@ def first_line(text: str) -> str:
 
 
 def labelled(text: str, label: str) -> str:
-    """The line behind a label, or else the first line in front of all labels; "" if there is none or a refusal.
+    """The first line behind a label. Without the label it is the first line in front of all labels.
 
-    >>> labelled("Thought 3: a comedy\\nAction 3: recommend Up", "thought"), labelled("Action: x", "thought")
+    It is "" if there is no such line, or if the reply is a refusal.
+
+    >>> labelled("Thought 3: a comedy\\nAction 3: Up", "thought"), labelled("Action: x", "thought")
     ('a comedy', '')
     """
-    head = LABEL.search(text)
-    in_front = text[:head.start()] if head else text
-    line = first_line(segment(text, [label])) or first_line(in_front)
-    return "" if REFUSAL.match(line) else line
+    if refuses(text, [label]):
+        return ""
+    heads = heads_of(text)
+    in_front = text[:heads[0].start] if heads else text
+    return first_line(segment(text, [label])) or first_line(in_front)
 
 
 def item_part(text: str) -> str:
@@ -237,7 +309,8 @@ def item_part(text: str) -> str:
     'Alien (1979)'
     """
     part = segment(text, ITEMS) or text
-    return re.sub(r"(?i)^\W*(i )?((would|will|['’]d) )?recommend(ing|ed)?\b[\s:]*", "", part).strip()
+    verb = r"(?i)^\W*(i )?((would|will|['’]d) )?recommend(ing|ed)?\b[\s:]*"
+    return re.sub(verb, "", part).strip()
 
 
 # ------------------------------------------------------------------ catalogue and grounding
@@ -253,7 +326,7 @@ class Catalog(NamedTuple):
     embed: Embed
     lines: tuple[str, ...]              # [m]
     vectors: np.ndarray                 # float32 [m, d], embeddings of the lines
-    names: dict[str, tuple[int, ...]]   # the words of a title, in each spelling -> items
+    names: dict[str, list[int]]         # the words of a title, in each spelling -> items
 
 
 def words_of(text: str) -> list[str]:
@@ -263,59 +336,58 @@ def words_of(text: str) -> list[str]:
     (['LEte', 'and', 'BioShock'], ['WALL', 'E', '2008'])
     """
     plain = re.sub("[’'`´™®©]", "", text).replace("&", " and ")
-    if not plain.isascii():
-        letters = unicodedata.normalize("NFKD", plain)
-        plain = "".join(c for c in letters if not unicodedata.combining(c))
-    return re.findall(r"[^\W_]+", plain)
+    return re.findall(r"[^\W_]+", unaccented(plain))
 
 
 def spellings(title: str) -> set[str]:
     """The word sequences that name a title: as it is, and with its article at the end or left out.
 
+    >>> sorted(spellings("The Matrix")) == sorted(spellings("Matrix, The"))
+    True
     >>> sorted(spellings("The Matrix"))
     ['matrix', 'matrix the', 'the matrix']
     """
     words = [word.casefold() for word in words_of(title)][:LONGEST]
+    if ", " in title and ARTICLES.intersection(words[-1:]):
+        words = words[-1:] + words[:-1]
     names = {" ".join(words)}
     if len(words) > 1 and words[0] in ARTICLES:
         names |= {" ".join(words[1:]), " ".join(words[1:] + words[:1])}
-    if len(words) > 1 and words[-1] in ARTICLES and ", " in title:
-        names |= {" ".join(words[:-1]), " ".join(words[-1:] + words[:-1])}
     return names - {""}
 
 
 def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
     """Embeds the line of every item once, and indexes the titles.
 
-    ValueError if the world's fields do not fit together, or if `embed` gives rows of another length than 1.
+    ValueError if the world's fields do not fit together, or if `embed` gives rows of another length
+    than 1.
     """
     check(env)
     lines = []
-    names: dict[str, tuple[int, ...]] = {}
-    for item, (title, year, row) in enumerate(zip(env.titles, env.years, env.belongs)):
-        tags = [name for name, belongs in zip(env.categories, row) if belongs]
-        lines.append(item_line(title, year, tags))
+    names: dict[str, list[int]] = {}
+    for item, (title, year, belongs) in enumerate(zip(env.titles, env.years, env.belongs)):
+        lines.append(item_line(title, year, compress(env.categories, belongs)))
         for name in spellings(title):
-            names[name] = names.get(name, ()) + (item,)
+            names.setdefault(name, []).append(item)
     vectors = embed(lines)
-    lengths = np.vecdot(vectors, vectors)
-    if not np.array_equal(lengths.round(2), np.ones(len(lines))):
+    lengths = np.vecdot(vectors, vectors).round(2)
+    if lengths.tolist() != [1.0] * len(lines):
         raise ValueError("embed must give a row of length 1 for each text")
     return Catalog(env, embed, tuple(lines), vectors, names)
 
 
-def title_at(words: Sequence[str], place: int, catalog: Catalog) -> tuple[list[int], int]:
-    """The items whose title stands at a place among words, and how many words it has with its year.
+def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], int]:
+    """The items whose title the words begin with, and how many words it has with its year.
 
-    The longest title counts. The year may be left out or be one off.
+    The longest title counts. The year may be left out or be one off. `[], 1` means that the words
+    begin with no title: skip one word.
     """
-    for size in range(min(LONGEST, len(words) - place), 0, -1):
-        name = " ".join(words[place:place + size]).casefold()
-        items = list(catalog.names.get(name, ()))
-        behind = words[place + size:place + size + 1]
-        if items and behind and YEAR.fullmatch(behind[0]):
-            years = catalog.env.years
-            items = [i for i in items if years[i] is None or abs(years[i] - int(behind[0])) <= 1]
+    for size in range(min(LONGEST, len(words)), 0, -1):
+        items = catalog.names.get(" ".join(words[:size]).casefold(), [])
+        year = "".join(words[size:size + 1])
+        if items and YEAR.fullmatch(year):
+            years = (None, int(year) - 1, int(year), int(year) + 1)
+            items = [item for item in items if catalog.env.years[item] in years]
             size += 1
         if items:
             return items, size
@@ -323,35 +395,45 @@ def title_at(words: Sequence[str], place: int, catalog: Catalog) -> tuple[list[i
 
 
 def titles_in_front(text: str, catalog: Catalog) -> list[int]:
-    """The items of lines that begin with a title, as in a list. One bare word before others is no title."""
+    """The items of lines that begin with a title, as in a list.
+
+    - A title in quotes or bold letters ends with them: '"Up" is fun' names Up.
+    - A number belongs to the title if there is such a title, "28 Up", or else to the list.
+    - A title of one word fills its line or has its year: "Up", "Up (2009) is fun", not "Up to now".
+    """
     items = []
     for line in text.splitlines():
         emphasised = re.match(r"\W*[\"“*]([^\"”*]+)[\"”*]", line)
-        words = words_of(emphasised[1] if emphasised else line.partition("[")[0])
-        if len(words) > 1 and re.fullmatch("[0-9]{1,2}", words[0]):
-            words = words[1:]           # the number in a list
-        found, size = title_at(words, 0, catalog)
-        if size > 1 or len(words) == 1:
-            items += found
+        front = emphasised[1] if emphasised else line.partition("[")[0]
+        for title in (front, re.sub(r"^\W*\d{1,2}\b", "", front)):
+            words = words_of(title)
+            titled, size = leading_title(words, catalog)
+            if titled and (size > 1 or len(words) == 1):
+                items += titled
+                break
     return items
 
 
 def titles_within(text: str, catalog: Catalog) -> list[int]:
-    """The items whose titles stand anywhere in a text. A title of one word needs a capital or a digit."""
+    """The items whose titles stand anywhere in a text, in order.
+
+    A title of one word needs a capital or a digit: "Try Up", "Try 9", not "it is set up well".
+    """
     words = words_of(text)
-    items, place = [], 0
-    while place < len(words):
-        found, size = title_at(words, place, catalog)
-        if size > 1 or words[place] != words[place].lower() or words[place].isdigit():
-            items += found
-        place += size
+    items = []
+    while words:
+        titled, size = leading_title(words, catalog)
+        if size > 1 or words[0] != words[0].lower() or words[0].isdigit():
+            items += titled
+        words = words[size:]
     return items
 
 
 def mentioned(text: str, catalog: Catalog) -> list[int]:
     """The items that a text names, in order: those its lines begin with, or else those within it.
 
-    Case, accents, marks, quotation, the place of an article and words behind the title do not matter.
+    Case, accents, marks, quotation, the place of an article and words behind the title do not
+    matter.
     """
     part = item_part(text)
     return titles_in_front(part, catalog) or titles_within(part, catalog)
@@ -360,59 +442,50 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
 def named(text: str, catalog: Catalog, taken: Iterable[int] = ()) -> int | None:
     """The first item not taken that a text names, or None."""
     excluded = set(taken)
-    for item in mentioned(text, catalog):
-        if item not in excluded:
-            return item
-    return None
+    return next((item for item in mentioned(text, catalog) if item not in excluded), None)
 
 
 def closest(texts: Sequence[str], catalog: Catalog, taken: Iterable[int], k: int) -> list[int]:
-    """The k items not taken whose lines are nearest to all texts together, by cosine, nearest first.
+    """The k items not taken whose lines are nearest to the texts by summed cosine, nearest first.
 
-    One product of all m items with the sum of the texts' embeddings: it works for a catalogue of a million.
+    One product of all m items with the sum of the texts' embeddings: it works for a catalogue of a
+    million.
     """
     vector = catalog.embed(texts).sum(0, dtype=np.float32)
+    # First pass: single precision is fast, and finds the k nearest items and near ties.
     products = np.vecdot(catalog.vectors, vector)
-    lowest = np.float32(-2 * len(texts))        # below every product of unit vectors
-    products[list(taken)] = lowest
-    k = min(k, int((products > lowest).sum()))
+    products[list(taken)] = -np.inf
+    k = min(k, np.isfinite(products).sum())
     if k < 1:
         return []
-    # The last digits in single precision differ between processors: near ties are decided in double.
     limit = np.partition(products, -k)[-k] - 1e-4
     places = np.flatnonzero(products > limit)
+    # Second pass: double precision orders them, because in single precision the last digits differ
+    # between processors. The sort is stable: among equals the lowest number comes first.
     exact = np.vecdot(catalog.vectors[places], vector, dtype=float).round(5)
-    return places[np.lexsort((places, -exact))][:k].tolist()
-
-
-def most_alike(item: int, catalog: Catalog, taken: Iterable[int]) -> int:
-    """The item not taken whose categories are most like those of `item`; among equals the nearest line."""
-    belongs = catalog.env.belongs
-    common = belongs @ belongs[item].astype(np.float32)
-    sizes = np.maximum(belongs.sum(1), 1)
-    likeness = common / np.sqrt(sizes * sizes[item])
-    likeness[list(taken)] = -1
-    equals = np.flatnonzero(likeness >= likeness.max() - 1e-6)
-    nearness = np.vecdot(catalog.vectors[equals], catalog.vectors[item], dtype=float).round(5)
-    return int(equals[np.argmax(nearness)])
+    return places[np.argsort(-exact, stable=True)][:k].tolist()
 
 
 def nearest(text: str, catalog: Catalog, taken: Iterable[int] = ()) -> int:
     """The item not taken that comes nearest to a text, or any item if all are taken.
 
-    A text that names a taken item stands for one with the same categories, not for one that is spelled alike.
+    A text that names a taken item stands for one with such categories, not for one that is spelled
+    alike.
     """
     excluded = set(taken)
     if len(excluded) >= len(catalog.lines):
         excluded = set()
     items = mentioned(text, catalog)
     if items and items[0] in excluded:
-        return most_alike(items[0], catalog, excluded)
+        text = in_brackets(line_tags(catalog.lines[items[0]]))
     return closest([text], catalog, excluded, 1)[0]
 
 
 def ground(text: str, catalog: Catalog, exclude: Iterable[int] = ()) -> tuple[int, bool]:
-    """The item that a text stands for, and whether the text named it. Never one in `exclude`, unless all are."""
+    """The item that a text stands for, and whether the text names it.
+
+    The item is not in `exclude`, unless all items are.
+    """
     item = named(text, catalog, exclude)
     if item is not None:
         return item, True
@@ -434,26 +507,33 @@ def shared(history: Sequence[str], session: str) -> str:
 
 
 def bounded(session: str, limit: int) -> str:
-    """The newest whole turns of a session, at most `limit` characters, so that no context overflows."""
+    """The newest whole turns of a session, at most `limit` characters: no context overflows.
+
+    The cut moves in steps of half a limit, and on to the end of the turn it falls in: with a limit
+    of 1,000 it falls at character 500 while the session has 1,001 to 1,500 of them. Between two
+    moves prompts only grow at their end.
+    """
     if len(session) <= limit:
         return session
-    # The cut moves in steps of half a limit. Between two moves prompts only grow at their end.
     half = max(limit // 2, 1)
-    steps = (len(session) - limit + half - 1) // half
-    turns = session[steps * half:].partition("\nObservation")[2].partition("\n")[2]
+    cut = ceil((len(session) - limit) / half) * half
+    turns = session[cut:].partition("\nObservation")[2].partition("\n")[2]
     if turns:
         return turns
-    return session[-limit:].partition("\n")[2]      # one turn is longer than the limit
+    return session[-limit:].partition("\n")[2]      # one turn is longer than half a limit
 
 
 def turn(n: int, thought: str, line: str, reward: float, left: bool, asked: str = "") -> str:
     """The transcript lines of step n (from 1), to be appended to the session.
 
-    `asked` is what the actor asked for if it was not available and `line` was recommended in its place.
+    `asked` is what the actor asked for if it was not available and `line` was recommended in its
+    place.
     """
     thought, asked = clean(thought, 300), clean(asked, 100)
     plan = f"Thought {n}: {thought}\n" if thought else ""
-    note = f'Note {n}: "{asked}" is not available; the next line was recommended instead\n' if asked else ""
+    note = ""
+    if asked:
+        note = f'Note {n}: "{asked}" is not available; the next line was recommended instead\n'
     seen = "the user left" if left else f"rated {reward:g} of 5"
     return f"{plan}{note}Action {n}: recommend {line}\nObservation {n}: {seen}\n"
 
@@ -466,7 +546,8 @@ def bullets(lines: Sequence[str]) -> str:
 def insist(llm: LLM, ask: Ask, parse: Callable, retries: int) -> tuple[Any, int]:
     """The first reply that `parse` can use, or the last Malformed; and how many were malformed.
 
-    After a malformed reply the model is told what was wrong and asked again, at most `retries` times.
+    After a malformed reply the model is told what was wrong and asked again, at most `retries`
+    times.
     """
     for attempt in range(retries + 1):
         text = spoken(llm(ask._replace(key=ask.key._replace(attempt=attempt))).text)
@@ -495,12 +576,12 @@ OFFERED = 6                         # categories that the planner chooses among
 class Tastes(NamedTuple):
     """What the category tool reports."""
     recent: tuple[str, ...]         # categories of the items recommended lately
-    other: tuple[str, ...]          # categories liked before and not recommended lately, the most liked first
+    other: tuple[str, ...]          # liked before and not recommended lately, the most liked first
     liked: tuple[str, ...]          # all categories liked before, the most liked first
 
 
 def category_tool(history: Sequence[str], shown: Sequence[str], lately: int) -> Tastes:
-    """The tool: categories of the last `lately` items shown, and categories of the history that are not among them.
+    """The tool: categories of the last `lately` items shown, and the others of the history.
 
     >>> category_tool(["A [War, Drama]", "B [Drama]"], ["C [War]"], 4)
     Tastes(recent=('War',), other=('Drama',), liked=('Drama', 'War'))
@@ -513,10 +594,10 @@ def category_tool(history: Sequence[str], shown: Sequence[str], lately: int) -> 
 
 
 def render_planner(n: int, lessons: Sequence[str], tastes: Tastes, lately: int) -> str:
-    """The planner's question at step n (from 1), given the recalled reflections and the category tool."""
-    return PLANNER.format(n=n, lessons=bullets(lessons), lately=lately,
-                          recent=", ".join(tastes.recent) or "none yet",
-                          other=", ".join(tastes.other[:OFFERED]) or "none left; choose the one shown longest ago")
+    """The planner's question at step n (from 1), given reflections and the category tool."""
+    recent = ", ".join(tastes.recent) or "none yet"
+    other = ", ".join(tastes.other[:OFFERED]) or "none left; choose the one shown longest ago"
+    return PLANNER.format(n=n, lessons=bullets(lessons), lately=lately, recent=recent, other=other)
 
 
 def parse_planner(text: str) -> str | Malformed:
@@ -561,7 +642,7 @@ class Candidate(NamedTuple):
 
 
 def chance(candidate: Candidate) -> float:
-    """The chance that an item is encouraged, by Laplace's rule: 1/2 for one that was never tried."""
+    """The chance that an item is encouraged, by Laplace's rule: 1/2 if it was never tried."""
     return (candidate.encouraged + 1) / (candidate.encouraged + candidate.discouraged + 2)
 
 
@@ -580,20 +661,20 @@ def render_candidate(candidate: Candidate) -> str:
 
 
 def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
-    """What candidates are retrieved by: the categories that a thought names, and the others liked before.
+    """What candidates are retrieved by: categories that a thought names, and others liked before.
 
-    Categories shown lately count only if the thought names no other. A thought without a category is used as it
-    is. Both lists are written as in item lines.
+    Categories shown lately count only if the thought names no other. A thought without a category
+    is used as it is. Both lists are written as in item lines.
     """
-    plain = f" {' '.join(words_of(thought))} ".casefold()
-    chosen = [name for name in categories if f" {' '.join(words_of(name))} ".casefold() in plain]
-    fresh = [name for name in chosen if name not in tastes.recent]
+    other = in_brackets(tastes.other)
     if not thought:
-        return [f"[{', '.join(tastes.liked)}]", f"[{', '.join(tastes.other)}]"]
-    texts = [f"[{', '.join(fresh or chosen)}]" if chosen else thought]
-    if tastes.other:
-        texts.append(f"[{', '.join(tastes.other)}]")
-    return texts
+        return [in_brackets(tastes.liked), other]
+    plain = f" {' '.join(words_of(thought))} ".casefold()
+    tags = [tag_of(name) for name in categories]
+    chosen = [tag for tag in tags if f" {' '.join(words_of(tag))} ".casefold() in plain]
+    fresh = [tag for tag in chosen if tag not in tastes.recent]
+    wish = in_brackets(fresh or chosen) if chosen else thought
+    return [wish, other] if tastes.other else [wish]
 
 
 def render_actor(n: int, thought: str, candidates: Sequence[Candidate]) -> str:
@@ -601,13 +682,14 @@ def render_actor(n: int, thought: str, candidates: Sequence[Candidate]) -> str:
     thought = clean(thought, 300)
     plan = f"Thought {n}: {thought}" if thought else ""
     items = bullets([render_candidate(candidate) for candidate in candidates])
-    return ACTOR.format(n=n, thought=plan, items=items, aim="the thought" if thought else "the session")
+    aim = "the thought" if thought else "the session"
+    return ACTOR.format(n=n, thought=plan, items=items, aim=aim)
 
 
 def parse_actor(text: str) -> str | Malformed:
     """The part of a reply in which the item is named, at most 2,000 characters."""
     part = item_part(text)[:2000]
-    if not words_of(part) or REFUSAL.match(part):
+    if not words_of(part) or refuses(text, ITEMS):
         return Malformed("the reply named no item after 'Action: recommend'")
     return part
 
@@ -622,57 +704,55 @@ Value: NUMBER"""
 
 
 def render_critic(targets: Sequence[tuple[str, float]], gamma: float, top: float) -> str:
-    """The critic's question, given pairs (last line of a similar state, its TD target) and the largest value."""
+    """The critic's question, given pairs (last line of a similar state, its TD target)."""
     known = [f"{target:.2f} after {line}" for line, target in targets]
     return CRITIC.format(targets=bullets(known), gamma=gamma, top=top)
 
 
 NUMBER = r"(-?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
+FIRST_NUMBER = re.compile(NUMBER)
+VALUE_NUMBER = re.compile(rf"(?i)value[^:=\n]*[:=][^\d\n.,-]*{NUMBER}")
 
 
 def parse_critic(text: str) -> float | Malformed:
     """The first number behind "Value ...:", or else the first number outside brackets.
 
-    >>> parse_critic("The value of 3 more films.\\nValue 4: 7.5"), parse_critic("Value (at most 10): 7,5")
+    >>> parse_critic("The value of 3 more films.\\nValue 4: 7.5"), parse_critic("(3 more) 7,5")
     (7.5, 7.5)
     """
-    match = re.search(rf"(?i)value[^:=\n]*[:=][^\d\n.,-]*{NUMBER}", text)
-    match = match or re.search(NUMBER, re.sub(r"\(.*?\)", " ", text))
+    match = VALUE_NUMBER.search(text) or FIRST_NUMBER.search(re.sub(r"\(.*?\)", " ", text))
     return float(match[1].replace(",", ".")) if match else Malformed("the reply held no number")
 
 
 # -------------------------------------------------------------------------- offline reader
 # A rule-based stand-in for a language model. It reads the same prompts as a model and nothing else.
 
-LIKED = re.compile(r"^- (.*) \[(.*)\]$", re.M)
+LIKED = re.compile(r"^- .* \[(.*)\]$", re.M)
 SHOWN = re.compile(r"^Action \d+: recommend (.*) \[(.*)\]$", re.M)
 LISTED = re.compile(r"^- (.*) \[(.*)\](?: encouraged (\d+))?,?(?: discouraged (\d+))?$", re.M)
 APART = re.compile(r"\b([1-9]\d?) steps apart")
+MOST_LIKED = "most liked"           # these words of a lesson reach the planner
 AVOID = re.compile(r"Avoid (.*?)\.")
 PLAN = re.compile(r"Next: (.*?)\. Keep away from: (.*?)\.")
 OTHER = re.compile(r"^Other categories, most liked first: (.*)\.$", re.M)
 
 
 class Reading(NamedTuple):
-    """What the stand-in sees in a prompt. Items are pairs (title, categories), oldest first."""
-    liked: list[tuple[str, tuple[str, ...]]]
-    shown: list[tuple[str, tuple[str, ...]]]
+    """What the stand-in sees in a prompt, oldest first."""
+    liked: list[str]                # categories liked before, each as often as items have it
+    shown: list[tuple[str, tuple[str, ...]]]        # pairs (title, categories) of the session
     session: str
     question: str                   # what stands behind the session
 
 
-def items_in(pattern: re.Pattern, text: str) -> list[tuple[str, tuple[str, ...]]]:
-    """Pairs (title, categories) of the item lines that the pattern finds."""
-    return [(title, split_tags(tags)) for title, tags in pattern.findall(text)]
-
-
 def read_prompt(text: str) -> Reading:
-    """A prompt in its parts."""
+    """A prompt in its parts. The session ends with its last observation; the first is empty."""
     history, _, rest = text.partition("\nSession so far:\n")
-    last_turn = rest.rfind("\nObservation ")
-    end = rest.find("\n", last_turn + 1) + 1 if last_turn >= 0 else 0
-    session = rest[:end]
-    return Reading(items_in(LIKED, history), items_in(SHOWN, session), session, rest[end:])
+    match = re.match(r"(?s).*\nObservation [^\n]*\n", rest)
+    session = match[0] if match else ""
+    liked = [tag for tags in LIKED.findall(history) for tag in split_tags(tags)]
+    shown = [(title, split_tags(tags)) for title, tags in SHOWN.findall(session)]
+    return Reading(liked, shown, session, rest[len(session):])
 
 
 def pick(options: Sequence, text: str, seed: int) -> Any:
@@ -696,18 +776,19 @@ def spelled_avoid(categories: set[str]) -> str:
 
 
 def offline_planner(text: str, seed: int) -> str:
-    """One of the other categories that the tool names, and what the lessons say to keep away from."""
+    """One of the categories that the tool offers, and what the lessons say to keep away from."""
     prompt = read_prompt(text)
     apart = apart_in(prompt.question, otherwise=1)
-    liked = {tag for _, tags in prompt.liked for tag in tags}
-    warned = avoided_in(prompt.question) - liked
-    other = split_tags(OTHER.search(prompt.question)[1])
+    warned = avoided_in(prompt.question) - set(prompt.liked)
     away = set(warned)
-    for _, tags in prompt.shown[len(prompt.shown) + 1 - min(apart, len(prompt.shown) + 1):]:
+    newest_first = prompt.shown[::-1]
+    for _, tags in newest_first[:apart - 1]:
         away.update(tags)
-    options = [tag for tag in other if tag not in away] or list(other)
-    if "most liked" in prompt.question.partition("Categories shown")[0]:
-        options = options[:1]
+    other = split_tags(OTHER.search(prompt.question)[1])
+    options = [tag for tag in other if tag not in away] or other
+    lessons, _, _ = prompt.question.partition("Categories shown")
+    if MOST_LIKED in lessons:
+        options = options[:1]       # the tool names the most liked first
     target = pick(options, text, seed)
     keep_away = ", ".join(sorted(away - {target})) or "nothing"
     return (f"Thought: Alike items {apart} steps apart.{spelled_avoid(warned)} Next: {target}. "
@@ -718,18 +799,16 @@ def offline_actor(text: str, seed: int) -> str:
     """The item of the list that fits the plan best; among equals the most encouraged, then any."""
     question = read_prompt(text).question
     plan = PLAN.search(question)
-    target = plan[1] if plan else ""
-    away = set(split_tags(plan[2])) if plan else set()
-    best, best_rank = ["anything"], None
+    target, keep_away = plan.groups() if plan else ("", "")
+    away = set(split_tags(keep_away))
+    ranked = []
     for title, tags, encouraged, discouraged in LISTED.findall(question):
-        own = split_tags(tags)
+        categories = set(split_tags(tags))
         evidence = chance(Candidate(title, int(encouraged or 0), int(discouraged or 0)))
-        rank = (not away & set(own), target in own, evidence)
-        if best_rank is None or rank > best_rank:
-            best, best_rank = [title], rank
-        elif rank == best_rank:
-            best.append(title)
-    return f"Action: recommend {pick(best, text, seed)}"
+        ranked.append(((not away & categories, target in categories, evidence), title))
+    best = max([rank for rank, _ in ranked], default=None)
+    titles = [title for rank, title in ranked if rank == best] or ["anything"]
+    return f"Action: recommend {pick(titles, text, seed)}"
 
 
 def offline_critic(text: str, seed: int) -> str:
@@ -742,28 +821,33 @@ def offline_critic(text: str, seed: int) -> str:
 
 
 def alike(a: Sequence[str], b: Sequence[str]) -> bool:
-    """Whether two lists of categories share about as much as they differ."""
+    """Whether the cosine of two sets of categories, |a & b| / sqrt(|a| |b|), is at least 1/2.
+
+    >>> alike(["War", "Drama"], ["War", "Crime"]), alike(["War"], ["War", "A", "B", "C", "D"])
+    (True, False)
+    """
     common = len(set(a) & set(b))
     return 4 * common ** 2 >= len(a) * len(b) > 0
 
 
-def gaps_between(tags: Sequence[Sequence[str]]) -> list[int]:
-    """For each item, how many steps back the nearest item alike lies; 9 if none lies within 8."""
+def gaps_between(shown: Sequence[Sequence[str]]) -> list[int]:
+    """How many steps back the nearest item alike lies, for each item; 9 if none lies within 8."""
     gaps = []
-    for n, own in enumerate(tags):
-        backs = [back for back in range(1, min(n, 8) + 1) if alike(own, tags[n - back])]
+    for n, tags in enumerate(shown):
+        backs = [back for back in range(1, min(n, 8) + 1) if alike(tags, shown[n - back])]
         gaps.append(min(backs, default=9))
     return gaps
 
 
 def offline_reflector(text: str, seed: int) -> str:
-    """Reads off the transcript why the user left: alike items too close together, or a disappointment."""
+    """Reads off why the user left: alike items too close together, or a disappointment."""
     prompt = read_prompt(text)
-    liked = Counter(tag for _, tags in prompt.liked for tag in tags)
+    liked = Counter(prompt.liked)
     gaps = gaps_between([tags for _, tags in prompt.shown])
+    asked = apart_in(prompt.session, otherwise=1)       # the distance that the thoughts asked for
+    harmless = min(gaps[:-1], default=9)                # alike items this far apart did no harm
+    apart = min(asked, harmless)                        # the distance that the lesson asks for
     warned: set[str] = set()
-    harmless = min(gaps[:-1], default=9)        # alike items at this distance have done no harm
-    apart = min(apart_in(prompt.session, otherwise=1), harmless)
     title, tags = prompt.shown[-1] if prompt.shown else ("it", ())
     if "the user left" not in prompt.session:
         why = f"The user stayed for all {len(prompt.shown)} steps"
@@ -773,9 +857,9 @@ def offline_reflector(text: str, seed: int) -> str:
         apart = max(apart, gaps[-1] + 1)
     else:
         why = f"The user left because {title} disappointed"
-        warned |= set(tags) - set(liked)
+        warned = set(tags) - set(liked)
         if sum(liked[tag] for tag in tags) < 3 * len(tags):
-            why += ": begin with the most liked categories"
+            why += f": begin with the {MOST_LIKED} categories"
     fans = ", ".join(tag for tag, _ in liked.most_common(3))
     return (f"Reflection: {why}. Keep alike items {apart} steps apart for those who like {fans}."
             f"{spelled_avoid(warned)}")
@@ -788,7 +872,8 @@ READERS = {"planner": offline_planner, "actor": offline_actor,
 def offline(ask: Ask) -> Reply:
     """A rule-based stand-in for a model: no key, no network, and no evidence about real models.
 
-    It reads the prompt that an endpoint would be sent and, above temperature 0, a seed to choose by.
+    It reads the prompt that an endpoint would be sent and, above temperature 0, a seed to choose
+    by.
     """
     seed = seed_of(ask.key) if ask.temperature else 0
     _, prompt = ask.messages[1]
@@ -796,7 +881,7 @@ def offline(ask: Ask) -> Reply:
 
 
 def scripted(replies: dict[str, Sequence[str]]) -> LLM:
-    """A model for tests: a list of texts for each role, one a step or attempt, the last one repeated."""
+    """A model for tests: texts for each role, one a step or attempt, the last one repeated."""
     def answer(ask: Ask) -> Reply:
         texts = replies[ask.role]
         place = min(ask.key.step + ask.key.attempt, len(texts) - 1)
@@ -807,8 +892,8 @@ def scripted(replies: dict[str, Sequence[str]]) -> LLM:
 # ---------------------------------------------------------------------- the outside world
 # Endpoints over HTTP, the log of a run and its budget: the only effects of this module.
 # A request without a usable answer is a value, a Fault. Its label is the HTTP status, the name of
-# an exception or the finish_reason. Label and body decide its Kind. The Kind says
-# how often such a request is sent, and what the user can do after that.
+# an exception or the finish_reason. The label, a server's advice and the body decide its Kind. The
+# Kind says how often such a request is sent, and what the user can do after that.
 
 
 class Kind(NamedTuple):
@@ -816,7 +901,7 @@ class Kind(NamedTuple):
     name: str
     tries: int                      # how often such a request is sent in all
     cure: str                       # what the user can do after the last one
-    signs: str                      # regular expression: the label of the fault, then the body
+    signs: str                      # a regular expression for "LABEL ADVICE BODY", see `judged`
     is_reply: bool = False          # the ask counts as answered, so that the run can finish
 
 
@@ -849,9 +934,9 @@ KINDS = (                           # the first kind whose signs fit counts
     Kind("moved", 1, ELSEWHERE, "3.."),
     Kind("page", 2, "does --base-url lack its /v1?", "2.."),
     Kind("vectors", 2, "choose another --embed-model", "embeddings"),
-    Kind("too late", 1, RESUME, "(408|409|429|5..) false"),     # x-should-retry, or a long wait
+    Kind("too late", 1, RESUME, "(408|409|429|5..) false"),     # not to retry, or a long wait
     Kind("busy", 17, RESUME, "429|503"),        # the waits come to at least 80 s
-    Kind("odd", 7, RESUME, "4.. true"),         # x-should-retry
+    Kind("odd", 7, RESUME, "4.. true"),         # advised to retry
     Kind("request", 1, "mend the request: --model, --extra-body or --header",
          "4(?!08|09)..|501|LocalProtocolError"),
     Kind("no server", 3, "start the server, or check --base-url, the proxy and SSL_CERT_FILE",
@@ -859,10 +944,11 @@ KINDS = (                           # the first kind whose signs fit counts
     Kind("slow", 2, "raise --timeout", r"\w*Timeout"),
     Kind("failure", 7, RESUME, ""),             # 408, 409, 5xx, a lost connection
 )
-# Parameters that a server may refuse, and what is sent instead.
-INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "nothing",
-           "temperature": "nothing (the paper: 0.5)", "seed": "nothing",
-           "encoding_format": "nothing"}
+# Parameters that a server may refuse, and what is sent instead; None: nothing.
+INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
+           "temperature": None, "seed": None, "encoding_format": None}
+# Headers whose values are secrets: Authorization, X-API-Key, Cookie, X-Auth-Token ...
+SECRET = re.compile("(?i)auth|key|cookie|token|secret|password")
 LONGEST_WAIT = 120.0                # seconds; a server that asks for more ends the run
 DURATION = r"(?i)(retryDelay|again in|retry in|retry after|wait)\W*(\d+\.?\d*) ?(ms|[smhd])"
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -902,7 +988,7 @@ class Route:
     has_spoken: bool = False        # some reply had a text
 
 
-def shown(url: Any) -> str:
+def without_query(url: Any) -> str:
     """A URL without its query, which may hold secrets."""
     return str(url).partition("?")[0]
 
@@ -918,7 +1004,7 @@ def tell(route: Route, topic: str, text: str) -> None:
     """Tell the user something about the route, once per topic."""
     if topic not in route.topics:
         route.topics.add(topic)
-        route.notice(f"{shown(route.url)}: {text}")
+        route.notice(f"{without_query(route.url)}: {text}")
 
 
 def count(counts: dict, name: str) -> None:
@@ -930,32 +1016,36 @@ def count(counts: dict, name: str) -> None:
 def fault(route: Route, label: str, body: str, message: str = "") -> Fault:
     """The Fault with this label. The user is shown the message, or else the body."""
     reason = clean(starred(route, f"{label} {message or body}"), 300)
-    for kind in KINDS:
-        if re.match(f"(?is){kind.signs}", f"{label} {body}"):
-            break
+    text = f"{label} {body}"
+    # The last kind fits all.
+    kind = next(kind for kind in KINDS if re.match(f"(?is){kind.signs}", text))
     return Fault(kind, reason)
 
 
 def failed(route: Route, got: Fault) -> EndpointError:
     """The line that a fault ends a run with."""
-    return EndpointError(f"{shown(route.url)}: {got.reason}; {got.kind.cure}")
+    return EndpointError(f"{without_query(route.url)}: {got.reason}; {got.kind.cure}")
 
 
 # - the connection
 
 
 def address(base_url: str, path: str) -> Any:
-    """The URL of a route. The base URL may lack its scheme or its /v1, or name a route already."""
+    """The URL of a route. The base URL may lack its scheme or its /v1, or name a route already.
+
+    localhost:80 -> http://localhost:80/v1/embeddings, a.example -> https://a.example/v1/embeddings
+    """
     import httpx
     base = base_url.strip()
     if "://" not in base:
-        base = ("http://" if LOOPBACK.match(base) else "https://") + base
+        scheme = "http" if LOOPBACK.match(base) else "https"
+        base = f"{scheme}://{base}"
     try:
         url = httpx.URL(base)
     except httpx.InvalidURL:
         url = httpx.URL("")
-    # A login would have to be kept secret in every text, and may be cut in two by a / or a ?.
     is_web = url.scheme in ("http", "https") and url.host and (url.port or 0) < 65536
+    # A login in an address is refused: a / or a ? in it would cut it in two, and show a part.
     if not is_web or "@" in base:
         raise EndpointError("the base URL is no address: write it as http://localhost:8080/v1, "
                             "and a login as --header Authorization=...")
@@ -964,16 +1054,30 @@ def address(base_url: str, path: str) -> Any:
 
 
 def checked_headers(key: str, url: Any, headers: dict) -> dict:
-    """The headers of each request. An error of httpx would show a key that cannot be sent."""
-    sent = {name.strip(): value.strip() for name, value in headers.items()}
-    if key and "api-version" in url.params:     # Azure
-        sent["api-key"] = key
-    elif key:
-        sent["Authorization"] = f"Bearer {key}"
-    if " " in key or "\\" in ascii(sent):       # `ascii` writes all but plain characters with a \
+    """The headers of each request, in lower case. The user's own Authorization replaces the key.
+
+    What httpx cannot send is refused here, because the errors of httpx would show it.
+    """
+    sent = {name.strip().lower(): value.strip() for name, value in headers.items()}
+    if key and "authorization" not in sent:
+        if "api-version" in url.params:         # Azure
+            sent.setdefault("api-key", key)
+        else:
+            sent["authorization"] = f"Bearer {key}"
+    is_plain = "\\" not in ascii(sent)          # `ascii` writes other characters with a \
+    if " " in key or not is_plain:
         raise EndpointError("the API key or a header holds a space, a control character or one "
                             "outside ASCII (often a curly quote): copy it again")
     return sent
+
+
+def secrets_of(key: str, url: Any, headers: dict) -> list[str]:
+    """What must not be shown: the key, the values in the URL and those of secret headers."""
+    secrets = [key, *url.params.values()]
+    for name, value in headers.items():
+        if SECRET.search(name):
+            secrets += [value, value.partition(" ")[2]]         # "Bearer sk-..." and "sk-..."
+    return [secret for secret in secrets if len(secret) >= 6]   # "none" and "EMPTY" are no secrets
 
 
 def connect(base_url: str, path: str, key: str | None = None, *, timeout: float = 300.0,
@@ -998,10 +1102,8 @@ def connect(base_url: str, path: str, key: str | None = None, *, timeout: float 
     except (ImportError, ValueError, OSError, httpx.InvalidURL):
         raise EndpointError("no client can be made: check HTTP_PROXY, HTTPS_PROXY, ALL_PROXY "
                             "(socks needs httpx[socks]) and SSL_CERT_FILE") from None
-    secrets = [key, *url.params.values(), *sent.values()]
-    secrets = [secret for secret in secrets if len(secret) >= 8]    # "none" is no secret
     stats = {} if stats is None else stats
-    return Route(client, url, secrets, extra or {}, sleep, notice, stats)
+    return Route(client, url, secrets_of(key, url, sent), extra or {}, sleep, notice, stats)
 
 
 # - one request
@@ -1021,35 +1123,37 @@ def asked_wait(headers: Any, text: str) -> float:
     after = headers.get("retry-after", "")
     try:
         return parsedate_to_datetime(after).timestamp() - time.time()
-    except MISSHAPEN:               # no date
-        hints = f"wait {headers.get('retry-after-ms')}ms, wait {after}s, {text}"
+    except MISSHAPEN:
+        pass                        # no date, perhaps a number of seconds
+    # The first of three hints that holds a number counts.
+    hints = f"wait {headers.get('retry-after-ms')}ms, wait {after}s, {text}"
     duration = re.search(DURATION, hints)
-    if not duration:
-        return 0.0
-    _, number, unit = duration.groups()
-    return float(number) * SECONDS[unit.lower()]
+    return float(duration[2]) * SECONDS[duration[3].lower()] if duration else 0.0
 
 
 def decoded(text: str) -> dict:
-    """The JSON object in a body. An event stream is joined: some servers stream unasked."""
+    """The JSON object in a body. An event stream is joined to one: some servers stream unasked."""
     if not re.match(r"\s*(data|event|):", text):
         return json.loads(text)
     pieces = [json.loads(line) for line in re.findall(r"(?m)^data:\s*({.*)", text)]
-    choice = {}
+    choices = [choice for piece in pieces for choice in piece.get("choices") or ()]
     content = ""
-    for piece in pieces:
-        for choice in piece.get("choices") or ():
-            content += fields(choice.get("delta")).get("content") or ""
+    for choice in choices:
+        content += fields(choice.get("delta")).get("content") or ""
     # The last choice holds the finish_reason, the last piece the usage or the error.
-    return pieces[-1] | {"choices": [choice | {"message": {"content": content}}]}
+    last = choices[-1] if choices else {}
+    return pieces[-1] | {"choices": [last | {"message": {"content": content}}]}
 
 
 def post(route: Route, body: dict) -> tuple:
     """Send one request; the response and its text, without secrets."""
     count(route.stats, "requests")
     deadline = time.monotonic() + route.http.timeout.read
+    # Half of a split character, as a model may send it, has no UTF-8: "?" is sent in its place.
+    content = json.dumps(body, ensure_ascii=False).encode(errors="replace")
+    headers = {"content-type": "application/json"}
     raw = b""
-    with route.http.stream("POST", route.url, json=body) as response:
+    with route.http.stream("POST", route.url, content=content, headers=headers) as response:
         for part in response.iter_bytes():
             raw += part
             # Blank lines that keep a connection alive start httpx's own clock again.
@@ -1058,7 +1162,7 @@ def post(route: Route, body: dict) -> tuple:
     return response, starred(route, raw.decode("utf-8-sig", "replace"))
 
 
-def attempt(route: Route, body: dict, read: Callable) -> Any:
+def send_once(route: Route, body: dict, read: Callable) -> Any:
     """One request: what `read` makes of the answer, or a Fault."""
     import httpx
     try:
@@ -1077,9 +1181,13 @@ def attempt(route: Route, body: dict, read: Callable) -> Any:
 
 
 def redirected(route: Route, response: Any) -> Fault:
-    """The Fault of a redirect. From now on the route is there, if that is on the same host."""
+    """The Fault of a redirect. From now on the route is there, if that is as safe for the key.
+
+    Safe is the same host, and no step from https to http. Status 301 to 303 would turn the POST
+    into a GET.
+    """
     target = response.next_request.url
-    text = f"redirects to {shown(target)}"
+    text = f"redirects to {without_query(target)}"
     is_encrypted = target.scheme in (route.url.scheme, "https")
     if target.netloc == route.url.netloc and is_encrypted and response.status_code > 303:
         route.url = target
@@ -1088,7 +1196,11 @@ def redirected(route: Route, response: Any) -> Fault:
 
 
 def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
-    """The Fault in a response that is no answer."""
+    """The Fault in a response that is no answer.
+
+    KINDS is searched for "STATUS ADVICE BODY". The advice is the header x-should-retry: true, false
+    or nothing.
+    """
     status = str(response.status_code)
     error = fields(data.get("error")) or data
     if response.is_success and error:           # the real status is in the body
@@ -1114,19 +1226,19 @@ def accepted(route: Route, body: dict) -> dict:
     for name, value in body.items():
         while name in route.refused:
             name = INSTEAD[name]
-        if not name.startswith("nothing"):
+        if name:
             sent[name] = value
     return sent | route.extra
 
 
-def can_adapt(route: Route, sent: dict, got: Fault) -> bool:
-    """Whether a refusal names a parameter that we can do without. It is left out from now on."""
+def adapt(route: Route, sent: dict, got: Fault) -> bool:
+    """Leave out from now on the first parameter that a refusal names; false if it names none."""
     if got.kind.name != "request":
         return False
     for name in re.findall(r"\w+", got.reason):         # the names that are allowed may follow
         if name in INSTEAD and name in sent and name not in route.extra:
             route.refused.add(name)
-            tell(route, name, f"{name} is refused: {INSTEAD[name]} is sent instead")
+            tell(route, name, f"{name} is refused: {INSTEAD[name] or 'nothing'} is sent instead")
             return True
     return False
 
@@ -1143,17 +1255,18 @@ def pause(route: Route, got: Fault, faults: int) -> None:
 
 def persist(route: Route, body: dict, read: Callable) -> Any:
     """Ask until `read` makes something of the answer, or else return the last Fault."""
+    charge = CHARGE.get()
     tried = Counter()
     while True:
         sent = accepted(route, body)
-        got = attempt(route, sent, read)
+        got = send_once(route, sent, read)
         if not isinstance(got, Fault):
             return got
-        is_adapted = can_adapt(route, sent, got)
+        is_adapted = adapt(route, sent, got)
         tried[got.kind.name] += 1
         if tried[got.kind.name] >= got.kind.tries and not is_adapted:
             return got
-        CHARGE.get()()              # `limited` has paid for the first request only
+        charge()                    # `limited` has paid for the first request only
         count(route.stats.setdefault("retries", Counter()), got.kind.name)
         if not is_adapted:
             pause(route, got, tried.total())
@@ -1187,19 +1300,23 @@ def text_of(content: Any) -> str:
 
 
 def heard(route: Route, ask: Ask, data: dict) -> Any:
-    """The reply in a chat completion; a Fault where there is no text."""
+    """The reply in a chat completion, or the Fault that tells why there is none.
+
+    A text counts, unless it was broken off by an error or a filter. A refusal counts only without a
+    text.
+    """
     choice = data["choices"][0] if data["choices"] else {"finish_reason": "missing"}
     message = fields(choice.get("message"))
+    refusal = message.get("refusal")
     finish = choice.get("finish_reason")
     usage = usage_of(data)
     note(route, ask, data, usage)
     text = text_of(message.get("content"))
     if text and finish not in ("error", "content_filter"):
         return Reply(text, usage)
-    if message.get("refusal"):
-        finish = "refusal"
-    said = message.get("refusal") or choice.get("error") or "and no text"
-    return fault(route, f"finish_reason {finish}", str(said))._replace(usage=usage)
+    label = "refusal" if refusal else finish
+    reason = refusal or choice.get("error") or "and no text"
+    return fault(route, f"finish_reason {label}", str(reason))._replace(usage=usage)
 
 
 def chat_body(model: str, ask: Ask) -> dict:
@@ -1224,10 +1341,12 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
         if isinstance(got, Reply):
             route.has_spoken = True
             return got
+        if not got.kind.is_reply:
+            raise failed(route, got)
         empty = route.stats.setdefault("empty", Counter())
-        if got.kind.is_reply:
-            count(empty, got.reason)
-        if not got.kind.is_reply or empty.total() >= 10 and not route.has_spoken:
+        count(empty, got.reason)
+        never_speaks = empty.total() >= 10 and not route.has_spoken     # some setting must be wrong
+        if never_speaks:
             raise failed(route, got)
         tell(route, "empty", f"an empty reply, because {got.reason}; {got.kind.cure}")
         return Reply("", got.usage, got.reason)
@@ -1256,24 +1375,24 @@ def vectors(route: Route, texts: int, data: dict) -> Any:
     return fault(route, "embeddings", f"{len(rows)} for {texts} texts, or one is zero or infinite")
 
 
-def embeddings(base_url: str, model: str, key: str | None = None,
-               **options: Any) -> Embed:
+def embeddings(base_url: str, model: str, key: str | None = None, **options: Any) -> Embed:
     """An embedding behind an OpenAI-compatible endpoint. The options are those of `connect`."""
     route = connect(base_url, "embeddings", key, **options)
     batch = 64                      # texts a request, at most
 
     def answer(texts: Sequence[str]) -> np.ndarray:
         nonlocal batch
+        half = len(texts) // 2
         if len(texts) <= batch:
             inputs = [text or " " for text in texts]    # some servers refuse an empty text
             body = {"model": model, "encoding_format": "float", "input": inputs}
             got = persist(route, body, lambda data: vectors(route, len(texts), data))
             if not isinstance(got, Fault):
                 return got
-            if got.kind.name not in ("request", "context") or len(texts) == 1:
+            may_be_too_much = got.kind.name in ("request", "context")
+            if not may_be_too_much or len(texts) == 1:
                 raise failed(route, got)
-            batch = len(texts) // 2             # perhaps the server takes fewer texts a request
-        half = len(texts) // 2
+            batch = half
         return np.concatenate([answer(texts[:half]), answer(texts[half:])])
     return answer
 
@@ -1349,7 +1468,10 @@ def keep(log: Log, ask: Ask, reply: Reply) -> Reply:
 def recorded(llm: LLM, log: Log) -> LLM:
     """The same model, answering from the log where it can: cache, resume and replay in one."""
     def answer(ask: Ask) -> Reply:
-        return reply_to(log, ask) or keep(log, ask, llm(ask))
+        reply = reply_to(log, ask)
+        if reply is None:
+            reply = keep(log, ask, llm(ask))
+        return reply
     return answer
 
 
@@ -1357,7 +1479,7 @@ def recorded_embed(embed: Embed, log: Log) -> Embed:
     """The same embedding, asked once for each text; its rows are logged to the bit."""
     sizes = set()
 
-    def check(rows: Sequence) -> None:
+    def check(rows: Iterable) -> None:
         sizes.update(map(len, rows))
         if len(sizes) > 1:
             raise EndpointError(f"embeddings of sizes {sizes} do not mix: keep to the model "
@@ -1365,7 +1487,7 @@ def recorded_embed(embed: Embed, log: Log) -> Embed:
 
     def answer(texts: Sequence[str]) -> np.ndarray:
         asks = {text: Ask("embed", (), (("text", text),)) for text in texts}
-        missing = [text for text in asks if not reply_to(log, asks[text])]
+        missing = [text for text in asks if reply_to(log, asks[text]) is None]
         fresh = embed(missing) if missing else ()
         check(fresh)                # before a wrong row is in the log for ever
         for text, row in zip(missing, fresh, strict=True):
@@ -1379,8 +1501,10 @@ def recorded_embed(embed: Embed, log: Log) -> Embed:
 def limited(llm: LLM, max_calls: int) -> LLM:
     """The same model, which sends at most `max_calls` requests, repeats included.
 
-    It stands inside `recorded`, so that replies from the log are free. The first request of an
-    ask is counted here. A client calls CHARGE before each further one, so that it is counted too.
+    The order of the wrappers is counted > recorded > paid > limited > openai > persist, where
+    `counted` and `paid` are in run.py and only watch. Replies from the log never come here: they
+    are free. The first request of an ask is counted here. `persist` calls CHARGE before each
+    further one.
     """
     asked = Counter()
 

@@ -5,13 +5,13 @@
     python run.py --show RUN                one episode of a finished run, step by step
     python run.py --experiment table5       one of the paper's tables or figures, over several seeds
 
-Every effect is here, except for the sections "the outside world" of envs.py (data files) and prompts.py
-(HTTP and the log). Results go to stdout. Progress and errors go to stderr.
+Every effect is here, except for the sections "the outside world" of envs.py (data files) and
+prompts.py (HTTP and the log). Results go to stdout. Progress and errors go to stderr.
 
-A run directory holds config.json (what determines the result), calls.jsonl (the answers of a real model),
-episodes.jsonl, memory.json and summary.json. A directory of experiments holds config.json, MODEL/calls.jsonl,
-and NAME.json and NAME.png of each experiment. The same command continues or repeats a run. A directory of
-another configuration is never touched.
+A run directory holds config.json (what determines the result), calls.jsonl (the answers of a real
+model), episodes.jsonl, memory.json and summary.json. A directory of experiments holds config.json,
+MODEL/calls.jsonl, and NAME.json and NAME.png of each experiment. The same command continues or
+repeats a run. A directory of another configuration is never touched.
 Exit codes: 0 done, 2 a mistake that can be mended, 3 the budget is spent, 130 interrupted.
 """
 from __future__ import annotations
@@ -22,9 +22,11 @@ import os
 import signal
 import sys
 import time
-from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
+from collections import Counter
 from concurrent import futures
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
@@ -34,9 +36,9 @@ from urllib.parse import quote
 
 if __name__ == "__main__":
     # Ctrl-C while the libraries are loaded ends the command without a traceback.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")      # matrices are small here: more threads only wait
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")      # matrices are small: more threads only wait
 import numpy as np
 
 import billp
@@ -51,10 +53,13 @@ class UserError(Exception):
     """A mistake that the person at the keyboard can mend: one line, exit code 2."""
 
 
-MENDABLE = (UserError, prompts.EndpointError, envs.BadData, OSError, MemoryError, futures.BrokenExecutor)
+MENDABLE = (UserError, prompts.EndpointError, envs.BadData, OSError, MemoryError,
+            futures.BrokenExecutor)
 STAND_IN = ("offline, a rule-based stand-in: it shows the mechanism at work "
             "and is no evidence about real models")
 WORLDS = "films, csv:DIR, movielens:DIR, steam:DIR, amazon:DIR"
+Json = dict[str, Any]               # a JSON object
+Table = Sequence[Sequence[str]]     # rows of texts; the first is the heading
 METHODS = (*envs.POLICIES, *billp.METHODS)
 ROLES = ("planner", "actor", "critic", "reflector")
 
@@ -73,16 +78,18 @@ TEXTS = {                               # flags that take a text: group, help
     "method": ("one run", f"{', '.join(METHODS)} (default billp)"),
     "world": ("one run", f"{WORLDS} (default films)"),
     "out": ("one run", "run directory (default: one of its own under runs/)"),
-    "load": ("one run", "go on from the memories of another run, with users not yet seen"),
+    "load": ("one run", "go on from the memories of another run, with learners not yet met"),
     "show": ("look at a finished run", "print one episode of this run directory"),
-    "pick": ("look at a finished run", "which one: before, learn or after and its number, as after:3"),
-    "experiment": ("experiments", "one or more, as table3,fig5, or all (listed at the end)"),
+    "pick": ("look at a finished run",
+             "which one: before, learn or after and its number, as after:3"),
+    "experiment": ("experiments", "one or more, as table3,fig5, or all"),
     "rows": ("experiments", "only these rows, as react,billp"),
     "models": ("experiments", "the models that table6 compares, as a,b"),
-    "cluster": ("experiments", "address of a dask.distributed scheduler that offline runs are sent to"),
+    "cluster": ("experiments", "address of a dask.distributed scheduler for offline runs"),
     "model": ("a real model", "model name, or offline (default: OPENAI_MODEL)"),
     "base_url": ("a real model", "endpoint (default: OPENAI_BASE_URL); the key is OPENAI_API_KEY"),
-    "embed_model": ("a real model", "embedding model (default: OPENAI_EMBED_MODEL, or letter trigrams)"),
+    "embed_model": ("a real model",
+                    "embedding model (default: OPENAI_EMBED_MODEL, or letter trigrams)"),
     "extra_body": ("a real model", "a JSON object: more fields for each chat request"),
     "lessons": ("method", "reflections to read: none, latest or nearest"),
 }
@@ -97,8 +104,9 @@ NUMBERS = {                             # flags that take a number: group, lowes
     "max_calls": ("a real model", 0, 10**12, "stop cleanly after so many requests to each model"),
     "gamma": ("method", 0, 1, "discount of later rewards; the paper's gamma"),
     "k_lessons": ("method", 0, 10**6, "reflections recalled; the paper's K"),
-    "k_experience": ("method", 0, 10**6, "experiences recalled for the actor, counted for each item"),
-    "k_actions": ("method", 0, 10**6, "items shown for their experience where there are no candidates"),
+    "k_experience": ("method", 0, 10**6,
+                     "experiences recalled for the actor, counted for each item"),
+    "k_actions": ("method", 0, 10**6, "items shown for their experience if --candidates is 0"),
     "candidates": ("method", 0, 10**6, "free items shown to the actor; 0 as in the paper"),
     "lately": ("method", 1, 1000, "steps that the category tool calls lately"),
     "k_values": ("method", 0, 10**6, "values recalled for the critic"),
@@ -106,31 +114,34 @@ NUMBERS = {                             # flags that take a number: group, lowes
     "batch": ("method", 1, 10**9, "episodes between two updates of the memories"),
     "transcript": ("method", 1000, 10**9, "characters of a session in a prompt"),
     "temperature": ("method", 0, 2, "sampling temperature of every ask"),
-    "reply_tokens": ("method", 1, 10**9, "longest reply asked for; models that reason need thousands"),
+    "reply_tokens": ("method", 1, 10**9,
+                     "longest reply asked for; models that reason need thousands"),
     "retries": ("method", 0, 100, "how often a malformed reply is asked for again"),
-    "window": ("rule of leaving", 1, 1000, "recommended items that a user remembers; the paper's W"),
+    "window": ("rule of leaving", 1, 1000, "items that a user remembers; the paper's W"),
     "beta": ("rule of leaving", 0, 10**9, "an item nearer than this to one of them is too alike"),
     "floor": ("rule of leaving", 0, 10**9, "a rating below this disappoints"),
-    "grace": ("rule of leaving", 0, 10**9, "steps at the start at which disappointment is forgiven"),
+    "grace": ("rule of leaving", 0, 10**9, "steps at the start that may disappoint"),
     "max_steps": ("rule of leaving", 1, 10**5, "the cap at which an episode is cut"),
 }
-SWITCHES = {                            # flags that are given or not, and with --no- before them
+SWITCHES = {                            # flags that are given or not, or given with --no-
     "thoughts": ("method", "ask the planner for a thought before each action"),
     "experience": ("method", "write and recall the memories of actor and critic"),
     "baseline": ("method", "use the critic's V(s); without it every action is encouraged"),
     "repeats": ("method", "allow an item to come twice in a session, or from the history"),
     "replay": ("a real model", "answer from the run's log alone"),
     "prompts": ("look at a finished run", "print the prompts of the episode and their replies"),
-    "plot": ("look at a finished run", "draw the learning curve into RUN/learning.png"),
+    "plot": ("look at a finished run", "print the learning curve"),
 }
-GROUPS = {"one run": "", "look at a finished run": "", "experiments": "", "a real model": "",
-          "method": "left out, the value of the row of --method stands; Config gives the reasons",
-          "rule of leaving": "left out, the world's own value stands"}
-DEFAULTS = {"users": 50, "method": "billp", "world": "films", "seed": 0, "seeds": 5, "timeout": 300.0,
-            "header": [], "extra_body": "{}", "pick": ""}
-NEEDS = {"seeds": "experiment", "rows": "experiment", "models": "experiment", "cluster": "experiment",
-         "pick": "show", "prompts": "show", "plot": "show"}
-ENDPOINT = ("base_url", "embed_model", "extra_body", "timeout", "header", "max_calls", "replay")
+GROUPS = {
+    "one run": "", "look at a finished run": "", "experiments": "", "a real model": "",
+    "method": "left out, the value of the row of --method stands; Config gives the reasons",
+    "rule of leaving": "left out, the world's own value stands"}
+CHOICES = {"method": METHODS, "lessons": ("none", "latest", "nearest")}
+DEFAULTS = {"episodes": 50, "users": 50, "method": "billp", "world": "films", "seed": 0, "seeds": 5,
+            "timeout": 300.0, "header": (), "extra_body": "{}", "pick": ""}
+OF_SHOW = ("pick", "prompts", "plot")
+OF_EXPERIMENTS = ("seeds", "rows", "models", "cluster")
+OF_ENDPOINTS = ("base_url", "embed_model", "extra_body", "timeout", "header", "max_calls", "replay")
 EXAMPLES = """\
 examples:
   run.py --episodes 50
@@ -150,91 +161,138 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def number(name: str, kind: type) -> Callable[[str], float]:
-    """A reader of the numbers that a flag takes."""
-    _, low, high, _ = NUMBERS[name]
-
-    def read(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high:
-            raise ArgumentTypeError(f"{text} does not lie from {low} to {high}")
-        return value
-    read.__name__ = kind.__name__       # argparse says "invalid float value"
-    return read
+def path_of(text: str) -> Path:
+    """A path; ~ is the home directory."""
+    return Path(os.path.expanduser(text))
 
 
 def make_parser() -> Parser:
-    """All flags. One that is not given is None."""
-    parser = Parser("run.py", allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter, epilog=EXAMPLES,
+    """All flags. One that is not given is None. A number has the type of its default."""
+    parser = Parser("run.py", allow_abbrev=False, epilog=EXAMPLES,
+                    formatter_class=RawDescriptionHelpFormatter,
                     description=f"Learn, then evaluate. The built-in model is {STAND_IN}.")
     groups = {title: parser.add_argument_group(title, text) for title, text in GROUPS.items()}
-    fields = {**envs.Env._field_defaults, **Config._field_defaults, "timeout": 0.0}
     for name, (title, text) in TEXTS.items():
-        groups[title].add_argument(flag(name), help=text)
+        kind = path_of if name in ("out", "load", "show") else str
+        groups[title].add_argument(flag(name), type=kind, choices=CHOICES.get(name),
+                                   metavar=name.upper(), help=text)
+    defaults = {**envs.Env._field_defaults, **Config._field_defaults, **DEFAULTS}
     for name, (title, _, _, text) in NUMBERS.items():
-        kind = type(fields.get(name, 0))
+        default = defaults.get(name, 0)
         if title == "method":
-            text += f" (default {fields[name]})"
-        groups[title].add_argument(flag(name), type=number(name, kind), metavar="N", help=text)
+            text += f" (default {default})"
+        groups[title].add_argument(flag(name), type=type(default), metavar="N", help=text)
     for name, (title, text) in SWITCHES.items():
         groups[title].add_argument(flag(name), action=BooleanOptionalAction, help=text)
-    groups["a real model"].add_argument("--header", action="append", metavar="K=V", help="one more request header")
+    groups["a real model"].add_argument("--header", action="append", metavar="K=V",
+                                        help="one more request header")
     return parser
 
 
-def check_flags(given: set[str]) -> None:
-    """UserError for a flag that would have no effect."""
-    for name in sorted(given):
-        if name in NEEDS and NEEDS[name] not in given:
-            raise UserError(f"{flag(name)} has no effect without {flag(NEEDS[name])}")
-        if "show" in given and name != "show" and NEEDS.get(name) != "show":
-            raise UserError(f"{flag(name)} has no effect beside --show")
-        if "experiment" in given and name in ("method", "load"):
-            raise UserError(f"{flag(name)} has no effect beside --experiment")
-
-
-def checked_json(text: str) -> str:
-    """The text, if it is a JSON object."""
+def is_object(text: str) -> bool:
+    """Whether a text is a JSON object."""
     try:
-        usable = isinstance(json.loads(text), dict)
+        return isinstance(json.loads(text), dict)
     except ValueError:
-        usable = False
-    if not usable:
-        raise UserError("--extra-body takes a JSON object, such as '{\"top_p\": 0.9}'")
-    return text
+        return False
 
 
-def parse(argv: Sequence[str] | None) -> Namespace:
-    """The flags, checked, with defaults filled in."""
-    args, unknown = make_parser().parse_known_args(argv)
-    if unknown:                         # words without a dash are not shown: one may be a key
-        names = [word.partition("=")[0] for word in unknown if word.startswith("-")]
-        what = f"unknown flag {names[0]}" if names else "every value needs its flag, as in --method billp"
-        raise UserError(f"{what}; --help lists the flags")
-    given = {name for name, value in vars(args).items() if value is not None}
-    check_flags(given)
-    args.given = given
-    for name, default in DEFAULTS.items():
-        if name not in given:
-            setattr(args, name, default)
-    for name in given & {"out", "load", "show"}:
-        setattr(args, name, Path(getattr(args, name)).expanduser())
-    if args.episodes is None:
-        args.episodes = 100 if args.experiment else 50
-    if args.method not in METHODS:
-        raise UserError(f"no method {args.method!r}; there are {', '.join(METHODS)}")
-    if args.lessons not in (None, "none", "latest", "nearest"):
-        raise UserError("--lessons takes none, latest or nearest")
-    args.experiment = args.experiment.split(",") if args.experiment is not None else []
-    if args.experiment == ["all"]:
-        args.experiment = list(EXPERIMENTS)
+def check_values(args: Namespace) -> None:
+    """UserError for a value that a flag does not take."""
+    for name, (_, low, high, _) in NUMBERS.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{flag(name)} takes a number from {low} to {high}")
     for name in args.experiment:
         if name not in EXPERIMENTS:
             raise UserError(f"no experiment {name!r}; there are all, {', '.join(EXPERIMENTS)}")
     for header in args.header:
         if "=" not in header:
             raise UserError("--header takes NAME=VALUE")
-    checked_json(args.extra_body)
+    if not is_object(args.extra_body):
+        raise UserError("--extra-body takes a JSON object, such as '{\"top_p\": 0.9}'")
+
+
+def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
+    """Names of flags that have no effect here, and why."""
+    if args.show:
+        yield args.given - {"show", *OF_SHOW}, "beside --show"
+        return
+    yield OF_SHOW, "without --show"
+    if args.experiment:
+        yield ("method", "load"), "beside --experiment"
+        varied = {EXPERIMENTS[name].varied for name in args.experiment}
+        if "model" not in varied:
+            yield ["models"], "without --experiment table6"
+        if varied == {"model"}:
+            yield ["rows"], "on table6: its rows are --models"
+        elif len(varied) == 1:
+            yield varied, "here: the experiment varies it"
+    else:
+        yield OF_EXPERIMENTS, "without --experiment"
+        if args.method in envs.POLICIES:
+            names = {*OF_ENDPOINTS, *Config._fields, "load"} - {"gamma"}
+            yield names, f"on {args.method}, which asks no language model"
+    if args.models_asked == ["offline"]:
+        yield OF_ENDPOINTS, "on the built-in reader, which asks no endpoint"
+    else:
+        yield ["cluster"], "with a real model: only offline runs are sent there"
+    if args.candidates != 0:
+        yield ["k_actions"], "without --candidates 0"
+
+
+def variable(*names: str) -> str:
+    """The first of these environment variables that is set, or ""."""
+    for name in names:
+        if os.environ.get(name):
+            return os.environ[name]
+    return ""
+
+
+def models_of(args: Namespace) -> list[str]:
+    """The models that the flags or the environment name, the main one first."""
+    if args.method in envs.POLICIES:        # asks none
+        return ["offline"]
+    endpoint = args.base_url or args.replay or variable(
+        "OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY")
+    names = args.models.split(",") if args.models else []
+    main = args.model
+    if not main and endpoint:
+        main = variable("OPENAI_MODEL")
+    if not main and not endpoint and not names:
+        main = "offline"
+    if main:
+        names = [main, *names]
+    if not names or not all(names) or (not endpoint and set(names) != {"offline"}):
+        raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
+                        "or give --base-url and --model; --model offline is the built-in reader")
+    return list(dict.fromkeys(names))
+
+
+def parse(argv: Sequence[str] | None) -> Namespace:
+    """The flags, checked, with defaults filled in. UserError for a mistake."""
+    args, unknown = make_parser().parse_known_args(argv)
+    if unknown:                         # words without a dash are not shown: one may be a key
+        names = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        what = f"unknown flag {names[0]}" if names else "every value needs its flag, as in --seed 1"
+        raise UserError(f"{what}; --help lists the flags")
+    args.given = {name for name, value in vars(args).items() if value is not None}
+    for name, default in DEFAULTS.items():
+        if name not in args.given:
+            setattr(args, name, default)
+    if args.experiment is None:
+        args.experiment = []
+    else:
+        args.experiment = args.experiment.split(",")
+        if "episodes" not in args.given:
+            args.episodes = 100
+    if args.experiment == ["all"]:
+        args.experiment = list(EXPERIMENTS)
+    check_values(args)
+    args.models_asked = [] if args.show else models_of(args)
+    for names, reason in idle_flags(args):
+        for name in sorted(args.given.intersection(names)):
+            raise UserError(f"{flag(name)} has no effect {reason}")
     return args
 
 
@@ -250,75 +308,47 @@ class Settings(NamedTuple):
     first: int                  # learners that a loaded memory has met already
     load: str                   # digest of the memory started from, "" for none
     extra: str                  # digest of --extra-body, "" for none
-    config: dict[str, Any]      # fields of Config
-    rule: dict[str, Any]        # fields of the world that flags replace
+    config: Json      # fields of Config
+    rule: Json        # fields of the world that flags replace
 
 
-def digest(content: bytes) -> str:
+def digest(content: str | bytes) -> str:
     """A short name for the content."""
+    if isinstance(content, str):
+        content = content.encode("utf-8", "replace")
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def variable(*names: str) -> str:
-    """The first of these environment variables that is set, or ""."""
-    for name in names:
-        if os.environ.get(name):
-            return os.environ[name]
-    return ""
+def given_of(args: Namespace, names: Iterable[str]) -> Json:
+    """The values of the flags among `names` that were given."""
+    return {name: getattr(args, name) for name in names if name in args.given}
 
 
-def chosen(args: Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """The flags among `names` that were given."""
-    values = {name: getattr(args, name) for name in names}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def model_names(args: Namespace) -> list[str]:
-    """The models that the flags or the environment name, the main one first."""
-    endpoint = args.base_url or args.replay or variable("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY")
-    compared = args.models.split(",") if args.models else []
-    model = args.model
-    if not model and endpoint:
-        model = variable("OPENAI_MODEL")
-    if not model and compared:
-        model = compared[0]
-    if not model and not endpoint:
-        model = "offline"
-    names = list(dict.fromkeys([model, *compared]))
-    if not all(names) or (not endpoint and names != ["offline"]):
-        raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, or give "
-                        "--base-url and --model; --model offline is the built-in reader")
-    return names
-
-
-def check_idle(args: Namespace, live: bool) -> None:
-    """UserError for a flag that has no effect on the model or the method."""
-    for name in sorted(args.given):
-        if name in ENDPOINT and not live:
-            raise UserError(f"{flag(name)} has no effect on the built-in reader, which asks no endpoint")
-        is_policy = args.method in envs.POLICIES and not args.experiment
-        if is_policy and name in Config._fields and name != "gamma":
-            raise UserError(f"{flag(name)} has no effect on {args.method}, which asks no language model")
+def embedding_of(args: Namespace) -> str:
+    """The embedding that the flags or the environment name."""
+    name = args.embed_model
+    if not name and args.models_asked != ["offline"]:
+        name = variable("OPENAI_EMBED_MODEL")
+    if name and "offline" in args.models_asked:
+        raise UserError("the built-in reader takes no embedding model")
+    return name or "hashed_ngrams"
 
 
 def settings(args: Namespace) -> Settings:
-    """What the flags and the environment ask for. The runs of experiments add their own method's row."""
-    models = model_names(args)
-    live = models != ["offline"]
-    embedding = args.embed_model or (live and variable("OPENAI_EMBED_MODEL")) or "hashed_ngrams"
-    if "offline" in models and embedding != "hashed_ngrams":
-        raise UserError("the built-in reader takes no embedding model")
-    check_idle(args, live)
-    memory, first = load_path(args.load, args.world, args.seed) if args.load else (None, 0)
+    """What the flags and the environment ask for. Runs of experiments add their method's row."""
+    embedding = embedding_of(args)
+    first, load = 0, ""
+    if args.load:
+        saved = read_memory(args.load, embedding)
+        first, load = learners_met(saved, args.world, args.seed), saved.digest
     config = Config()._asdict()
     if not args.experiment:
         config |= billp.METHODS.get(args.method, {})
     return Settings(
-        world=args.world, method=args.method, model=models[0], embedding=embedding, seed=args.seed,
-        episodes=args.episodes, users=args.users, first=first,
-        load=digest(memory.read_bytes()) if memory else "",
-        extra=digest(args.extra_body.encode("utf-8", "replace")) if args.extra_body != "{}" else "",
-        config=config | chosen(args, Config._fields), rule=chosen(args, envs.RULE))
+        world=args.world, method=args.method, model=args.models_asked[0], embedding=embedding,
+        seed=args.seed, episodes=args.episodes, users=args.users, first=first, load=load,
+        extra=digest(args.extra_body) if args.extra_body != "{}" else "",
+        config=config | given_of(args, Config._fields), rule=given_of(args, envs.RULE))
 
 
 # ---------------------------------------------------------------------------------- world
@@ -338,9 +368,13 @@ def load_world(name: str, seed: int) -> envs.Env:
     raise UserError(f"no world {name!r}; there are {WORLDS}")
 
 
-def generator(seed: int, branch: int) -> np.random.Generator:
+BRANCHES = {"learners": 0, "held-out users": 1, "policy": 2}    # each has random draws of its own
+
+
+def generator(seed: int, branch: str) -> np.random.Generator:
     """The random draws of one purpose in the run of this seed."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(branch,)))
+    sequence = np.random.SeedSequence(seed, spawn_key=(BRANCHES[branch],))
+    return np.random.default_rng(sequence)
 
 
 class Place(NamedTuple):
@@ -353,16 +387,16 @@ class Place(NamedTuple):
 def build_place(run: Settings) -> Place:
     """The world of a run under its rule of leaving, with its users."""
     env = load_world(run.world, run.seed)._replace(**run.rule)
-    users = np.arange(len(env.histories))
-    learners, held_out = users[:env.learners], users[env.learners:]
+    others = len(env.histories) - env.learners
     needed = run.first + run.episodes
-    if needed > len(learners) and run.method in billp.METHODS:
-        raise UserError(f"{run.world} has {len(learners)} learning users, too few for {needed} episodes")
-    if run.users > len(held_out):
-        raise UserError(f"--users {run.users}: {run.world} has {len(held_out)} held-out users")
-    order = generator(run.seed, 0).permutation(learners)
-    return Place(env, order[run.first:needed].tolist(),
-                 generator(run.seed, 1).permutation(held_out)[:run.users].tolist())
+    if needed > env.learners and run.method in billp.METHODS:
+        raise UserError(f"{run.world} has {env.learners} learning users, too few for "
+                        f"{needed} episodes")
+    if run.users > others:
+        raise UserError(f"--users {run.users}: {run.world} has {others} held-out users")
+    learners = generator(run.seed, "learners").permutation(env.learners)
+    held_out = generator(run.seed, "held-out users").permutation(others) + env.learners
+    return Place(env, learners[run.first:needed].tolist(), held_out[:run.users].tolist())
 
 
 # ---------------------------------------------------------------------------------- files
@@ -373,92 +407,121 @@ def dumps(value: Any, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=False, **options)
 
 
-def write(path: Path, content: str | bytes) -> None:
+def write(path: Path, content: str) -> None:
     """Write, then rename: the file is whole or not there."""
-    if isinstance(content, str):
-        content = content.encode("utf-8", "replace")
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
-    draft.write_bytes(content)
+    draft.write_bytes(content.encode("utf-8", "replace"))
     os.replace(draft, path)
 
 
-def read_config(path: Path) -> dict[str, Any] | None:
-    """The config.json of a run directory, or None where there is none."""
+def read_object(path: Path) -> Json:
+    """The JSON object in a file; an empty one where there is no file."""
     if not path.exists():
-        return None
+        return {}
     try:
         return dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError):
-        raise UserError(f"{path} is damaged: delete it, or choose another --out") from None
+        raise UserError(f"{path} is damaged: delete it, or choose another directory") from None
 
 
-def run_name(config: dict[str, Any], label: str) -> str:
+def run_name(config: Json, label: str) -> str:
     """The name of a run directory: world, method and a digest of the configuration."""
     world = config["world"].partition(":")[0]
-    return f"{world}-{label}-seed{config['seed']}-{digest(dumps(config).encode('utf-8', 'replace'))[:6]}"
+    return f"{world}-{label}-seed{config['seed']}-{digest(dumps(config))[:6]}"
 
 
-def run_directory(args: Namespace, config: dict[str, Any]) -> Path:
+def run_directory(args: Namespace, config: Json) -> Path:
     """The directory of this run, made if need be. UserError if it holds anything else."""
-    config = json.loads(json.dumps(config))
-    path = args.out or Path("runs", run_name(config, "+".join(args.experiment) or args.method))
-    earlier = read_config(path / "config.json")
-    if earlier is not None:
-        changed = [name for name in {**earlier, **config} if earlier.get(name) != config.get(name)]
-        if changed:
-            raise UserError(f"{path} holds a run of another configuration ({', '.join(changed)}); "
-                            "choose another --out")
-    elif path.exists() and any(file.suffix != ".part" for file in path.iterdir()):
-        raise UserError(f"{path} is not empty and holds no run; choose another --out")
-    elif args.replay:
-        raise UserError(f"{path} holds no run to replay: run without --replay, or give its --out")
+    label = "+".join(args.experiment) or args.method
+    path = args.out or Path("runs", run_name(config, label))
+    earlier = read_object(path / "config.json")
+    changed = [name for name in {**earlier, **config} if earlier.get(name) != config.get(name)]
+    if earlier and changed:
+        raise UserError(f"{path} holds a run of another configuration ({', '.join(changed)}); "
+                        "choose another --out")
+    if not earlier:
+        if path.exists() and any(file.suffix != ".part" for file in path.iterdir()):
+            raise UserError(f"{path} is not empty and holds no run; choose another --out")
+        if args.replay:
+            raise UserError(f"{path} holds no run to replay: run without --replay, or give its --out")
     path.mkdir(parents=True, exist_ok=True)
     write(path / "config.json", dumps(config, indent=1) + "\n")
     return path
 
 
-def save_memory(agent: Agent, embedding: str) -> str:
-    """The memories as JSON, one record a line. Vectors are left out and made again on loading."""
-    parts = [f'{{"billp": 1, "embedding": {dumps(embedding)}']
+class Saved(NamedTuple):
+    """What a memory.json holds. Files without world, seed and met come from older versions."""
+    embedding: str              # what its vectors were made with
+    world: str
+    seed: int
+    met: int                    # learners of this world and seed that were met
+    records: dict[str, list[billp.Record]]      # of each role
+    digest: str                 # of the file
+
+
+def save_memory(run: Settings, agent: Agent) -> str:
+    """The memories as JSON, one record a line, so that a diff shows records.
+
+    Vectors are left out. They are made again on loading.
+    """
+    head = {"billp": 1, "embedding": run.embedding, "world": run.world, "seed": run.seed,
+            "met": run.first + run.episodes}
+    parts = [dumps(head).removesuffix("}")]
     for role, memory in agent._asdict().items():
         rows = ",\n".join(dumps(record) for record in billp.records(memory))
         parts.append(f'"{role}": [\n{rows}\n]')
     return ",\n".join(parts) + "}\n"
 
 
-def load_path(path: Path, world: str, seed: int) -> tuple[Path, int]:
-    """The memory.json of a run (a directory or the file), and how many learners of this world it has met."""
-    memory = path / "memory.json" if path.is_dir() else path
-    if not memory.is_file():
-        raise UserError(f"{path} holds no memory.json: --load takes the directory of a finished run")
-    config = read_config(memory.with_name("config.json")) or {}
-    if config.get("world") != world or config.get("seed") != seed:
-        return memory, 0
-    return memory, config["first"] + config["episodes"]
+KIND = {"planner": str, "actor": int, "critic": float}      # what the records of a role contain
 
 
 def read_record(role: str, row: list) -> billp.Record:
     """A record of a role's memory; ValueError or TypeError if it is damaged."""
     record = billp.Record(*row)
-    usable = {str: role == "planner", int: role != "planner", float: role == "critic"}
-    if not usable.get(type(record.content)) or type(record.text) is not str or type(record.item) is not str:
+    if [type(field) for field in record] != [str, str, KIND[role]]:
         raise ValueError("a field of another type")
-    if role == "actor" and record.content not in (0, 1) or role == "critic" and not np.isfinite(record.content):
-        raise ValueError("a number out of range")
+    if role == "actor" and record.content not in (0, 1):
+        raise ValueError("no verdict")
+    if role == "critic" and not np.isfinite(record.content):
+        raise ValueError("no target")
     return record
 
 
-def read_memory(path: Path, embedding: str) -> dict[str, list[billp.Record]]:
-    """The records of each role that `save_memory` wrote. UserError for any other file."""
+def read_memory(path: Path, embedding: str) -> Saved:
+    """What `save_memory` wrote. `path` is the file or its run directory. UserError for any other."""
+    file = path / "memory.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{path} holds no memory.json: --load takes the directory of a finished run")
+    content = file.read_bytes()
     try:
-        content = json.loads(path.read_bytes())
-        made_with = content["embedding"]
-        records = {role: [read_record(role, row) for row in content[role]] for role in Agent._fields}
+        fields = dict(json.loads(content))
+        records = {}
+        for role in Agent._fields:
+            records[role] = [read_record(role, row) for row in fields[role]]
+        saved = Saved(fields["embedding"], str(fields.get("world", "")), fields.get("seed", 0),
+                      int(fields.get("met", 0)), records, digest(content))
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not a memory.json of this program") from None
-    if made_with != embedding:
-        raise UserError(f"{path} was made with the embedding {made_with}, not {embedding}")
-    return records
+        raise UserError(f"{file} is not a memory.json of this program") from None
+    if saved.embedding != embedding:
+        raise UserError(f"{file} was made with the embedding {saved.embedding}, not {embedding}")
+    return saved
+
+
+def learners_met(saved: Saved, world: str, seed: int) -> int:
+    """How many learners of this world and seed a memory has met.
+
+    In films another seed makes other people. In steam and amazon the files tell who is held out.
+    Another seed orders the learners in another way there, so that some of them may come again.
+    In the other worlds the seed draws who is held out. UserError for another seed, because the
+    memory may have learned from users that it holds out.
+    """
+    kinds = {world.partition(":")[0], saved.world.partition(":")[0]}
+    if kinds <= {"csv", "movielens"} and seed != saved.seed:
+        raise UserError(f"--load: this memory may know users that --seed {seed} holds out; "
+                        f"use its own --seed {saved.seed}")
+    is_same = (saved.world, saved.seed) == (world, seed)
+    return saved.met if is_same else 0
 
 
 def agent_of(records: dict[str, list[billp.Record]], embed: Embed) -> Agent:
@@ -476,21 +539,20 @@ def agent_of(records: dict[str, list[billp.Record]], embed: Embed) -> Agent:
 
 
 class Live(NamedTuple):
-    """What is known of a run's calls at any moment, however it ends. Appending is safe among threads."""
-    replies: list[tuple[str, Reply]]    # role and reply, from the log or new
-    paid: list[str]                     # the role of each reply that was asked for now
-    stats: dict[str, Any]                       # what an endpoint's client counts
-    failures: list[Exception]                   # of calls that failed for good
-    stop: Event                                 # set when no further call shall begin
+    """What is known of a command's calls at any moment, however it ends. Threads share it."""
+    counts: Counter             # of pairs (role, kind): calls, and the tokens that the server counts
+    stats: Json       # of endpoints: requests, retries, answers in all and asked for now
+    failures: list[Exception]   # of calls that failed for good
+    stop: Event                 # set when no further call shall begin
 
 
 def new_live() -> Live:
     """Nothing has been asked yet."""
-    return Live([], [], {}, [], Event())
+    return Live(Counter(), {}, [], Event())
 
 
 def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
-    """The model's reply, noted. After one call has failed for good no other begins."""
+    """The model's reply, counted. After one call has failed for good no other begins."""
     if live.stop.is_set():
         raise prompts.EndpointError("stopped")
     try:
@@ -499,14 +561,18 @@ def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
         live.failures.append(error)
         live.stop.set()
         raise
-    live.replies.append((ask.role, reply))
+    with prompts.LOCK:
+        live.counts[ask.role, "calls"] += 1
+        for kind, tokens in reply.usage._asdict().items():
+            if tokens is not None:
+                live.counts[ask.role, kind] += tokens
     return reply
 
 
-def paid(llm: LLM, live: Live, ask: Ask) -> Reply:
-    """The model's reply, noted as asked for now."""
+def noted(llm: LLM, stats: Json, name: str, ask: Ask) -> Reply:
+    """The model's reply, counted under this name."""
     reply = llm(ask)
-    live.paid.append(ask.role)
+    prompts.count(stats, name)
     return reply
 
 
@@ -514,20 +580,26 @@ def connect(args: Namespace, run: Settings, folder: Path, live: Live) -> tuple[L
     """The model and the embedding of a run. Those of an endpoint are recorded in the folder."""
     if run.model == "offline":
         return prompts.offline, prompts.hashed_ngrams
-    url = args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE") or "https://api.openai.com/v1"
-    options = {"key": variable("OPENAI_API_KEY"), "timeout": args.timeout, "notice": say, "stats": live.stats,
-               "sleep": live.stop.wait, "headers": dict(header.split("=", 1) for header in args.header)}
+    url = args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE")
+    url = url or "https://api.openai.com/v1"
+    headers = dict(header.split("=", 1) for header in args.header)
+    options = {"key": variable("OPENAI_API_KEY"), "timeout": args.timeout, "headers": headers,
+               "notice": say, "sleep": live.stop.wait, "stats": live.stats}
     folder.mkdir(exist_ok=True)
-    log = prompts.open_log(folder / "calls.jsonl", [run.model, run.embedding, run.extra],
-                           replay=bool(args.replay))
+    model_id = [run.model, run.embedding, run.extra]
+    log = prompts.open_log(folder / "calls.jsonl", model_id, replay=bool(args.replay))
+    # From the inside: the endpoint, its budget, a count of what is asked for now, the log of
+    # answers, a count of all of them.
     llm = prompts.openai(url, run.model, extra=json.loads(args.extra_body), **options)
     if args.max_calls is not None:
         llm = prompts.limited(llm, args.max_calls)
-    llm = partial(paid, llm, live)
+    llm = partial(noted, llm, live.stats, "asked")
+    llm = prompts.recorded(llm, log)
+    llm = partial(noted, llm, live.stats, "answers")
     embed = prompts.hashed_ngrams
     if run.embedding != "hashed_ngrams":
         embed = prompts.recorded_embed(prompts.embeddings(url, run.embedding, **options), log)
-    return prompts.recorded(llm, log), embed
+    return llm, embed
 
 
 @contextmanager
@@ -538,109 +610,127 @@ def parallel(pool: futures.Executor | None, stop: Event) -> Iterator[Callable]:
         return
     try:
         yield pool.map
-    except BaseException as error:
+    except KeyboardInterrupt:           # nothing is waited for
         stop.set()
-        # Answers on their way are waited for and logged, except after Ctrl-C.
-        pool.shutdown(wait=not isinstance(error, KeyboardInterrupt))
+        pool.shutdown(wait=False)
         for process in active_children():
             process.terminate()
+        raise
+    except BaseException:               # answers on their way are waited for, and logged
+        stop.set()
+        pool.shutdown()
         raise
     pool.shutdown()
 
 
-def threads(count: int | None) -> futures.Executor | None:
+def threads(count: int) -> futures.Executor | None:
     """A pool of threads, or None where one episode is played after the other."""
-    return futures.ThreadPoolExecutor(count) if count and count > 1 else None
+    return futures.ThreadPoolExecutor(count) if count > 1 else None
+
+
+class Session(NamedTuple):
+    """One episode, without the leaving step."""
+    items: list[int]
+    reward: float               # the sum
 
 
 class Outcome(NamedTuple):
-    """What a run gives."""
-    before: Array          # scores [1, users, 2] of the held-out users
-    after: Array
-    items: list[list[int]]      # what each held-out user was recommended after learning
+    """What a run gives. The phases are before, learn and after."""
+    sessions: dict[str, list[Session]]          # of each phase
+    trajectories: tuple[Trajectory, ...] = ()   # of all phases; a policy leaves none
     agent: Agent = billp.NOVICE
-    episodes: tuple[Trajectory, ...] = ()       # before, while and after learning
 
 
-def watched(pmap: Callable, totals: dict[str, int]) -> Callable:
+def watched(pmap: Callable, run: Settings) -> Callable:
     """The same map, which tells after every tenth episode how far its phase has come."""
-    lengths: dict[str, list[int]] = {phase: [] for phase in totals}
+    lengths = {"before": [], "learn": [], "after": []}
 
-    def watched_map(function: Callable, users: Sequence[int], keys: Sequence[Key]) -> Iterator[Trajectory]:
+    def watched_map(function: Callable, users: Sequence[int], keys: Sequence[Key]) -> Iterator:
         for trajectory in pmap(function, users, keys):
             phase = trajectory.last.key.phase
-            seen = lengths[phase]
-            seen.append(billp.score(trajectory)[0])
-            if len(seen) % 10 == 0 or len(seen) == totals[phase]:
-                say(f"{phase}: {len(seen)} of {totals[phase]} episodes, mean Len {np.mean(seen):.1f}")
+            length, _ = billp.score(trajectory)
+            lengths[phase].append(length)
+            done, total = len(lengths[phase]), run.episodes if phase == "learn" else run.users
+            if done % 10 == 0 or done == total:
+                mean = np.mean(lengths[phase])
+                say(f"{phase}: {done} of {total} episodes, mean Len {mean:.1f}")
             yield trajectory
     return watched_map
 
 
-def scores_of(trajectories: Iterable[Trajectory]) -> Array:
-    """Scores [1, episodes, 2]."""
-    pairs = [billp.score(trajectory) for trajectory in trajectories]
-    return envs.scores([length for length, _ in pairs], [total for _, total in pairs])
+def session_of(trajectory: Trajectory) -> Session:
+    """An episode of the method as a session."""
+    length, reward = billp.score(trajectory)
+    return Session([step.act.value for step in trajectory.steps[:length]], reward)
 
 
-def perform_policy(run: Settings, place: Place) -> Outcome:
-    """A run of a policy without a language model: evaluated untrained and trained, with the same draws."""
-    played, scores = None, []
-    for episodes in (0, run.episodes):
-        policy = envs.policy_named(run.method, place.env, episodes, run.seed, run.config["gamma"])
-        played = envs.rollout(place.env, np.array(place.held_out), policy, generator(run.seed, 2))
-        scores.append(envs.scores((played.items >= 0).sum(1), played.rewards.sum(1)))
-    items = [row[row >= 0].tolist() for row in played.items]
-    return Outcome(scores[0], scores[1], items)
+def scores_of(sessions: Sequence[Session]) -> Array:
+    """Scores [1, sessions, 2]: lengths and returns."""
+    lengths = [len(session.items) for session in sessions]
+    return envs.scores(lengths, [session.reward for session in sessions])
+
+
+def policy_sessions(run: Settings, place: Place, phase: str) -> list[Session]:
+    """Sessions of a policy before or after it has learned, with the same draws."""
+    episodes = run.episodes if phase == "after" else 0
+    policy = envs.policy_named(run.method, place.env, episodes, run.seed, run.config["gamma"])
+    rng = generator(run.seed, "policy")
+    played = envs.rollout(place.env, np.array(place.held_out), policy, rng)
+    sessions = []
+    for items, rewards in zip(played.items, played.rewards):
+        sessions.append(Session(items[items >= 0].tolist(), float(rewards.sum())))
+    return sessions
 
 
 def perform(run: Settings, place: Place, agent: Agent, llm: LLM, embed: Embed, pmap: Callable,
-            phases: Sequence[str] = ("before", "after")) -> Outcome:
-    """Evaluate, learn, and evaluate the same users again; or only before, or only after learning."""
+            phases: Sequence[str] = ("before", "learn", "after")) -> Outcome:
+    """Evaluate, learn, and evaluate the same users again; or only some of these phases."""
     if run.method in envs.POLICIES:
-        return perform_policy(run, place)
+        asked = [phase for phase in phases if phase != "learn"]
+        return Outcome({phase: policy_sessions(run, place, phase) for phase in asked})
     config = Config(**run.config)
     catalog = prompts.catalog(place.env, embed)
-    before, learned, after = (), (), ()
-    if "before" in phases:
-        before = billp.evaluate(catalog, place.held_out, agent, llm, run.seed, "before", config, pmap)
-    for agent, trajectories in billp.train(catalog, place.learners, llm, run.seed, agent, config, pmap, run.first):
-        learned += trajectories
-    if "after" in phases:
-        after = billp.evaluate(catalog, place.held_out, agent, llm, run.seed, "after", config, pmap)
-    items = []
-    for trajectory in after:
-        length, _ = billp.score(trajectory)
-        items.append([step.act.value for step in trajectory.steps[:length]])
-    return Outcome(scores_of(before or after), scores_of(after or before), items, agent, before + learned + after)
+    sessions, everything = {}, ()
+    for phase in phases:
+        played = ()
+        if phase == "learn":
+            for agent, batch in billp.train(catalog, place.learners, llm, run.seed, agent, config,
+                                            pmap, run.first):
+                played += batch
+        else:
+            played = billp.evaluate(catalog, place.held_out, agent, llm, run.seed, phase, config,
+                                    pmap)
+        sessions[phase] = [session_of(trajectory) for trajectory in played]
+        everything += played
+    return Outcome(sessions, everything, agent)
 
 
-def calls_by_role(live: Live) -> dict[str, dict[str, int | None]]:
-    """Calls and tokens of each role. A kind of token that the server never counts is None."""
-    table = {}
-    for role in ROLES:
-        usages = [reply.usage for answered, reply in live.replies if answered == role]
-        table[role] = {"calls": len(usages)}
-        for kind in Usage._fields:
-            counts = [getattr(usage, kind) for usage in usages if getattr(usage, kind) is not None]
-            table[role][kind] = sum(counts) if counts else None
+def by_role(counts: Counter) -> dict[str, dict[str, int]]:
+    """Calls of each role, and its tokens of the kinds that the server counts."""
+    table = {role: {"calls": 0} for role in ROLES}
+    for (role, kind), count in counts.items():
+        table[role][kind] = count
     return table
 
 
-def cost(outcome: Outcome, live: Live, began: float) -> dict[str, Any]:
+def cost(trajectories: Sequence[Trajectory], counts: Counter, stats: Json,
+         began: float) -> Json:
     """What a run cost: replies that were of no use, calls and tokens, seconds."""
-    steps = [step for trajectory in outcome.episodes for step in trajectory.steps]
-    answers = [answer for step in steps for answer in (step.plan, step.act)]
-    for trajectory in outcome.episodes:
+    answers, exact = [], []
+    for trajectory in trajectories:
         answers += trajectory.answers
-    unnamed = [not step.act.exact for step in steps]
+        for step in trajectory.steps:
+            answers += [step.plan, step.act]
+            exact.append(step.act.exact)
     return {"malformed": sum(answer.malformed for answer in answers),
             "fallbacks": sum(answer.fallback for answer in answers),
-            "ungrounded": round(float(np.mean(unnamed)), 4) if steps else 0.0,
-            "calls": calls_by_role(live), "endpoint": live.stats, "seconds": round(time.perf_counter() - began, 2)}
+            "ungrounded": round(1 - float(np.mean(exact or [True])), 4),
+            "calls": by_role(counts),
+            "endpoint": deepcopy(stats),        # the client goes on counting
+            "seconds": round(time.perf_counter() - began, 2)}
 
 
-def describe(env: envs.Env, trajectory: Trajectory) -> dict[str, Any]:
+def describe(env: envs.Env, trajectory: Trajectory) -> Json:
     """One episode as a line of episodes.jsonl: all that --show needs."""
     steps = []
     for step in trajectory.steps:
@@ -649,28 +739,38 @@ def describe(env: envs.Env, trajectory: Trajectory) -> dict[str, Any]:
                       "item": step.line, "reward": step.reward})
     left = ""
     if trajectory.terminated:
-        left = envs.why_left(env, trajectory.user, [step.act.value for step in trajectory.steps])
+        items = [step.act.value for step in trajectory.steps]
+        left = prompts.clean(envs.why_left(env, trajectory.user, items))
     key, gained = trajectory.last.key, trajectory.gained
     credited = gained.actor != billp.EMPTY
     return {"phase": key.phase, "episode": key.episode, "user": trajectory.user,
-            "history": trajectory.last.history, "steps": steps, "left": prompts.clean(left),
+            "history": trajectory.last.history, "steps": steps, "left": left,
             "values": trajectory.values if credited else (),
             "advantages": trajectory.advantages if credited else (),
             "reflection": "".join(record.content for record in billp.records(gained.planner))}
 
 
-def summarise(run: Settings, outcome: Outcome, live: Live, began: float) -> dict[str, Any]:
+def batch_means(lengths: Sequence[int], size: int) -> list[float]:
+    """The mean of each batch of lengths; the last batch may be shorter."""
+    starts = range(0, len(lengths), size)
+    return [float(np.mean(lengths[start:start + size])) for start in starts]
+
+
+def summarise(run: Settings, outcome: Outcome, live: Live, began: float) -> Json:
     """summary.json, which other programs read. An interval is [mean, low, high], 95 %."""
-    lengths = [billp.score(t)[0] for t in outcome.episodes if t.last.key.phase == "learn"]
-    size = run.config["batch"]
-    batches = [float(np.mean(lengths[start:start + size])) for start in range(0, len(lengths), size)]
+    lengths = [len(session.items) for session in outcome.sessions.get("learn", [])]
+    before = after = scores_of(outcome.sessions["before"])
+    difference = None
+    if "after" in outcome.sessions:
+        after = scores_of(outcome.sessions["after"])
+        difference = envs.metrics(after, before)
     summary = run._asdict()
     summary["config"] = summary["config"] | summary.pop("rule")
-    difference = envs.metrics(outcome.after, outcome.before) if run.episodes else None
-    return summary | {"learning": batches, "before": envs.metrics(outcome.before),
-                      "after": envs.metrics(outcome.after), "difference": difference,
-                      "reflections": len(billp.records(outcome.agent.planner)),
-                      **cost(outcome, live, began)}
+    return summary | {
+        "learning": batch_means(lengths, run.config["batch"]),
+        "before": envs.metrics(before), "after": envs.metrics(after), "difference": difference,
+        "reflections": len(billp.records(outcome.agent.planner)),
+        **cost(outcome.trajectories, live.counts, live.stats, began)}
 
 
 def interval(figure: Sequence[float]) -> str:
@@ -679,62 +779,84 @@ def interval(figure: Sequence[float]) -> str:
     return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def grid(rows: dict[str, dict[str, str]]) -> list[str]:
-    """A table as lines: a heading, then one row a line. All rows have the columns of the first."""
-    columns = list(next(iter(rows.values())))
-    label_width = max(len(label) for label in rows)
-    widths = {name: max(len(row[name]) for row in [*rows.values(), {name: name}]) for name in columns}
+def grid(rows: Table) -> list[str]:
+    """A table as aligned lines, the first column to the left; no lines if it has only a heading.
+
+    >>> grid([["", "Len"], ["billp", "9"]])
+    ['       Len', 'billp    9']
+    """
+    if len(rows) == 1:
+        return []
+    widths = [max(len(text) for text in column) for column in zip(*rows)]
     lines = []
-    for label, row in {"": {name: name for name in columns}, **rows}.items():
-        cells = [f"{row[name]:>{widths[name]}}" for name in columns]
-        lines.append("  ".join([f"{label:{label_width}}", *cells]).rstrip())
+    for label, *cells in rows:
+        line = label.ljust(widths[0])
+        for cell, width in zip(cells, widths[1:]):
+            line += "  " + cell.rjust(width)
+        lines.append(line.rstrip())
     return lines
 
 
-def spelled_calls(counts: dict[str, int | None]) -> str:
-    """Calls, and tokens of the kinds that the server counts.
+def counts_table(rows: dict[str, dict[str, float]]) -> Table:
+    """Calls and what else is counted in each row. Rows without calls and empty columns are left out.
 
-    >>> spelled_calls({"calls": 2, "prompt": 9, "cached": None, "completion": 4})
-    '2 calls, tokens: prompt 9, completion 4'
+    >>> counts_table({"actor": {"calls": 2, "prompt": 9}, "critic": {"calls": 0}})
+    [['', 'calls', 'prompt'], ['actor', '2', '9']]
     """
-    tokens = [f"{kind} {counts[kind]}" for kind in Usage._fields if counts[kind] is not None]
-    return f"{counts['calls']} calls" + (f", tokens: {', '.join(tokens)}" if tokens else "")
+    asked = {label: counts for label, counts in rows.items() if counts["calls"]}
+    names = dict.fromkeys(name for counts in asked.values() for name in counts)
+    table = [["", *names]]
+    for label, counts in asked.items():
+        table.append([label, *(str(round(counts.get(name, 0), 2)) for name in names)])
+    return table
+
+
+def chart(summary: Json) -> list[str]:
+    """The learning curve of a run as text, a line for each batch."""
+    means, size, episodes = summary["learning"], summary["config"]["batch"], summary["episodes"]
+    top = max([1.0, *means])
+    lines = ["learning episodes, mean Len of each batch"]
+    for place, mean in enumerate(means):
+        start = place * size
+        stop = min(start + size, episodes)
+        lines.append(f"{start + 1:5}-{stop:<5} {'#' * round(40 * mean / top)} {mean:.1f}")
+    return lines
 
 
 def ledger(live: Live) -> list[str]:
     """Calls and tokens of each role, then what the endpoint's client counted."""
-    lines = []
-    for role, counts in calls_by_role(live).items():
-        if counts["calls"]:
-            lines.append(f"{role:10}{spelled_calls(counts)}")
+    lines = grid(counts_table(by_role(live.counts)))
     if live.stats:
-        known = len(live.replies) - len(live.paid)
-        lines.append(f"answers   {known} from the log, {len(live.paid)} asked for now")
-        lines.append(f"requests  {live.stats.get('requests', 0)}, retries {sum(live.stats.get('retries', {}).values())}, "
-                     f"system {live.stats.get('system_fingerprint', 'not named')}")
+        stats = Counter(live.stats)
+        asked = stats["asked"]
+        known = max(stats["answers"] - asked, 0)        # after Ctrl-C an answer may be on its way
+        retries = sum(live.stats.get("retries", {}).values())
+        system = live.stats.get("system_fingerprint", "not named")
+        lines.append(f"answers   {known} from the log, {asked} asked for now")
+        lines.append(f"requests  {stats['requests']}, retries {retries}, system {system}")
         for reason, number in live.stats.get("empty", {}).items():
             lines.append(f"empty     {number} replies: {reason}")
     return lines
 
 
-def report(summary: dict[str, Any], about: str, lessons: Sequence[str], live: Live) -> list[str]:
+def report(summary: Json, about: str, lessons: Sequence[str], live: Live) -> list[str]:
     """The results as a person reads them."""
-    policy = summary["method"] in envs.POLICIES
-    model = "none: this policy asks no language model" if policy else summary["model"]
-    rows = {}
-    for label in ("before", "after", "difference"):
-        if summary[label]:
-            rows[label] = {f"{name} [95 %]": interval(figure) for name, figure in summary[label].items()}
-    lines = [f"{summary['method']} on {summary['world']}, seed {summary['seed']}: {summary['episodes']} "
-             f"learning episodes, then {summary['users']} held-out users"]
+    model = summary["model"]
+    if model == "offline":
+        model = STAND_IN
+    if summary["method"] in envs.POLICIES:
+        model = "none: this policy asks no language model"
+    lines = [f"{summary['method']} on {summary['world']}, seed {summary['seed']}: "
+             f"{summary['episodes']} learning episodes, then {summary['users']} held-out users"]
     if about:
         lines.append(f"world     {about}")
-    lines += [f"model     {STAND_IN if model == 'offline' else model}", "", *grid(rows), ""]
-    learning = summary["learning"]
-    if learning:
-        top = max(learning) or 1
-        bars = "".join("▁▂▃▄▅▆▇█"[int(7 * length / top)] for length in learning)
-        lines.append(f"learning  {bars}  mean Len of each batch, {min(learning):.1f} to {max(learning):.1f}")
+    table = [["", *(f"{name} [95 %]" for name in envs.METRICS)]]
+    for label in ("before", "after", "difference"):
+        if summary[label]:
+            table.append([label, *(interval(figure) for figure in summary[label].values())])
+    lines += [f"model     {model}", "", *grid(table), ""]
+    if summary["learning"]:
+        lines += [*chart(summary), ""]
     lines += [f"lesson    {lesson}" for lesson in lessons]
     lines += ledger(live)
     if summary["calls"]["actor"]["calls"]:
@@ -744,8 +866,8 @@ def report(summary: dict[str, Any], about: str, lessons: Sequence[str], live: Li
 
 
 def phases_of(run: Settings) -> tuple[str, ...]:
-    """When the held-out users are asked. Where nothing is learned, once is enough."""
-    return ("before", "after") if run.episodes else ("before",)
+    """The phases of a run. Where nothing is learned, the held-out users are asked once."""
+    return ("before", "learn", "after") if run.episodes else ("before",)
 
 
 def one_run(args: Namespace, live: Live) -> None:
@@ -753,49 +875,56 @@ def one_run(args: Namespace, live: Live) -> None:
     began = time.perf_counter()
     run = settings(args)
     place = build_place(run)
-    records = {}
-    if args.load:
-        path, _ = load_path(args.load, run.world, run.seed)
-        records = read_memory(path, run.embedding)
     folder = run_directory(args, run._asdict())
     llm, embed = connect(args, run, folder, live)
-    agent = agent_of(records, embed)
-    totals = {"before": run.users, "learn": run.episodes, "after": run.users}
+    agent = billp.NOVICE
+    if args.load:
+        agent = agent_of(read_memory(args.load, run.embedding).records, embed)
     workers = args.workers or (1 if run.model == "offline" else run.config["batch"])
     with parallel(threads(workers), live.stop) as pmap:
-        outcome = perform(run, place, agent, partial(counted, llm, live), embed, watched(pmap, totals), phases_of(run))
+        outcome = perform(run, place, agent, partial(counted, llm, live), embed,
+                          watched(pmap, run), phases_of(run))
     summary = summarise(run, outcome, live, began)
-    lessons = [record.content for record in billp.records(outcome.agent.planner)]
-    episodes = [dumps(describe(place.env, trajectory)) + "\n" for trajectory in outcome.episodes]
+    episodes = [dumps(describe(place.env, played)) + "\n" for played in outcome.trajectories]
     write(folder / "episodes.jsonl", "".join(episodes))
-    write(folder / "memory.json", save_memory(outcome.agent, run.embedding))
+    write(folder / "memory.json", save_memory(run, outcome.agent))
     write(folder / "summary.json", dumps(summary, indent=1) + "\n")
-    print("\n".join([*report(summary, place.env.about, lessons[-2:], live), f"run       {folder}"]))
+    lessons = [record.content for record in billp.records(outcome.agent.planner)]
+    lines = report(summary, place.env.about, lessons[-2:], live)
+    print("\n".join([*lines, f"run       {folder}"]))
 
 
 # ------------------------------------------------------------------------ a look at a run
 
 
-def story(episode: dict[str, Any]) -> list[str]:
+def step_lines(episode: Json, n: int) -> list[str]:
+    """The n-th step of an episode in words, n from 0."""
+    step = episode["steps"][n]
+    rows = [("recalled", lesson) for lesson in step["lessons"]]
+    rows.append(("thought", step["thought"]))
+    for item in step["listed"][:5]:
+        rows.append(("listed", prompts.render_candidate(prompts.Candidate(*item))))
+    if len(step["listed"]) > 5:
+        rows.append(("", f"and {len(step['listed']) - 5} more"))
+    nearest = "" if step["exact"] else " (in its place: no free title was named)"
+    rows += [("said", step["said"]), ("item", step["item"] + nearest)]
+    is_last = n == len(episode["steps"]) - 1
+    left = f", the user left: {episode['left']}" if is_last and episode["left"] else ""
+    rows.append(("reward", f"{step['reward']:g}{left}"))
+    if episode["advantages"]:
+        gain = episode["advantages"][n]
+        value = f"{episode['values'][n]:.2f}, advantage {gain:+.2f}"
+        rows.append(("value", f"{value}: {prompts.VERDICT[gain >= 0]}"))
+    return [f"    {label:12}{text}" for label, text in rows if text]
+
+
+def story(episode: Json) -> list[str]:
     """An episode in words: what was recalled, thought, done, seen and learned at each step."""
-    lines = [f"{episode['phase']} episode {episode['episode']}, user {episode['user']}", "", "liked before"]
+    lines = [f"{episode['phase']} episode {episode['episode']}, user {episode['user']}", "",
+             "liked before"]
     lines += [f"    {line}" for line in episode["history"]]
-    for n, step in enumerate(episode["steps"]):
-        rows = [("recalled", lesson) for lesson in step["lessons"]]
-        rows.append(("thought", step["thought"]))
-        rows += [("listed", prompts.render_candidate(prompts.Candidate(*item))) for item in step["listed"][:5]]
-        if len(step["listed"]) > 5:
-            rows.append(("", f"and {len(step['listed']) - 5} more"))
-        nearest = "" if step["exact"] else " (in its place: no free title was named)"
-        rows += [("said", step["said"]), ("item", step["item"] + nearest)]
-        last = n == len(episode["steps"]) - 1
-        left = f", the user left: {episode['left']}" if last and episode["left"] else ""
-        rows.append(("reward", f"{step['reward']:g}{left}"))
-        if episode["advantages"]:
-            gain = episode["advantages"][n]
-            verdict = prompts.VERDICT[gain >= 0]
-            rows.append(("value", f"{episode['values'][n]:.2f}, advantage {gain:+.2f}: {verdict}"))
-        lines += ["", f"step {n + 1}", *(f"    {label:12}{text}" for label, text in rows if text)]
+    for n in range(len(episode["steps"])):
+        lines += ["", f"step {n + 1}", *step_lines(episode, n)]
     if not episode["left"]:
         lines += ["", "the user stayed to the last step"]
     if episode["reflection"]:
@@ -803,89 +932,69 @@ def story(episode: dict[str, Any]) -> list[str]:
     return lines
 
 
-def read_episodes(folder: Path) -> list[dict[str, Any]]:
+def read_episodes(folder: Path) -> list[Json]:
     """The episodes of a finished run, in the order in which they were played."""
     try:
         lines = (folder / "episodes.jsonl").read_bytes().splitlines()
         episodes = [json.loads(line) for line in lines]
     except (OSError, ValueError):
-        raise UserError(f"{folder} holds no episodes.jsonl: --show takes the directory of a finished run") from None
+        raise UserError(f"{folder} holds no episodes.jsonl: --show takes the directory of a "
+                        "finished run") from None
     if not episodes:
         raise UserError(f"{folder} holds no episodes: policies without a language model keep none")
     return episodes
 
 
-def picked(episodes: list[dict[str, Any]], pick: str) -> dict[str, Any]:
+def picked(episodes: list[Json], pick: str) -> Json:
     """The episode that --pick names; by default the last one learned from, or else the last one."""
     phase, _, number = pick.partition(":")
     for episode in reversed(episodes):
-        if episode["phase"] == (phase or "learn") and number in ("", str(episode["episode"])):
+        is_phase = episode["phase"] == (phase or "learn")
+        if is_phase and number in ("", str(episode["episode"])):
             return episode
     if pick:
-        raise UserError(f"the run has no episode {pick!r}: --pick takes before, learn or after, as in after:3")
+        raise UserError(f"the run has no episode {pick!r}: --pick takes before, learn or after, "
+                        "as in after:3")
     return episodes[-1]
 
 
-def asks_of(folder: Path, phase: str, number: int) -> list[tuple[Ask, Reply]]:
-    """The asks of an episode with their replies, made again from the log or by the stand-in."""
-    config = read_config(folder / "config.json") or {}
-    if config.get("load", "") or "experiment" in config:
-        raise UserError(f"{folder} was started by --load or --experiment: its prompts cannot be made again")
-    run = Settings(**config)
-    llm, embed = prompts.offline, prompts.hashed_ngrams
-    if run.model != "offline":
-        log = prompts.open_log(folder / "calls.jsonl", [run.model, run.embedding, run.extra], replay=True)
-        llm = prompts.recorded(prompts.offline, log)
-        if run.embedding != "hashed_ngrams":
-            embed = prompts.recorded_embed(prompts.hashed_ngrams, log)
-    pairs = []
+def print_prompts(args: Namespace, phase: str, number: int) -> None:
+    """Print what the model was sent in an episode, and what it answered.
 
-    def tapped(ask: Ask) -> Reply:
+    The files hold no prompts. So the whole run is repeated, from its log or by the stand-in, and
+    the asks of this episode are caught.
+    """
+    config = read_object(args.show / "config.json")
+    if config.keys() != set(Settings._fields) or config["load"]:
+        raise UserError(f"{args.show} was started by --load, --experiment or another version: "
+                        "its prompts cannot be made again")
+    run = Settings(**config)
+    args.replay = True                  # no endpoint is asked
+    llm, embed = connect(args, run, args.show, new_live())
+
+    def printing(ask: Ask) -> Reply:
         reply = llm(ask)
         if (ask.key.phase, ask.key.episode) == (phase, number):
-            pairs.append((ask, reply))
+            print(f"==== {ask.role}, step {ask.key.step + 1}, attempt {ask.key.attempt + 1}")
+            for role, text in ask.messages:
+                print(f"---- {role}\n{text}")
+            print(f"---- reply\n{reply.text}\n")
         return reply
 
-    perform(run, build_place(run), billp.NOVICE, tapped, embed, map, phases_of(run))
-    return pairs
-
-
-def show_prompts(folder: Path, episode: dict[str, Any]) -> None:
-    """Print what the model was sent in an episode, and what it answered."""
-    for ask, reply in asks_of(folder, episode["phase"], episode["episode"]):
-        print(f"==== {ask.role}, step {ask.key.step + 1}, attempt {ask.key.attempt + 1}")
-        for role, text in ask.messages:
-            print(f"---- {role}\n{text}")
-        print(f"---- reply\n{reply.text}\n")
-
-
-def plot_learning(folder: Path, episodes: list[dict[str, Any]]) -> None:
-    """Draw the length of each learning episode, and the mean of each batch, into learning.png."""
-    lengths = [len(e["steps"]) - bool(e["left"]) for e in episodes if e["phase"] == "learn"]
-    size = (read_config(folder / "config.json") or {"config": {"batch": 10}})["config"]["batch"]
-    figure = new_figure()
-    if figure is None or not lengths:
-        raise UserError("no picture: the run has no learning episodes, or matplotlib is not installed")
-    axes = figure.subplots()
-    axes.plot(range(1, len(lengths) + 1), lengths, "o", color="#BBBBBB", label="one episode")
-    starts = range(0, len(lengths), size)
-    means = [np.mean(lengths[start:start + size]) for start in starts]
-    middles = [start + (min(size, len(lengths) - start) + 1) / 2 for start in starts]
-    axes.plot(middles, means, "o-", color=COLOURS[0], label=f"mean of {size} episodes")
-    axes.set(xlabel="learning episode", ylabel="steps until the user left", ylim=(0, None))
-    axes.legend(frameon=False)
-    save_figure(figure, folder / "learning.png")
-    print(folder / "learning.png")
+    perform(run, build_place(run), billp.NOVICE, printing, embed, map, phases_of(run))
 
 
 def show(args: Namespace) -> None:
-    """Print one episode of a finished run, its prompts, or draw its learning curve."""
-    episodes = read_episodes(args.show)
-    episode = picked(episodes, args.pick)
+    """Print one episode of a finished run, its prompts, or the run's learning curve."""
     if args.plot:
-        plot_learning(args.show, episodes)
-    elif args.prompts:
-        show_prompts(args.show, episode)
+        summary = read_object(args.show / "summary.json")
+        if not summary.get("learning"):
+            raise UserError(f"{args.show} holds no summary.json with learning episodes")
+        print("\n".join(chart(summary)))
+        return
+    episode = picked(read_episodes(args.show), args.pick)
+    if args.prompts:
+        print_prompts(args, episode["phase"], episode["episode"])
     else:
         print("\n".join(story(episode)))
 
@@ -895,33 +1004,31 @@ def show(args: Namespace) -> None:
 
 class Experiment(NamedTuple):
     """A table or figure of the paper; `curve` is ours."""
+    title: str
     rows: str                           # methods, or method:episodes; table6 has --models instead
-    varied: str = ""                    # what else differs between its cells: episodes, window or model
-    places: Sequence[int | None] = (None,)      # the values of that
-    measure: str = "scores"             # what is measured: scores, shares or values
+    varied: str = ""                    # the flag that differs between its cells, if there is one
+    values: Sequence[int | None] = (None,)      # of that flag, on the x axis
+    measure: str = "scores"             # what is measured: scores, shares or errors
     axis: str = ""                      # the name of the x axis, if there is one
     label: str = "reward an episode"    # the name of the y axis
 
 
 EXPERIMENTS = {
-    "table3": Experiment("random popular greedy varied common-sense one-list bandit a2c a2c:100000 act react reflexion billp oracle"),
-    "table5": Experiment("billp-no-macro billp-no-micro billp-no-critic billp"),
-    "fig3": Experiment("billp a2c:10000", measure="shares", axis="popularity of items, by quintile",
-                       label="share of recommendations"),
-    "fig4": Experiment("billp", "episodes", (10, 50, 100), "values", "learning episodes",
-                       "mean squared error of the value"),
-    "fig5": Experiment("react a2c reflexion billp", "window", (1, 2, 4, 6, 8),
-                       axis="window W (items that a user remembers)"),
-    "table6": Experiment("", "model"),
-    "curve": Experiment("a2c billp", "episodes", (0, 10, 20, 50, 100, 200), axis="learning episodes"),
+    "table3": Experiment("Main comparison",
+                         "random popular greedy varied common-sense one-list bandit a2c a2c:100000 "
+                         "act react reflexion billp oracle"),
+    "table5": Experiment("Ablation", "billp-no-macro billp-no-micro billp-no-critic billp"),
+    "fig3": Experiment("Popularity of what is recommended", "billp a2c:10000", measure="shares",
+                       axis="popularity of items, by quintile", label="share of recommendations"),
+    "fig4": Experiment("The critic's estimate and one return", "billp", "episodes", (10, 50, 100),
+                       "errors", "learning episodes", "mean squared error of the value"),
+    "fig5": Experiment("How many items a user remembers", "react a2c reflexion billp", "window",
+                       (1, 2, 4, 6, 8), axis="window W (items that a user remembers)"),
+    "table6": Experiment("Language models", "", "model"),
+    "curve": Experiment("Learning curve", "a2c billp", "episodes", (0, 10, 20, 50, 100, 200),
+                        axis="learning episodes"),
 }
-
-
-class Cell(NamedTuple):
-    """One row of a table, or one point of a line."""
-    series: str                         # the method or model
-    x: int | None                       # the place on the x axis, if there is one
-    runs: list[Settings]                # one for each seed
+DRAWN = {"scores": "R_traj", "shares": "share", "errors": "MSE"}     # the figure in the picture
 
 
 class Job(NamedTuple):
@@ -933,109 +1040,190 @@ class Job(NamedTuple):
 class Result(NamedTuple):
     """What a job gives."""
     samples: list                       # [users or states, k]
-    cost: dict[str, Any]
+    cost: Json
 
 
-def cell_settings(base: Settings, experiment: Experiment, series: str, x: int | None, seed: int) -> Settings:
-    """The settings of one run of a cell."""
-    run = base._replace(seed=seed)
-    text = series
+class Cell(NamedTuple):
+    """One row of a table, or one point of a line."""
+    series: str                         # the method or model
+    x: int | None                       # the place on the x axis, if there is one
+    jobs: list[Job]                     # one for each seed
+    results: Sequence[Result] = ()      # one for each seed, once they are there
+
+
+def settings_of(base: Settings, experiment: Experiment, series: str, x: int | None) -> Settings:
+    """The settings of a cell's runs, which differ in their seed only."""
+    run = base
+    method, _, budget = series.partition(":")
     if experiment.varied == "model":
+        method, budget = base.method, ""
         run = run._replace(model=series)
-        text = base.method
     if experiment.varied == "window":
         run = run._replace(rule=base.rule | {"window": x})
-    method, _, budget = text.partition(":")
-    config = base.config | billp.METHODS.get(method, {})
-    episodes = int(budget or base.episodes)
     if experiment.varied == "episodes":
-        episodes = x
-    if config["lessons"] == "none" and not config["experience"]:
-        episodes = 0                    # this method learns nothing
-    return run._replace(method=method, episodes=episodes, config=config)
+        run = run._replace(episodes=x)
+    if budget:
+        run = run._replace(episodes=int(budget))
+    config = base.config | billp.METHODS.get(method, {})
+    learns = config["experience"] or config["lessons"] != "none"
+    if method in billp.METHODS and not learns:
+        run = run._replace(episodes=0)
+    return run._replace(method=method, config=config)
 
 
 def cells_of(args: Namespace, base: Settings, name: str) -> list[Cell]:
     """The cells of an experiment. A mistake is found before any run begins."""
     experiment = EXPERIMENTS[name]
-    known = experiment.rows.split() or model_names(args)
-    rows = args.rows.split(",") if args.rows and experiment.rows else known
+    known = experiment.rows.split() or args.models_asked
+    rows = known
+    if args.rows and experiment.rows:
+        rows = args.rows.split(",")
     for row in rows:
         if row not in known:
             raise UserError(f"--rows {row}: {name} has no such row, only {' '.join(known)}")
-    seeds = range(base.seed, base.seed + args.seeds)
     cells = []
     for series in known:
-        for x in experiment.places:
+        for x in experiment.values:
             if series in rows:
-                runs = [cell_settings(base, experiment, series, x, seed) for seed in seeds]
-                build_place(runs[0])
-                cells.append(Cell(series, x, runs))
+                run = settings_of(base, experiment, series, x)
+                build_place(run)
+                jobs = []
+                for seed in range(base.seed, base.seed + args.seeds):
+                    jobs.append(Job(run._replace(seed=seed), experiment.measure))
+                cells.append(Cell(series, x, jobs))
     return cells
 
 
-def shares(place: Place, outcome: Outcome) -> list[list[int]]:
-    """[users, 5]: how often each user was given items of each quintile by popularity, the least popular first."""
-    order = np.argsort(envs.popularity(place.env), kind="stable")
+def shares(env: envs.Env, sessions: Sequence[Session]) -> list[list[int]]:
+    """[sessions, 5]: how many of the items are in each quintile of popularity, the least first."""
+    order = np.argsort(envs.popularity(env), kind="stable")
     quintile = np.empty(len(order), int)
     quintile[order] = np.arange(len(order)) * 5 // len(order)
-    return [np.bincount(quintile[items], minlength=5).tolist() for items in outcome.items]
+    return [np.bincount(quintile[session.items], minlength=5).tolist() for session in sessions]
 
 
-def measure_job(job: Job, agent: Agent, llm: LLM, embed: Embed, pmap: Callable, live: Live) -> Result:
+def sampled_returns(catalog: prompts.Catalog, user: int, agent: Agent, llm: LLM, seed: int,
+                    config: Config, pmap: Callable, count: int) -> list[float]:
+    """Discounted returns of so many sessions of an agent that learns nothing from them."""
+    play = partial(billp.episode, catalog, agent=agent, llm=llm, config=config)
+    keys = [Key(seed, "continue", draw) for draw in range(count)]
+    returns = []
+    for trajectory in pmap(play, [user] * count, keys):
+        rewards = [step.reward for step in trajectory.steps]
+        returns.append(billp.discounted_return(rewards, config.gamma))
+    return returns
+
+
+def shortened(env: envs.Env, gamma: float) -> envs.Env:
+    """The world with sessions cut where later rewards count for less than a thousandth."""
+    horizon = 1
+    while horizon < env.max_steps and gamma ** horizon >= 0.001:
+        horizon += 1
+    return env._replace(max_steps=horizon)
+
+
+def critic_errors(
+        run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Callable, repeats: int = 6,
+        states: int = 2, draws: int = 200) -> tuple[list[list[float]], list[Trajectory]]:
+    """[states, 6]: bias, variance and mean squared error of one return, then of the critic's V.
+
+    A state is the first one of a session. Errors are taken over `repeats` learning runs that differ
+    in their random draws. The reference is the mean of `draws` further returns of the same agent
+    from the same state. The second result are the learning episodes.
+    """
+    config = Config(**run.config)
+    catalog = prompts.catalog(place.env, embed)
+    short = catalog._replace(env=shortened(place.env, config.gamma))
+    users = place.held_out[:states]
+    errors = np.zeros((repeats, len(users), 2))
+    learned = []
+    for repeat in range(repeats):
+        seed = run.seed + 1000 * (repeat + 1)
+        agent = billp.NOVICE
+        learners = generator(seed, "learners").permutation(place.learners).tolist()
+        for agent, batch in billp.train(catalog, learners, llm, seed, agent, config, pmap):
+            learned += batch
+        for i, user in enumerate(users):
+            one, *others = sampled_returns(short, user, agent, llm, seed, config, pmap, draws + 1)
+            state = billp.opening(catalog, user, Key(seed, "value", i), config)
+            answer, _ = billp.critic(state, agent.critic, llm, config)
+            reference = np.mean(others)
+            errors[repeat, i] = one - reference, answer.value - reference
+    bias, variance = errors.mean(0), errors.var(0)
+    figures = np.stack([bias, variance, bias ** 2 + variance], -1)
+    return figures.reshape(len(users), 6).tolist(), learned
+
+
+def measure_job(job: Job, llm: LLM, embed: Embed, pmap: Callable, live: Live) -> Result:
     """Perform a run and measure what its experiment needs."""
     began = time.perf_counter()
+    earlier = Counter(live.counts)
     place = build_place(job.run)
-    outcome = perform(job.run, place, agent, llm, embed, pmap, ("after",))
-    if job.measure == "shares":
-        samples = shares(place, outcome)
-    elif job.measure == "values":
-        samples = critic_errors(job.run, place, llm, embed, pmap)
+    llm = partial(counted, llm, live)
+    if job.measure == "errors":
+        samples, trajectories = critic_errors(job.run, place, llm, embed, pmap)
     else:
-        samples = outcome.after[0].tolist()
-    return Result(samples, cost(outcome, live, began))
+        phases = ("learn", "after")
+        outcome = perform(job.run, place, billp.NOVICE, llm, embed, pmap, phases)
+        trajectories, sessions = outcome.trajectories, outcome.sessions["after"]
+        if job.measure == "shares":
+            samples = shares(place.env, sessions)
+        else:
+            samples = scores_of(sessions)[0].tolist()
+    used = Counter(live.counts)
+    used.subtract(earlier)
+    return Result(samples, cost(trajectories, used, live.stats, began))
 
 
 def offline_job(job: Job) -> Result:
     """A job of the stand-in or of a policy, complete in itself, so that any process can do it."""
-    live = new_live()
-    llm = partial(counted, prompts.offline, live)
-    return measure_job(job, billp.NOVICE, llm, prompts.hashed_ngrams, map, live)
+    return measure_job(job, prompts.offline, prompts.hashed_ngrams, map, new_live())
 
 
-def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Callable,
-                  repeats: int = 6, states: int = 2, draws: int = 200) -> list[list[float]]:
-    """[states, 6]: bias, variance and mean squared error of one return, then of the critic's V.
+def live_job(args: Namespace, folder: Path, live: Live, models: dict[str, tuple[LLM, Embed]],
+             job: Job) -> Result:
+    """A job whose model is behind an endpoint. `models` keeps one client and one log for each."""
+    name = job.run.model
+    if name not in models:
+        models[name] = connect(args, job.run, folder / quote(name, safe=""), live)
+    llm, embed = models[name]
+    with parallel(threads(args.workers or job.run.config["batch"]), live.stop) as pmap:
+        return measure_job(job, llm, embed, pmap, live)
 
-    Errors are taken at the first state of a session, over `repeats` learning runs that differ in their random
-    draws. The reference is the mean of `draws` further returns of the same agent from the same state.
-    """
-    config = Config(**run.config)
-    catalog = prompts.catalog(place.env, embed)
-    horizon = 1
-    while horizon < place.env.max_steps and config.gamma ** horizon >= 0.001:
-        horizon += 1                    # later rewards hardly count
-    short = catalog._replace(env=place.env._replace(max_steps=horizon))
-    errors = np.zeros((repeats, states, 2))
-    for repeat in range(repeats):
-        seed = run.seed + 1000 * (repeat + 1)
-        agent = billp.NOVICE
-        learners = generator(seed, 0).permutation(place.learners).tolist()
-        for agent, _ in billp.train(catalog, learners, llm, seed, agent, config, pmap):
-            pass
-        for i, user in enumerate(place.held_out[:states]):
-            play = partial(billp.episode, short, agent=agent, llm=llm, config=config)
-            keys = [Key(seed, "continue", draw) for draw in range(draws + 1)]
-            returns = []
-            for trajectory in pmap(play, [user] * len(keys), keys):
-                rewards = [step.reward for step in trajectory.steps]
-                returns.append(billp.discounted_return(rewards, config.gamma))
-            reference = np.mean(returns[1:])
-            state = billp.opening(catalog, user, Key(seed, "value", i), config)
-            answer, _ = billp.critic(state, agent.critic, llm, config)
-            errors[repeat, i] = returns[0] - reference, answer.value - reference
-    bias, variance = errors.mean(0), errors.var(0)
-    return np.stack([bias, variance, bias ** 2 + variance], -1).reshape(states, 6).tolist()
+
+def offline_pool(args: Namespace, jobs: int) -> futures.Executor | None:
+    """Where offline runs are performed: on a cluster, in processes of this machine, or here."""
+    if args.cluster:
+        try:
+            from distributed import Client
+        except ImportError:
+            raise UserError("--cluster needs dask: pip install -e '.[cluster]'") from None
+        client = Client(args.cluster, timeout=10)
+        for module in ("envs", "prompts", "billp", "run"):
+            client.upload_file(str(Path(__file__).with_name(f"{module}.py")))
+        return client.get_executor()
+    count = min(args.workers or os.cpu_count() or 1, jobs)
+    if count == 1:
+        return None
+    # Ctrl-C is for this process, which then ends the others.
+    return futures.ProcessPoolExecutor(count, initializer=signal.signal,
+                                       initargs=(signal.SIGINT, signal.SIG_IGN))
+
+
+def do_jobs(args: Namespace, jobs: dict[str, Job], folder: Path, live: Live) -> dict[str, Result]:
+    """The result of each job: offline side by side in processes, else one after the other."""
+    if all(job.run.model == "offline" for job in jobs.values()):
+        pool, work = offline_pool(args, len(jobs)), offline_job
+    else:
+        pool, work = None, partial(live_job, args, folder, live, {})
+    results = {}
+    with parallel(pool, live.stop) as pmap:
+        for key, result in zip(jobs, pmap(work, jobs.values())):
+            results[key] = result
+            run = jobs[key].run
+            say(f"{len(results)} of {len(jobs)} runs: {run.method}, {run.episodes} episodes, "
+                f"seed {run.seed}")
+    return results
 
 
 class Row(NamedTuple):
@@ -1057,17 +1245,26 @@ def mean_of(samples: Array) -> Array:
     return samples.mean((-3, -2))
 
 
-def rows_of(cell: Cell, measure: str, samples: Array, reference: Array | None) -> list[Row]:
-    """The rows of one cell, from its samples [seeds, users, k]. `reference` is that of billp, if it is another."""
+def samples_of(cell: Cell) -> Array:
+    """The samples of a cell, [seeds, users or states, k]."""
+    return np.array([result.samples for result in cell.results], float)
+
+
+def rows_of(cell: Cell, measure: str, billps: dict[int | None, Array]) -> list[Row]:
+    """The rows of one cell. `billps` are the samples of billp at each x, to compare with."""
+    samples = samples_of(cell)
     if measure == "shares":
         intervals = envs.intervals(share_of, samples)
-        return [Row(cell.series, place, {"share": figure}) for place, figure in enumerate(intervals, 1)]
-    if measure == "values":
+        return [Row(cell.series, place, {"share": figure})
+                for place, figure in enumerate(intervals, 1)]
+    if measure == "errors":
         names = ("bias", "variance", "MSE")
         intervals = envs.intervals(mean_of, samples)
         return [Row("one return", cell.x, dict(zip(names, intervals[:3]))),
                 Row("critic", cell.x, dict(zip(names, intervals[3:])))]
-    gain = None if reference is None else envs.metrics(samples, reference)["R_traj"]
+    gain = None
+    if cell.series != "billp" and cell.x in billps:
+        gain = envs.metrics(samples, billps[cell.x])["R_traj"]
     return [Row(cell.series, cell.x, envs.metrics(samples), gain)]
 
 
@@ -1084,166 +1281,134 @@ def label_of(row: Row | Cell) -> str:
     return row.series if row.x is None else f"{row.series}, {row.x}"
 
 
-def table_of(rows: Sequence[Row]) -> list[str]:
-    """The rows as lines of text."""
-    texts = {}
+def figures_table(rows: Sequence[Row]) -> Table:
+    """The figures of each row."""
+    table = [["", *(f"{name} [95 %]" for name in rows[0].figures)]]
     for row in rows:
-        cells = {f"{name} [95 %]": interval(figure) for name, figure in row.figures.items()}
-        if any(row.gain for row in rows):
-            cells["R_traj less billp's"] = interval(row.gain) if row.gain else "-"
-            cells[""] = verdict(row.gain) if row.gain else ""
-        texts[label_of(row)] = cells
-    return grid(texts)
+        table.append([label_of(row), *(interval(figure) for figure in row.figures.values())])
+    return table
 
 
-COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()     # Okabe and Ito
-COLOUR = {                              # one colour for a method in all pictures; ablations share that of billp
-    "billp": "#0072B2", "reflexion": "#D55E00", "react": "#009E73", "act": "#CC79A7", "a2c": "#E69F00",
-    "one return": "#E69F00", "critic": "#0072B2",
-}
-TITLES = {"table3": "Main comparison", "table5": "Ablation", "fig3": "Popularity of what is recommended",
-          "fig4": "The critic's estimate and one return", "fig5": "How many items a user remembers",
-          "table6": "Language models", "curve": "Learning curve"}
+def gains_table(rows: Sequence[Row]) -> Table:
+    """How each row compares with billp."""
+    table = [["", "R_traj less billp's [95 %]", ""]]
+    for row in rows:
+        if row.gain:
+            table.append([label_of(row), interval(row.gain), verdict(row.gain)])
+    return table
 
 
-def new_figure() -> Any:
-    """An empty figure, or None where matplotlib is not installed."""
+def bill_of(cell: Cell) -> dict[str, float]:
+    """What all runs of a cell cost together, by the names of summary.json."""
+    bill = Counter(calls=0)
+    for result in cell.results:
+        for counts in result.cost["calls"].values():
+            bill.update(counts)
+        for name in ("malformed", "fallbacks", "seconds"):
+            bill[name] += result.cost[name]
+        bill["ungrounded"] += result.cost["ungrounded"] / len(cell.results)
+    return bill
+
+
+COLOUR = {                              # Okabe and Ito's colours: one for a method in all pictures
+    "billp": "#0072B2", "reflexion": "#D55E00", "react": "#009E73", "act": "#CC79A7",
+    "a2c": "#E69F00", "bandit": "#56B4E9", "critic": "#0072B2", "one return": "#E69F00"}
+
+
+def colour_of(series: str) -> str:
+    """The colour of a method. Ablations share that of billp. Models and fixed policies are grey."""
+    method = series.partition(":")[0].partition("-no-")[0]
+    return COLOUR.get(method, "#999999")
+
+
+def limit_of(rows: Sequence[Row], drawn: str) -> float:
+    """Where the axis of a figure ends: with the longest interval, but not far beyond all means."""
+    means = [row.figures[drawn][0] for row in rows]
+    highest = [row.figures[drawn][2] for row in rows]
+    return 1.05 * min(max(highest), 1.5 * max(means))
+
+
+def plot_bars(axes: Any, rows: Sequence[Row], drawn: str) -> None:
+    """Horizontal bars with intervals. A bar far beyond the methods with language is cut and says so."""
+    limit = limit_of(rows, drawn)
+    methods = [row for row in rows if row.series in billp.METHODS]
+    if methods:
+        limit = min(limit, 1.3 * limit_of(methods, drawn))
+    for place, row in enumerate(reversed(rows)):
+        mean, low, high = row.figures[drawn]
+        axes.barh(place, mean, xerr=[[mean - low], [high - mean]], color=colour_of(row.series),
+                  capsize=3)
+        if mean > limit:
+            axes.text(limit * 0.99, place, f"{mean:.0f} (cut)", ha="right", va="center",
+                      color="white")
+    axes.set_yticks(range(len(rows)), [row.series for row in reversed(rows)])
+    axes.set_xlim(0, limit)
+
+
+def plot_lines(axes: Any, rows: Sequence[Row], drawn: str) -> None:
+    """One line with intervals for each series."""
+    for series in dict.fromkeys(row.series for row in rows):
+        points = [row for row in rows if row.series == series]
+        mean, low, high = np.array([row.figures[drawn] for row in points]).T
+        axes.errorbar([row.x for row in points], mean, [mean - low, high - mean], label=series,
+                      color=colour_of(series), marker="o", capsize=3)
+    axes.set_xticks(sorted({row.x for row in rows}))
+    axes.set_ylim(0, limit_of(rows, drawn))
+    axes.legend(frameon=False)
+
+
+def plot(name: str, heading: str, rows: Sequence[Row], path: Path) -> None:
+    """Draw an experiment: lines over its x axis, or else bars. The file is whole or not there."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return None
-    return Figure((8, 4.5), dpi=100, layout="constrained")
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a picture whole or not at all."""
+        say("no picture: pip install -e '.[plot]' draws it")
+        return
+    experiment = EXPERIMENTS[name]
+    figure = Figure((8, 4.5), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    label = f"{experiment.label} (mean, 95 % confidence interval)"
+    if experiment.axis:
+        plot_lines(axes, rows, DRAWN[experiment.measure])
+        axes.set(xlabel=experiment.axis, ylabel=label)
+    else:
+        plot_bars(axes, rows, DRAWN[experiment.measure])
+        axes.set_xlabel(label)
+    axes.set_title(f"{experiment.title}\n{heading}", fontsize=9, parse_math=False)
+    axes.grid(alpha=0.3)
     draft = path.with_suffix(".part.png")
     figure.savefig(draft)
     os.replace(draft, path)
 
 
-def plot_bars(axes: Any, rows: Sequence[Row], drawn: str) -> None:
-    """Horizontal bars with intervals. A bar far beyond the methods with language is cut and says so."""
-    means = [row.figures[drawn][0] for row in rows]
-    highest = [row.figures[drawn][2] for row in rows if row.series in billp.METHODS]
-    limit = 1.3 * max(highest or means)
-    for place, row in enumerate(reversed(rows)):
-        mean, low, high = row.figures[drawn]
-        colour = COLOUR.get(row.series.partition(":")[0].partition("-no-")[0], "#999999")
-        axes.barh(place, mean, xerr=[[mean - low], [high - mean]], color=colour, capsize=3)
-        if mean > limit:
-            axes.text(limit * 0.99, place, f"{mean:.0f} (cut)", ha="right", va="center", color="white")
-    axes.set_yticks(range(len(rows)), [row.series for row in reversed(rows)])
-    axes.set_xlim(0, min(limit, 1.05 * max(row.figures[drawn][2] for row in rows)))
+def heading_of(name: str, base: Settings, cells: Sequence[Cell]) -> str:
+    """What an experiment was made with, in two lines."""
+    jobs = cells[0].jobs
+    models = dict.fromkeys(cell.jobs[0].run.model for cell in cells)
+    texts = [STAND_IN if model == "offline" else model for model in models]
+    return (f"{name} on {base.world}, seeds {jobs[0].run.seed} to {jobs[-1].run.seed}, "
+            f"{base.users} held-out users each\nmodel {', '.join(texts)}")
 
 
-def plot_lines(axes: Any, rows: Sequence[Row], drawn: str) -> None:
-    """One line with intervals for each series."""
-    for place, series in enumerate(dict.fromkeys(row.series for row in rows)):
-        points = [row for row in rows if row.series == series]
-        mean, low, high = np.array([row.figures[drawn] for row in points]).T
-        colour = COLOUR.get(series.partition(":")[0], COLOURS[place % len(COLOURS)])
-        axes.errorbar([row.x for row in points], mean, [mean - low, high - mean], label=series, color=colour,
-                      marker="o", capsize=3)
-    axes.set_xticks(sorted({row.x for row in rows}))
-    axes.set_ylim(0, None)
-    axes.legend(frameon=False)
-
-
-def plot(name: str, heading: str, rows: Sequence[Row], path: Path) -> None:
-    """Draw an experiment: lines over its x axis, or else bars."""
-    figure = new_figure()
-    if figure is None:
-        say("no picture: pip install -e '.[plot]' draws it")
-        return
-    experiment = EXPERIMENTS[name]
-    axes = figure.subplots()
-    drawn = {"scores": "R_traj", "shares": "share", "values": "MSE"}[experiment.measure]
-    label = f"{experiment.label} (mean, 95 % confidence interval)"
-    if experiment.axis:
-        plot_lines(axes, rows, drawn)
-        axes.set(xlabel=experiment.axis, ylabel=label)
-    else:
-        plot_bars(axes, rows, drawn)
-        axes.set_xlabel(label)
-    axes.set_title(f"{TITLES[name]}\n{heading}", fontsize=9, parse_math=False)
-    axes.grid(alpha=0.3)
-    save_figure(figure, path)
-
-
-def bill(cell: Cell, results: Sequence[Result]) -> str:
-    """What a cell cost: calls and tokens of all its seeds; per run, replies of no use and seconds."""
-    totals: dict[str, int | None] = {}
-    for result in results:
-        for counts in result.cost["calls"].values():
-            for kind, count in counts.items():
-                totals[kind] = totals.get(kind) if count is None else (totals.get(kind) or 0) + count
-    means = {}
-    for kind in ("malformed", "fallbacks", "ungrounded", "seconds"):
-        means[kind] = np.mean([result.cost[kind] for result in results])
-    return (f"{label_of(cell)}: {spelled_calls(totals)}; a run: malformed {means['malformed']:.1f}, fallbacks "
-            f"{means['fallbacks']:.1f}, named no free item {means['ungrounded']:.0%}, {means['seconds']:.1f} s")
-
-
-def offline_pool(args: Namespace, jobs: int) -> futures.Executor | None:
-    """Where offline runs are performed: on a cluster, in processes of this machine, or here."""
-    if args.cluster:
-        try:
-            from distributed import Client
-        except ImportError:
-            raise UserError("--cluster needs dask: pip install -e '.[cluster]'") from None
-        client = Client(args.cluster, timeout=10)
-        for module in ("envs", "prompts", "billp", "run"):
-            client.upload_file(f"{module}.py")
-        return client.get_executor()
-    count = min(args.workers or os.cpu_count() or 1, jobs)
-    if count == 1:
-        return None
-    # Ctrl-C is for this process, which then ends the others.
-    return futures.ProcessPoolExecutor(count, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-
-
-def do_jobs(args: Namespace, jobs: dict[str, Job], folder: Path, live: Live) -> Iterator[Result]:
-    """The results of jobs in their order: side by side in processes offline, else one after the other."""
-    if all(job.run.model == "offline" for job in jobs.values()):
-        with parallel(offline_pool(args, len(jobs)), live.stop) as pmap:
-            yield from pmap(offline_job, jobs.values())
-        return
-    models: dict[str, tuple[LLM, Embed]] = {}       # one client and one log for each
-    for job in jobs.values():
-        name = job.run.model
-        if name not in models:
-            models[name] = connect(args, job.run, folder / quote(name, safe=""), live)
-        llm, embed = models[name]
-        own = live._replace(replies=[])
-        with parallel(threads(args.workers or job.run.config["batch"]), live.stop) as pmap:
-            yield measure_job(job, billp.NOVICE, partial(counted, llm, own), embed, pmap, own)
-        live.replies.extend(own.replies)
-
-
-def publish(name: str, base: Settings, cells: Sequence[Cell], results: Sequence[Sequence[Result]],
-            folder: Path) -> None:
-    """Print the table of an experiment; write NAME.json and NAME.png."""
+def publish(name: str, base: Settings, cells: Sequence[Cell], folder: Path) -> None:
+    """Print the tables of an experiment; write NAME.json and NAME.png."""
     measure = EXPERIMENTS[name].measure
-    samples = [np.array([result.samples for result in row], float) for row in results]
-    billps = {cell.x: array for cell, array in zip(cells, samples) if cell.series == "billp"}
+    billps = {cell.x: samples_of(cell) for cell in cells if cell.series == "billp"}
     rows = []
-    for cell, array in zip(cells, samples):
-        reference = None if cell.series == "billp" else billps.get(cell.x)
-        rows += rows_of(cell, measure, array, reference)
-    seeds = [run.seed for run in cells[0].runs]
-    models = list(dict.fromkeys(cell.runs[0].model for cell in cells))
-    named = ", ".join(STAND_IN if model == "offline" else model for model in models)
-    heading = (f"{name} on {base.world}, seeds {seeds[0]} to {seeds[-1]}, {base.users} held-out users each\n"
-               f"model {named}")
-    bills = []
-    for cell, row in zip(cells, results):
-        if row[0].cost["calls"]["actor"]["calls"]:
-            bills.append(bill(cell, row))
-    print("\n".join([heading, "", *table_of(rows), "", *bills, ""]))
-    content = {"experiment": name, "settings": base._asdict(), "rows": [row._asdict() for row in rows],
-               "cells": [{"series": cell.series, "x": cell.x, "results": [result._asdict() for result in row]}
-                         for cell, row in zip(cells, results)]}
+    for cell in cells:
+        rows += rows_of(cell, measure, billps)
+    heading = heading_of(name, base, cells)
+    print(heading)
+    bills = {label_of(cell): bill_of(cell) for cell in cells}
+    for table in (figures_table(rows), gains_table(rows), counts_table(bills)):
+        if len(table) > 1:
+            print("\n".join(["", *grid(table)]))
+    print()
+    content = {"experiment": name, "settings": base._asdict(),
+               "rows": [row._asdict() for row in rows], "cells": []}
+    for cell in cells:
+        results = [result._asdict() for result in cell.results]
+        content["cells"].append({"series": cell.series, "x": cell.x, "results": results})
     write(folder / f"{name}.json", dumps(content) + "\n")
     plot(name, heading, rows, folder / f"{name}.png")
 
@@ -1253,25 +1418,22 @@ def experiments(args: Namespace, live: Live) -> None:
     began = time.perf_counter()
     base = settings(args)
     tables = {name: cells_of(args, base, name) for name in args.experiment}
-    jobs: dict[str, Job] = {}
-    for name, cells in tables.items():
+    jobs = {}
+    for cells in tables.values():
         for cell in cells:
-            for run in cell.runs:
-                job = Job(run, EXPERIMENTS[name].measure)
+            for job in cell.jobs:
                 jobs[dumps(job)] = job
     # The longest come first: at the end, no core waits long for another.
     jobs = dict(sorted(jobs.items(), key=lambda item: -item[1].run.episodes))
-    asked = {"experiment": args.experiment, "seeds": args.seeds, "models": args.models, "rows": args.rows}
+    asked = {"experiment": args.experiment, "seeds": args.seeds, "models": args.models,
+             "rows": args.rows}
     folder = run_directory(args, base._asdict() | asked)
-    results: dict[str, Result] = {}
-    for key, result in zip(jobs, do_jobs(args, jobs, folder, live)):
-        results[key] = result
-        run = jobs[key].run
-        say(f"{len(results)} of {len(jobs)} runs: {run.method}, {run.episodes} episodes, seed {run.seed}")
+    results = do_jobs(args, jobs, folder, live)
     for name, cells in tables.items():
-        measure = EXPERIMENTS[name].measure
-        found = [[results[dumps(Job(run, measure))] for run in cell.runs] for cell in cells]
-        publish(name, base, cells, found, folder)
+        finished = []
+        for cell in cells:
+            finished.append(cell._replace(results=[results[dumps(job)] for job in cell.jobs]))
+        publish(name, base, finished, folder)
     print(f"seconds   {time.perf_counter() - began:.1f}\nrun       {folder}")
 
 
@@ -1289,22 +1451,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             experiments(args, live)
         else:
             one_run(args, live)
-        sys.stdout.flush()
+        print(end="", flush=True)
         return 0
     except BrokenPipeError:             # the reader of the output has closed it
         return 0
     except KeyboardInterrupt:
-        say("\n".join([*ledger(live), "run.py: interrupted; run the same command again: answered calls are kept"]))
+        say("\n".join([*ledger(live), "run.py: interrupted; run the same command again: "
+                                      "answered calls are kept"]))
         return 130
     except MENDABLE as error:
-        cause = live.failures[0] if live.failures else error        # later ones only follow from the first
+        cause = live.failures[0] if live.failures else error    # later ones only follow from it
         spent = isinstance(cause, prompts.BudgetSpent)
-        say("\n".join([*(ledger(live) if spent else []), f"run.py: {prompts.clean(str(cause), 999)}"]))
+        if spent:
+            say("\n".join(ledger(live)))
+        say(f"run.py: {prompts.clean(str(cause), 999)}")
         return 3 if spent else 2
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.stdout:                      # letters that a terminal cannot show become a ?
+        sys.stdout.reconfigure(errors="replace")
     exit_code = main()
+    try:
+        print(end="", flush=True)
+    except OSError:
+        pass
     # A thread may still wait for an answer after Ctrl-C. It must not hold up the end.
     os._exit(exit_code)
