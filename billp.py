@@ -299,9 +299,11 @@ def shortlist(state: State, memory: Memory, catalog: Catalog, config: Config) ->
         items = prompts.closest(texts, catalog, taken, config.candidates)
         lines = [catalog.lines[item] for item in items]
     else:
-        free = set(catalog.lines) - {catalog.lines[item] for item in taken}
-        lines = [line for line in known if line in free]
-    listed = [known.get(line, Candidate(line)) for line in lines]
+        in_catalog = set(catalog.lines)             # a loaded memory may come from another world
+        lines = [line for line in known if line in in_catalog]
+    excluded = {catalog.lines[item] for item in taken}
+    free = [line for line in dict.fromkeys(lines) if line not in excluded]      # two items may share a line
+    listed = [known.get(line, Candidate(line)) for line in free]
     listed.sort(key=prompts.chance, reverse=True)
     return tuple(listed[:config.candidates or config.k_actions])
 

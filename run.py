@@ -25,7 +25,7 @@ import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
 from collections import Counter
 from concurrent import futures
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from multiprocessing import active_children
@@ -36,7 +36,7 @@ from urllib.parse import quote
 
 if __name__ == "__main__":
     # Ctrl-C while the libraries are loaded ends the command without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")      # matrices are small: more threads only wait
 import numpy as np
@@ -1191,33 +1191,36 @@ def live_job(args: Namespace, folder: Path, live: Live, models: dict[str, tuple[
         return measure_job(job, llm, embed, pmap, live)
 
 
-def offline_pool(args: Namespace, jobs: int) -> futures.Executor | None:
+@contextmanager
+def offline_pool(args: Namespace, jobs: int) -> Iterator[futures.Executor | None]:
     """Where offline runs are performed: on a cluster, in processes of this machine, or here."""
     if args.cluster:
         try:
             from distributed import Client
         except ImportError:
             raise UserError("--cluster needs dask: pip install -e '.[cluster]'") from None
-        client = Client(args.cluster, timeout=10)
-        for module in ("envs", "prompts", "billp", "run"):
-            client.upload_file(str(Path(__file__).with_name(f"{module}.py")))
-        return client.get_executor()
+        with Client(args.cluster, timeout=10) as client:
+            for module in ("envs", "prompts", "billp", "run"):
+                client.upload_file(str(Path(__file__).with_name(f"{module}.py")))
+            yield client.get_executor()
+        return
     count = min(args.workers or os.cpu_count() or 1, jobs)
     if count == 1:
-        return None
+        yield None
+        return
     # Ctrl-C is for this process, which then ends the others.
-    return futures.ProcessPoolExecutor(count, initializer=signal.signal,
-                                       initargs=(signal.SIGINT, signal.SIG_IGN))
+    yield futures.ProcessPoolExecutor(count, initializer=signal.signal,
+                                      initargs=(signal.SIGINT, signal.SIG_IGN))
 
 
 def do_jobs(args: Namespace, jobs: dict[str, Job], folder: Path, live: Live) -> dict[str, Result]:
     """The result of each job: offline side by side in processes, else one after the other."""
     if all(job.run.model == "offline" for job in jobs.values()):
-        pool, work = offline_pool(args, len(jobs)), offline_job
+        place, work = offline_pool(args, len(jobs)), offline_job
     else:
-        pool, work = None, partial(live_job, args, folder, live, {})
+        place, work = nullcontext(), partial(live_job, args, folder, live, {})
     results = {}
-    with parallel(pool, live.stop) as pmap:
+    with place as pool, parallel(pool, live.stop) as pmap:
         for key, result in zip(jobs, pmap(work, jobs.values())):
             results[key] = result
             run = jobs[key].run
@@ -1374,7 +1377,7 @@ def plot(name: str, heading: str, rows: Sequence[Row], path: Path) -> None:
     else:
         plot_bars(axes, rows, DRAWN[experiment.measure])
         axes.set_xlabel(label)
-    axes.set_title(f"{experiment.title}\n{heading}", fontsize=9, parse_math=False)
+    figure.suptitle(f"{experiment.title}\n{heading}", fontsize=8, parse_math=False)
     axes.grid(alpha=0.3)
     draft = path.with_suffix(".part.png")
     figure.savefig(draft)
