@@ -5,7 +5,7 @@
     python run.py --show RUN                one episode of a finished run, step by step
     python run.py --experiment table5       one of the paper's tables or figures, over several seeds
 
-Every effect is here, except for the sections "the outside world" of envs.py (data files) and
+Every effect is here, except for the data files of envs.py and the section "the outside world" of
 prompts.py (HTTP and the log). Results go to stdout. Progress and errors go to stderr.
 
 A run directory holds config.json (what determines the result), calls.jsonl (the answers of a real
@@ -541,7 +541,7 @@ def agent_of(records: dict[str, list[billp.Record]], embed: Embed) -> Agent:
 class Live(NamedTuple):
     """What is known of a command's calls at any moment, however it ends. Threads share it."""
     counts: Counter             # of pairs (role, kind): calls, and the tokens that the server counts
-    stats: Json       # of endpoints: requests, retries, answers in all and asked for now
+    stats: Json                 # of endpoints: requests, retries, answers in all and asked for now
     failures: list[Exception]   # of calls that failed for good
     stop: Event                 # set when no further call shall begin
 
