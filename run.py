@@ -46,7 +46,7 @@ import envs
 import prompts
 from billp import Agent, Config, Trajectory
 from envs import Array
-from prompts import LLM, Ask, Embed, Key, Reply, Usage
+from prompts import LLM, Ask, Embed, Key, Reply
 
 
 class UserError(Exception):
