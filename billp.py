@@ -160,12 +160,12 @@ def record_at(memory: Memory, i: int) -> Record:
 
 
 def nearest_first(distances: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` smallest distances, nearest first, newest first among equals; ties add more."""
+    """Indices of the `count` smallest distances, nearest first, newest first among equals. All that tie with the last come, too."""
     limit = np.inf
     if count < len(distances):
         limit = np.partition(distances, count - 1)[count - 1]       # quicker than sorting all
     near = np.flatnonzero(distances <= limit)
-    return near[np.lexsort((-near, distances[near]))]               # by distance, then by age
+    return near[np.lexsort((-near, distances[near]))]               # the last key counts most: distance, then newest
 
 
 def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> tuple[Record, ...]:
@@ -179,14 +179,14 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
         return ()
     cosines = np.concatenate([np.vecdot(chunk.vectors, vector) for chunk in memory])
     distances = (2 - 2 * cosines).round(5)
-    count = 2 * k
+    count = 2 * k                   # only the nearest are sorted; more if too few of them differ
     while True:
         found: dict[tuple[str, str], Record] = {}
         for i in nearest_first(distances, count):
             if len(found) == k or distances[i] > tau:
                 break
             record = record_at(memory, i)
-            found.setdefault((record.text, record.item), record)
+            found.setdefault((record.text, record.item), record)        # of equals the newest came first
         if len(found) == k or count >= len(distances):
             return tuple(found.values())
         count *= 4                  # several records of one text and item took the places: look further
@@ -302,7 +302,7 @@ def shortlist(state: State, memory: Memory, catalog: Catalog, config: Config) ->
         in_catalog = set(catalog.lines)             # a loaded memory may come from another world
         lines = [line for line in known if line in in_catalog]
     excluded = {catalog.lines[item] for item in taken}
-    free = [line for line in dict.fromkeys(lines) if line not in excluded]      # two items may share a line
+    free = [line for line in dict.fromkeys(lines) if line not in excluded]      # two items may share a line, also a free and a taken one
     listed = [known.get(line, Candidate(line)) for line in free]
     listed.sort(key=prompts.chance, reverse=True)
     return tuple(listed[:config.candidates or config.k_actions])

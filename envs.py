@@ -505,7 +505,7 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5,
             pick = np.argmax(log_chance + rng.gumbel(size=log_chance.shape), 1)
             state, reward, left, cut = step(env, state, items[pick])
             # a user who left has no future
-            future = observe(env, state) @ weights.value * ~left
+            future = ~left * (observe(env, state) @ weights.value)
             td_error = reward + gamma * future - x @ weights.value
             slopes = gradient(env, x, items, log_chance, pick, td_error)
             for weight, square, slope in zip(weights, squares, slopes):
@@ -572,7 +572,7 @@ def over_users(figure: Function, samples: Sequence[Array], draws: int) -> Array:
     """
     users = samples[0].shape[1]
     drawn = np.random.default_rng(0).integers(users, size=(draws, users))
-    # [draws, 1, N, k]: each draw is a sample of one seed
+    # [1, N, k] -> [1, draws, N, k] -> [draws, 1, N, k]: the figure sees a batch of one-seed samples
     resampled = [sample[:, drawn].swapaxes(0, 1) for sample in samples]
     return np.quantile(figure(*resampled), [0.025, 0.975], axis=0)
 
@@ -585,7 +585,7 @@ def intervals(figure: Function, *samples: Array, draws: int = 1000) -> list[list
     the seeds' figures, because users of one seed share its world. One seed gives a bootstrap
     interval over its users.
     """
-    # [S, 1, N, k]: each seed is a sample of one seed
+    # [S, N, k] -> [S, 1, N, k]: the figure sees S samples of one seed each and gives a row for each
     figures = figure(*[sample[:, None] for sample in samples])
     seeds, mean = len(figures), figures.mean(0)
     if seeds == 1:
@@ -751,6 +751,7 @@ ALIASES = {"user": "user userid",
            "rating": "rating score stars",
            "time": "time timestamp date"}
 NO_TAG = ("", "unknown", "(no genres listed)")
+# "Matrix, The": the article stands at the end, or before a parenthesis
 ARTICLE = r"^([^(]*), (The|A|An|Les?|La|L'|Il|El|Los|Las|Das|Der|Die|Une?)(?= \(|$)"
 MANY = 10 ** 6      # more ratings than this take a while
 Notice = Callable[[str], None]      # takes a line for the person who waits
@@ -947,8 +948,10 @@ def groups(keys: Array) -> list[Array]:
 
 
 def ridge(rows: Array, columns: Array, targets: Array, known: Array, count: int) -> Array:
-    """float32 [count, k + 1]: for each row, the regression of its targets on [known[column], 1].
+    """float32 [count, k + 1]: for each user, say, the regression of ratings on the items' factors and 1.
 
+    Vote i is (rows[i], columns[i], targets[i]): user, item and rating. `known` holds the items' factors. Or the
+    other way round: rows are items, and `known` holds the users' factors.
     The penalty is 3 + a tenth of the number of targets on each factor, and 3 on the bias.
     """
     known = with_one(known)
@@ -1017,14 +1020,17 @@ def fitted_world(entries: Sequence[Entry], votes: Array, n: int, seed: int) -> E
     m, size = len(entries), len(votes)
     votes = votes[np.lexsort((votes["time"], votes["user"]))]
     votes["rating"], mapping = rescaled(votes["rating"])
-    # the first half of the users learns, so the seed draws who they are
+    # the first half of the users learns, so the seed draws who they are; votes stay in order of time
     votes["user"] = rng.permutation(n)[votes["user"]]
     held_out = rng.permutation(size) < size // 10
     train, test = votes[~held_out], votes[held_out]
     model, biases = als(train, n, m, 12), als(train, n, m, 0)
     vectors = unit(model.q[:, :-1])
-    a, b = rng.integers(m, size=(2, 100_000))
-    beta = np.quantile(length_between(vectors, 0, a, b), 0.2)
+    # items without a rating have no place: they lie at 0 and would make everything alike
+    rated = np.unique(train["item"])
+    demand(len(rated) > 1, "fewer than two items with ratings")
+    a, b = rng.choice(rated, size=(2, 100_000))
+    beta = np.quantile(length_between(vectors, 0, a[a != b], b[a != b]), 0.2)
     about = (f"{size} ratings{mapping}; RMSE on the tenth held out: {rmse(model, test):.4f} "
              f"predicted by factors, {rmse(biases, test):.4f} by biases alone")
     titles, years, tags = zip(*entries)
@@ -1045,7 +1051,7 @@ def ratings_folder(path: Location, seed: int = 0, notice: Notice = silent) -> En
     """
     entries, users = {}, {}
     with reading(path, LISTS, ADVICE) as file:
-        parse = partial(parse_entry, entries)
+        parse = partial(parse_entry, entries)       # rows come one at a time: it sees the earlier entries
         for key, entry in read_rows(file, ("item", "title"), parse, notice):
             entries[key] = entry
     items = {key: number for number, key in enumerate(entries)}

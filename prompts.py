@@ -234,6 +234,7 @@ def heads_of(text: str) -> list[Head]:
         name = match[group].lower()
         is_clear = match["clear"] is not None or name not in ("thought", "action", "observation")
         is_next_turn = match["number"] and heads and heads[-1].name != name
+        # "Action 1: recommend", as the last line of the prompt has it
         is_copied = text[match.end():match.end() + 9].lower() == "recommend"
         if is_clear or match["heading"] or is_next_turn or is_copied:
             heads.append(Head(match.start(group), match.end(), name))
@@ -403,12 +404,15 @@ def titles_in_front(text: str, catalog: Catalog) -> list[int]:
     """
     items = []
     for line in text.splitlines():
-        emphasised = re.match(r"\W*[\"“*]([^\"”*]+)[\"”*]", line)
-        front = emphasised[1] if emphasised else line.partition("[")[0]
-        for title in (front, re.sub(r"^\W*\d{1,2}\b", "", front)):
+        front = line.partition("[")[0]
+        emphasised = re.match(r"\W*[\"“*]([^\"”*]+)[\"”*]+\s*(\(\d{4}\))?", line)
+        if emphasised:
+            front = f"{emphasised[1]} {emphasised[2] or ''}"
+        unnumbered = re.sub(r"^\W*\d{1,2}\b", "", front)       # without its number in a list
+        for title in (front, unnumbered):
             words = words_of(title)
             titled, size = leading_title(words, catalog)
-            if titled and (size > 1 or len(words) == 1):
+            if titled and (size > 1 or len(words) == 1):        # size counts the year, too
                 items += titled
                 break
     return items
@@ -517,6 +521,7 @@ def bounded(session: str, limit: int) -> str:
         return session
     half = max(limit // 2, 1)
     cut = ceil((len(session) - limit) / half) * half
+    # Behind the first Observation line after the cut the next whole turn begins.
     turns = session[cut:].partition("\nObservation")[2].partition("\n")[2]
     if turns:
         return turns
@@ -667,7 +672,7 @@ def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
     is used as it is. Both lists are written as in item lines.
     """
     other = in_brackets(tastes.other)
-    if not thought:
+    if not thought:                 # categories not shown lately are in both lists: they weigh more
         return [in_brackets(tastes.liked), other]
     plain = f" {' '.join(words_of(thought))} ".casefold()
     tags = [tag_of(name) for name in categories]
@@ -720,7 +725,8 @@ def parse_critic(text: str) -> float | Malformed:
     >>> parse_critic("The value of 3 more films.\\nValue 4: 7.5"), parse_critic("(3 more) 7,5")
     (7.5, 7.5)
     """
-    match = VALUE_NUMBER.search(text) or FIRST_NUMBER.search(re.sub(r"\(.*?\)", " ", text))
+    text = re.sub(r"\(.*?\)", " ", text)
+    match = VALUE_NUMBER.search(text) or FIRST_NUMBER.search(text)
     return float(match[1].replace(",", ".")) if match else Malformed("the reply held no number")
 
 
@@ -786,6 +792,7 @@ def offline_planner(text: str, seed: int) -> str:
         away.update(tags)
     other = split_tags(OTHER.search(prompt.question)[1])
     options = [tag for tag in other if tag not in away] or other
+    # The lessons alone: the question itself says "most liked", too.
     lessons, _, _ = prompt.question.partition("Categories shown")
     if MOST_LIKED in lessons:
         options = options[:1]       # the tool names the most liked first
@@ -950,7 +957,7 @@ INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
 # Headers whose values are secrets: Authorization, X-API-Key, Cookie, X-Auth-Token ...
 SECRET = re.compile("(?i)auth|key|cookie|token|secret|password")
 LONGEST_WAIT = 120.0                # seconds; a server that asks for more ends the run
-DURATION = r"(?i)(retryDelay|again in|retry in|retry after|wait)\W*(\d+\.?\d*) ?(ms|[smhd])"
+DURATION = r"(?i)(retryDelay|again in|retry in|retry after|wait)\W*(\d+\.?\d*) ?(ms|[smhd](?!illi))"
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 LOOPBACK = re.compile(r"(([\w-]+\.)*localhost|127\.[\d.]+|0\.0\.0\.0|\[?::1)(?![\w.-])")
 MISSHAPEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -1017,7 +1024,7 @@ def fault(route: Route, label: str, body: str, message: str = "") -> Fault:
     """The Fault with this label. The user is shown the message, or else the body."""
     reason = clean(starred(route, f"{label} {message or body}"), 300)
     text = f"{label} {body}"
-    # The last kind fits all.
+    # The first that fits counts: special kinds stand before general ones. The last fits all.
     kind = next(kind for kind in KINDS if re.match(f"(?is){kind.signs}", text))
     return Fault(kind, reason)
 
@@ -1077,7 +1084,8 @@ def secrets_of(key: str, url: Any, headers: dict) -> list[str]:
     for name, value in headers.items():
         if SECRET.search(name):
             secrets += [value, value.partition(" ")[2]]         # "Bearer sk-..." and "sk-..."
-    return [secret for secret in secrets if len(secret) >= 6]   # "none" and "EMPTY" are no secrets
+    # "none", "EMPTY" or "message" are no secrets, and may stand in answers.
+    return [secret for secret in secrets if len(secret) >= 6 and (not secret.isalpha() or len(secret) >= 16)]
 
 
 def connect(base_url: str, path: str, key: str | None = None, *, timeout: float = 300.0,
@@ -1125,7 +1133,7 @@ def asked_wait(headers: Any, text: str) -> float:
         return parsedate_to_datetime(after).timestamp() - time.time()
     except MISSHAPEN:
         pass                        # no date, perhaps a number of seconds
-    # The first of three hints that holds a number counts.
+    # The headers are written as DURATION reads them. An absent one holds no number. The first number counts.
     hints = f"wait {headers.get('retry-after-ms')}ms, wait {after}s, {text}"
     duration = re.search(DURATION, hints)
     return float(duration[2]) * SECONDS[duration[3].lower()] if duration else 0.0
@@ -1188,10 +1196,10 @@ def redirected(route: Route, response: Any) -> Fault:
     """
     target = response.next_request.url
     text = f"redirects to {without_query(target)}"
-    is_encrypted = target.scheme in (route.url.scheme, "https")
-    if target.netloc == route.url.netloc and is_encrypted and response.status_code > 303:
+    is_as_safe = target.scheme in (route.url.scheme, "https")
+    if target.netloc == route.url.netloc and is_as_safe and response.status_code > 303:
         route.url = target
-        text += " on the same host"
+        text += " on the same host"       # the sign of the kind "followed", which is sent again
     return fault(route, str(response.status_code), text)
 
 
@@ -1203,6 +1211,7 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     """
     status = str(response.status_code)
     error = fields(data.get("error")) or data
+    # An answer that could not be read is {} here. It keeps its status 200, the kind "page".
     if response.is_success and error:           # the real status is in the body
         code = str(error.get("code"))
         status = code if re.fullmatch("[45][0-9][0-9]", code) else "500"
@@ -1235,7 +1244,7 @@ def adapt(route: Route, sent: dict, got: Fault) -> bool:
     """Leave out from now on the first parameter that a refusal names; false if it names none."""
     if got.kind.name != "request":
         return False
-    for name in re.findall(r"\w+", got.reason):         # the names that are allowed may follow
+    for name in re.findall(r"\w+", got.reason):         # it comes first; names to use instead may follow
         if name in INSTEAD and name in sent and name not in route.extra:
             route.refused.add(name)
             tell(route, name, f"{name} is refused: {INSTEAD[name] or 'nothing'} is sent instead")
@@ -1393,6 +1402,7 @@ def embeddings(base_url: str, model: str, key: str | None = None, **options: Any
             if not may_be_too_much or len(texts) == 1:
                 raise failed(route, got)
             batch = half
+        # too many for one request, or just refused as too many: in two halves
         return np.concatenate([answer(texts[:half]), answer(texts[half:])])
     return answer
 
@@ -1501,10 +1511,9 @@ def recorded_embed(embed: Embed, log: Log) -> Embed:
 def limited(llm: LLM, max_calls: int) -> LLM:
     """The same model, which sends at most `max_calls` requests, repeats included.
 
-    The order of the wrappers is counted > recorded > paid > limited > openai > persist, where
-    `counted` and `paid` are in run.py and only watch. Replies from the log never come here: they
-    are free. The first request of an ask is counted here. `persist` calls CHARGE before each
-    further one.
+    The order of the wrappers is counted > noted > recorded > noted > limited > openai > persist.
+    `counted` and `noted` are in run.py: they count. Replies from the log never come here: they are
+    free. The first request of an ask is counted here. `persist` calls CHARGE before each further one.
     """
     asked = Counter()
 

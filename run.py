@@ -107,7 +107,7 @@ NUMBERS = {                             # flags that take a number: group, lowes
     "k_experience": ("method", 0, 10**6,
                      "experiences recalled for the actor, counted for each item"),
     "k_actions": ("method", 0, 10**6, "items shown for their experience if --candidates is 0"),
-    "candidates": ("method", 0, 10**6, "free items shown to the actor; 0 as in the paper"),
+    "candidates": ("method", 0, 10**6, "free items shown to the actor; 0: only remembered ones, as in the paper"),
     "lately": ("method", 1, 1000, "steps that the category tool calls lately"),
     "k_values": ("method", 0, 10**6, "values recalled for the critic"),
     "titles": ("method", 1, 1000, "items in a state's text and in a prompt's list"),
@@ -214,7 +214,7 @@ def check_values(args: Namespace) -> None:
 
 
 def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
-    """Names of flags that have no effect here, and why."""
+    """Names of flags that would have no effect here, given or not, and why; `parse` keeps those given."""
     if args.show:
         yield args.given - {"show", *OF_SHOW}, "beside --show"
         return
@@ -256,14 +256,12 @@ def models_of(args: Namespace) -> list[str]:
     endpoint = args.base_url or args.replay or variable(
         "OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY")
     names = args.models.split(",") if args.models else []
-    main = args.model
-    if not main and endpoint:
-        main = variable("OPENAI_MODEL")
-    if not main and not endpoint and not names:
-        main = "offline"
-    if main:
-        names = [main, *names]
-    if not names or not all(names) or (not endpoint and set(names) != {"offline"}):
+    if args.model:
+        names = [args.model, *names]
+    if not names:
+        names = [variable("OPENAI_MODEL") if endpoint else "offline"]
+    lacks_endpoint = not endpoint and set(names) != {"offline"}
+    if lacks_endpoint or not all(names):
         raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
                         "or give --base-url and --model; --model offline is the built-in reader")
     return list(dict.fromkeys(names))
@@ -558,7 +556,8 @@ def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
     try:
         reply = llm(ask)
     except prompts.EndpointError as error:
-        live.failures.append(error)
+        if not live.stop.is_set():      # later failures only follow from the first
+            live.failures.append(error)
         live.stop.set()
         raise
     with prompts.LOCK:
@@ -825,7 +824,9 @@ def chart(summary: Json) -> list[str]:
 
 def ledger(live: Live) -> list[str]:
     """Calls and tokens of each role, then what the endpoint's client counted."""
-    lines = grid(counts_table(by_role(live.counts)))
+    with prompts.LOCK:                  # threads may still count
+        counts = live.counts.copy()
+    lines = grid(counts_table(by_role(counts)))
     if live.stats:
         stats = Counter(live.stats)
         asked = stats["asked"]
@@ -1064,6 +1065,7 @@ def settings_of(base: Settings, experiment: Experiment, series: str, x: int | No
         run = run._replace(episodes=x)
     if budget:
         run = run._replace(episodes=int(budget))
+    # The row comes last: no flag changes what defines it. In `settings` the flags come last.
     config = base.config | billp.METHODS.get(method, {})
     learns = config["experience"] or config["lessons"] != "none"
     if method in billp.METHODS and not learns:
@@ -1086,7 +1088,7 @@ def cells_of(args: Namespace, base: Settings, name: str) -> list[Cell]:
         for x in experiment.values:
             if series in rows:
                 run = settings_of(base, experiment, series, x)
-                build_place(run)
+                build_place(run)        # for its UserError alone
                 jobs = []
                 for seed in range(base.seed, base.seed + args.seeds):
                     jobs.append(Job(run._replace(seed=seed), experiment.measure))
@@ -1148,9 +1150,9 @@ def critic_errors(
             state = billp.opening(catalog, user, Key(seed, "value", i), config)
             answer, _ = billp.critic(state, agent.critic, llm, config)
             reference = np.mean(others)
-            errors[repeat, i] = one - reference, answer.value - reference
+            errors[repeat, i] = (one - reference, answer.value - reference)     # one return, the critic
     bias, variance = errors.mean(0), errors.var(0)
-    figures = np.stack([bias, variance, bias ** 2 + variance], -1)
+    figures = np.stack([bias, variance, bias ** 2 + variance], -1)      # [states, 2, 3]
     return figures.reshape(len(users), 6).tolist(), learned
 
 
