@@ -527,6 +527,19 @@ def test_discounted_advantages_telescope_to_return_minus_first_value(pairs, last
     assert billp.discounted_return(advantages, gamma) == pytest.approx(gain, abs=1e-9)
 
 
+def test_the_block_to_copy_needs_numpy_alone():
+    source = Path(billp.__file__).read_text("utf-8")
+    block = re.search("(?ms)^# -+ credit$.*?(?=^# -+ roles$)", source)[0]
+    imports = "from functools import reduce\nfrom typing import Any, NamedTuple, Sequence\nimport numpy as np\n"
+    alone = {"__name__": "alone"}
+    exec("from __future__ import annotations\n" + imports + block, alone)
+    memory = alone["EMPTY"]
+    for place, vector in enumerate(np.eye(3)):
+        memory = alone["remember"](memory, f"text {place}", place, vector)
+    assert [record.content for record in alone["recall"](memory, np.eye(3)[1], 2)] == [1, 2]
+    assert alone["advantage"](4, 0.5, 6, 5, False) == 0.5
+
+
 # -------------------------------------------------------------------------- roles and episode
 
 
