@@ -302,7 +302,8 @@ def shortlist(state: State, memory: Memory, catalog: Catalog, config: Config) ->
         in_catalog = set(catalog.lines)             # a loaded memory may come from another world
         lines = [line for line in known if line in in_catalog]
     excluded = {catalog.lines[item] for item in taken}
-    free = [line for line in dict.fromkeys(lines) if line not in excluded]      # two items may share a line, also a free and a taken one
+    # By line, too: a free item may share its line with another free one, or with a taken one.
+    free = [line for line in dict.fromkeys(lines) if line not in excluded]
     listed = [known.get(line, Candidate(line)) for line in free]
     listed.sort(key=prompts.chance, reverse=True)
     return tuple(listed[:config.candidates or config.k_actions])

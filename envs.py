@@ -884,7 +884,7 @@ def split_title(text: str) -> tuple[str, int | None]:
     text = " ".join(text.split())
     title, year = re.fullmatch(r"(.*?) ?(?:\((\d{4})(?:[-–]\d*)?\))?", text).groups()
     # a text that is only a year in parentheses is a title
-    title = re.sub(ARTICLE, r"\2 \1", title or text).replace("L' ", "L'")
+    title = re.sub(ARTICLE, r"\2 \1", title or text).replace("L' ", "L'")      # no space behind L'
     return title, int(year) if year else None
 
 
@@ -950,7 +950,7 @@ def groups(keys: Array) -> list[Array]:
 def ridge(rows: Array, columns: Array, targets: Array, known: Array, count: int) -> Array:
     """float32 [count, k + 1]: for each user, say, the regression of ratings on the items' factors and 1.
 
-    Vote i is (rows[i], columns[i], targets[i]): user, item and rating. `known` holds the items' factors. Or the
+    Vote i is (rows[i], columns[i], targets[i]): user, item, and the rating less offset and item bias. `known` holds the items' factors. Or the
     other way round: rows are items, and `known` holds the users' factors.
     The penalty is 3 + a tenth of the number of targets on each factor, and 3 on the bias.
     """
@@ -1024,7 +1024,8 @@ def fitted_world(entries: Sequence[Entry], votes: Array, n: int, seed: int) -> E
     votes["user"] = rng.permutation(n)[votes["user"]]
     held_out = rng.permutation(size) < size // 10
     train, test = votes[~held_out], votes[held_out]
-    model, biases = als(train, n, m, 12), als(train, n, m, 0)
+    model = als(train, n, m, rank=12)
+    biases = als(train, n, m, rank=0)       # no factors: biases alone
     vectors = unit(model.q[:, :-1])
     # items without a rating have no place: they lie at 0 and would make everything alike
     rated = np.unique(train["item"])

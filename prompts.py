@@ -226,7 +226,7 @@ def heads_of(text: str) -> list[Head]:
     "Thought", "Action" and "Observation" may also be words of a title, "Missing in Action 2: The
     Beginning", or a category, "I like Action: it is fast". In the middle of a sentence they count only
     in front of "recommend", or with a number behind a label of another name: "Thought 2: a shark
-    Action 2: Jaws".
+    Action 2: Jaws". Every other label counts anywhere.
     """
     heads = []
     for match in LABEL.finditer(text):
@@ -522,7 +522,8 @@ def bounded(session: str, limit: int) -> str:
     half = max(limit // 2, 1)
     cut = ceil((len(session) - limit) / half) * half
     # Behind the first Observation line after the cut the next whole turn begins.
-    turns = session[cut:].partition("\nObservation")[2].partition("\n")[2]
+    behind = session[cut:].partition("\nObservation")[2]
+    turns = behind.partition("\n")[2]       # without the rest of that line
     if turns:
         return turns
     return session[-limit:].partition("\n")[2]      # one turn is longer than half a limit
@@ -674,7 +675,7 @@ def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
     other = in_brackets(tastes.other)
     if not thought:                 # categories not shown lately are in both lists: they weigh more
         return [in_brackets(tastes.liked), other]
-    plain = f" {' '.join(words_of(thought))} ".casefold()
+    plain = f" {' '.join(words_of(thought))} ".casefold()       # the spaces make whole words match
     tags = [tag_of(name) for name in categories]
     chosen = [tag for tag in tags if f" {' '.join(words_of(tag))} ".casefold() in plain]
     fresh = [tag for tag in chosen if tag not in tastes.recent]
@@ -1133,7 +1134,7 @@ def asked_wait(headers: Any, text: str) -> float:
         return parsedate_to_datetime(after).timestamp() - time.time()
     except MISSHAPEN:
         pass                        # no date, perhaps a number of seconds
-    # The headers are written as DURATION reads them. An absent one holds no number. The first number counts.
+    # An absent header gives "wait Nonems" or "wait s", which DURATION does not match.
     hints = f"wait {headers.get('retry-after-ms')}ms, wait {after}s, {text}"
     duration = re.search(DURATION, hints)
     return float(duration[2]) * SECONDS[duration[3].lower()] if duration else 0.0
@@ -1211,7 +1212,7 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     """
     status = str(response.status_code)
     error = fields(data.get("error")) or data
-    # An answer that could not be read is {} here. It keeps its status 200, the kind "page".
+    # `send_once` passes {} for an answer that could not be read. It keeps its status 200, the kind "page".
     if response.is_success and error:           # the real status is in the body
         code = str(error.get("code"))
         status = code if re.fullmatch("[45][0-9][0-9]", code) else "500"
@@ -1226,7 +1227,7 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
 
 # - requests until there is an answer
 
-CHARGE = ContextVar("CHARGE", default=lambda: None)       # see `limited`
+CHARGE = ContextVar("CHARGE", default=lambda: None)       # called before each repeat; `limited` puts its budget here
 
 
 def accepted(route: Route, body: dict) -> dict:

@@ -226,7 +226,7 @@ def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
             yield ["models"], "without --experiment table6"
         if varied == {"model"}:
             yield ["rows"], "on table6: its rows are --models"
-        elif len(varied) == 1:
+        elif len(varied) == 1:          # it may be {""}, the name of no flag
             yield varied, "here: the experiment varies it"
     else:
         yield OF_EXPERIMENTS, "without --experiment"
@@ -253,6 +253,7 @@ def models_of(args: Namespace) -> list[str]:
     """The models that the flags or the environment name, the main one first."""
     if args.method in envs.POLICIES:        # asks none
         return ["offline"]
+    # A replay asks no endpoint, but its log is that of a real model.
     endpoint = args.base_url or args.replay or variable(
         "OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY")
     names = args.models.split(",") if args.models else []
@@ -1140,7 +1141,7 @@ def critic_errors(
     errors = np.zeros((repeats, len(users), 2))
     learned = []
     for repeat in range(repeats):
-        seed = run.seed + 1000 * (repeat + 1)
+        seed = run.seed + 1000 * (repeat + 1)       # far apart: runs of neighbouring seeds share no draws
         agent = billp.NOVICE
         learners = generator(seed, "learners").permutation(place.learners).tolist()
         for agent, batch in billp.train(catalog, learners, llm, seed, agent, config, pmap):
@@ -1218,11 +1219,11 @@ def offline_pool(args: Namespace, jobs: int) -> Iterator[futures.Executor | None
 def do_jobs(args: Namespace, jobs: dict[str, Job], folder: Path, live: Live) -> dict[str, Result]:
     """The result of each job: offline side by side in processes, else one after the other."""
     if all(job.run.model == "offline" for job in jobs.values()):
-        place, work = offline_pool(args, len(jobs)), offline_job
+        opened, work = offline_pool(args, len(jobs)), offline_job
     else:
-        place, work = nullcontext(), partial(live_job, args, folder, live, {})
+        opened, work = nullcontext(), partial(live_job, args, folder, live, {})
     results = {}
-    with place as pool, parallel(pool, live.stop) as pmap:
+    with opened as pool, parallel(pool, live.stop) as pmap:     # `parallel` shuts the pool down
         for key, result in zip(jobs, pmap(work, jobs.values())):
             results[key] = result
             run = jobs[key].run
