@@ -1376,7 +1376,8 @@ def plot(name: str, heading: str, rows: Sequence[Row], path: Path) -> None:
     label = f"{experiment.label} (mean, 95 % confidence interval)"
     if experiment.axis:
         plot_lines(axes, rows, DRAWN[experiment.measure])
-        axes.set(xlabel=experiment.axis, ylabel=label)
+        axes.set(xlabel=experiment.axis)
+        axes.set_ylabel(label, fontsize=8)
     else:
         plot_bars(axes, rows, DRAWN[experiment.measure])
         axes.set_xlabel(label)
