@@ -63,4 +63,4 @@ for before, language, content in blocks:
 (root / "server.py").unlink(missing_ok=True)
 shutil.rmtree(folder)
 print(f"{count} passed, 0 failed")
-sys.exit(0 if count > 8 else 1)
+sys.exit(0 if count >= 7 else 1)       # fewer: a block was not found
