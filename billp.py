@@ -46,7 +46,7 @@ class Config(NamedTuple):
     k_experience: int = 200         # experiences recalled for the actor and counted for each item
     k_actions: int = 10             # items shown for their experience where there are no candidates
     k_values: int = 8               # values recalled for the critic, enough to average
-    candidates: int = 10            # free items shown to the actor; 0 shows none, as the paper
+    candidates: int = 10            # free items shown to the actor; 0: remembered ones alone, as in the paper
     lately: int = 4                 # how many steps back the category tool looks; as in the released code
     titles: int = 10                # items in a state's text and in a prompt's list; as in the paper
     batch: int = 10                 # episodes between two updates of the memories; as in the paper
@@ -160,7 +160,10 @@ def record_at(memory: Memory, i: int) -> Record:
 
 
 def nearest_first(distances: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` smallest distances, nearest first, newest first among equals. All that tie with the last come, too."""
+    """Indices of the `count` smallest distances, nearest first, newest first among equals.
+
+    All that tie with the last come, too.
+    """
     limit = np.inf
     if count < len(distances):
         limit = np.partition(distances, count - 1)[count - 1]       # quicker than sorting all

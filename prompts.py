@@ -54,7 +54,7 @@ class Usage(NamedTuple):
 class Key(NamedTuple):
     """Names the random draws of one ask, so that equal texts can have different answers."""
     seed: int
-    phase: str                      # "before", "learn" or "after"
+    phase: str                      # "before", "learn", "after", or any other name for draws apart
     episode: int                    # from 0, within its phase
     step: int = 0                   # from 0
     attempt: int = 0                # from 0: how many replies were malformed before

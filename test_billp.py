@@ -2267,6 +2267,27 @@ def test_a_query_compares_categories_as_item_lines_write_them():
     assert texts == ["[Drama]"]         # the other one was shown lately
 
 
+@pytest.mark.parametrize("reply", ["Action 1: recommend **Sabrina** (1995)", 'Action 1: recommend "Sabrina" (1995)'])
+def test_the_year_behind_a_quoted_title_counts(reply):
+    env = FILMS._replace(titles=("Sabrina", "Sabrina") + FILMS.titles[2:], years=(1954, 1995) + FILMS.years[2:])
+    assert prompts.ground(prompts.parse_actor(reply), prompts.catalog(env)) == (1, True)
+
+
+def test_a_number_in_brackets_is_not_the_value():
+    assert prompts.parse_critic("Value (gamma = 0.5): 7.5") == 7.5
+
+
+def test_a_wait_in_milliseconds_is_short():
+    assert prompts.asked_wait({}, "Please retry after 500 milliseconds") < 1000
+    assert prompts.asked_wait({}, "Please retry after 2 minutes") == 120
+
+
+@pytest.mark.parametrize("key", ["none", "message", "content", "ollama"])
+def test_a_dummy_key_stars_no_answer(key):
+    llm, _ = answering(f"a {key} film", key=key)
+    assert llm(HELLO).text == f"a {key} film"
+
+
 WRAPPINGS = ("Action: recommend {}", "**{}**", '```json\n{{"item": "{}"}}\n```', "Of course, here is one:\n\n{}",
              "Action: recommend {} because it is unlike the last items", 'Action: recommend "{}"', "1. {}\n2. {}")
 
