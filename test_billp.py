@@ -2268,10 +2268,10 @@ def test_a_query_compares_categories_as_item_lines_write_them():
 
 
 def test_lines_have_years_where_titles_are_not_enough():
-    env = FILMS._replace(titles=("Up", "Sabrina", "Sabrina") + FILMS.titles[3:],
+    env = FILMS._replace(titles=("Emma", "Sabrina", "Sabrina") + FILMS.titles[3:],
                          years=(2009, 1954, 1995) + FILMS.years[3:])
     lines = prompts.catalog(env).lines
-    assert [line.partition(" [")[0] for line in lines[:3]] == ["Up", "Sabrina (1954)", "Sabrina (1995)"]
+    assert [line.partition(" [")[0] for line in lines[:3]] == ["Emma", "Sabrina (1954)", "Sabrina (1995)"]
 
 
 @pytest.mark.parametrize("reply", ["Action 1: recommend **Sabrina** (1995)", 'Action 1: recommend "Sabrina" (1995)'])
