@@ -9,11 +9,12 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
     V(s), A(s, a)  the critic's value of a state; the advantage r + gamma V(s') - V(s)
     verdict v_n    what the actor remembers of an action: 1 encouraged if A >= 0, else 0 discouraged
     M_P, M_A, M_C  the memories of planner, actor and critic (an `Agent`)
-    ask            one question to the model (prompts.Ask); its key names every random draw, so that a run repeats
+    ask            one question to the model (prompts.Ask); its key names every random draw, so
+                   that a run repeats
     malformed      a reply that a parser cannot use; after some of them a role gives its fallback
 
-To record (s, a) as encouraged makes it likelier that a is shown and chosen in similar states. This does what a
-policy-gradient step does to pi(a | s), without a weight.
+To record (s, a) as encouraged makes it likelier that a is shown and chosen in similar states. This
+does what a policy-gradient step does to pi(a | s), without a weight.
 
 All functions are pure. The model comes in as the argument `llm`. Parallelism comes in as the
 argument `pmap`: any function that works like the built-in `map` and keeps the order.
@@ -40,26 +41,28 @@ class Config(NamedTuple):
     thoughts: bool = True           # the planner is asked for a thought t_n before each action
     lessons: str = "nearest"        # which reflections the planner reads: none, latest or nearest
     experience: bool = True         # M_A and M_C are written and recalled
-    baseline: bool = True           # the critic's V(s) counts; without it V = 0 and all is encouraged
+    baseline: bool = True           # the critic's V(s) counts; otherwise V = 0, all is encouraged
     gamma: float = 0.5              # discount of later rewards; the paper's gamma
     k_lessons: int = 2              # reflections recalled; the paper's K
     k_experience: int = 200         # experiences recalled for the actor and counted for each item
     k_actions: int = 10             # items shown for their experience where there are no candidates
     k_values: int = 8               # values recalled for the critic, enough to average
-    candidates: int = 10            # free items shown to the actor; 0: remembered ones alone, as in the paper
-    lately: int = 4                 # how many steps back the category tool looks; as in the released code
-    titles: int = 10                # items in a state's text and in a prompt's list; as in the paper
+    # free items shown to the actor; 0: remembered ones alone, as in the paper
+    candidates: int = 10
+    lately: int = 4                 # steps the category tool looks back; as in the released code
+    titles: int = 10                # items in a state's text and a prompt's list; as in the paper
     batch: int = 10                 # episodes between two updates of the memories; as in the paper
     transcript: int = 24000         # characters of a session in a prompt: about 6,000 tokens
     temperature: float = 0.5        # of every ask; as in the paper
     reply_tokens: int = 256         # longest reply asked for; models that reason need thousands
     retries: int = 2                # how often a malformed reply is asked for again
-    repeats: bool = False           # whether an item may come twice in a session, or come from the history
+    repeats: bool = False           # whether an item may come twice or come from the history
 
 
 DEFAULT = Config()
 
-METHODS: dict[str, dict[str, Any]] = {          # each method is a row of switches over the same roles
+# each method is a row of switches over the same roles
+METHODS: dict[str, dict[str, Any]] = {
     "act": {"thoughts": False, "lessons": "none", "experience": False},
     "react": {"lessons": "none", "experience": False},
     "reflexion": {"lessons": "latest", "experience": False},
@@ -73,7 +76,7 @@ METHODS: dict[str, dict[str, Any]] = {          # each method is a row of switch
 
 
 def td_target(reward: float, gamma: float, next_value: float, terminated: bool) -> float:
-    """What a state turned out to be worth: r_n + gamma V(s_{n+1}), with V = 0 once the user has left.
+    """What a state turned out to be worth: r_n + gamma V(s_{n+1}), with V = 0 once the user left.
 
     >>> td_target(4.0, 0.5, 6.0, False), td_target(0.0, 0.5, 6.0, True)
     (7.0, 0.0)
@@ -81,7 +84,8 @@ def td_target(reward: float, gamma: float, next_value: float, terminated: bool) 
     return reward + gamma * next_value * (1 - terminated)
 
 
-def advantage(reward: float, gamma: float, value: float, next_value: float, terminated: bool) -> float:
+def advantage(reward: float, gamma: float, value: float, next_value: float,
+              terminated: bool) -> float:
     """A(s_n, a_n) = r_n + gamma V(s_{n+1}) - V(s_n): how much better than the critic expected.
 
     >>> advantage(4.0, 0.5, 5.0, 6.0, False)
@@ -108,7 +112,7 @@ def discounted_return(rewards: Sequence[float], gamma: float) -> float:
 class Record(NamedTuple):
     """One thing remembered."""
     text: str                       # the state it is found by
-    item: str                       # M_A: the item recommended; M_C: the last item of the state; M_P: ""
+    item: str                       # M_A: the item recommended; M_C: the state's last item; M_P: ""
     content: Any                    # a reflection, a verdict or a TD target
 
 
@@ -168,15 +172,16 @@ def nearest_first(distances: np.ndarray, count: int) -> np.ndarray:
     if count < len(distances):
         limit = np.partition(distances, count - 1)[count - 1]       # quicker than sorting all
     near = np.flatnonzero(distances <= limit)
-    return near[np.lexsort((-near, distances[near]))]               # the last key counts most: distance, then newest
+    # the last key counts most: distance, then newest
+    return near[np.lexsort((-near, distances[near]))]
 
 
 def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> tuple[Record, ...]:
     """The k records nearest to a unit vector [d], nearest first, none farther than tau.
 
-    The distance is squared L2, which is 2 - 2 cos between unit vectors. It is rounded, so that equal
-    texts tie. Among equals the newest comes first. Of records with the same text and item only the
-    newest counts.
+    The distance is squared L2, which is 2 - 2 cos between unit vectors. It is rounded, so that
+    equal texts tie. Among equals the newest comes first. Of records with the same text and item
+    only the newest counts.
     """
     if not memory or k < 1:
         return ()
@@ -189,10 +194,12 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
             if len(found) == k or distances[i] > tau:
                 break
             record = record_at(memory, i)
-            found.setdefault((record.text, record.item), record)        # of equals the newest came first
+            # of equals the newest came first
+            found.setdefault((record.text, record.item), record)
         if len(found) == k or count >= len(distances):
             return tuple(found.values())
-        count *= 4                  # several records of one text and item took the places: look further
+        # several records of one text and item took the places: look further
+        count *= 4
 
 
 # ---------------------------------------------------------------------------------- roles
@@ -204,17 +211,17 @@ class State(NamedTuple):
     history: tuple[str, ...]        # lines of the last `titles` items liked before
     shown: tuple[str, ...]          # lines of the items recommended in this session
     session: str                    # the transcript so far
-    text: str                       # the last `titles` lines, liked or shown: what memories are searched by
+    text: str                       # the last `titles` lines, liked or shown, to search memories by
     vector: np.ndarray              # float32 [d], the embedding of the text
     taken: tuple[int, ...]          # items liked before or recommended in this session
-    top: float                      # the largest value possible: 5 at every step to the cap, discounted
+    top: float                      # the largest possible value: 5 at every step, discounted
     thought: str = ""               # t_n, once the planner has spoken; for the actor alone
 
 
 class Answer(NamedTuple):
     """What a role answers, and how it came to the answer."""
     value: Any                      # thought, item, V(s) or reflection
-    said: str                       # what was parsed, before grounding or clipping; "" if nothing was
+    said: str                       # what was parsed, before grounding or clipping; "" if nothing
     recalled: tuple = ()            # reflections, candidates, or pairs (item line, target)
     malformed: int = 0              # replies that could not be parsed
     fallback: bool = False          # no reply could be parsed
@@ -229,7 +236,8 @@ class Agent(NamedTuple):
 
 
 NOVICE = Agent()
-Output = tuple[Answer, Memory]      # of every role; a role that only reads returns the very same memory
+# of every role; a role that only reads returns the very same memory
+Output = tuple[Answer, Memory]
 
 
 def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, config: Config,
@@ -263,10 +271,14 @@ def distinct(lessons: Iterable[str], k: int) -> tuple[str, ...]:
 
 
 def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
-    """Macro level: the thought t_n, given the state, K reflections and the category tool. Fallback: no thought."""
+    """Macro level: the thought t_n, given the state, K reflections and the category tool.
+
+    Fallback: no thought.
+    """
     recalled: tuple[Record, ...] = ()
     if config.lessons == "nearest":
-        recalled = recall(memory, state.vector, 4 * config.k_lessons)      # some to spare for `distinct`
+        # some to spare for `distinct`
+        recalled = recall(memory, state.vector, 4 * config.k_lessons)
     if config.lessons == "latest":
         recalled = records(memory)[::-1]
     lessons = distinct((record.content for record in recalled), config.k_lessons)
@@ -289,10 +301,11 @@ def evidence(state: State, memory: Memory, config: Config) -> dict[str, Candidat
     return items
 
 
-def shortlist(state: State, memory: Memory, catalog: Catalog, config: Config) -> tuple[Candidate, ...]:
+def shortlist(state: State, memory: Memory, catalog: Catalog,
+              config: Config) -> tuple[Candidate, ...]:
     """The free items that the actor is shown, each once, those with the best evidence first.
 
-    With candidates they are the free items nearest to the thought. Without, those that are remembered.
+    With candidates they are the free items nearest to the thought. Without, those remembered.
     """
     taken = () if config.repeats else state.taken
     known = evidence(state, memory, config)
@@ -312,11 +325,12 @@ def shortlist(state: State, memory: Memory, catalog: Catalog, config: Config) ->
     return tuple(listed[:config.candidates or config.k_actions])
 
 
-def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog, config: Config = DEFAULT) -> Output:
+def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
+          config: Config = DEFAULT) -> Output:
     """Micro level: the item a_n, given the thought, free items and the evidence for them.
 
-    If the reply names no free item, the one nearest to what was asked for is taken. Fallback: the first item that
-    was shown, or the one nearest to the state.
+    If the reply names no free item, the one nearest to what was asked for is taken. Fallback: the
+    first item that was shown, or the one nearest to the state.
     """
     listed = shortlist(state, memory, catalog, config)
     question = prompts.render_actor(state.key.step + 1, state.thought, listed)
@@ -331,7 +345,10 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog, config: Conf
 
 
 def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
-    """Micro level: V(s_n) in [0, state.top], given TD targets of similar states. Fallback: their mean, or 0."""
+    """Micro level: V(s_n) in [0, state.top], given TD targets of similar states.
+
+    Fallback: their mean, or 0.
+    """
     recalled = recall(memory, state.vector, config.k_values)
     targets = tuple((record.item, record.content) for record in recalled)
     question = prompts.render_critic(targets, config.gamma, state.top)
@@ -347,7 +364,8 @@ def reflector(trajectory: Trajectory, memory: Memory, llm: LLM, config: Config =
     Fallback: nothing is kept.
     """
     question = prompts.render_reflector()
-    answer = consult(llm, "reflector", trajectory.last, question, prompts.parse_reflector, config, "")
+    answer = consult(llm, "reflector", trajectory.last, question, prompts.parse_reflector, config,
+                     "")
     if answer.fallback:
         return answer, memory
     first = trajectory.steps[0].state
@@ -390,11 +408,12 @@ def opening(catalog: Catalog, user: int, key: Key, config: Config = DEFAULT) -> 
     history = tuple(catalog.lines[item] for item in liked[-config.titles:])
     text = "\n".join(history)
     top = discounted_return([5.0] * catalog.env.max_steps, config.gamma)
-    return State(key._replace(step=0), history, (), "", text, catalog.embed([text])[0], tuple(liked), top)
+    return State(key._replace(step=0), history, (), "", text, catalog.embed([text])[0],
+                 tuple(liked), top)
 
 
 def advance(state: State, catalog: Catalog, step: Step, left: bool, config: Config) -> State:
-    """The state after one more step. The transcript grows by one turn; nothing in it is rewritten."""
+    """The state after one more step. The transcript grows by one turn, and nothing is rewritten."""
     n = state.key.step + 1
     shown = state.shown + (step.line,)
     text = "\n".join((state.history + shown)[-config.titles:])
@@ -404,14 +423,16 @@ def advance(state: State, catalog: Catalog, step: Step, left: bool, config: Conf
     return state._replace(
         key=state.key._replace(step=n),
         shown=shown,
-        session=state.session + prompts.turn(n, step.plan.value, step.line, step.reward, left, asked),
+        session=state.session + prompts.turn(
+            n, step.plan.value, step.line, step.reward, left, asked),
         text=text,
         vector=catalog.embed([text])[0],
         taken=state.taken + (step.act.value,))
 
 
-def play(catalog: Catalog, world: EnvState, state: State, agent: Agent, llm: LLM, config: Config) -> Trajectory:
-    """Think, act and observe from this state on, until the user leaves or the step cap is reached."""
+def play(catalog: Catalog, world: EnvState, state: State, agent: Agent, llm: LLM,
+         config: Config) -> Trajectory:
+    """Think, act and observe from this state on, until the user leaves or the cap is reached."""
     steps: list[Step] = []
     left = cut = False
     while not (left or cut):
@@ -426,7 +447,8 @@ def play(catalog: Catalog, world: EnvState, state: State, agent: Agent, llm: LLM
     return Trajectory(int(world.user), tuple(steps), state, bool(left))
 
 
-def episode(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM, config: Config = DEFAULT) -> Trajectory:
+def episode(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM,
+            config: Config = DEFAULT) -> Trajectory:
     """One session with one user. The agent is read and never changed."""
     world = envs.reset(catalog.env, user)
     return play(catalog, world, opening(catalog, user, key, config), agent, llm, config)
@@ -442,14 +464,15 @@ def last_item(state: State) -> str:
 
 
 def appraise(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config) -> tuple[Answer, ...]:
-    """The critic's answers for s_1 .. s_N. For s_{N+1}, too, unless the user left: then its value is 0."""
+    """The critic's answers for s_1 .. s_N, and for s_{N+1} unless the user left: its value is 0."""
     states = [step.state for step in trajectory.steps]
     if not trajectory.terminated:
         states.append(trajectory.last)
     return tuple(critic(state, agent.critic, llm, config)[0] for state in states)
 
 
-def credit(trajectory: Trajectory, values: Sequence[float], gamma: float) -> tuple[list[float], list[float]]:
+def credit(trajectory: Trajectory, values: Sequence[float],
+           gamma: float) -> tuple[list[float], list[float]]:
     """TD targets and advantages of the N steps, given V(s_1) .. V(s_{N+1})."""
     targets, advantages = [], []
     for n, step in enumerate(trajectory.steps):
@@ -483,7 +506,8 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
                                gained=Agent(lessons, tried, valued))
 
 
-def session(catalog: Catalog, agent: Agent, llm: LLM, config: Config, user: int, key: Key) -> Trajectory:
+def session(catalog: Catalog, agent: Agent, llm: LLM, config: Config, user: int,
+            key: Key) -> Trajectory:
     """Play an episode and study it. Both read the same frozen agent."""
     played = episode(catalog, user, key, agent, llm, config)
     return study(played, agent, llm, config)
@@ -498,14 +522,18 @@ def absorb(agent: Agent, trajectory: Trajectory) -> Agent:
 
 def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, seed: int, phase: str,
              config: Config = DEFAULT, pmap: Callable = map) -> tuple[Trajectory, ...]:
-    """One episode with each user while the agent stays as it is. (seed, phase, i) names the draws of users[i]."""
+    """One episode with each user while the agent stays as it is.
+
+    (seed, phase, i) names the draws of users[i].
+    """
     keys = [Key(seed, phase, i) for i in range(len(users))]
     one = partial(episode, catalog, agent=agent, llm=llm, config=config)
     return tuple(pmap(one, users, keys))
 
 
 def train(catalog: Catalog, users: Sequence[int], llm: LLM, seed: int = 0, agent: Agent = NOVICE,
-          config: Config = DEFAULT, pmap: Callable = map, first: int = 0) -> Iterator[tuple[Agent, tuple]]:
+          config: Config = DEFAULT, pmap: Callable = map,
+          first: int = 0) -> Iterator[tuple[Agent, tuple]]:
     """The paper's algorithm, a left fold. Yields (agent, trajectories) after each batch.
 
     `first` is the number of episodes learned before, so that learning can go on where it stopped.

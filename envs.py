@@ -83,7 +83,7 @@ class EnvState(NamedTuple):
 
 def sessions_at(state: EnvState, index: Any) -> EnvState:
     """The sessions at an index of the leading axis."""
-    return EnvState(state.user[index], state.recent[index], state.t[index])
+    return EnvState(*[part[index] for part in state])
 
 
 def look_up(ratings: Array, users: Array, items: Array) -> Array:
@@ -119,7 +119,7 @@ def reset(env: Env, user: Array) -> EnvState:
     """A new session for a user (int) or for B users (int [B])."""
     user = np.asarray(user)
     nothing = np.full(user.shape + (env.window,), -1)
-    return EnvState(user, nothing, np.zeros(user.shape, int))
+    return EnvState(user, nothing, np.zeros_like(user))
 
 
 def distance_to_recent(env: Env, state: EnvState, item: Array) -> Array:
@@ -129,6 +129,7 @@ def distance_to_recent(env: Env, state: EnvState, item: Array) -> Array:
     after `with_all`, m items for each of B users.
     """
     smallest = np.full(np.broadcast(state.user, item).shape, np.inf)
+    # one place after the other: all at once is slower with many items
     for place in range(env.window):
         other = state.recent[..., place]
         # an empty place is -1, which indexes the last item: that distance is dropped
@@ -168,7 +169,7 @@ def why_left(env: Env, user: int, items: Sequence[int]) -> str:
     return f"disappointed: would rate it {env.rate(user, item):g}"
 
 
-def demand(holds: bool, message: str) -> None:
+def demand(holds: Any, message: str) -> None:
     """Raise a ValueError unless something holds."""
     if not holds:
         raise ValueError(message)
@@ -179,22 +180,19 @@ def check(env: Env) -> None:
 
     It looks at all ratings if there are at most 10^7, otherwise at those of some users.
     """
-    n, m = len(env.histories), len(env.titles)
+    n, m, c = len(env.histories), len(env.titles), len(env.categories)
     demand(n > 0 and m > 0, f"a world of {n} users (histories) and {m} items (titles)")
     demand(0 <= env.learners <= n, f"learners is {env.learners} for {n} histories")
-    c, d = len(env.categories), np.size(env.vectors) // m
-    expected = {"years": (m,), "belongs": (m, c), "vectors": (m, d)}
-    for name, shape in expected.items():
-        actual = np.shape(getattr(env, name))
-        demand(actual == shape, f"{name} has the shape {actual} instead of {shape}")
+    shapes = [np.shape(env.years), np.shape(env.belongs), np.shape(env.vectors)]
+    expected = [(m,), (m, c), (m, np.size(env.vectors) // m)]
+    demand(shapes == expected, f"years, belongs, vectors have shapes {shapes}, not {expected}")
     demand(np.isfinite(env.vectors).all(), "vectors has numbers that are not finite")
     for user, history in enumerate(env.histories):
         for item in history:
             fits = isinstance(item, (int, np.integer)) and 0 <= item < m
             demand(fits, f"the history of user {user} has {item!r}, which is not from 0..{m - 1}")
 
-    count = max(1, 10 ** 7 // m)
-    users, items = np.random.default_rng(0).permutation(n)[:count], np.arange(m)
+    users, items = np.arange(0, n, 1 + n * m // 10 ** 7), np.arange(m)
     try:
         ratings = env.rate(users[:, None], items)
         env.distance(0, items, 0)
@@ -221,7 +219,7 @@ def unseen(env: Env, users: Array) -> Array:
     """bool [B, m]: the items that are not in each user's history."""
     free = np.ones((len(users), len(env.titles)), bool)
     for row, user in enumerate(users):
-        # as integers, because an empty list would become an array of floats
+        # as integers, because an empty array may be one of floats
         free[row, np.asarray(env.histories[user], int)] = False
     return free
 
@@ -368,18 +366,15 @@ def common_sense(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
 # ------------------------------------ policies that learn: a bandit, and an actor and critic
 
 
-def turns(env: Env, episodes: int, rounds: int, rng: Rng) -> list[Array]:
-    """The users of each round: learners take turns, in a random order, for so many episodes."""
+def turns(env: Env, episodes: int, rounds: int, rng: Rng) -> Iterator[tuple[EnvState, Array]]:
+    """The new sessions of each round, and what is free in them.
+
+    Learners take turns, in a random order, for so many episodes.
+    """
     # resize repeats the order until it is long enough
     users = np.resize(rng.permutation(env.learners), episodes)
-    return np.array_split(users, rounds)
-
-
-def go_on(state: EnvState, free: Array, item: Array, stay: Array) -> tuple[EnvState, Array]:
-    """The sessions that go on, by a mask [B], and what is free in them after the item [B]."""
-    still_free = free[stay]         # a copy
-    still_free[np.arange(len(still_free)), item[stay]] = False
-    return sessions_at(state, stay), still_free
+    for group in np.array_split(users, rounds):
+        yield reset(env, group), unseen(env, group)
 
 
 def features(env: Env, state: EnvState) -> Array:
@@ -388,7 +383,7 @@ def features(env: Env, state: EnvState) -> Array:
     # at the first step the distance is infinite, which a regression cannot use, so it has a cap;
     # worlds measure distance in different units, and beta tells what is far in each
     distance = np.minimum(distance_to_recent(env, sessions, every), 2 * env.beta)
-    one = np.ones(distance.shape)
+    one = np.ones_like(distance)
     return np.stack([distance, overlap(env, state), affinity(env, state), one], -1)
 
 
@@ -397,32 +392,32 @@ def bandit(weights: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> 
     return draw(features(env, state) @ weights, free, rng)
 
 
-def learn_bandit(env: Env, episodes: int, seed: int = 0, epsilon: float = 0.1) -> Policy:
+def learn_bandit(env: Env, episodes: int, seed: int = 0) -> Policy:
     """A linear contextual bandit: ridge regression of the next reward on `features`, penalty 1.
 
     It learns from the rewards of its own episodes and does not look ahead. It recommends a random
-    item at a rate of epsilon.
+    item one time in ten.
     """
     rng = branch(seed, "bandit")
     # ridge regression solves (sum of x x' + penalty) weights = sum of reward x
     square, product = np.eye(4), np.zeros(4)
-    for users in turns(env, episodes, 100, rng):
-        state, free = reset(env, users), unseen(env, users)
+    for state, free in turns(env, episodes, 100, rng):
         while len(free) > 0:
             x = features(env, state)
             predicted = x @ np.linalg.solve(square, product)
             # equal scores draw a random item
-            explores = rng.random((len(x), 1)) < epsilon
+            explores = rng.random((len(x), 1)) < 0.1
             item = draw(np.where(explores, 0, predicted), free, rng)
             state, reward, left, cut = step(env, state, item)
             chosen = x[np.arange(len(x)), item]
             square += chosen.T @ chosen
             product += reward @ chosen
-            state, free = go_on(state, free, item, ~(left | cut))
+            free[np.arange(len(free)), item] = False
+            stay = ~(left | cut)
+            state, free = sessions_at(state, stay), free[stay]
     return partial(bandit, np.linalg.solve(square, product))
 
 
-CHOICES = 64        # items the actor-critic chooses among while it learns; m / 16 if that is more
 ENTROPY = 0.05      # weight of the actor's bonus for keeping its choices open
 
 
@@ -436,15 +431,12 @@ class Weights(NamedTuple):
     value: Array                        # [2d + 1]: V(s) = x @ value
 
 
-def with_one(rows: Array) -> Array:
-    """The rows with a 1 behind each, which takes the weight of a constant."""
-    return np.hstack([rows, np.ones((len(rows), 1), np.float32)])
-
-
 def observe(env: Env, state: EnvState) -> Array:
     """float32 [B, 2d + 1]: x of each session."""
     taste = mean_liked(env.vectors, env, state.user)
-    return with_one(np.hstack([taste, rows_of_recent(env.vectors, state).sum(1)]))
+    recent = rows_of_recent(env.vectors, state).sum(1)
+    one = np.ones_like(taste[:, :1])
+    return np.hstack([taste, recent, one])
 
 
 def log_chances(env: Env, weights: Weights, x: Array, items: Array, free: Array) -> Array:
@@ -483,19 +475,19 @@ def a2c(weights: Weights, env: Env, state: EnvState, free: Array, rng: Rng) -> A
     return best(log_chances(env, weights, observe(env, state), every, free), free)
 
 
-def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5,
-              learning_rate: float = 0.3) -> Policy:
+def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5) -> Policy:
     """Advantage actor-critic, which learns at every step of many episodes side by side.
 
-    It learns by Adagrad: a weight moves less where its slopes have been steep.
+    It learns by Adagrad with a rate of 0.3: a weight moves less where its slopes have been steep.
     """
     rng = branch(seed, "actor-critic")
     m, d = env.vectors.shape
-    weights = Weights(np.zeros((2 * d + 1, d)), np.zeros(m), np.zeros(2 * d + 1))
-    squares = [np.full(weight.shape, 1e-6) for weight in weights]
-    choices = min(m, max(CHOICES, m // 16))
-    for users in turns(env, episodes, 200, rng):
-        state, free = reset(env, users), unseen(env, users)
+    seen = 2 * d + 1        # the length of x
+    weights = Weights(np.zeros((seen, d)), np.zeros(m), np.zeros(seen))
+    squares = [np.full_like(weight, 1e-6) for weight in weights]
+    # while it learns it chooses among a few items, which is quicker
+    choices = min(m, max(64, m // 16))
+    for state, free in turns(env, episodes, 200, rng):
         while len(free) > 0:
             x = observe(env, state)
             # if none of these is free to a user, he or she gets any of them
@@ -503,7 +495,8 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5,
             log_chance = log_chances(env, weights, x, items, free[:, items])
             # the Gumbel trick: the largest of log chance + Gumbel noise is a draw by the chances
             pick = np.argmax(log_chance + rng.gumbel(size=log_chance.shape), 1)
-            state, reward, left, cut = step(env, state, items[pick])
+            item = items[pick]
+            state, reward, left, cut = step(env, state, item)
             # a user who left has no future
             future = ~left * (observe(env, state) @ weights.value)
             td_error = reward + gamma * future - x @ weights.value
@@ -511,8 +504,10 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5,
             for weight, square, slope in zip(weights, squares, slopes):
                 # += changes the arrays inside `weights` and `squares`
                 square += slope ** 2
-                weight += learning_rate * slope / np.sqrt(square)
-            state, free = go_on(state, free, items[pick], ~(left | cut))
+                weight += 0.3 * slope / np.sqrt(square)
+            free[np.arange(len(free)), item] = False
+            stay = ~(left | cut)
+            state, free = sessions_at(state, stay), free[stay]
     return partial(a2c, weights)
 
 
@@ -552,7 +547,7 @@ def scores(lengths: Sequence[int], returns: Sequence[float]) -> Array:
 def totals(samples: Array) -> Array:
     """Scores [..., S, N, 2] -> [..., 3]: Len, R_each and R_traj over all S seeds and N episodes."""
     means = samples.mean((-3, -2))
-    steps, reward = means[..., 0], means[..., 1]
+    steps, reward = np.moveaxis(means, -1, 0)
     return np.stack([steps, reward / np.maximum(steps, 1e-9), reward], -1)
 
 
@@ -565,31 +560,23 @@ def gains(after: Array, before: Array) -> Array:
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
-def over_users(figure: Function, samples: Sequence[Array], draws: int) -> Array:
-    """[2, ...]: the 95 % interval of the percentile bootstrap over the users of one seed.
-
-    The same users are drawn, with replacement, from all samples [1, N, k].
-    """
-    users = samples[0].shape[1]
-    drawn = np.random.default_rng(0).integers(users, size=(draws, users))
-    # [1, N, k] -> [1, draws, N, k] -> [draws, 1, N, k]: the figure sees a batch of one-seed samples
-    resampled = [sample[:, drawn].swapaxes(0, 1) for sample in samples]
-    return np.quantile(figure(*resampled), [0.025, 0.975], axis=0)
-
-
 def intervals(figure: Function, *samples: Array, draws: int = 1000) -> list[list[float]]:
     """[mean, low, high] of each number in figure(*samples), with its 95 % confidence interval.
 
     Samples are [S, N, k]: S seeds with N users each, the same users in all samples, so that
     differences are paired. The figure takes [..., S, N, k]. Several seeds give a t interval over
-    the seeds' figures, because users of one seed share its world. One seed gives a bootstrap
-    interval over its users.
+    the seeds' figures, because users of one seed share its world. One seed gives a percentile
+    bootstrap interval over its users, drawn with replacement.
     """
+    seeds, users = samples[0].shape[:2]
     # [S, N, k] -> [S, 1, N, k]: the figure sees S samples of one seed each and gives a row for each
     figures = figure(*[sample[:, None] for sample in samples])
-    seeds, mean = len(figures), figures.mean(0)
+    mean = figures.mean(0)
     if seeds == 1:
-        low, high = over_users(figure, samples, draws)
+        # all samples are of the same users, so the same users are drawn from all
+        drawn = np.random.default_rng(0).integers(users, size=(draws, 1, users))
+        resampled = figure(*[sample[0, drawn] for sample in samples])
+        low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
     else:
         quantile = STUDENT[min(seeds - 2, len(STUDENT) - 1)]
         margin = quantile * figures.std(0, ddof=1) / np.sqrt(seeds)
@@ -684,8 +671,8 @@ def labels(tags: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], Array]:
     ('Drama', 'War')
     """
     names = sorted({tag for item_tags in tags for tag in item_tags})
-    belongs = [[name in item_tags for name in names] for item_tags in tags]
-    return tuple(names), np.array(belongs, bool)
+    belongs = [np.isin(names, item_tags) for item_tags in tags]
+    return tuple(names), np.array(belongs)
 
 
 def made_up(belongs: Array, users: int, rng: Rng) -> Array:
@@ -705,21 +692,14 @@ def made_up(belongs: Array, users: int, rng: Rng) -> Array:
     return np.clip(ratings, 1, 5).astype(np.int8)
 
 
-def drawn_histories(ratings: Array, rng: Rng) -> Array:
-    """int [n, 10]: ten items of each user. One more point makes an item e times likelier."""
-    # the Gumbel trick: the largest of rating + Gumbel noise are a draw without replacement
-    keys = ratings + rng.gumbel(size=ratings.shape)
-    largest_first = np.argsort(-keys, 1)
-    return largest_first[:, :10]
-
-
 def films(seed: int = 0, users: int = 1000) -> Env:
     """The embedded default: 200 well-known films, and users whose tastes are drawn from `seed`.
 
     Titles, years and categories are facts; ratings are made up. A rating is mostly taste: how much
     the user likes the film's categories, which is in part shared with one of six archetypes. Then
     comes the film's general appeal, then noise. Two films are too alike when they share about half
-    of their categories or more, which is about one pair in 25. Half of the users learn.
+    of their categories or more, which is about one pair in 25. A history is ten films, drawn so
+    that one more point makes a film e times likelier. Half of the users learn.
     """
     rows = re.findall(r"(.+?) (\d{4}) ([A-Z]+)(?:;\s+|$)", FILMS.strip())
     titles, years, codes = zip(*rows)
@@ -729,11 +709,14 @@ def films(seed: int = 0, users: int = 1000) -> Env:
     vectors = unit(belongs * rarity).astype(np.float32)
     rng = np.random.default_rng(seed)
     ratings = made_up(belongs, users, rng)
+    # the Gumbel trick: the largest of rating + Gumbel noise are a draw without replacement
+    keys = ratings + rng.gumbel(size=ratings.shape)
+    largest_first = np.argsort(-keys, 1)
     return Env(
         name="films", titles=titles, years=tuple(map(int, years)),
         categories=categories, belongs=belongs, vectors=vectors,
         rate=table(ratings), distance=euclidean(vectors),
-        histories=tuple(drawn_histories(ratings, rng)), learners=users // 2, beta=0.9)
+        histories=largest_first[:, :10], learners=users // 2, beta=0.9)
 
 
 # ------------------------------------------------ data files: ratings, from MovieLens or anybody
@@ -754,7 +737,6 @@ NO_TAG = ("", "unknown", "(no genres listed)")
 # "Matrix, The": the article stands at the end, or before a parenthesis
 ARTICLE = r"^([^(]*), (The|A|An|Les?|La|L'|Il|El|Los|Las|Das|Der|Die|Une?)(?= \(|$)"
 MANY = 10 ** 6      # more ratings than this take a while
-Notice = Callable[[str], None]      # takes a line for the person who waits
 
 
 class BadData(ValueError):
@@ -771,10 +753,8 @@ def find_file(folder: Path, names: Sequence[str], world: str) -> Path | None:
     for name in names:
         # the order of rglob depends on the file system
         files += sorted(file for file in folder.rglob(name) if file.is_file())
-    # a sort keeps the order of equals, so the last sort counts most
-    files.sort(key=lambda file: len(file.parts))
-    files.sort(key=lambda file: world not in file.parts)
-    return files[0] if files else None
+    # min takes the first of equals
+    return min(files, key=lambda file: (world not in file.parts, len(file.parts)), default=None)
 
 
 @contextmanager
@@ -793,27 +773,21 @@ def reading(path: Location, names: Sequence[str], advice: str, world: str = "") 
         raise BadData(f"{file}: {reason}; {advice}") from None
 
 
-def silent(text: str) -> None:
-    """Say nothing."""
-
-
 def encoding(file: Path) -> str:
     """UTF-8, with or without a byte order mark, if the whole file is valid; otherwise latin-1."""
     try:
-        with file.open(encoding="utf-8-sig") as lines:
-            for _ in lines:
-                pass
+        file.read_text("utf-8-sig")
     except UnicodeDecodeError:
         return "latin-1"
     return "utf-8-sig"
 
 
-def columns(header: Sequence[str], needed: Sequence[str] = ()) -> dict[str, int]:
+def columns(header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
     """The places of the columns in a header, by any alias, case and punctuation.
 
     It raises a ValueError if a needed column is missing.
 
-    >>> columns(["Title", "Movie_ID"])
+    >>> columns(["Title", "Movie_ID"], ["item"])
     {'item': 1, 'title': 0}
     """
     plain = [re.sub(r"[\W_]", "", text).lower() for text in header]
@@ -823,12 +797,13 @@ def columns(header: Sequence[str], needed: Sequence[str] = ()) -> dict[str, int]
         if present:
             places[name] = plain.index(present[0])
         elif name in needed:
-            start = ",".join(header)[:80]
-            raise ValueError(f"no column for the {name} ({aliases}) in the header {start!r}")
+            start = str(header)[:80]
+            raise ValueError(f"no column for the {name} ({aliases}) in the header {start}")
     return places
 
 
 Row = dict[str, str]                # the texts of a line by the names in ALIASES
+Numbers = dict[str, int]            # the number of each id or title
 
 
 def split_lines(stream: Iterator[str], suffix: str) -> Any:
@@ -840,8 +815,8 @@ def split_lines(stream: Iterator[str], suffix: str) -> Any:
     return csv.reader(tabbed, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def read_rows(file: Path, needed: Sequence[str], parse: Callable[[Row], Any],
-              notice: Notice) -> Iterator[Any]:
+def read_rows(file: Path, needed: Sequence[str], parse: Callable,
+              notice: Callable) -> Iterator:
     """parse(row) of each line that is not empty, one line at a time.
 
     A ValueError, also one of parse, names the line.
@@ -856,18 +831,11 @@ def read_rows(file: Path, needed: Sequence[str], parse: Callable[[Row], Any],
                     notice(f"{file} has a million lines or more: reading and fitting takes a while")
                 if not any(fields):
                     continue
-                if len(fields) != len(header):
-                    raise ValueError(f"{len(fields)} fields instead of {len(header)}")
+                fit = len(fields) == len(header)
+                demand(fit, f"{len(fields)} fields instead of {len(header)}")
                 yield parse({name: fields[place].strip() for name, place in places.items()})
         except (ValueError, csv.Error) as error:
             raise ValueError(f"line {lines.line_num}: {error}") from None
-
-
-class Entry(NamedTuple):
-    """One row of the list of items."""
-    title: str
-    year: int | None
-    tags: list[str]
 
 
 def split_title(text: str) -> tuple[str, int | None]:
@@ -888,16 +856,17 @@ def split_title(text: str) -> tuple[str, int | None]:
     return title, int(year) if year else None
 
 
-def parse_entry(entries: dict[str, Entry], row: Row) -> tuple[str, Entry]:
-    """The id and the entry of an item, which must not be among the entries."""
-    demand(row["item"] != "" and row["title"] != "", "an item without id or title")
-    demand(row["item"] not in entries, f"item {row['item']} is listed twice")
+def parse_entry(items: Numbers, row: Row) -> tuple:
+    """The title, year and tags of an item. It adds the item to `items`, the numbers of ids."""
+    demand(row["item"] and row["title"], "an item without id or title")
+    demand(row["item"] not in items, f"item {row['item']} is listed twice")
+    items[row["item"]] = len(items)
     title, year = split_title(row["title"])
     digits = re.search(r"\d{4}", row.get("year", ""))
     if digits:
         year = int(digits.group())
     names = [name.strip() for name in row.get("categories", "").split("|")]
-    return row["item"], Entry(title, year, [name for name in names if name not in NO_TAG])
+    return title, year, [name for name in names if name not in NO_TAG]
 
 
 def seconds(text: str) -> float:
@@ -912,11 +881,11 @@ def seconds(text: str) -> float:
 VOTE = [("user", int), ("item", int), ("rating", float), ("time", float)]
 
 
-def parse_vote(users: dict[str, int], items: dict[str, int], row: Row) -> tuple:
+def parse_vote(users: Numbers, items: Numbers, row: Row) -> tuple:
     """The values of a VOTE, given the numbers of ids. It adds a new user to `users`."""
     rating = float(row["rating"])
     demand(np.isfinite(rating), f"the rating {rating} is not finite")
-    demand(row["user"] != "", "a rating without user")
+    demand(row["user"], "a rating without user")
     demand(row["item"] in items, f"item {row['item']} is not in the list of items")
     # a new user gets the next number
     user = users.setdefault(row["user"], len(users))
@@ -947,17 +916,20 @@ def groups(keys: Array) -> list[Array]:
     return np.split(order, np.flatnonzero(np.diff(keys[order])) + 1)
 
 
-def ridge(rows: Array, columns: Array, targets: Array, known: Array, count: int) -> Array:
-    """float32 [count, k + 1]: for each user, say, the regression of ratings on the items' factors and 1.
+def ridge(rows: Array, columns: Array, ratings: Array, known: Array, count: int) -> Array:
+    """float32 [count, k + 1]: each user's factors and bias, given the items', or vice versa.
 
-    Vote i is (rows[i], columns[i], targets[i]): user, item, and the rating less offset and item bias. `known` holds the items' factors. Or the
-    other way round: rows are items, and `known` holds the users' factors.
-    The penalty is 3 + a tenth of the number of targets on each factor, and 3 on the bias.
+    Vote i is (rows[i], columns[i], ratings[i]): user, item, and the rating less its offset. `known`
+    [m, k + 1] holds the items' factors and bias. Or rows are items, and `known` is the users'. The
+    penalty is 3 + a tenth of the number of votes on each factor, and 3 on the bias.
     """
-    known = with_one(known)
+    targets = ratings - known[columns, -1]
+    # with a 1 in the place of the bias, for the constant of the regression
+    factors = known.copy()
+    factors[:, -1] = 1
     fitted = np.zeros((count, known.shape[1]), np.float32)
     for group in groups(rows):
-        x = known[columns[group]]
+        x = factors[columns[group]]
         penalty = np.full(len(x.T), 3 + len(group) / 10)
         penalty[-1] = 3
         fitted[rows[group[0]]] = np.linalg.solve(x.T @ x + np.diag(penalty), x.T @ targets[group])
@@ -983,15 +955,15 @@ def rounded(model: Model, users: Array, items: Array) -> Array:
     return np.clip(np.rint(predict(model, users, items)), 1, 5)
 
 
-def als(votes: Array, n: int, m: int, rank: int, sweeps: int = 10) -> Model:
-    """Alternating least squares: it fits the users' rows, then the items' rows, and so on."""
+def als(votes: Array, n: int, m: int, rank: int) -> Model:
+    """Alternating least squares: ten times it fits the users' rows, then the items' rows."""
     users, items, offset = votes["user"], votes["item"], votes["rating"].mean()
     ratings = votes["rating"] - offset
     q = 0.1 * np.random.default_rng(0).standard_normal((m, rank + 1), np.float32)
     q[:, -1] = 0
-    for _ in range(sweeps):
-        p = ridge(users, items, ratings - q[items, -1], q[:, :-1], n)
-        q = ridge(items, users, ratings - p[users, -1], p[:, :-1], m)
+    for _ in range(10):
+        p = ridge(users, items, ratings, q, n)
+        q = ridge(items, users, ratings, p, m)
     return Model(p, q, float(offset))
 
 
@@ -1001,18 +973,18 @@ def rmse(model: Model, votes: Array) -> float:
     return np.sqrt(np.square(errors).sum() / max(len(errors), 1))
 
 
-def liked_items(votes: Array) -> tuple[Array, ...]:
+def liked_items(votes: Array) -> list[Array]:
     """Each user's history: the last 20 items rated 4 or more, or else the last 20 rated best."""
     histories = []
     for group in groups(votes["user"]):
-        ratings = votes["rating"][group]
-        good = ratings >= min(4, ratings.max())
-        histories.append(votes["item"][group][good][-20:])
-    return tuple(histories)
+        own = votes[group]
+        good = own["rating"] >= min(4, own["rating"].max())
+        histories.append(own["item"][good][-20:])
+    return histories
 
 
-def fitted_world(entries: Sequence[Entry], votes: Array, n: int, seed: int) -> Env:
-    """A world whose ratings `als` predicts. `about` tells the error on a tenth held out.
+def fitted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int) -> Env:
+    """A world of n users whose ratings `als` predicts. `about` tells the error on a tenth held out.
 
     Item vectors are item factors scaled to length 1; `beta` is the 0.2 quantile of their distances.
     """
@@ -1020,52 +992,52 @@ def fitted_world(entries: Sequence[Entry], votes: Array, n: int, seed: int) -> E
     m, size = len(entries), len(votes)
     votes = votes[np.lexsort((votes["time"], votes["user"]))]
     votes["rating"], mapping = rescaled(votes["rating"])
-    # the first half of the users learns, so the seed draws who they are; votes stay in order of time
+    # the first half of the users learns, so the seed draws who they are; votes stay ordered by time
     votes["user"] = rng.permutation(n)[votes["user"]]
     held_out = rng.permutation(size) < size // 10
     train, test = votes[~held_out], votes[held_out]
     model = als(train, n, m, rank=12)
     biases = als(train, n, m, rank=0)       # no factors: biases alone
+    about = (f"{size} ratings{mapping}; RMSE on the tenth held out: {rmse(model, test):.4f} "
+             f"predicted by factors, {rmse(biases, test):.4f} by biases alone")
     vectors = unit(model.q[:, :-1])
+    distance = euclidean(vectors)
     # items without a rating have no place: they lie at 0 and would make everything alike
     rated = np.unique(train["item"])
     demand(len(rated) > 1, "fewer than two items with ratings")
     a, b = rng.choice(rated, size=(2, 100_000))
-    beta = np.quantile(length_between(vectors, 0, a[a != b], b[a != b]), 0.2)
-    about = (f"{size} ratings{mapping}; RMSE on the tenth held out: {rmse(model, test):.4f} "
-             f"predicted by factors, {rmse(biases, test):.4f} by biases alone")
+    beta = np.quantile(distance(0, a, b)[a != b], 0.2)
     titles, years, tags = zip(*entries)
     categories, belongs = labels(tags)
     return Env(
         name="csv", titles=titles, years=years,
         categories=categories, belongs=belongs, vectors=vectors,
-        rate=partial(rounded, model), distance=euclidean(vectors),
+        rate=partial(rounded, model), distance=distance,
         histories=liked_items(votes), learners=n // 2, beta=float(beta), about=about)
 
 
-def ratings_folder(path: Location, seed: int = 0, notice: Notice = silent) -> Env:
+def ratings_folder(path: Location, seed: int = 0, notice: Callable = print) -> Env:
     """The world of anybody's ratings: a folder with `items.csv` and `ratings.csv`.
 
     items.csv: id, title, optional year, optional categories separated by "|". ratings.csv: user,
     item, rating, optional time. The header names the columns by any of ALIASES, in any order; other
     columns are ignored. Ids are any text. Ratings of another scale are mapped: see `rescaled`.
+    `notice` takes a line for the person who waits.
     """
-    entries, users = {}, {}
+    items, users = {}, {}               # the number of each id; the parsers add to them
     with reading(path, LISTS, ADVICE) as file:
-        parse = partial(parse_entry, entries)       # rows come one at a time: it sees the earlier entries
-        for key, entry in read_rows(file, ("item", "title"), parse, notice):
-            entries[key] = entry
-    items = {key: number for number, key in enumerate(entries)}
+        parse = partial(parse_entry, items)
+        entries = list(read_rows(file, ("item", "title"), parse, notice))
     names = ["ratings" + file.suffix, "rating" + file.suffix]
     with reading(file.parent, names, ADVICE) as file:
         parse = partial(parse_vote, users, items)
         rows = read_rows(file, ("user", "item", "rating"), parse, notice)
         votes = np.fromiter(rows, VOTE)
         demand(len(users) > 1, "fewer than two users")
-        return fitted_world(list(entries.values()), votes, len(users), seed)
+        return fitted_world(entries, votes, len(users), seed)
 
 
-def movielens(path: Location, seed: int = 0, notice: Notice = silent) -> Env:
+def movielens(path: Location, seed: int = 0, notice: Callable = print) -> Env:
     """The world of a folder as GroupLens ships it: csv files, or .dat files (ml-1m and ml-10M)."""
     return ratings_folder(path, seed, notice)._replace(name="movielens")
 
@@ -1074,17 +1046,17 @@ def movielens(path: Location, seed: int = 0, notice: Notice = silent) -> Env:
 
 AUTHORS = "whole copies are in the authors' repository, github.com/jizhi-zhang/BiLLP"
 
-# what a pickled numpy array is made of
-ADMITTED = ("numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct",
-            "numpy.core.numeric._frombuffer")
+# what a pickled numpy array is made of; numpy 2 writes numpy._core for numpy.core
+ADMITTED = ("numpy.ndarray", "numpy.dtype",
+            "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
+            "numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer")
 
 
 class ArraysOnly(pickle.Unpickler):
     """An unpickler that reads numpy arrays and refuses to call anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        # numpy 2 writes numpy._core for numpy.core
-        if f"{module.replace('_core', 'core')}.{name}" not in ADMITTED:
+        if f"{module}.{name}" not in ADMITTED:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is refused")
         return super().find_class(module, name)
 
@@ -1098,19 +1070,19 @@ def load(file: Path) -> Any:
     else:
         with file.open("rb") as stream:
             matrix = np.asarray(ArraysOnly(stream).load())
-    fit = matrix.ndim == 2 and matrix.dtype.kind in "iuf" and np.isfinite(matrix).all()
+    fit = matrix.ndim == 2 and np.isfinite(matrix).all()
     demand(fit, "it does not hold one matrix of finite numbers")
     return matrix
 
 
 @contextmanager
-def content(path: Location, name: str, world: str) -> Iterator[Any]:
+def content(path: Location, name: str, world: str) -> Iterator:
     """What a file of a world holds. A BadData names it for whatever fails inside the block."""
     with reading(path, [name], AUTHORS, world) as file:
         yield load(file)
 
 
-def history_of(titles: Sequence[str], index: dict[str, int]) -> Array:
+def history_of(titles: Sequence[str], index: Numbers) -> Array:
     """The last 20 distinct items that the index has, each at its last place in titles."""
     items = [index[title] for title in titles if title in index]
     # a dict keeps the order, and each item once
@@ -1118,15 +1090,11 @@ def history_of(titles: Sequence[str], index: dict[str, int]) -> Array:
     return np.array(newest_first[:20][::-1], int)
 
 
-class Half(NamedTuple):
-    """What the authors' files hold for the users who learn, or for the others."""
-    ratings: Array                      # [users, m]
-    apart: Array                        # [m, m]: distances
-    seen: list[list[str]]               # of each user, the titles seen, oldest first
+def read_half(path: Location, world: str, half: str) -> tuple[Array, Array, list[list[str]]]:
+    """What the files hold for the users who learn ("train"), or for the others ("test").
 
-
-def read_half(path: Location, world: str, half: str) -> Half:
-    """The half "train" or "test" of a world."""
+    Ratings [users, m], distances [m, m], and of each user the titles seen, oldest first.
+    """
     with content(path, f"{world}_{half}.npy", world) as ratings:
         m = ratings.shape[1]
     with content(path, f"{half}_distance_mat.pickle", world) as apart:
@@ -1136,7 +1104,7 @@ def read_half(path: Location, world: str, half: str) -> Half:
         seen = [[html.unescape(title) for title in user["pos_seq_name"]] for user in users]
         fit = rows and min(rows) >= 0 and max(rows) < len(ratings)
         demand(fit, f"the users do not fit {len(ratings)} rows of ratings")
-    return Half(ratings[rows], apart, seen)
+        return ratings[rows], apart, seen
 
 
 def distance_by_half(learners: int, train: Array, test: Array, users: Array, a: Array,
@@ -1151,11 +1119,12 @@ def released(path: Location, name: str) -> Env:
     Users of train.json learn, those of test.json do not. Only `a2c` sees the vectors, which are the
     genres as rows of length 1.
     """
-    train, test = read_half(path, name, "train"), read_half(path, name, "test")
-    m = len(train.apart)
-    if len(test.apart) != m:
+    train, train_apart, learners = read_half(path, name, "train")
+    test, test_apart, others = read_half(path, name, "test")
+    m = train.shape[1]
+    if test.shape[1] != m:
         raise BadData(f"{path}: the two halves of {name} do not fit each other; {AUTHORS}")
-    ratings = np.concatenate([train.ratings, test.ratings])
+    ratings = np.concatenate([train, test])
     with content(path, "datamaps.json", name) as maps:
         titles = [html.unescape(maps["id2item_dict"][str(item)]) for item in range(m)]
     with content(path, "list_genre.json", name) as sources:
@@ -1167,6 +1136,6 @@ def released(path: Location, name: str) -> Env:
         name=name, titles=tuple(titles), years=(None,) * m,
         categories=categories, belongs=belongs, vectors=unit(belongs).astype(np.float32),
         rate=table(np.clip(ratings, 1, 5)),
-        distance=partial(distance_by_half, len(train.seen), train.apart, test.apart),
-        histories=[history_of(seen, index) for seen in train.seen + test.seen],
-        learners=len(train.seen), beta={"steam": 50.0, "amazon": 15.0}[name], grace=1)
+        distance=partial(distance_by_half, len(learners), train_apart, test_apart),
+        histories=[history_of(seen, index) for seen in learners + others],
+        learners=len(learners), beta={"steam": 50.0, "amazon": 15.0}[name], grace=1)
