@@ -6,7 +6,7 @@ one user, or B users at once: policies that see numbers need millions of steps.
     n, m, c, d   numbers of users, items and categories, and the size of an item's vector
     user, item   indices into the world's arrays; item -1 is an empty place
     window, W    how many recommended items a user remembers
-    too alike    nearer than `beta` to one of the last W recommended items
+    too similar    nearer than `beta` to one of the last W recommended items
     left, cut    the user left; the step cap was reached. Never both
     Len, R_each, R_traj   steps per episode, reward per step, reward per episode, all without the
                  step at which the user leaves
@@ -61,13 +61,13 @@ class Env(NamedTuple):
     years: tuple[int | None, ...]       # [m]
     categories: tuple[str, ...]         # [c]
     belongs: Array                      # bool [m, c]: the categories of each item
-    vectors: Array                      # float32 [m, d]: items that feel alike lie near each other
+    vectors: Array                      # float32 [m, d]: similar items lie near each other
     rate: Function
     distance: Function
     histories: Sequence[Sequence[int]]  # [n]: the items each user liked before, oldest first
     learners: int                       # users below this index learn; the others are held out
     window: int = 4                     # W, recommended items a user compares the next one with
-    beta: float = 1.0                   # an item nearer than this to one of them is too alike
+    beta: float = 1.0                   # an item nearer than this to one of them is too similar
     floor: float = 2.0                  # a rating below it disappoints
     grace: int = 0                      # steps at the start at which disappointment is forgiven
     max_steps: int = 50                 # the cap at which an episode is cut
@@ -140,9 +140,9 @@ def distance_to_recent(env: Env, state: EnvState, item: Array) -> Array:
 
 def leaves(env: Env, state: EnvState, item: Array, rating: Array) -> Array:
     """bool [...]: whether each user leaves at an item that he or she would give this rating."""
-    too_alike = distance_to_recent(env, state, item) < env.beta
+    too_similar = distance_to_recent(env, state, item) < env.beta
     disappointed = (rating < env.floor) & (state.t >= env.grace)
-    return too_alike | disappointed
+    return too_similar | disappointed
 
 
 def step(env: Env, state: EnvState, item: Array) -> tuple[EnvState, Array, Array, Array]:
@@ -314,7 +314,7 @@ def popular(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> 
 
 
 def one_list(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
-    """The free item of most appeal [m] that is not too alike. See `popular`."""
+    """The free item of most appeal [m] that is not too similar. See `popular`."""
     sessions, every = with_all(env, state)
     different = distance_to_recent(env, sessions, every) >= env.beta
     return best(appeal, preferred(different, free))
@@ -697,7 +697,7 @@ def films(seed: int = 0, users: int = 1000) -> Env:
 
     Titles, years and categories are facts; ratings are made up. A rating is mostly taste: how much
     the user likes the film's categories, which is in part shared with one of six archetypes. Then
-    comes the film's general appeal, then noise. Two films are too alike when they share about half
+    comes the film's general appeal, then noise. Two films are too similar when they share about half
     of their categories or more, which is about one pair in 25. A history is ten films, drawn so
     that one more point makes a film e times likelier. Half of the users learn.
     """
@@ -1002,7 +1002,7 @@ def fitted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int) -> E
              f"predicted by factors, {rmse(biases, test):.4f} by biases alone")
     vectors = unit(model.q[:, :-1])
     distance = euclidean(vectors)
-    # items without a rating have no place: they lie at 0 and would make everything alike
+    # items without a rating have no place: they lie at 0 and would make everything similar
     rated = np.unique(train["item"])
     demand(len(rated) > 1, "fewer than two items with ratings")
     a, b = rng.choice(rated, size=(2, 100_000))

@@ -31,10 +31,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from itertools import compress
-from math import ceil, fsum
+from math import ceil
 from pathlib import Path
+from statistics import fmean
 from threading import Lock
-from typing import Any, Callable, Iterable, NamedTuple, Sequence
+from typing import Any, Callable, Collection, Iterable, NamedTuple, Sequence
 from zlib import crc32
 
 import numpy as np
@@ -148,7 +149,7 @@ def unaccented(text: str) -> str:
     >>> unaccented("Amélie")
     'Amelie'
     """
-    if text.isascii():
+    if text.isascii():              # twice as fast
         return text
     return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
@@ -207,10 +208,11 @@ MARKS = r"*_#>{(\"'`"
 GAP = r"[ \t*_]{0,9}"
 # "**Thought 3:**", "Final Answer:" or {"item": "..."}; or a heading such as "### Thought 3".
 # `clear`: the label begins a line, or stands behind the end of a sentence or right behind a mark.
+# `copied`: "Action 1: recommend", as the last line of the prompt has it.
 LABEL = re.compile(
     rf"(?im)(?P<clear>(^|[.!?;)\]|])[ \t{MARKS}-]*|(?<=[{MARKS}]))?(?<![^\W_])"
     rf"(?P<name>{LABELS}){GAP}(?P<number>\d*)[ \t*_\"')]{{0,9}}:[ \t*_\"'`-]*"
-    rf"|^[ \t*_#>]*(?P<heading>{LABELS}){GAP}\d*{GAP}$")
+    rf"(?=(?P<copied>recommend)?)|^[ \t*_#>]*(?P<heading>{LABELS}){GAP}\d*{GAP}$")
 
 
 class Head(NamedTuple):
@@ -224,9 +226,9 @@ def heads_of(text: str) -> list[Head]:
     """The labels in a reply, in order.
 
     "Thought", "Action" and "Observation" may also be words of a title, "Missing in Action 2: The
-    Beginning", or a category, "I like Action: it is fast". In the middle of a sentence they count only
-    in front of "recommend", or with a number behind a label of another name: "Thought 2: a shark
-    Action 2: Jaws". Every other label counts anywhere.
+    Beginning", or a category, "I like Action: it is fast". In the middle of a sentence they count
+    only in front of "recommend", or with a number behind a label of another name: "Thought 2: a
+    shark Action 2: Jaws". Every other label counts anywhere.
     """
     heads = []
     for match in LABEL.finditer(text):
@@ -234,9 +236,7 @@ def heads_of(text: str) -> list[Head]:
         name = match[group].lower()
         is_clear = match["clear"] is not None or name not in ("thought", "action", "observation")
         is_next_turn = match["number"] and heads and heads[-1].name != name
-        # "Action 1: recommend", as the last line of the prompt has it
-        is_copied = text[match.end():match.end() + 9].lower() == "recommend"
-        if is_clear or match["heading"] or is_next_turn or is_copied:
+        if is_clear or match["heading"] or match["copied"] or is_next_turn:
             heads.append(Head(match.start(group), match.end(), name))
     return heads
 
@@ -246,15 +246,15 @@ def segment(text: str, labels: Sequence[str]) -> str:
 
     Models often play several turns in one reply. Only the first counts.
     """
-    heads = heads_of(text)
-    turns = [head.start for head in heads if head.name in TURNS]
-    for head in heads:
-        if head.name in labels:
-            end = min([start for start in turns if start >= head.end], default=len(text))
-            content = text[head.end:end].strip()
-            if content:
-                return content
-    return ""
+    found = ""
+    end = len(text)
+    for head in reversed(heads_of(text)):
+        content = text[head.end:end].strip()
+        if head.name in labels and content:
+            found = content         # an earlier one takes its place
+        if head.name in TURNS:
+            end = head.start
+    return found
 
 
 # How a refusal without a label begins. A title may begin like this, too: "Sorry, Wrong Number".
@@ -319,6 +319,7 @@ def item_part(text: str) -> str:
 ARTICLES = frozenset("the a an le la les l un une il lo el los las der die das".split())
 LONGEST = 16                        # words of a title that are compared
 YEAR = re.compile("(1[89]|20)[0-9]{2}")
+EMPHASISED = r"^\W*[\"“*]([^\"”*]+)[\"”*]+\s*(\(\d{4}\))?.*"        # a title and its year
 
 
 class Catalog(NamedTuple):
@@ -351,10 +352,10 @@ def spellings(title: str) -> set[str]:
     words = [word.casefold() for word in words_of(title)][:LONGEST]
     if ", " in title and ARTICLES.intersection(words[-1:]):
         words = words[-1:] + words[:-1]
-    names = {" ".join(words)}
-    if len(words) > 1 and words[0] in ARTICLES:
-        names |= {" ".join(words[1:]), " ".join(words[1:] + words[:1])}
-    return names - {""}
+    names = [words]
+    if ARTICLES.intersection(words[:1]):
+        names += [words[1:], words[1:] + words[:1]]
+    return {" ".join(name) for name in names}
 
 
 def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
@@ -365,7 +366,7 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
     """
     check(env)
     lines = []
-    names: dict[str, list[int]] = {}
+    names = {}
     items_with = Counter(env.titles)
     for item, (title, year, belongs) in enumerate(zip(env.titles, env.years, env.belongs)):
         # A year costs a model about six tokens. It stands only where titles alone are not enough.
@@ -389,7 +390,7 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     for size in range(min(LONGEST, len(words)), 0, -1):
         items = catalog.names.get(" ".join(words[:size]).casefold(), [])
         year = "".join(words[size:size + 1])
-        if items and YEAR.fullmatch(year):
+        if YEAR.fullmatch(year):
             years = (None, int(year) - 1, int(year), int(year) + 1)
             items = [item for item in items if catalog.env.years[item] in years]
             size += 1
@@ -407,13 +408,10 @@ def titles_in_front(text: str, catalog: Catalog) -> list[int]:
     """
     items = []
     for line in text.splitlines():
-        front = line.partition("[")[0]
-        emphasised = re.match(r"\W*[\"“*]([^\"”*]+)[\"”*]+\s*(\(\d{4}\))?", line)
-        if emphasised:
-            front = f"{emphasised[1]} {emphasised[2] or ''}"
-        unnumbered = re.sub(r"^\W*\d{1,2}\b", "", front)       # without its number in a list
-        for title in (front, unnumbered):
-            words = words_of(title)
+        title = re.sub(EMPHASISED, r"\1 \2", line).partition("[")[0]
+        unnumbered = re.sub(r"^\W*\d{1,2}\b", "", title)       # without its number in a list
+        for front in (title, unnumbered):
+            words = words_of(front)
             titled, size = leading_title(words, catalog)
             if titled and (size > 1 or len(words) == 1):        # size counts the year, too
                 items += titled
@@ -430,7 +428,7 @@ def titles_within(text: str, catalog: Catalog) -> list[int]:
     items = []
     while words:
         titled, size = leading_title(words, catalog)
-        if size > 1 or words[0] != words[0].lower() or words[0].isdigit():
+        if size > 1 or not words[0].islower():
             items += titled
         words = words[size:]
     return items
@@ -446,13 +444,15 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     return titles_in_front(part, catalog) or titles_within(part, catalog)
 
 
-def named(text: str, catalog: Catalog, taken: Iterable[int] = ()) -> int | None:
+def named(text: str, catalog: Catalog, taken: Collection[int] = ()) -> int | None:
     """The first item not taken that a text names, or None."""
-    excluded = set(taken)
-    return next((item for item in mentioned(text, catalog) if item not in excluded), None)
+    for item in mentioned(text, catalog):
+        if item not in taken:
+            return item
+    return None
 
 
-def closest(texts: Sequence[str], catalog: Catalog, taken: Iterable[int], k: int) -> list[int]:
+def closest(texts: Sequence[str], catalog: Catalog, taken: Collection[int], k: int) -> list[int]:
     """The k items not taken whose lines are nearest to the texts by summed cosine, nearest first.
 
     One product of all m items with the sum of the texts' embeddings: it works for a catalogue of a
@@ -462,33 +462,28 @@ def closest(texts: Sequence[str], catalog: Catalog, taken: Iterable[int], k: int
     # First pass: single precision is fast, and finds the k nearest items and near ties.
     products = np.vecdot(catalog.vectors, vector)
     products[list(taken)] = -np.inf
-    k = min(k, np.isfinite(products).sum())
-    if k < 1:
-        return []
-    limit = np.partition(products, -k)[-k] - 1e-4
-    places = np.flatnonzero(products > limit)
+    best = np.sort(products)[::-1][:k]
+    places = np.flatnonzero(products > best.min(initial=np.inf) - 1e-4)
     # Second pass: double precision orders them, because in single precision the last digits differ
     # between processors. The sort is stable: among equals the lowest number comes first.
     exact = np.vecdot(catalog.vectors[places], vector, dtype=float).round(5)
     return places[np.argsort(-exact, stable=True)][:k].tolist()
 
 
-def nearest(text: str, catalog: Catalog, taken: Iterable[int] = ()) -> int:
+def nearest(text: str, catalog: Catalog, taken: Collection[int] = ()) -> int:
     """The item not taken that comes nearest to a text, or any item if all are taken.
 
     A text that names a taken item stands for one with such categories, not for one that is spelled
     alike.
     """
-    excluded = set(taken)
-    if len(excluded) >= len(catalog.lines):
-        excluded = set()
     items = mentioned(text, catalog)
-    if items and items[0] in excluded:
+    if items and items[0] in taken:
         text = in_brackets(line_tags(catalog.lines[items[0]]))
-    return closest([text], catalog, excluded, 1)[0]
+    found = closest([text], catalog, taken, 1) or closest([text], catalog, (), 1)
+    return found[0]
 
 
-def ground(text: str, catalog: Catalog, exclude: Iterable[int] = ()) -> tuple[int, bool]:
+def ground(text: str, catalog: Catalog, exclude: Collection[int] = ()) -> tuple[int, bool]:
     """The item that a text stands for, and whether the text names it.
 
     The item is not in `exclude`, unless all items are.
@@ -720,8 +715,7 @@ def render_critic(targets: Sequence[tuple[str, float]], gamma: float, top: float
 
 
 NUMBER = r"(-?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
-FIRST_NUMBER = re.compile(NUMBER)
-VALUE_NUMBER = re.compile(rf"(?i)value[^:=\n]*[:=][^\d\n.,-]*{NUMBER}")
+VALUE_NUMBER = rf"(?i)value[^:=\n]*[:=][^\d\n.,-]*{NUMBER}"
 
 
 def parse_critic(text: str) -> float | Malformed:
@@ -731,39 +725,37 @@ def parse_critic(text: str) -> float | Malformed:
     (7.5, 7.5)
     """
     text = re.sub(r"\(.*?\)", " ", text)
-    match = VALUE_NUMBER.search(text) or FIRST_NUMBER.search(text)
+    match = re.search(VALUE_NUMBER, text) or re.search(NUMBER, text)
     return float(match[1].replace(",", ".")) if match else Malformed("the reply held no number")
 
 
 # -------------------------------------------------------------------------- offline reader
 # A rule-based stand-in for a language model. It reads the same prompts as a model and nothing else.
 
-LIKED = re.compile(r"^- .* \[(.*)\]$", re.M)
-SHOWN = re.compile(r"^Action \d+: recommend (.*) \[(.*)\]$", re.M)
-LISTED = re.compile(r"^- (.*) \[(.*)\](?: encouraged (\d+))?,?(?: discouraged (\d+))?$", re.M)
-APART = re.compile(r"\b([1-9]\d?) steps apart")
+PARTS = r"(?s)(.*?)\nSession so far:\n(.*\nObservation [^\n]*\n)?(.*)"
+LIKED = r"(?m)^- .* \[(.*)\]$"
+SHOWN = r"(?m)^Action \d+: recommend (.*) \[(.*)\]$"
+LISTED = r"(?m)^- (.*) \[(.*)\](?: encouraged (\d+))?,?(?: discouraged (\d+))?$"
+APART = r"\b([1-9]\d?) steps? apart"
 MOST_LIKED = "most liked"           # these words of a lesson reach the planner
-AVOID = re.compile(r"Avoid (.*?)\.")
-PLAN = re.compile(r"Next: (.*?)\. Keep away from: (.*?)\.")
-OTHER = re.compile(r"^Other categories, best first: (.*)\.$", re.M)
+AVOID = r"Avoid (.*?)\."
+PLAN = r"Next: (.*?)\. Keep away from: (.*?)\."
+OTHER = r"(?m)^Other categories, best first: (.*)\.$"
 
 
-class Reading(NamedTuple):
-    """What the stand-in sees in a prompt, oldest first."""
-    liked: list[str]                # categories liked before, each as often as items have it
-    shown: list[tuple[str, tuple[str, ...]]]        # pairs (title, categories) of the session
-    session: str
-    question: str                   # what stands behind the session
+def parts_of(prompt: str) -> tuple[str, str, str]:
+    """History, session and question. The session ends with its last observation, or is empty."""
+    return re.match(PARTS, prompt).groups(default="")
 
 
-def read_prompt(text: str) -> Reading:
-    """A prompt in its parts. The session ends with its last observation; the first is empty."""
-    history, _, rest = text.partition("\nSession so far:\n")
-    match = re.match(r"(?s).*\nObservation [^\n]*\n", rest)
-    session = match[0] if match else ""
-    liked = [tag for tags in LIKED.findall(history) for tag in split_tags(tags)]
-    shown = [(title, split_tags(tags)) for title, tags in SHOWN.findall(session)]
-    return Reading(liked, shown, session, rest[len(session):])
+def tags_in(text: str, pattern: str) -> list[str]:
+    """The categories of all lists that a pattern finds in a text."""
+    return [tag for tags in re.findall(pattern, text) for tag in split_tags(tags)]
+
+
+def shown_in(session: str) -> list[tuple]:
+    """Pairs (title, categories) of the items recommended, oldest first."""
+    return [(title, split_tags(tags)) for title, tags in re.findall(SHOWN, session)]
 
 
 def pick(options: Sequence, text: str, seed: int) -> Any:
@@ -771,70 +763,68 @@ def pick(options: Sequence, text: str, seed: int) -> Any:
     return options[(crc32(text.encode("utf-8", "replace")) ^ seed) % len(options)]
 
 
-def apart_in(text: str, otherwise: int) -> int:
-    """The largest distance that a text asks for, as in "6 steps apart"."""
-    return max(map(int, APART.findall(text)), default=otherwise)
+def apart_in(text: str) -> int:
+    """The largest distance that a text asks for, as in "6 steps apart"; 1 if it asks for none."""
+    return max(map(int, re.findall(APART, text)), default=1)
 
 
-def avoided_in(text: str) -> set[str]:
-    """The categories that a text warns of, as in "Avoid Horror, War."."""
-    return {tag for tags in AVOID.findall(text) for tag in split_tags(tags)}
+def steps(count: int) -> str:
+    """A number of steps in words: "1 step", "2 steps"."""
+    return f"{count} step" if count == 1 else f"{count} steps"
 
 
 def spelled_avoid(categories: set[str]) -> str:
-    """The warning that `avoided_in` reads; "" for no category."""
+    """The warning that AVOID finds; "" for no category."""
     return f" Avoid {', '.join(sorted(categories))}." if categories else ""
 
 
 def offline_planner(text: str, seed: int) -> str:
     """One of the categories that the tool offers, and what the lessons say to keep away from."""
-    prompt = read_prompt(text)
-    apart = apart_in(prompt.question, otherwise=1)
-    warned = avoided_in(prompt.question) - set(prompt.liked)
+    history, session, question = parts_of(text)
+    apart = apart_in(question)
+    warned = set(tags_in(question, AVOID)).difference(tags_in(history, LIKED))
     away = set(warned)
-    newest_first = prompt.shown[::-1]
+    newest_first = shown_in(session)[::-1]
     for _, tags in newest_first[:apart - 1]:
         away.update(tags)
-    offers = split_tags(OTHER.search(prompt.question)[1])
-    other = [offer.rpartition(" (")[0] or offer for offer in offers]        # without "(2 liked)"
+    offers = re.search(OTHER, question)[1]
+    other = split_tags(re.sub(r" \(\d+ liked\)", "", offers))
     options = [tag for tag in other if tag not in away] or other
-    if MOST_LIKED in prompt.question:
+    if MOST_LIKED in question:
         options = options[:1]       # the tool names the most liked first
     target = pick(options, text, seed)
     keep_away = ", ".join(sorted(away - {target})) or "nothing"
-    return (f"Thought: Alike items {apart} steps apart.{spelled_avoid(warned)} Next: {target}. "
+    return (f"Thought: Similar items {steps(apart)} apart.{spelled_avoid(warned)} Next: {target}. "
             f"Keep away from: {keep_away}.")
 
 
 def offline_actor(text: str, seed: int) -> str:
     """The item of the list that fits the plan best; among equals the most encouraged, then any."""
-    question = read_prompt(text).question
-    plan = PLAN.search(question)
+    _, _, question = parts_of(text)
+    plan = re.search(PLAN, question)
     target, keep_away = plan.groups() if plan else ("", "")
-    away = set(split_tags(keep_away))
-    ranked = []
-    for title, tags, encouraged, discouraged in LISTED.findall(question):
-        categories = set(split_tags(tags))
+    titles = {(): ["anything"]}     # the lowest rank: it counts if no item is listed
+    for title, categories, encouraged, discouraged in re.findall(LISTED, question):
+        tags = set(split_tags(categories))
         evidence = chance(Candidate(title, int(encouraged or 0), int(discouraged or 0)))
-        ranked.append(((not away & categories, target in categories, evidence), title))
-    best = max([rank for rank, _ in ranked], default=None)
-    titles = [title for rank, title in ranked if rank == best] or ["anything"]
-    return f"Action: recommend {pick(titles, text, seed)}"
+        rank = (tags.isdisjoint(split_tags(keep_away)), target in tags, evidence)
+        titles.setdefault(rank, []).append(title)
+    best = titles[max(titles)]
+    return f"Action: recommend {pick(best, text, seed)}"
 
 
 def offline_critic(text: str, seed: int) -> str:
     """The mean of the recalled targets; with none, the middle of the scale."""
-    question = read_prompt(text).question
+    _, _, question = parts_of(text)
     targets = [float(number) for number in re.findall(r"\n- (-?[\d.]+) after ", question)]
     top = float(re.search(r"at most ([\d.]+)\.", question)[1])
-    value = fsum(targets) / len(targets) if targets else top / 2
-    return f"Value: {value:.2f}"
+    return f"Value: {fmean(targets or [top / 2]):.2f}"
 
 
-def alike(a: Sequence[str], b: Sequence[str]) -> bool:
+def similar(a: Sequence[str], b: Sequence[str]) -> bool:
     """Whether the cosine of two sets of categories, |a & b| / sqrt(|a| |b|), is at least 1/2.
 
-    >>> alike(["War", "Drama"], ["War", "Crime"]), alike(["War"], ["War", "A", "B", "C", "D"])
+    >>> similar(["War", "Drama"], ["War", "Crime"]), similar(["War"], ["War", "A", "B", "C", "D"])
     (True, False)
     """
     common = len(set(a) & set(b))
@@ -842,37 +832,36 @@ def alike(a: Sequence[str], b: Sequence[str]) -> bool:
 
 
 def gaps_between(shown: Sequence[Sequence[str]]) -> list[int]:
-    """How many steps back the nearest item alike lies, for each item; 9 if none lies within 8."""
+    """How many steps back the nearest similar item lies, for each item; 9 if none lies within 8."""
     gaps = []
     for n, tags in enumerate(shown):
-        backs = [back for back in range(1, min(n, 8) + 1) if alike(tags, shown[n - back])]
+        backs = [back for back in range(1, min(n, 8) + 1) if similar(tags, shown[n - back])]
         gaps.append(min(backs, default=9))
     return gaps
 
 
 def offline_reflector(text: str, seed: int) -> str:
-    """Reads off why the user left: alike items too close together, or a disappointment."""
-    prompt = read_prompt(text)
-    liked = Counter(prompt.liked)
-    gaps = gaps_between([tags for _, tags in prompt.shown])
-    asked = apart_in(prompt.session, otherwise=1)       # the distance that the thoughts asked for
-    harmless = min(gaps[:-1], default=9)                # alike items this far apart did no harm
-    apart = min(asked, harmless)                        # the distance that the lesson asks for
-    warned: set[str] = set()
-    title, tags = prompt.shown[-1] if prompt.shown else ("it", ())
-    if "the user left" not in prompt.session:
-        why = f"The user stayed for all {len(prompt.shown)} steps"
-    elif gaps and gaps[-1] < harmless:
-        earlier, _ = prompt.shown[-1 - gaps[-1]]
-        why = f"The user left because {title} came {gaps[-1]} steps after {earlier}, which is alike"
-        apart = max(apart, gaps[-1] + 1)
+    """Reads off why the user left: similar items too close together, or a disappointment."""
+    history, session, _ = parts_of(text)
+    liked = Counter(tags_in(history, LIKED))
+    titles, tags = zip(*shown_in(session))
+    *earlier_gaps, gap = gaps_between(tags)
+    harmless = min(earlier_gaps, default=9)             # similar items this far apart did no harm
+    apart = min(apart_in(session), harmless)            # the thoughts had asked for a distance
+    warned = set()
+    if "the user left" not in session:
+        why = f"The user stayed for all {steps(len(titles))}"
+    elif gap < harmless:
+        why = (f"The user left because {titles[-1]} came {steps(gap)} after {titles[-1 - gap]}, "
+               "which is similar")
+        apart = max(apart, gap + 1)
     else:
-        why = f"The user left because {title} disappointed"
-        warned = set(tags) - set(liked)
-        if sum(liked[tag] for tag in tags) < 3 * len(tags):
+        why = f"The user left because {titles[-1]} disappointed"
+        warned = set(tags[-1]).difference(liked)
+        if sum(liked[tag] for tag in tags[-1]) < 3 * len(tags[-1]):
             why += f": begin with the {MOST_LIKED} categories"
     fans = ", ".join(tag for tag, _ in liked.most_common(3))
-    return (f"Reflection: {why}. Keep alike items {apart} steps apart for those who like {fans}."
+    return (f"Reflection: {why}. Keep similar items {steps(apart)} apart for those who like {fans}."
             f"{spelled_avoid(warned)}")
 
 
@@ -889,15 +878,6 @@ def offline(ask: Ask) -> Reply:
     seed = seed_of(ask.key) if ask.temperature else 0
     _, prompt = ask.messages[1]
     return Reply(READERS[ask.role](prompt, seed))
-
-
-def scripted(replies: dict[str, Sequence[str]]) -> LLM:
-    """A model for tests: texts for each role, one a step or attempt, the last one repeated."""
-    def answer(ask: Ask) -> Reply:
-        texts = replies[ask.role]
-        place = min(ask.key.step + ask.key.attempt, len(texts) - 1)
-        return Reply(texts[place])
-    return answer
 
 
 # ---------------------------------------------------------------------- the outside world
@@ -996,7 +976,6 @@ class Route:
     stats: dict                     # gathers requests, retries, empty, system_fingerprint
     refused: set = field(default_factory=set)       # names in INSTEAD
     topics: set = field(default_factory=set)        # of which the user was told
-    has_spoken: bool = False        # some reply had a text
 
 
 def without_query(url: Any) -> str:
@@ -1055,9 +1034,9 @@ def address(base_url: str, path: str) -> Any:
         url = httpx.URL(base)
     except httpx.InvalidURL:
         url = httpx.URL("")
-    is_web = url.scheme in ("http", "https") and url.host and (url.port or 0) < 65536
     # A login in an address is refused: a / or a ? in it would cut it in two, and show a part.
-    if not is_web or "@" in base:
+    has_form = re.fullmatch("(?i)https?://[^@]+", base)
+    if not (has_form and url.host and (url.port or 0) < 65536):
         raise EndpointError("the base URL is no address: write it as http://localhost:8080/v1, "
                             "and a login as --header Authorization=...")
     root = re.sub("(^|/)(chat/completions|embeddings)$", "", url.path.strip("/") or "v1")
@@ -1069,14 +1048,15 @@ def checked_headers(key: str, url: Any, headers: dict) -> dict:
 
     What httpx cannot send is refused here, because the errors of httpx would show it.
     """
-    sent = {name.strip().lower(): value.strip() for name, value in headers.items()}
+    sent = {"content-type": "application/json"}
+    for name, value in headers.items():
+        sent[name.strip().lower()] = value.strip()
     if key and "authorization" not in sent:
         if "api-version" in url.params:         # Azure
             sent.setdefault("api-key", key)
         else:
             sent["authorization"] = f"Bearer {key}"
-    is_plain = "\\" not in ascii(sent)          # `ascii` writes other characters with a \
-    if " " in key or not is_plain:
+    if " " in key or "\\" in ascii(sent):       # `ascii` writes other characters with a \
         raise EndpointError("the API key or a header holds a space, a control character or one "
                             "outside ASCII (often a curly quote): copy it again")
     return sent
@@ -1087,9 +1067,9 @@ def secrets_of(key: str, url: Any, headers: dict) -> list[str]:
     secrets = [key, *url.params.values()]
     for name, value in headers.items():
         if SECRET.search(name):
-            secrets += [value, value.partition(" ")[2]]         # "Bearer sk-..." and "sk-..."
+            secrets += [value, *value.split()]          # "Bearer sk-..." and "sk-..."
     # "none", "EMPTY" or "message" are no secrets, and may stand in answers.
-    return [secret for secret in secrets if len(secret) >= 6 and (not secret.isalpha() or len(secret) >= 16)]
+    return [text for text in secrets if len(text) >= (16 if text.isalpha() else 6)]
 
 
 def connect(base_url: str, path: str, key: str | None = None, *, timeout: float = 300.0,
@@ -1148,41 +1128,35 @@ def decoded(text: str) -> dict:
     if not re.match(r"\s*(data|event|):", text):
         return json.loads(text)
     pieces = [json.loads(line) for line in re.findall(r"(?m)^data:\s*({.*)", text)]
-    choices = [choice for piece in pieces for choice in piece.get("choices") or ()]
-    content = ""
-    for choice in choices:
-        content += fields(choice.get("delta")).get("content") or ""
+    last, content = {}, ""
+    for piece in pieces:
+        for choice in piece.get("choices") or ():
+            content += fields(choice.get("delta")).get("content") or ""
+            last = choice
     # The last choice holds the finish_reason, the last piece the usage or the error.
-    last = choices[-1] if choices else {}
     return pieces[-1] | {"choices": [last | {"message": {"content": content}}]}
-
-
-def post(route: Route, body: dict) -> tuple:
-    """Send one request; the response and its text, without secrets."""
-    count(route.stats, "requests")
-    deadline = time.monotonic() + route.http.timeout.read
-    # Half of a split character, as a model may send it, has no UTF-8: "?" is sent in its place.
-    content = json.dumps(body, ensure_ascii=False).encode(errors="replace")
-    headers = {"content-type": "application/json"}
-    raw = b""
-    with route.http.stream("POST", route.url, content=content, headers=headers) as response:
-        for part in response.iter_bytes():
-            raw += part
-            # Blank lines that keep a connection alive start httpx's own clock again.
-            if time.monotonic() > deadline:
-                raise TimeoutError("the answer trickled in until the deadline")
-    return response, starred(route, raw.decode("utf-8-sig", "replace"))
 
 
 def send_once(route: Route, body: dict, read: Callable) -> Any:
     """One request: what `read` makes of the answer, or a Fault."""
     import httpx
+    count(route.stats, "requests")
+    deadline = time.monotonic() + route.http.timeout.read
+    # Half of a split character, as a model may send it, has no UTF-8: "?" is sent in its place.
+    content = json.dumps(body, ensure_ascii=False).encode(errors="replace")
+    raw = b""
     try:
-        response, text = post(route, body)
-    except (httpx.HTTPError, UnicodeError, TimeoutError) as error:
+        with route.http.stream("POST", route.url, content=content) as response:
+            for part in response.iter_bytes():
+                raw += part
+                # Blank lines that keep a connection alive start httpx's own clock again.
+                if time.monotonic() > deadline:
+                    return fault(route, "ReadTimeout", "the answer trickled in")
+    except (httpx.HTTPError, UnicodeError) as error:
         return fault(route, type(error).__name__, str(error))
     if response.next_request:
         return redirected(route, response)
+    text = starred(route, raw.decode("utf-8-sig", "replace"))
     try:
         data = fields(decoded(text))
         if response.is_success and not data.get("error"):
@@ -1215,7 +1189,7 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     """
     status = str(response.status_code)
     error = fields(data.get("error")) or data
-    # `send_once` passes {} for an answer that could not be read. It keeps its status 200, the kind "page".
+    # An answer that could not be read has no data. It keeps its status 200, the kind "page".
     if response.is_success and error:           # the real status is in the body
         code = str(error.get("code"))
         status = code if re.fullmatch("[45][0-9][0-9]", code) else "500"
@@ -1224,13 +1198,13 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     if wait > LONGEST_WAIT:
         advice = "false"
     message = error.get("message") or text or "an empty body"
-    message = f"{message} {error.get('metadata') or ''}"        # OpenRouter's own provider
-    return fault(route, status, f"{advice} {text[:5000]}", message)._replace(wait=wait)
+    more = error.get("metadata") or ""          # OpenRouter's own provider
+    return fault(route, status, f"{advice} {text[:5000]}", f"{message} {more}")._replace(wait=wait)
 
 
 # - requests until there is an answer
 
-CHARGE = ContextVar("CHARGE", default=lambda: None)       # called before each repeat; `limited` puts its budget here
+CHARGE = ContextVar("CHARGE", default=lambda: None)     # called before each repeat, see `limited`
 
 
 def accepted(route: Route, body: dict) -> dict:
@@ -1248,7 +1222,7 @@ def adapt(route: Route, sent: dict, got: Fault) -> bool:
     """Leave out from now on the first parameter that a refusal names; false if it names none."""
     if got.kind.name != "request":
         return False
-    for name in re.findall(r"\w+", got.reason):         # it comes first; names to use instead may follow
+    for name in re.findall(r"\w+", got.reason):         # names to use instead may follow
         if name in INSTEAD and name in sent and name not in route.extra:
             route.refused.add(name)
             tell(route, name, f"{name} is refused: {INSTEAD[name] or 'nothing'} is sent instead")
@@ -1276,11 +1250,11 @@ def persist(route: Route, body: dict, read: Callable) -> Any:
         if not isinstance(got, Fault):
             return got
         is_adapted = adapt(route, sent, got)
-        tried[got.kind.name] += 1
-        if tried[got.kind.name] >= got.kind.tries and not is_adapted:
+        tried[got.kind] += 1
+        if tried[got.kind] >= got.kind.tries and not is_adapted:
             return got
         charge()                    # `limited` has paid for the first request only
-        count(route.stats.setdefault("retries", Counter()), got.kind.name)
+        count(route.stats.setdefault("retries", {}), got.kind.name)
         if not is_adapted:
             pause(route, got, tried.total())
 
@@ -1288,28 +1262,16 @@ def persist(route: Route, body: dict, read: Callable) -> Any:
 # - chat
 
 
-def usage_of(data: dict) -> Usage:
-    """The tokens that a server counts, None where it does not say."""
+def usage_of(route: Route, ask: Ask, data: dict) -> Usage:
+    """The tokens that a server counts. The user is told if it seems to cut prompts."""
     counts = fields(data.get("usage"))
+    prompt = counts.get("prompt_tokens")
     cached = fields(counts.get("prompt_tokens_details")).get("cached_tokens")
-    return Usage(counts.get("prompt_tokens"), cached, counts.get("completion_tokens"))
-
-
-def note(route: Route, ask: Ask, data: dict, usage: Usage) -> None:
-    """Keep the server's fingerprint, and tell the user if it seems to cut prompts."""
-    if data.get("system_fingerprint"):
-        route.stats["system_fingerprint"] = clean(str(data["system_fingerprint"]), 200)
     sent = len(str(ask.messages))
-    if usage.prompt and sent > 8 * usage.prompt + 1000:
-        tell(route, "cut", f"counts {usage.prompt} tokens in a prompt of {sent} characters: it may "
+    if prompt and sent > 8 * prompt + 1000:
+        tell(route, "cut", f"counts {prompt} tokens in a prompt of {sent} characters: it may "
                            "cut prompts silently (Ollama: raise num_ctx)")
-
-
-def text_of(content: Any) -> str:
-    """What a model says to us, without its thinking. Some servers send a list of parts."""
-    if isinstance(content, list):
-        content = "".join(part.get("text", "") for part in content)
-    return spoken(content or "")
+    return Usage(prompt, cached, counts.get("completion_tokens"))
 
 
 def heard(route: Route, ask: Ask, data: dict) -> Any:
@@ -1318,13 +1280,17 @@ def heard(route: Route, ask: Ask, data: dict) -> Any:
     A text counts, unless it was broken off by an error or a filter. A refusal counts only without a
     text.
     """
+    if data.get("system_fingerprint"):
+        route.stats["system_fingerprint"] = clean(str(data["system_fingerprint"]), 200)
     choice = data["choices"][0] if data["choices"] else {"finish_reason": "missing"}
+    finish = choice.get("finish_reason")
     message = fields(choice.get("message"))
     refusal = message.get("refusal")
-    finish = choice.get("finish_reason")
-    usage = usage_of(data)
-    note(route, ask, data, usage)
-    text = text_of(message.get("content"))
+    content = message.get("content") or ""
+    if isinstance(content, list):               # of parts
+        content = "".join(part.get("text", "") for part in content)
+    text = spoken(content)
+    usage = usage_of(route, ask, data)
     if text and finish not in ("error", "content_filter"):
         return Reply(text, usage)
     label = "refusal" if refusal else finish
@@ -1348,18 +1314,19 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
     The seed is a hint: only a recorded log repeats a run. `stop` is never sent.
     """
     route = connect(base_url, "chat/completions", key, **options)
+    has_spoken = False              # some reply had a text
 
     def answer(ask: Ask) -> Reply:
+        nonlocal has_spoken
         got = persist(route, chat_body(model, ask), lambda data: heard(route, ask, data))
         if isinstance(got, Reply):
-            route.has_spoken = True
+            has_spoken = True
             return got
         if not got.kind.is_reply:
             raise failed(route, got)
         empty = route.stats.setdefault("empty", Counter())
         count(empty, got.reason)
-        never_speaks = empty.total() >= 10 and not route.has_spoken     # some setting must be wrong
-        if never_speaks:
+        if empty.total() >= 10 and not has_spoken:      # some setting must be wrong
             raise failed(route, got)
         tell(route, "empty", f"an empty reply, because {got.reason}; {got.kind.cure}")
         return Reply("", got.usage, got.reason)
@@ -1395,19 +1362,19 @@ def embeddings(base_url: str, model: str, key: str | None = None, **options: Any
 
     def answer(texts: Sequence[str]) -> np.ndarray:
         nonlocal batch
-        half = len(texts) // 2
-        if len(texts) <= batch:
-            inputs = [text or " " for text in texts]    # some servers refuse an empty text
-            body = {"model": model, "encoding_format": "float", "input": inputs}
-            got = persist(route, body, lambda data: vectors(route, len(texts), data))
+        rows = []
+        while len(rows) < len(texts):
+            part = texts[len(rows):][:batch]
+            body = {"model": model, "encoding_format": "float",
+                    "input": [text or " " for text in part]}        # some refuse an empty text
+            got = persist(route, body, lambda data: vectors(route, len(part), data))
             if not isinstance(got, Fault):
-                return got
-            may_be_too_much = got.kind.name in ("request", "context")
-            if not may_be_too_much or len(texts) == 1:
+                rows.extend(got)
+            elif len(part) > 1 and got.kind.name in ("request", "context"):
+                batch = len(part) // 2      # it may have been too much for one request
+            else:
                 raise failed(route, got)
-            batch = half
-        # too many for one request, or just refused as too many: in two halves
-        return np.concatenate([answer(texts[:half]), answer(texts[half:])])
+        return np.array(rows)
     return answer
 
 
@@ -1421,35 +1388,32 @@ class Log(NamedTuple):
     file: Any                       # None where only replay is allowed
 
 
-def read_log(lines: list[bytes]) -> dict[str, Reply]:
-    """The replies in a log. Of two replies to one ask the first counts."""
-    known = {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-            reply = Reply(record["text"], Usage(*record["usage"]), record.get("reason", ""))
-            known.setdefault(record["ask"], reply)
-        except MISSHAPEN:
-            continue                # a kill tore the line: its ask is asked again
-    return known
-
-
 def open_log(path: str | Path, model_id: Any, *, replay: bool = False) -> Log:
-    """Read a log or begin one. A log of another model is refused."""
+    """Read a log or begin one. A log of another model is refused.
+
+    Of two replies to one ask the first counts.
+    """
     path = Path(path)
     header = json.dumps({"log": 1, "model": model_id}).encode() + b"\n"
     content = path.read_bytes() if path.exists() else b""
     if (content or replay) and not content.startswith(header):
         raise EndpointError(f"{path} is no log of this model and configuration: use the flags it "
                             "was begun with, or another --out")
-    known = read_log(content.splitlines()[1:])
-    if replay:
-        return Log(model_id, known, None)
-    file = path.open("ab", buffering=0)
-    if not content:
-        file.write(header)
-    elif not content.endswith(b"\n"):
-        file.write(b"\n")           # after a torn line
+    known = {}
+    for line in content.splitlines()[1:]:
+        try:
+            record = json.loads(line)
+            reply = Reply(record["text"], Usage(*record["usage"]), record.get("reason", ""))
+            known.setdefault(record["ask"], reply)
+        except MISSHAPEN:
+            continue                # a kill tore the line: its ask is asked again
+    file = None
+    if not replay:
+        file = path.open("ab", buffering=0)
+        if not content:
+            file.write(header)
+        elif not content.endswith(b"\n"):
+            file.write(b"\n")       # after a torn line
     return Log(model_id, known, file)
 
 
@@ -1475,17 +1439,13 @@ def keep(log: Log, ask: Ask, reply: Reply) -> Reply:
     with LOCK:
         if name not in log.known:
             log.file.write(line)
-            log.known[name] = reply
-    return log.known[name]
+        return log.known.setdefault(name, reply)
 
 
 def recorded(llm: LLM, log: Log) -> LLM:
     """The same model, answering from the log where it can: cache, resume and replay in one."""
     def answer(ask: Ask) -> Reply:
-        reply = reply_to(log, ask)
-        if reply is None:
-            reply = keep(log, ask, llm(ask))
-        return reply
+        return reply_to(log, ask) or keep(log, ask, llm(ask))       # no Reply is false
     return answer
 
 
@@ -1493,22 +1453,22 @@ def recorded_embed(embed: Embed, log: Log) -> Embed:
     """The same embedding, asked once for each text; its rows are logged to the bit."""
     sizes = set()
 
-    def check(rows: Iterable) -> None:
-        sizes.update(map(len, rows))
+    def checked(row: np.ndarray) -> np.ndarray:
+        sizes.add(len(row))
         if len(sizes) > 1:
             raise EndpointError(f"embeddings of sizes {sizes} do not mix: keep to the model "
                                 "this run began with, or use another --out")
+        return row
 
     def answer(texts: Sequence[str]) -> np.ndarray:
         asks = {text: Ask("embed", (), (("text", text),)) for text in texts}
         missing = [text for text in asks if reply_to(log, asks[text]) is None]
         fresh = embed(missing) if missing else ()
-        check(fresh)                # before a wrong row is in the log for ever
         for text, row in zip(missing, fresh, strict=True):
-            keep(log, asks[text], Reply(base64.b64encode(row).decode()))
-        rows = [unpacked(log.known[hash_of(log, asks[text])].text) for text in texts]
-        check(rows)
-        return np.array(rows)
+            # It is checked first: a wrong row would be in the log for ever.
+            keep(log, asks[text], Reply(base64.b64encode(checked(row)).decode()))
+        replies = [reply_to(log, asks[text]) for text in texts]
+        return np.array([checked(unpacked(reply.text)) for reply in replies])
     return answer
 
 
@@ -1517,7 +1477,8 @@ def limited(llm: LLM, max_calls: int) -> LLM:
 
     The order of the wrappers is counted > noted > recorded > noted > limited > openai > persist.
     `counted` and `noted` are in run.py: they count. Replies from the log never come here: they are
-    free. The first request of an ask is counted here. `persist` calls CHARGE before each further one.
+    free. The first request of an ask is counted here. `persist` calls CHARGE before each further
+    one.
     """
     asked = Counter()
 

@@ -118,7 +118,7 @@ NUMBERS = {                             # flags that take a number: group, lowes
                      "longest reply asked for; models that reason need thousands"),
     "retries": ("method", 0, 100, "how often a malformed reply is asked for again"),
     "window": ("rule of leaving", 1, 1000, "items that a user remembers; the paper's W"),
-    "beta": ("rule of leaving", 0, 10**9, "an item nearer than this to one of them is too alike"),
+    "beta": ("rule of leaving", 0, 10**9, "an item nearer than this to one of them is too similar"),
     "floor": ("rule of leaving", 0, 10**9, "a rating below this disappoints"),
     "grace": ("rule of leaving", 0, 10**9, "steps at the start that may disappoint"),
     "max_steps": ("rule of leaving", 1, 10**5, "the cap at which an episode is cut"),

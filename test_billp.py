@@ -43,7 +43,6 @@ import prompts
 import run
 from billp import EMPTY, NOVICE, Config, Record, merge, recall, records, remember
 from prompts import Ask, BudgetSpent, Candidate, EndpointError, Key, Malformed, Reply, Usage
-from prompts import scripted
 
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
@@ -52,8 +51,8 @@ settings.load_profile("tests")
 # They change when a prompt, the stand-in or the films do, and with nothing else.
 
 GOLDEN_SCORES = [                       # length and return of the learning episodes 10 to 19
-    (18, 73), (14, 62), (12, 55), (2, 7), (16, 63), (3, 14), (2, 8), (13, 57), (15, 58), (4, 17)]
-GOLDEN_TRIED = 166
+    (2, 9), (17, 72), (7, 29), (16, 66), (4, 19), (23, 97), (6, 28), (3, 11), (0, 0), (28, 119)]
+GOLDEN_TRIED = 163
 GOLDEN_SEED = 1913251582                # of Key(0, "learn", 3, 1, 2)
 GOLDEN_LENGTHS = {                      # steps that policies last in films: lowest, highest
     "random": (3, 5), "popular": (2, 5), "greedy": (4, 7), "varied": (5, 9),
@@ -150,6 +149,15 @@ def learn_by_hand(llm, **changes):
 def learn(episodes=20, llm=prompts.offline, **options):
     """The batches that a model learns on films."""
     return list(billp.train(CATALOG, range(episodes), llm, **options))
+
+
+def scripted(replies):
+    """A model that says texts for each role, one a step or attempt, the last one repeated."""
+    def answer(ask):
+        texts = replies[ask.role]
+        place = min(ask.key.step + ask.key.attempt, len(texts) - 1)
+        return Reply(texts[place])
+    return answer
 
 
 def noting(llm):
@@ -1107,7 +1115,7 @@ def test_no_reply_forges_a_turn_or_a_message(replies):
 
 
 def by_the_rule(env, ratings, apart, user, items, t):
-    """(too alike, left) at the last of a user's items, in plain words."""
+    """(too similar, left) at the last of a user's items, in plain words."""
     *earlier, item = items
     recent = earlier[max(0, t - env.window):]
     alike = any(apart[user // 3, other, item] < env.beta for other in recent)
