@@ -23,9 +23,9 @@ import signal
 import sys
 import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent import futures
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from multiprocessing import active_children
@@ -74,73 +74,83 @@ def say(text: str) -> None:
 
 # ---------------------------------------------------------------------------------- flags
 
-TEXTS = {                               # flags that take a text: group, help
-    "method": ("one run", f"{', '.join(METHODS)} (default billp)"),
-    "world": ("one run", f"{WORLDS} (default films)"),
-    "out": ("one run", "run directory (default: one of its own under runs/)"),
-    "load": ("one run", "go on from the memories of another run, with learners not yet met"),
-    "show": ("look at a finished run", "print one episode of this run directory"),
-    "pick": ("look at a finished run",
-             "which one: before, learn or after and its number, as after:3"),
-    "experiment": ("experiments", "one or more, as table3,fig5, or all"),
-    "rows": ("experiments", "only these rows, as react,billp"),
-    "models": ("experiments", "the models that table6 compares, as a,b"),
-    "cluster": ("experiments", "address of a dask.distributed scheduler for offline runs"),
-    "model": ("a real model", "model name, or offline (default: OPENAI_MODEL)"),
-    "base_url": ("a real model", "endpoint (default: OPENAI_BASE_URL); the key is OPENAI_API_KEY"),
-    "embed_model": ("a real model",
-                    "embedding model (default: OPENAI_EMBED_MODEL, or letter trigrams)"),
-    "extra_body": ("a real model", "a JSON object: more fields for each chat request"),
-    "lessons": ("method", "reflections to read: none, latest or nearest"),
+FLAGS = {                               # of each group: flags and what they do
+    "one run": {
+        "method": f"{', '.join(METHODS)} (default billp)",
+        "world": f"{WORLDS} (default films)",
+        "episodes": "learning episodes (default 50; 100 in experiments)",
+        "users": "held-out users to evaluate on (default 50)",
+        "seed": "names every random draw (default 0)",
+        "workers": "episodes at once (default: 1 offline, else a batch); "
+                   "of offline experiments runs at once (default: all cores)",
+        "out": "run directory (default: one of its own under runs/)",
+        "load": "go on from the memories of another run, with learners not yet met",
+    },
+    "look at a finished run": {
+        "show": "print one episode of this run directory",
+        "pick": "which one: before, learn or after and its number, as after:3",
+        "prompts": "print the prompts of the episode and their replies",
+        "plot": "print the learning curve",
+    },
+    "experiments": {
+        "experiment": "one or more, as table3,fig5, or all",
+        "rows": "only these rows, as react,billp",
+        "models": "the models that table6 compares, as a,b",
+        "seeds": "seeds of an experiment, from --seed on (default 5)",
+        "cluster": "address of a dask.distributed scheduler for offline runs",
+    },
+    "a real model": {
+        "model": "model name, or offline (default: OPENAI_MODEL)",
+        "base_url": "endpoint (default: OPENAI_BASE_URL); the key is OPENAI_API_KEY",
+        "embed_model": "embedding model (default: OPENAI_EMBED_MODEL, or letter trigrams)",
+        "extra_body": "a JSON object: more fields for each chat request",
+        "header": "one more request header, as NAME=VALUE",
+        "timeout": "seconds for one answer (default 300)",
+        "max_calls": "stop cleanly after so many requests to each model",
+        "replay": "answer from the run's log alone",
+    },
+    "method": {
+        "thoughts": "ask the planner for a thought before each action",
+        "lessons": "reflections to read: none, latest or nearest",
+        "experience": "write and recall the memories of actor and critic",
+        "baseline": "use the critic's V(s); without it every action is encouraged",
+        "gamma": "discount of later rewards; the paper's gamma",
+        "k_lessons": "reflections recalled; the paper's K",
+        "k_experience": "experiences recalled for the actor, counted for each item",
+        "k_actions": "items shown for their experience if --candidates is 0",
+        "k_values": "values recalled for the critic",
+        "candidates": "free items shown to the actor; 0: only remembered ones, as in the paper",
+        "lately": "steps that the category tool calls lately",
+        "titles": "items in a state's text and in a prompt's list",
+        "batch": "episodes between two updates of the memories",
+        "transcript": "characters of a session in a prompt",
+        "temperature": "sampling temperature of every ask",
+        "reply_tokens": "longest reply asked for; models that reason need thousands",
+        "retries": "how often a malformed reply is asked for again",
+        "repeats": "allow an item to come twice in a session, or from the history",
+    },
+    "rule of leaving": {
+        "window": "items that a user remembers; the paper's W",
+        "beta": "an item nearer than this to one of them is too similar",
+        "floor": "a rating below this disappoints",
+        "grace": "steps at the start that may disappoint",
+        "max_steps": "the cap at which an episode is cut",
+    },
 }
-NUMBERS = {                             # flags that take a number: group, lowest, highest, help
-    "episodes": ("one run", 0, 10**9, "learning episodes (default 50; 100 in experiments)"),
-    "users": ("one run", 1, 10**9, "held-out users to evaluate on (default 50)"),
-    "seed": ("one run", 0, 10**18, "names every random draw (default 0)"),
-    "workers": ("one run", 1, 1000, "episodes at once (default: 1 offline, else a batch); "
-                                    "of offline experiments runs at once (default: all cores)"),
-    "seeds": ("experiments", 1, 1000, "seeds of an experiment, from --seed on (default 5)"),
-    "timeout": ("a real model", 0.001, 10**6, "seconds for one answer (default 300)"),
-    "max_calls": ("a real model", 0, 10**12, "stop cleanly after so many requests to each model"),
-    "gamma": ("method", 0, 1, "discount of later rewards; the paper's gamma"),
-    "k_lessons": ("method", 0, 10**6, "reflections recalled; the paper's K"),
-    "k_experience": ("method", 0, 10**6,
-                     "experiences recalled for the actor, counted for each item"),
-    "k_actions": ("method", 0, 10**6, "items shown for their experience if --candidates is 0"),
-    "candidates": ("method", 0, 10**6, "free items shown to the actor; 0: only remembered ones, as in the paper"),
-    "lately": ("method", 1, 1000, "steps that the category tool calls lately"),
-    "k_values": ("method", 0, 10**6, "values recalled for the critic"),
-    "titles": ("method", 1, 1000, "items in a state's text and in a prompt's list"),
-    "batch": ("method", 1, 10**9, "episodes between two updates of the memories"),
-    "transcript": ("method", 1000, 10**9, "characters of a session in a prompt"),
-    "temperature": ("method", 0, 2, "sampling temperature of every ask"),
-    "reply_tokens": ("method", 1, 10**9,
-                     "longest reply asked for; models that reason need thousands"),
-    "retries": ("method", 0, 100, "how often a malformed reply is asked for again"),
-    "window": ("rule of leaving", 1, 1000, "items that a user remembers; the paper's W"),
-    "beta": ("rule of leaving", 0, 10**9, "an item nearer than this to one of them is too similar"),
-    "floor": ("rule of leaving", 0, 10**9, "a rating below this disappoints"),
-    "grace": ("rule of leaving", 0, 10**9, "steps at the start that may disappoint"),
-    "max_steps": ("rule of leaving", 1, 10**5, "the cap at which an episode is cut"),
-}
-SWITCHES = {                            # flags that are given or not, or given with --no-
-    "thoughts": ("method", "ask the planner for a thought before each action"),
-    "experience": ("method", "write and recall the memories of actor and critic"),
-    "baseline": ("method", "use the critic's V(s); without it every action is encouraged"),
-    "repeats": ("method", "allow an item to come twice in a session, or from the history"),
-    "replay": ("a real model", "answer from the run's log alone"),
-    "prompts": ("look at a finished run", "print the prompts of the episode and their replies"),
-    "plot": ("look at a finished run", "print the learning curve"),
-}
-GROUPS = {
-    "one run": "", "look at a finished run": "", "experiments": "", "a real model": "",
+NOTES = {
     "method": "left out, the value of the row of --method stands; Config gives the reasons",
     "rule of leaving": "left out, the world's own value stands"}
+MANY = 10**9                            # more than anybody asks for
+RANGES = {                              # of numbers; the others may be 0 to MANY
+    "users": (1, MANY), "seed": (0, 10**18), "workers": (1, 1000), "seeds": (1, 1000),
+    "timeout": (0.001, 10**6), "gamma": (0, 1), "lately": (1, 1000), "titles": (1, 1000),
+    "batch": (1, MANY), "transcript": (1000, MANY), "temperature": (0, 2),
+    "reply_tokens": (1, MANY), "retries": (0, 100), "window": (1, 1000), "max_steps": (1, 10**5)}
 CHOICES = {"method": METHODS, "lessons": ("none", "latest", "nearest")}
-DEFAULTS = {"episodes": 50, "users": 50, "method": "billp", "world": "films", "seed": 0, "seeds": 5,
-            "timeout": 300.0, "header": (), "extra_body": "{}", "pick": ""}
-OF_SHOW = ("pick", "prompts", "plot")
-OF_EXPERIMENTS = ("seeds", "rows", "models", "cluster")
+DEFAULTS = {                            # of flags that are no field of Config or of the rule
+    "episodes": 50, "users": 50, "method": "billp", "world": "films", "seed": 0, "seeds": 5,
+    "workers": 0, "timeout": 300.0, "header": (), "extra_body": "{}", "max_calls": MANY,
+    "replay": False, "pick": "", "prompts": False, "plot": False, "experiment": ""}
 OF_ENDPOINTS = ("base_url", "embed_model", "extra_body", "timeout", "header", "max_calls", "replay")
 EXAMPLES = """\
 examples:
@@ -167,41 +177,37 @@ def path_of(text: str) -> Path:
 
 
 def make_parser() -> Parser:
-    """All flags. One that is not given is None. A number has the type of its default."""
+    """All flags. One that is not given is None. A value has the type of its default."""
     parser = Parser("run.py", allow_abbrev=False, epilog=EXAMPLES,
                     formatter_class=RawDescriptionHelpFormatter,
                     description=f"Learn, then evaluate. The built-in model is {STAND_IN}.")
-    groups = {title: parser.add_argument_group(title, text) for title, text in GROUPS.items()}
-    for name, (title, text) in TEXTS.items():
-        kind = path_of if name in ("out", "load", "show") else str
-        groups[title].add_argument(flag(name), type=kind, choices=CHOICES.get(name),
-                                   metavar=name.upper(), help=text)
     defaults = {**envs.Env._field_defaults, **Config._field_defaults, **DEFAULTS}
-    for name, (title, _, _, text) in NUMBERS.items():
-        default = defaults.get(name, 0)
-        if title == "method":
-            text += f" (default {default})"
-        groups[title].add_argument(flag(name), type=type(default), metavar="N", help=text)
-    for name, (title, text) in SWITCHES.items():
-        groups[title].add_argument(flag(name), action=BooleanOptionalAction, help=text)
-    groups["a real model"].add_argument("--header", action="append", metavar="K=V",
-                                        help="one more request header")
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title, NOTES.get(title))
+        for name, text in flags.items():
+            kind = type(defaults.get(name, ""))
+            if kind is bool:
+                options = {"action": BooleanOptionalAction}
+            elif kind is tuple:
+                options = {"action": "append"}
+            elif kind is not str:
+                options = {"type": kind, "metavar": "N"}
+            elif name in ("out", "load", "show"):
+                options = {"type": path_of, "metavar": "DIR"}
+            else:
+                options = {"choices": CHOICES.get(name), "metavar": name.upper()}
+            if title == "method":
+                text += f" (default {defaults[name]})"
+            group.add_argument(flag(name), help=text, **options)
     return parser
-
-
-def is_object(text: str) -> bool:
-    """Whether a text is a JSON object."""
-    try:
-        return isinstance(json.loads(text), dict)
-    except ValueError:
-        return False
 
 
 def check_values(args: Namespace) -> None:
     """UserError for a value that a flag does not take."""
-    for name, (_, low, high, _) in NUMBERS.items():
+    for name in sorted(args.given):
+        low, high = RANGES.get(name, (0, MANY))
         value = getattr(args, name)
-        if value is not None and not low <= value <= high:
+        if type(value) in (int, float) and not low <= value <= high:
             raise UserError(f"{flag(name)} takes a number from {low} to {high}")
     for name in args.experiment:
         if name not in EXPERIMENTS:
@@ -209,36 +215,35 @@ def check_values(args: Namespace) -> None:
     for header in args.header:
         if "=" not in header:
             raise UserError("--header takes NAME=VALUE")
-    if not is_object(args.extra_body):
+    try:
+        extra = json.loads(args.extra_body)
+    except ValueError:
+        extra = None
+    if not isinstance(extra, dict):
         raise UserError("--extra-body takes a JSON object, such as '{\"top_p\": 0.9}'")
 
 
-def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
-    """Names of flags that would have no effect here, given or not, and why; `parse` keeps those given."""
+def idle_flags(args: Namespace) -> Sequence[tuple[bool, Iterable[str], str]]:
+    """Whether a condition holds; the flags that have no effect then; the end of the message."""
+    of_show = FLAGS["look at a finished run"].keys()
     if args.show:
-        yield args.given - {"show", *OF_SHOW}, "beside --show"
-        return
-    yield OF_SHOW, "without --show"
-    if args.experiment:
-        yield ("method", "load"), "beside --experiment"
-        varied = {EXPERIMENTS[name].varied for name in args.experiment}
-        if "model" not in varied:
-            yield ["models"], "without --experiment table6"
-        if varied == {"model"}:
-            yield ["rows"], "on table6: its rows are --models"
-        elif len(varied) == 1:          # it may be {""}, the name of no flag
-            yield varied, "here: the experiment varies it"
-    else:
-        yield OF_EXPERIMENTS, "without --experiment"
-        if args.method in envs.POLICIES:
-            names = {*OF_ENDPOINTS, *Config._fields, "load"} - {"gamma"}
-            yield names, f"on {args.method}, which asks no language model"
-    if args.models_asked == ["offline"]:
-        yield OF_ENDPOINTS, "on the built-in reader, which asks no endpoint"
-    else:
-        yield ["cluster"], "with a real model: only offline runs are sent there"
-    if args.candidates != 0:
-        yield ["k_actions"], "without --candidates 0"
+        return [(True, args.given - of_show, "beside --show")]
+    varied = {EXPERIMENTS[name].varied for name in args.experiment}
+    is_policy = args.method in envs.POLICIES
+    is_offline = args.models_asked == ["offline"]
+    of_language = {*OF_ENDPOINTS, *Config._fields, "load"} - {"gamma"}
+    return [
+        (True, of_show, "without --show"),
+        (not varied, FLAGS["experiments"], "without --experiment"),
+        (bool(varied), ("method", "load"), "beside --experiment"),
+        ("model" not in varied, ["models"], "without --experiment table6"),
+        (varied == {"model"}, ["rows"], "on table6: its rows are --models"),
+        (varied == {"window"}, ["window"], "here: the experiment varies it"),
+        (varied == {"episodes"}, ["episodes"], "here: the experiment varies it"),
+        (is_policy, of_language, f"on {args.method}, which asks no language model"),
+        (is_offline, OF_ENDPOINTS, "on the built-in reader, which asks no endpoint"),
+        (not is_offline, ["cluster"], "with a real model: only offline runs are sent there"),
+        (args.candidates != 0, ["k_actions"], "without --candidates 0")]
 
 
 def variable(*names: str) -> str:
@@ -256,9 +261,9 @@ def models_of(args: Namespace) -> list[str]:
     # A replay asks no endpoint, but its log is that of a real model.
     endpoint = args.base_url or args.replay or variable(
         "OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY")
-    names = args.models.split(",") if args.models else []
-    if args.model:
-        names = [args.model, *names]
+    names = [args.model] if args.model else []
+    if args.models:
+        names += args.models.split(",")
     if not names:
         names = [variable("OPENAI_MODEL") if endpoint else "offline"]
     lacks_endpoint = not endpoint and set(names) != {"offline"}
@@ -279,19 +284,16 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     for name, default in DEFAULTS.items():
         if name not in args.given:
             setattr(args, name, default)
-    if args.experiment is None:
-        args.experiment = []
-    else:
-        args.experiment = args.experiment.split(",")
-        if "episodes" not in args.given:
-            args.episodes = 100
-    if args.experiment == ["all"]:
-        args.experiment = list(EXPERIMENTS)
+    if args.experiment and "episodes" not in args.given:
+        args.episodes = 100
+    names = ",".join(EXPERIMENTS) if args.experiment == "all" else args.experiment
+    args.experiment = names.split(",") if names else []
     check_values(args)
     args.models_asked = [] if args.show else models_of(args)
-    for names, reason in idle_flags(args):
-        for name in sorted(args.given.intersection(names)):
-            raise UserError(f"{flag(name)} has no effect {reason}")
+    for holds, names, reason in idle_flags(args):
+        idle = sorted(args.given.intersection(names))
+        if holds and idle:
+            raise UserError(f"{flag(idle[0])} has no effect {reason}")
     return args
 
 
@@ -311,11 +313,9 @@ class Settings(NamedTuple):
     rule: Json        # fields of the world that flags replace
 
 
-def digest(content: str | bytes) -> str:
-    """A short name for the content."""
-    if isinstance(content, str):
-        content = content.encode("utf-8", "replace")
-    return hashlib.sha256(content).hexdigest()[:16]
+def digest(text: str) -> str:
+    """A short name for a text."""
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def given_of(args: Namespace, names: Iterable[str]) -> Json:
@@ -339,7 +339,7 @@ def settings(args: Namespace) -> Settings:
     first, load = 0, ""
     if args.load:
         saved = read_memory(args.load, embedding)
-        first, load = learners_met(saved, args.world, args.seed), saved.digest
+        first, load = learners_met(saved, args.world, args.seed), saved["digest"]
     config = Config()._asdict()
     if not args.experiment:
         config |= billp.METHODS.get(args.method, {})
@@ -358,10 +358,9 @@ def load_world(name: str, seed: int) -> envs.Env:
     kind, _, folder = name.partition(":")
     if name == "films":
         return envs.films(seed)
-    if kind == "csv" and folder:
-        return envs.ratings_folder(folder, seed, notice=say)
-    if kind == "movielens" and folder:
-        return envs.movielens(folder, seed, notice=say)
+    readers = {"csv": envs.ratings_folder, "movielens": envs.movielens}
+    if kind in readers and folder:
+        return readers[kind](folder, seed, notice=say)
     if kind in ("steam", "amazon") and folder:
         return envs.released(folder, kind)
     raise UserError(f"no world {name!r}; there are {WORLDS}")
@@ -423,39 +422,29 @@ def read_object(path: Path) -> Json:
         raise UserError(f"{path} is damaged: delete it, or choose another directory") from None
 
 
-def run_name(config: Json, label: str) -> str:
-    """The name of a run directory: world, method and a digest of the configuration."""
-    world = config["world"].partition(":")[0]
-    return f"{world}-{label}-seed{config['seed']}-{digest(dumps(config))[:6]}"
-
-
 def run_directory(args: Namespace, config: Json) -> Path:
-    """The directory of this run, made if need be. UserError if it holds anything else."""
+    """The directory of this run, made if need be. UserError if it holds anything else.
+
+    Its name tells the world, the method and a digest of the configuration, unless --out names it.
+    """
     label = "+".join(args.experiment) or args.method
-    path = args.out or Path("runs", run_name(config, label))
+    kind = args.world.partition(":")[0]
+    name = f"{kind}-{label}-seed{args.seed}-{digest(dumps(config))[:6]}"
+    path = args.out or Path("runs", name)
     earlier = read_object(path / "config.json")
     changed = [name for name in {**earlier, **config} if earlier.get(name) != config.get(name)]
     if earlier and changed:
         raise UserError(f"{path} holds a run of another configuration ({', '.join(changed)}); "
                         "choose another --out")
     if not earlier:
-        if path.exists() and any(file.suffix != ".part" for file in path.iterdir()):
+        if path.exists() and any(path.iterdir()):
             raise UserError(f"{path} is not empty and holds no run; choose another --out")
         if args.replay:
-            raise UserError(f"{path} holds no run to replay: run without --replay, or give its --out")
+            raise UserError(f"{path} holds no run to replay: run without --replay, or give its "
+                            "--out")
     path.mkdir(parents=True, exist_ok=True)
     write(path / "config.json", dumps(config, indent=1) + "\n")
     return path
-
-
-class Saved(NamedTuple):
-    """What a memory.json holds. Files without world, seed and met come from older versions."""
-    embedding: str              # what its vectors were made with
-    world: str
-    seed: int
-    met: int                    # learners of this world and seed that were met
-    records: dict[str, list[billp.Record]]      # of each role
-    digest: str                 # of the file
 
 
 def save_memory(run: Settings, agent: Agent) -> str:
@@ -472,42 +461,42 @@ def save_memory(run: Settings, agent: Agent) -> str:
     return ",\n".join(parts) + "}\n"
 
 
-KIND = {"planner": str, "actor": int, "critic": float}      # what the records of a role contain
-
-
 def read_record(role: str, row: list) -> billp.Record:
     """A record of a role's memory; ValueError or TypeError if it is damaged."""
-    record = billp.Record(*row)
-    if [type(field) for field in record] != [str, str, KIND[role]]:
-        raise ValueError("a field of another type")
-    if role == "actor" and record.content not in (0, 1):
-        raise ValueError("no verdict")
-    if role == "critic" and not np.isfinite(record.content):
-        raise ValueError("no target")
-    return record
+    text, item, content = row
+    is_sound = {"planner": isinstance(content, str),
+                "actor": content in (0, 1),
+                "critic": isinstance(content, float) and np.isfinite(content)}
+    if not (isinstance(text, str) and isinstance(item, str) and is_sound[role]):
+        raise ValueError("a damaged record")
+    return billp.Record(text, item, content)
 
 
-def read_memory(path: Path, embedding: str) -> Saved:
-    """What `save_memory` wrote. `path` is the file or its run directory. UserError for any other."""
+def read_memory(path: Path, embedding: str) -> Json:
+    """What `save_memory` wrote, with records for rows, and a digest of the file.
+
+    `path` is the file or its run directory. UserError for any other.
+    """
     file = path / "memory.json" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"{path} holds no memory.json: --load takes the directory of a finished run")
-    content = file.read_bytes()
+        raise UserError(f"{path} holds no memory.json: --load takes the directory of a finished "
+                        "run")
+    older = {"world": "", "seed": 0, "met": 0}      # older versions did not write these
     try:
-        fields = dict(json.loads(content))
-        records = {}
+        content = file.read_text("utf-8")
+        saved = older | json.loads(content) | {"digest": digest(content)}
+        saved |= {"world": str(saved["world"]), "met": int(saved["met"])}
         for role in Agent._fields:
-            records[role] = [read_record(role, row) for row in fields[role]]
-        saved = Saved(fields["embedding"], str(fields.get("world", "")), fields.get("seed", 0),
-                      int(fields.get("met", 0)), records, digest(content))
+            saved[role] = [read_record(role, row) for row in saved[role]]
+        origin = saved["embedding"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} is not a memory.json of this program") from None
-    if saved.embedding != embedding:
-        raise UserError(f"{file} was made with the embedding {saved.embedding}, not {embedding}")
+    if origin != embedding:
+        raise UserError(f"{file} was made with the embedding {origin}, not {embedding}")
     return saved
 
 
-def learners_met(saved: Saved, world: str, seed: int) -> int:
+def learners_met(saved: Json, world: str, seed: int) -> int:
     """How many learners of this world and seed a memory has met.
 
     In films another seed makes other people. In steam and amazon the files tell who is held out.
@@ -515,22 +504,22 @@ def learners_met(saved: Saved, world: str, seed: int) -> int:
     In the other worlds the seed draws who is held out. UserError for another seed, because the
     memory may have learned from users that it holds out.
     """
-    kinds = {world.partition(":")[0], saved.world.partition(":")[0]}
-    if kinds <= {"csv", "movielens"} and seed != saved.seed:
+    kinds = {name.partition(":")[0] for name in (world, saved["world"])}
+    if kinds <= {"csv", "movielens"} and seed != saved["seed"]:
         raise UserError(f"--load: this memory may know users that --seed {seed} holds out; "
-                        f"use its own --seed {saved.seed}")
-    is_same = (saved.world, saved.seed) == (world, seed)
-    return saved.met if is_same else 0
+                        f"use its own --seed {saved['seed']}")
+    is_same = saved["world"] == world and saved["seed"] == seed
+    return saved["met"] if is_same else 0
 
 
-def agent_of(records: dict[str, list[billp.Record]], embed: Embed) -> Agent:
-    """The agent with these records. Vectors are made again."""
+def agent_of(saved: Json, embed: Embed) -> Agent:
+    """The agent with the records that `read_memory` gave. Vectors are made again."""
     memories = {}
-    for role, rows in records.items():
+    for role in Agent._fields:
         memories[role] = billp.EMPTY
-        if rows:
-            vectors = embed([record.text for record in rows])
-            memories[role] = billp.push(billp.EMPTY, billp.Chunk(tuple(rows), vectors))
+        if saved[role]:
+            vectors = embed([record.text for record in saved[role]])
+            memories[role] = billp.push(billp.EMPTY, billp.Chunk(tuple(saved[role]), vectors))
     return Agent(**memories)
 
 
@@ -539,7 +528,7 @@ def agent_of(records: dict[str, list[billp.Record]], embed: Embed) -> Agent:
 
 class Live(NamedTuple):
     """What is known of a command's calls at any moment, however it ends. Threads share it."""
-    counts: Counter             # of pairs (role, kind): calls, and the tokens that the server counts
+    counts: dict[str, Counter]  # of each role: calls, and the tokens that the server counts
     stats: Json                 # of endpoints: requests, retries, answers in all and asked for now
     failures: list[Exception]   # of calls that failed for good
     stop: Event                 # set when no further call shall begin
@@ -547,7 +536,7 @@ class Live(NamedTuple):
 
 def new_live() -> Live:
     """Nothing has been asked yet."""
-    return Live(Counter(), {}, [], Event())
+    return Live({role: Counter(calls=0) for role in ROLES}, {}, [], Event())
 
 
 def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
@@ -562,10 +551,11 @@ def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
         live.stop.set()
         raise
     with prompts.LOCK:
-        live.counts[ask.role, "calls"] += 1
+        counts = live.counts[ask.role]
+        counts["calls"] += 1
         for kind, tokens in reply.usage._asdict().items():
             if tokens is not None:
-                live.counts[ask.role, kind] += tokens
+                counts[kind] += tokens
     return reply
 
 
@@ -580,19 +570,18 @@ def connect(args: Namespace, run: Settings, folder: Path, live: Live) -> tuple[L
     """The model and the embedding of a run. Those of an endpoint are recorded in the folder."""
     if run.model == "offline":
         return prompts.offline, prompts.hashed_ngrams
-    url = args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE")
-    url = url or "https://api.openai.com/v1"
+    url = (args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE")
+           or "https://api.openai.com/v1")
     headers = dict(header.split("=", 1) for header in args.header)
     options = {"key": variable("OPENAI_API_KEY"), "timeout": args.timeout, "headers": headers,
                "notice": say, "sleep": live.stop.wait, "stats": live.stats}
     folder.mkdir(exist_ok=True)
     model_id = [run.model, run.embedding, run.extra]
-    log = prompts.open_log(folder / "calls.jsonl", model_id, replay=bool(args.replay))
+    log = prompts.open_log(folder / "calls.jsonl", model_id, replay=args.replay)
     # From the inside: the endpoint, its budget, a count of what is asked for now, the log of
     # answers, a count of all of them.
     llm = prompts.openai(url, run.model, extra=json.loads(args.extra_body), **options)
-    if args.max_calls is not None:
-        llm = prompts.limited(llm, args.max_calls)
+    llm = prompts.limited(llm, args.max_calls)
     llm = partial(noted, llm, live.stats, "asked")
     llm = prompts.recorded(llm, log)
     llm = partial(noted, llm, live.stats, "answers")
@@ -603,11 +592,8 @@ def connect(args: Namespace, run: Settings, folder: Path, live: Live) -> tuple[L
 
 
 @contextmanager
-def parallel(pool: futures.Executor | None, stop: Event) -> Iterator[Callable]:
-    """The pool's map, or the built-in one. After an error no further call begins."""
-    if pool is None:
-        yield map
-        return
+def parallel(pool: futures.Executor, stop: Event) -> Iterator[Callable]:
+    """The pool's map. After an error no further call begins."""
     try:
         yield pool.map
     except KeyboardInterrupt:           # nothing is waited for
@@ -621,11 +607,6 @@ def parallel(pool: futures.Executor | None, stop: Event) -> Iterator[Callable]:
         pool.shutdown()
         raise
     pool.shutdown()
-
-
-def threads(count: int) -> futures.Executor | None:
-    """A pool of threads, or None where one episode is played after the other."""
-    return futures.ThreadPoolExecutor(count) if count > 1 else None
 
 
 class Session(NamedTuple):
@@ -643,16 +624,16 @@ class Outcome(NamedTuple):
 
 def watched(pmap: Callable, run: Settings) -> Callable:
     """The same map, which tells after every tenth episode how far its phase has come."""
-    lengths = {"before": [], "learn": [], "after": []}
+    lengths = defaultdict(list)         # of each phase
 
     def watched_map(function: Callable, users: Sequence[int], keys: Sequence[Key]) -> Iterator:
         for trajectory in pmap(function, users, keys):
             phase = trajectory.last.key.phase
+            total = run.episodes if phase == "learn" else run.users
             length, _ = billp.score(trajectory)
             lengths[phase].append(length)
-            done, total = len(lengths[phase]), run.episodes if phase == "learn" else run.users
+            done, mean = len(lengths[phase]), np.mean(lengths[phase])
             if done % 10 == 0 or done == total:
-                mean = np.mean(lengths[phase])
                 say(f"{phase}: {done} of {total} episodes, mean Len {mean:.1f}")
             yield trajectory
     return watched_map
@@ -683,8 +664,8 @@ def policy_sessions(run: Settings, place: Place, phase: str) -> list[Session]:
 
 
 def perform(run: Settings, place: Place, agent: Agent, llm: LLM, embed: Embed, pmap: Callable,
-            phases: Sequence[str] = ("before", "learn", "after")) -> Outcome:
-    """Evaluate, learn, and evaluate the same users again; or only some of these phases."""
+            phases: Sequence[str]) -> Outcome:
+    """The phases of a run, in this order: before, learn and after, or only some of them."""
     if run.method in envs.POLICIES:
         asked = [phase for phase in phases if phase != "learn"]
         return Outcome({phase: policy_sessions(run, place, phase) for phase in asked})
@@ -705,15 +686,7 @@ def perform(run: Settings, place: Place, agent: Agent, llm: LLM, embed: Embed, p
     return Outcome(sessions, everything, agent)
 
 
-def by_role(counts: Counter) -> dict[str, dict[str, int]]:
-    """Calls of each role, and its tokens of the kinds that the server counts."""
-    table = {role: {"calls": 0} for role in ROLES}
-    for (role, kind), count in counts.items():
-        table[role][kind] = count
-    return table
-
-
-def cost(trajectories: Sequence[Trajectory], counts: Counter, stats: Json,
+def cost(trajectories: Sequence[Trajectory], counts: dict[str, Counter], stats: Json,
          began: float) -> Json:
     """What a run cost: replies that were of no use, calls and tokens, seconds."""
     answers, exact = [], []
@@ -725,7 +698,7 @@ def cost(trajectories: Sequence[Trajectory], counts: Counter, stats: Json,
     return {"malformed": sum(answer.malformed for answer in answers),
             "fallbacks": sum(answer.fallback for answer in answers),
             "ungrounded": round(1 - float(np.mean(exact or [True])), 4),
-            "calls": by_role(counts),
+            "calls": counts,
             "endpoint": deepcopy(stats),        # the client goes on counting
             "seconds": round(time.perf_counter() - began, 2)}
 
@@ -742,23 +715,20 @@ def describe(env: envs.Env, trajectory: Trajectory) -> Json:
         items = [step.act.value for step in trajectory.steps]
         left = prompts.clean(envs.why_left(env, trajectory.user, items))
     key, gained = trajectory.last.key, trajectory.gained
-    credited = gained.actor != billp.EMPTY
+    values, advantages = trajectory.values, trajectory.advantages
+    if gained.actor == billp.EMPTY:     # nothing was credited
+        values = advantages = ()
     return {"phase": key.phase, "episode": key.episode, "user": trajectory.user,
             "history": trajectory.last.history, "steps": steps, "left": left,
-            "values": trajectory.values if credited else (),
-            "advantages": trajectory.advantages if credited else (),
+            "values": values, "advantages": advantages,
             "reflection": "".join(record.content for record in billp.records(gained.planner))}
-
-
-def batch_means(lengths: Sequence[int], size: int) -> list[float]:
-    """The mean of each batch of lengths; the last batch may be shorter."""
-    starts = range(0, len(lengths), size)
-    return [float(np.mean(lengths[start:start + size])) for start in starts]
 
 
 def summarise(run: Settings, outcome: Outcome, live: Live, began: float) -> Json:
     """summary.json, which other programs read. An interval is [mean, low, high], 95 %."""
     lengths = [len(session.items) for session in outcome.sessions.get("learn", [])]
+    size = run.config["batch"]
+    batches = [lengths[start:start + size] for start in range(0, len(lengths), size)]
     before = after = scores_of(outcome.sessions["before"])
     difference = None
     if "after" in outcome.sessions:
@@ -767,7 +737,7 @@ def summarise(run: Settings, outcome: Outcome, live: Live, began: float) -> Json
     summary = run._asdict()
     summary["config"] = summary["config"] | summary.pop("rule")
     return summary | {
-        "learning": batch_means(lengths, run.config["batch"]),
+        "learning": [float(np.mean(batch)) for batch in batches],
         "before": envs.metrics(before), "after": envs.metrics(after), "difference": difference,
         "reflections": len(billp.records(outcome.agent.planner)),
         **cost(outcome.trajectories, live.counts, live.stats, began)}
@@ -775,8 +745,16 @@ def summarise(run: Settings, outcome: Outcome, live: Live, began: float) -> Json
 
 def interval(figure: Sequence[float]) -> str:
     """A mean with its interval."""
-    mean, low, high = figure
-    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*figure)
+
+
+def figures_table(rows: dict[str, dict[str, Sequence[float]]]) -> Table:
+    """The intervals of each row, which all have the same names."""
+    names = next(iter(rows.values()))
+    table = [["", *(f"{name} [95 %]" for name in names)]]
+    for label, figures in rows.items():
+        table.append([label, *map(interval, figures.values())])
+    return table
 
 
 def grid(rows: Table) -> list[str]:
@@ -787,18 +765,17 @@ def grid(rows: Table) -> list[str]:
     """
     if len(rows) == 1:
         return []
-    widths = [max(len(text) for text in column) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
-    for label, *cells in rows:
-        line = label.ljust(widths[0])
-        for cell, width in zip(cells, widths[1:]):
-            line += "  " + cell.rjust(width)
-        lines.append(line.rstrip())
+    for row in rows:
+        cells = [text.rjust(width) for text, width in zip(row, widths)]
+        cells[0] = row[0].ljust(widths[0])
+        lines.append("  ".join(cells).rstrip())
     return lines
 
 
 def counts_table(rows: dict[str, dict[str, float]]) -> Table:
-    """Calls and what else is counted in each row. Rows without calls and empty columns are left out.
+    """Calls and what else is counted in each row, without rows that have no calls.
 
     >>> counts_table({"actor": {"calls": 2, "prompt": 9}, "critic": {"calls": 0}})
     [['', 'calls', 'prompt'], ['actor', '2', '9']]
@@ -813,21 +790,19 @@ def counts_table(rows: dict[str, dict[str, float]]) -> Table:
 
 def chart(summary: Json) -> list[str]:
     """The learning curve of a run as text, a line for each batch."""
-    means, size, episodes = summary["learning"], summary["config"]["batch"], summary["episodes"]
-    top = max([1.0, *means])
+    episodes, size = summary["episodes"], summary["config"]["batch"]
+    top = max([1.0, *summary["learning"]])
     lines = ["learning episodes, mean Len of each batch"]
-    for place, mean in enumerate(means):
-        start = place * size
-        stop = min(start + size, episodes)
-        lines.append(f"{start + 1:5}-{stop:<5} {'#' * round(40 * mean / top)} {mean:.1f}")
+    for first, mean in zip(range(1, episodes + 1, size), summary["learning"]):
+        last = min(first + size - 1, episodes)
+        lines.append(f"{first:5}-{last:<5} {'#' * round(40 * mean / top)} {mean:.1f}")
     return lines
 
 
 def ledger(live: Live) -> list[str]:
     """Calls and tokens of each role, then what the endpoint's client counted."""
     with prompts.LOCK:                  # threads may still count
-        counts = live.counts.copy()
-    lines = grid(counts_table(by_role(counts)))
+        lines = grid(counts_table(live.counts))
     if live.stats:
         stats = Counter(live.stats)
         asked = stats["asked"]
@@ -848,22 +823,22 @@ def report(summary: Json, about: str, lessons: Sequence[str], live: Live) -> lis
         model = STAND_IN
     if summary["method"] in envs.POLICIES:
         model = "none: this policy asks no language model"
-    lines = [f"{summary['method']} on {summary['world']}, seed {summary['seed']}: "
-             f"{summary['episodes']} learning episodes, then {summary['users']} held-out users"]
+    heading = ("{method} on {world}, seed {seed}: {episodes} learning episodes, "
+               "then {users} held-out users")
+    lines = [heading.format_map(summary)]
     if about:
         lines.append(f"world     {about}")
-    table = [["", *(f"{name} [95 %]" for name in envs.METRICS)]]
-    for label in ("before", "after", "difference"):
-        if summary[label]:
-            table.append([label, *(interval(figure) for figure in summary[label].values())])
+    phases = [phase for phase in ("before", "after", "difference") if summary[phase]]
+    table = figures_table({phase: summary[phase] for phase in phases})
     lines += [f"model     {model}", "", *grid(table), ""]
     if summary["learning"]:
         lines += [*chart(summary), ""]
     lines += [f"lesson    {lesson}" for lesson in lessons]
     lines += ledger(live)
     if summary["calls"]["actor"]["calls"]:
-        lines.append(f"replies   malformed {summary['malformed']}, fallbacks {summary['fallbacks']}, "
-                     f"actions that named no free item {summary['ungrounded']:.0%}")
+        replies = ("replies   malformed {malformed}, fallbacks {fallbacks}, "
+                   "actions that named no free item {ungrounded:.0%}")
+        lines.append(replies.format_map(summary))
     return [*lines, f"seconds   {summary['seconds']}"]
 
 
@@ -881,9 +856,9 @@ def one_run(args: Namespace, live: Live) -> None:
     llm, embed = connect(args, run, folder, live)
     agent = billp.NOVICE
     if args.load:
-        agent = agent_of(read_memory(args.load, run.embedding).records, embed)
+        agent = agent_of(read_memory(args.load, run.embedding), embed)
     workers = args.workers or (1 if run.model == "offline" else run.config["batch"])
-    with parallel(threads(workers), live.stop) as pmap:
+    with parallel(futures.ThreadPoolExecutor(workers), live.stop) as pmap:
         outcome = perform(run, place, agent, partial(counted, llm, live), embed,
                           watched(pmap, run), phases_of(run))
     summary = summarise(run, outcome, live, began)
@@ -899,43 +874,41 @@ def one_run(args: Namespace, live: Live) -> None:
 # ------------------------------------------------------------------------ a look at a run
 
 
-def step_lines(episode: Json, n: int) -> list[str]:
-    """The n-th step of an episode in words, n from 0."""
-    step = episode["steps"][n]
+def step_rows(step: Json) -> list[tuple[str, str]]:
+    """A step of an episode in words: labels and texts. A text may be empty."""
     rows = [("recalled", lesson) for lesson in step["lessons"]]
     rows.append(("thought", step["thought"]))
-    for item in step["listed"][:5]:
-        rows.append(("listed", prompts.render_candidate(prompts.Candidate(*item))))
-    if len(step["listed"]) > 5:
-        rows.append(("", f"and {len(step['listed']) - 5} more"))
-    nearest = "" if step["exact"] else " (in its place: no free title was named)"
-    rows += [("said", step["said"]), ("item", step["item"] + nearest)]
-    is_last = n == len(episode["steps"]) - 1
-    left = f", the user left: {episode['left']}" if is_last and episode["left"] else ""
-    rows.append(("reward", f"{step['reward']:g}{left}"))
-    if episode["advantages"]:
-        gain = episode["advantages"][n]
-        value = f"{episode['values'][n]:.2f}, advantage {gain:+.2f}"
-        rows.append(("value", f"{value}: {prompts.VERDICT[gain >= 0]}"))
-    return [f"    {label:12}{text}" for label, text in rows if text]
+    for fields in step["listed"]:
+        rows.append(("listed", prompts.render_candidate(prompts.Candidate(*fields))))
+    why = "" if step["exact"] else "in its place: no free title was named"
+    rows += [("said", step["said"]), ("item", step["item"]), ("", why)]
+    return [*rows, ("reward", f"{step['reward']:g}")]
 
 
 def story(episode: Json) -> list[str]:
     """An episode in words: what was recalled, thought, done, seen and learned at each step."""
-    lines = [f"{episode['phase']} episode {episode['episode']}, user {episode['user']}", "",
-             "liked before"]
+    lines = ["{phase} episode {episode}, user {user}".format_map(episode), "", "liked before"]
     lines += [f"    {line}" for line in episode["history"]]
-    for n in range(len(episode["steps"])):
-        lines += ["", f"step {n + 1}", *step_lines(episode, n)]
-    if not episode["left"]:
-        lines += ["", "the user stayed to the last step"]
+    for n, step in enumerate(episode["steps"]):
+        rows = step_rows(step)
+        if episode["advantages"]:
+            value, gain = episode["values"][n], episode["advantages"][n]
+            remembered = prompts.VERDICT[gain >= 0]
+            rows.append(("value", f"{value:.2f}, advantage {gain:+.2f}: {remembered}"))
+        lines += ["", f"step {n + 1}"]
+        lines += [f"    {label:12}{text}" for label, text in rows if text]
+    left = episode["left"]
+    lines += ["", f"the user left: {left}" if left else "the user stayed to the last step"]
     if episode["reflection"]:
         lines += ["", f"reflection  {episode['reflection']}"]
     return lines
 
 
-def read_episodes(folder: Path) -> list[Json]:
-    """The episodes of a finished run, in the order in which they were played."""
+def episode_of(folder: Path, pick: str) -> Json:
+    """The episode of a finished run that --pick names.
+
+    By default it is the last one learned from, or else the last one.
+    """
     try:
         lines = (folder / "episodes.jsonl").read_bytes().splitlines()
         episodes = [json.loads(line) for line in lines]
@@ -944,11 +917,6 @@ def read_episodes(folder: Path) -> list[Json]:
                         "finished run") from None
     if not episodes:
         raise UserError(f"{folder} holds no episodes: policies without a language model keep none")
-    return episodes
-
-
-def picked(episodes: list[Json], pick: str) -> Json:
-    """The episode that --pick names; by default the last one learned from, or else the last one."""
     phase, _, number = pick.partition(":")
     for episode in reversed(episodes):
         is_phase = episode["phase"] == (phase or "learn")
@@ -978,9 +946,9 @@ def print_prompts(args: Namespace, phase: str, number: int) -> None:
         reply = llm(ask)
         if (ask.key.phase, ask.key.episode) == (phase, number):
             print(f"==== {ask.role}, step {ask.key.step + 1}, attempt {ask.key.attempt + 1}")
-            for role, text in ask.messages:
+            for role, text in [*ask.messages, ("reply", reply.text)]:
                 print(f"---- {role}\n{text}")
-            print(f"---- reply\n{reply.text}\n")
+            print()
         return reply
 
     perform(run, build_place(run), billp.NOVICE, printing, embed, map, phases_of(run))
@@ -994,7 +962,7 @@ def show(args: Namespace) -> None:
             raise UserError(f"{args.show} holds no summary.json with learning episodes")
         print("\n".join(chart(summary)))
         return
-    episode = picked(read_episodes(args.show), args.pick)
+    episode = episode_of(args.show, args.pick)
     if args.prompts:
         print_prompts(args, episode["phase"], episode["episode"])
     else:
@@ -1027,10 +995,9 @@ EXPERIMENTS = {
     "fig5": Experiment("How many items a user remembers", "react a2c reflexion billp", "window",
                        (1, 2, 4, 6, 8), axis="window W (items that a user remembers)"),
     "table6": Experiment("Language models", "", "model"),
-    "curve": Experiment("Learning curve", "a2c billp", "episodes", (0, 10, 20, 50, 100, 200),
-                        axis="learning episodes"),
+    "curve": Experiment("Learning curve", "common-sense bandit a2c billp", "episodes",
+                        (0, 10, 20, 50, 100, 200), axis="learning episodes"),
 }
-DRAWN = {"scores": "R_traj", "shares": "share", "errors": "MSE"}     # the figure in the picture
 
 
 class Job(NamedTuple):
@@ -1039,22 +1006,11 @@ class Job(NamedTuple):
     measure: str
 
 
-class Result(NamedTuple):
-    """What a job gives."""
-    samples: list                       # [users or states, k]
-    cost: Json
-
-
-class Cell(NamedTuple):
-    """One row of a table, or one point of a line."""
-    series: str                         # the method or model
-    x: int | None                       # the place on the x axis, if there is one
-    jobs: list[Job]                     # one for each seed
-    results: Sequence[Result] = ()      # one for each seed, once they are there
+Cell = tuple[str, int | None]       # the method or model, and the place on the x axis, if any
 
 
 def settings_of(base: Settings, experiment: Experiment, series: str, x: int | None) -> Settings:
-    """The settings of a cell's runs, which differ in their seed only."""
+    """The settings of a cell's runs. They differ in their seed only."""
     run = base
     method, _, budget = series.partition(":")
     if experiment.varied == "model":
@@ -1074,55 +1030,42 @@ def settings_of(base: Settings, experiment: Experiment, series: str, x: int | No
     return run._replace(method=method, config=config)
 
 
-def cells_of(args: Namespace, base: Settings, name: str) -> list[Cell]:
-    """The cells of an experiment. A mistake is found before any run begins."""
+def cells_of(args: Namespace, base: Settings, name: str) -> dict[Cell, list[Job]]:
+    """A job for each seed in each cell. A mistake is found before any run begins."""
     experiment = EXPERIMENTS[name]
-    known = experiment.rows.split() or args.models_asked
-    rows = known
+    known = rows = experiment.rows.split() or args.models_asked
     if args.rows and experiment.rows:
         rows = args.rows.split(",")
-    for row in rows:
-        if row not in known:
-            raise UserError(f"--rows {row}: {name} has no such row, only {' '.join(known)}")
-    cells = []
-    for series in known:
+    cells = {}
+    for series in rows:
+        if series not in known:
+            raise UserError(f"--rows {series}: {name} has no such row, only {' '.join(known)}")
         for x in experiment.values:
-            if series in rows:
-                run = settings_of(base, experiment, series, x)
-                build_place(run)        # for its UserError alone
-                jobs = []
-                for seed in range(base.seed, base.seed + args.seeds):
-                    jobs.append(Job(run._replace(seed=seed), experiment.measure))
-                cells.append(Cell(series, x, jobs))
+            run = settings_of(base, experiment, series, x)
+            build_place(run)            # for its UserError alone
+            seeds = range(base.seed, base.seed + args.seeds)
+            jobs = [Job(run._replace(seed=seed), experiment.measure) for seed in seeds]
+            cells[series, x] = jobs
     return cells
 
 
 def shares(env: envs.Env, sessions: Sequence[Session]) -> list[list[int]]:
     """[sessions, 5]: how many of the items are in each quintile of popularity, the least first."""
     order = np.argsort(envs.popularity(env), kind="stable")
-    quintile = np.empty(len(order), int)
-    quintile[order] = np.arange(len(order)) * 5 // len(order)
+    rank = np.argsort(order)            # of each item; 0 is the least popular
+    quintile = rank * 5 // len(order)
     return [np.bincount(quintile[session.items], minlength=5).tolist() for session in sessions]
-
-
-def sampled_returns(catalog: prompts.Catalog, user: int, agent: Agent, llm: LLM, seed: int,
-                    config: Config, pmap: Callable, count: int) -> list[float]:
-    """Discounted returns of so many sessions of an agent that learns nothing from them."""
-    play = partial(billp.episode, catalog, agent=agent, llm=llm, config=config)
-    keys = [Key(seed, "continue", draw) for draw in range(count)]
-    returns = []
-    for trajectory in pmap(play, [user] * count, keys):
-        rewards = [step.reward for step in trajectory.steps]
-        returns.append(billp.discounted_return(rewards, config.gamma))
-    return returns
 
 
 def shortened(env: envs.Env, gamma: float) -> envs.Env:
     """The world with sessions cut where later rewards count for less than a thousandth."""
-    horizon = 1
-    while horizon < env.max_steps and gamma ** horizon >= 0.001:
-        horizon += 1
-    return env._replace(max_steps=horizon)
+    discounts = gamma ** np.arange(1, env.max_steps)
+    return env._replace(max_steps=1 + int(np.sum(discounts >= 0.001)))
+
+
+def return_of(trajectory: Trajectory, gamma: float) -> float:
+    """The discounted return of an episode."""
+    return billp.discounted_return([step.reward for step in trajectory.steps], gamma)
 
 
 def critic_errors(
@@ -1141,26 +1084,27 @@ def critic_errors(
     errors = np.zeros((repeats, len(users), 2))
     learned = []
     for repeat in range(repeats):
-        seed = run.seed + 1000 * (repeat + 1)       # far apart: runs of neighbouring seeds share no draws
+        seed = run.seed + 1000 * (repeat + 1)       # far apart: neighbouring seeds share no draws
         agent = billp.NOVICE
         learners = generator(seed, "learners").permutation(place.learners).tolist()
         for agent, batch in billp.train(catalog, learners, llm, seed, agent, config, pmap):
             learned += batch
         for i, user in enumerate(users):
-            one, *others = sampled_returns(short, user, agent, llm, seed, config, pmap, draws + 1)
+            played = billp.evaluate(short, [user] * (draws + 1), agent, llm, seed, "continue",
+                                    config, pmap)
+            one, *others = [return_of(trajectory, config.gamma) for trajectory in played]
             state = billp.opening(catalog, user, Key(seed, "value", i), config)
             answer, _ = billp.critic(state, agent.critic, llm, config)
-            reference = np.mean(others)
-            errors[repeat, i] = (one - reference, answer.value - reference)     # one return, the critic
+            errors[repeat, i] = [one, answer.value] - np.mean(others)
     bias, variance = errors.mean(0), errors.var(0)
     figures = np.stack([bias, variance, bias ** 2 + variance], -1)      # [states, 2, 3]
     return figures.reshape(len(users), 6).tolist(), learned
 
 
-def measure_job(job: Job, llm: LLM, embed: Embed, pmap: Callable, live: Live) -> Result:
-    """Perform a run and measure what its experiment needs."""
+def measure_job(job: Job, llm: LLM, embed: Embed, pmap: Callable, live: Live) -> Json:
+    """Perform a run: the samples of its measure, [users or states, k], and what they cost."""
     began = time.perf_counter()
-    earlier = Counter(live.counts)
+    earlier = deepcopy(live.counts)
     place = build_place(job.run)
     llm = partial(counted, llm, live)
     if job.measure == "errors":
@@ -1173,63 +1117,50 @@ def measure_job(job: Job, llm: LLM, embed: Embed, pmap: Callable, live: Live) ->
             samples = shares(place.env, sessions)
         else:
             samples = scores_of(sessions)[0].tolist()
-    used = Counter(live.counts)
-    used.subtract(earlier)
-    return Result(samples, cost(trajectories, used, live.stats, began))
+    used = deepcopy(live.counts)
+    for role, counts in used.items():
+        counts.subtract(earlier[role])
+    return {"samples": samples, "cost": cost(trajectories, used, live.stats, began)}
 
 
-def offline_job(job: Job) -> Result:
+def offline_job(job: Job) -> Json:
     """A job of the stand-in or of a policy, complete in itself, so that any process can do it."""
     return measure_job(job, prompts.offline, prompts.hashed_ngrams, map, new_live())
 
 
-def live_job(args: Namespace, folder: Path, live: Live, models: dict[str, tuple[LLM, Embed]],
-             job: Job) -> Result:
-    """A job whose model is behind an endpoint. `models` keeps one client and one log for each."""
-    name = job.run.model
-    if name not in models:
-        models[name] = connect(args, job.run, folder / quote(name, safe=""), live)
-    llm, embed = models[name]
-    with parallel(threads(args.workers or job.run.config["batch"]), live.stop) as pmap:
-        return measure_job(job, llm, embed, pmap, live)
-
-
 @contextmanager
-def offline_pool(args: Namespace, jobs: int) -> Iterator[futures.Executor | None]:
-    """Where offline runs are performed: on a cluster, in processes of this machine, or here."""
-    if args.cluster:
-        try:
-            from distributed import Client
-        except ImportError:
-            raise UserError("--cluster needs dask: pip install -e '.[cluster]'") from None
-        with Client(args.cluster, timeout=10) as client:
-            for module in ("envs", "prompts", "billp", "run"):
-                client.upload_file(str(Path(__file__).with_name(f"{module}.py")))
-            yield client.get_executor()
+def offline_pool(args: Namespace) -> Iterator[futures.Executor]:
+    """Where offline runs are performed: on a cluster or in processes of this machine."""
+    if not args.cluster:
+        # Ctrl-C is for this process, which then ends the others.
+        ignore = (signal.SIGINT, signal.SIG_IGN)
+        yield futures.ProcessPoolExecutor(args.workers or None, None, signal.signal, ignore)
         return
-    count = min(args.workers or os.cpu_count() or 1, jobs)
-    if count == 1:
-        yield None
-        return
-    # Ctrl-C is for this process, which then ends the others.
-    yield futures.ProcessPoolExecutor(count, initializer=signal.signal,
-                                      initargs=(signal.SIGINT, signal.SIG_IGN))
+    try:
+        from distributed import Client
+    except ImportError:
+        raise UserError("--cluster needs dask: pip install -e '.[cluster]'") from None
+    with Client(args.cluster, timeout=10) as client:
+        for module in ("envs", "prompts", "billp", "run"):
+            client.upload_file(str(Path(__file__).with_name(f"{module}.py")))
+        yield client.get_executor()
 
 
-def do_jobs(args: Namespace, jobs: dict[str, Job], folder: Path, live: Live) -> dict[str, Result]:
-    """The result of each job: offline side by side in processes, else one after the other."""
-    if all(job.run.model == "offline" for job in jobs.values()):
-        opened, work = offline_pool(args, len(jobs)), offline_job
-    else:
-        opened, work = nullcontext(), partial(live_job, args, folder, live, {})
-    results = {}
-    with opened as pool, parallel(pool, live.stop) as pmap:     # `parallel` shuts the pool down
-        for key, result in zip(jobs, pmap(work, jobs.values())):
-            results[key] = result
-            run = jobs[key].run
-            say(f"{len(results)} of {len(jobs)} runs: {run.method}, {run.episodes} episodes, "
-                f"seed {run.seed}")
-    return results
+def do_jobs(args: Namespace, jobs: Sequence[Job], folder: Path, live: Live) -> Iterator[Json]:
+    """The result of each job: offline side by side, else one after the other."""
+    if args.models_asked == ["offline"]:
+        with offline_pool(args) as pool, parallel(pool, live.stop) as pmap:
+            yield from pmap(offline_job, jobs)
+        return
+    models = {}                         # one client and one log for each
+    workers = args.workers or jobs[0].run.config["batch"]
+    with parallel(futures.ThreadPoolExecutor(workers), live.stop) as pmap:
+        for job in jobs:
+            name = job.run.model
+            if name not in models:
+                models[name] = connect(args, job.run, folder / quote(name, safe=""), live)
+            llm, embed = models[name]
+            yield measure_job(job, llm, embed, pmap, live)
 
 
 class Row(NamedTuple):
@@ -1246,32 +1177,21 @@ def share_of(counts: Array) -> Array:
     return sums / np.maximum(sums.sum(-1, keepdims=True), 1)
 
 
-def mean_of(samples: Array) -> Array:
-    """Samples [..., seeds, states, k] -> their means [..., k]."""
-    return samples.mean((-3, -2))
-
-
-def samples_of(cell: Cell) -> Array:
-    """The samples of a cell, [seeds, users or states, k]."""
-    return np.array([result.samples for result in cell.results], float)
-
-
-def rows_of(cell: Cell, measure: str, billps: dict[int | None, Array]) -> list[Row]:
-    """The rows of one cell. `billps` are the samples of billp at each x, to compare with."""
-    samples = samples_of(cell)
+def rows_of(series: str, x: int | None, samples: dict[Cell, Array], measure: str) -> list[Row]:
+    """The rows of one cell. `samples` [seeds, users or states, k] are those of all cells."""
+    own = samples[series, x]
     if measure == "shares":
-        intervals = envs.intervals(share_of, samples)
-        return [Row(cell.series, place, {"share": figure})
-                for place, figure in enumerate(intervals, 1)]
+        intervals = envs.intervals(share_of, own)
+        return [Row(series, place, {"share": share}) for place, share in enumerate(intervals, 1)]
     if measure == "errors":
         names = ("bias", "variance", "MSE")
-        intervals = envs.intervals(mean_of, samples)
-        return [Row("one return", cell.x, dict(zip(names, intervals[:3]))),
-                Row("critic", cell.x, dict(zip(names, intervals[3:])))]
+        intervals = envs.intervals(partial(np.mean, axis=(-3, -2)), own)
+        return [Row("one return", x, dict(zip(names, intervals[:3]))),
+                Row("critic", x, dict(zip(names, intervals[3:])))]
     gain = None
-    if cell.series != "billp" and cell.x in billps:
-        gain = envs.metrics(samples, billps[cell.x])["R_traj"]
-    return [Row(cell.series, cell.x, envs.metrics(samples), gain)]
+    if series != "billp" and ("billp", x) in samples:
+        gain = envs.metrics(own, samples["billp", x])["R_traj"]
+    return [Row(series, x, envs.metrics(own), gain)]
 
 
 def verdict(gain: list[float]) -> str:
@@ -1282,17 +1202,9 @@ def verdict(gain: list[float]) -> str:
     return "lower" if high < 0 else "not significant"
 
 
-def label_of(row: Row | Cell) -> str:
-    """The name of a row in tables."""
-    return row.series if row.x is None else f"{row.series}, {row.x}"
-
-
-def figures_table(rows: Sequence[Row]) -> Table:
-    """The figures of each row."""
-    table = [["", *(f"{name} [95 %]" for name in rows[0].figures)]]
-    for row in rows:
-        table.append([label_of(row), *(interval(figure) for figure in row.figures.values())])
-    return table
+def label_of(series: str, x: int | None) -> str:
+    """The name of a cell in tables."""
+    return series if x is None else f"{series}, {x}"
 
 
 def gains_table(rows: Sequence[Row]) -> Table:
@@ -1300,23 +1212,26 @@ def gains_table(rows: Sequence[Row]) -> Table:
     table = [["", "R_traj less billp's [95 %]", ""]]
     for row in rows:
         if row.gain:
-            table.append([label_of(row), interval(row.gain), verdict(row.gain)])
+            label = label_of(row.series, row.x)
+            table.append([label, interval(row.gain), verdict(row.gain)])
     return table
 
 
-def bill_of(cell: Cell) -> dict[str, float]:
+def bill_of(results: Sequence[Json]) -> dict[str, float]:
     """What all runs of a cell cost together, by the names of summary.json."""
     bill = Counter(calls=0)
-    for result in cell.results:
-        for counts in result.cost["calls"].values():
+    for result in results:
+        spent = result["cost"]
+        for counts in spent["calls"].values():
             bill.update(counts)
         for name in ("malformed", "fallbacks", "seconds"):
-            bill[name] += result.cost[name]
-        bill["ungrounded"] += result.cost["ungrounded"] / len(cell.results)
+            bill[name] += spent[name]
+        bill["ungrounded"] += spent["ungrounded"] / len(results)
     return bill
 
 
-COLOUR = {                              # Okabe and Ito's colours: one for a method in all pictures
+# Okabe and Ito's colours: one for a method in all pictures
+COLOURS = {
     "billp": "#0072B2", "reflexion": "#D55E00", "react": "#009E73", "act": "#CC79A7",
     "a2c": "#E69F00", "bandit": "#56B4E9", "critic": "#0072B2", "one return": "#E69F00"}
 
@@ -1324,100 +1239,98 @@ COLOUR = {                              # Okabe and Ito's colours: one for a met
 def colour_of(series: str) -> str:
     """The colour of a method. Ablations share that of billp. Models and fixed policies are grey."""
     method = series.partition(":")[0].partition("-no-")[0]
-    return COLOUR.get(method, "#999999")
+    return COLOURS.get(method, "#999999")
 
 
-def limit_of(rows: Sequence[Row], drawn: str) -> float:
-    """Where the axis of a figure ends: with the longest interval, but not far beyond all means."""
-    means = [row.figures[drawn][0] for row in rows]
-    highest = [row.figures[drawn][2] for row in rows]
-    return 1.05 * min(max(highest), 1.5 * max(means))
+def drawn(rows: Sequence[Row]) -> Array:
+    """[3, rows]: the means, lows and highs of what is drawn, the last figure of each row."""
+    return np.transpose([list(row.figures.values())[-1] for row in rows])
 
 
-def plot_bars(axes: Any, rows: Sequence[Row], drawn: str) -> None:
-    """Horizontal bars with intervals. A bar far beyond the methods with language is cut and says so."""
-    limit = limit_of(rows, drawn)
+def limit_of(rows: Sequence[Row]) -> float:
+    """Where an axis ends: with the longest interval, but not far beyond all means."""
+    means, _, highs = drawn(rows)
+    return 1.05 * min(highs.max(), 1.5 * means.max())
+
+
+def plot_bars(axes: Any, rows: Sequence[Row]) -> None:
+    """Horizontal bars with intervals. One far beyond the methods with language is cut."""
     methods = [row for row in rows if row.series in billp.METHODS]
-    if methods:
-        limit = min(limit, 1.3 * limit_of(methods, drawn))
+    limit = min(limit_of(rows), 1.3 * limit_of(methods or rows))
     for place, row in enumerate(reversed(rows)):
-        mean, low, high = row.figures[drawn]
-        axes.barh(place, mean, xerr=[[mean - low], [high - mean]], color=colour_of(row.series),
+        mean, low, high = drawn([row])
+        axes.barh(place, mean, xerr=[mean - low, high - mean], color=colour_of(row.series),
                   capsize=3)
         if mean > limit:
-            axes.text(limit * 0.99, place, f"{mean:.0f} (cut)", ha="right", va="center",
+            axes.text(limit * 0.99, place, f"{mean[0]:.0f} (cut)", ha="right", va="center",
                       color="white")
     axes.set_yticks(range(len(rows)), [row.series for row in reversed(rows)])
     axes.set_xlim(0, limit)
 
 
-def plot_lines(axes: Any, rows: Sequence[Row], drawn: str) -> None:
+def plot_lines(axes: Any, rows: Sequence[Row]) -> None:
     """One line with intervals for each series."""
     for series in dict.fromkeys(row.series for row in rows):
         points = [row for row in rows if row.series == series]
-        mean, low, high = np.array([row.figures[drawn] for row in points]).T
+        mean, low, high = drawn(points)
         axes.errorbar([row.x for row in points], mean, [mean - low, high - mean], label=series,
                       color=colour_of(series), marker="o", capsize=3)
     axes.set_xticks(sorted({row.x for row in rows}))
-    axes.set_ylim(0, limit_of(rows, drawn))
+    axes.set_ylim(0, limit_of(rows))
     axes.legend(frameon=False)
 
 
-def plot(name: str, heading: str, rows: Sequence[Row], path: Path) -> None:
+def plot(experiment: Experiment, heading: str, rows: Sequence[Row], path: Path) -> None:
     """Draw an experiment: lines over its x axis, or else bars. The file is whole or not there."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         say("no picture: pip install -e '.[plot]' draws it")
         return
-    experiment = EXPERIMENTS[name]
-    figure = Figure((8, 4.5), dpi=100, layout="constrained")
+    figure = Figure((8, 4.5), layout="constrained")
     axes = figure.subplots()
     label = f"{experiment.label} (mean, 95 % confidence interval)"
     if experiment.axis:
-        plot_lines(axes, rows, DRAWN[experiment.measure])
+        plot_lines(axes, rows)
         axes.set(xlabel=experiment.axis)
         axes.set_ylabel(label, fontsize=8)
     else:
-        plot_bars(axes, rows, DRAWN[experiment.measure])
-        axes.set_xlabel(label)
-    figure.suptitle(f"{experiment.title}\n{heading}", fontsize=8, parse_math=False)
+        plot_bars(axes, rows)
+        axes.set(xlabel=label)
     axes.grid(alpha=0.3)
+    figure.suptitle(f"{experiment.title}\n{heading}", fontsize=8, parse_math=False)
     draft = path.with_suffix(".part.png")
     figure.savefig(draft)
     os.replace(draft, path)
 
 
-def heading_of(name: str, base: Settings, cells: Sequence[Cell]) -> str:
-    """What an experiment was made with, in two lines."""
-    jobs = cells[0].jobs
-    models = dict.fromkeys(cell.jobs[0].run.model for cell in cells)
+def publish(name: str, base: Settings, cells: dict[Cell, list[Json]], folder: Path) -> None:
+    """Print the tables of an experiment, given the results of each cell; write its files."""
+    experiment = EXPERIMENTS[name]
+    models = [base.model]
+    if experiment.varied == "model":
+        models = [series for series, _ in cells]
     texts = [STAND_IN if model == "offline" else model for model in models]
-    return (f"{name} on {base.world}, seeds {jobs[0].run.seed} to {jobs[-1].run.seed}, "
-            f"{base.users} held-out users each\nmodel {', '.join(texts)}")
-
-
-def publish(name: str, base: Settings, cells: Sequence[Cell], folder: Path) -> None:
-    """Print the tables of an experiment; write NAME.json and NAME.png."""
-    measure = EXPERIMENTS[name].measure
-    billps = {cell.x: samples_of(cell) for cell in cells if cell.series == "billp"}
-    rows = []
-    for cell in cells:
-        rows += rows_of(cell, measure, billps)
-    heading = heading_of(name, base, cells)
+    samples, rows, bills, raw = {}, [], {}, []
+    for cell, results in cells.items():
+        samples[cell] = np.array([result["samples"] for result in results], float)
+    for (series, x), results in cells.items():
+        rows += rows_of(series, x, samples, experiment.measure)
+        bills[label_of(series, x)] = bill_of(results)
+        raw.append({"series": series, "x": x, "results": results})
+    last = base.seed + len(next(iter(cells.values()))) - 1
+    heading = (f"{name} on {base.world}, seeds {base.seed} to {last}, "
+               f"{base.users} held-out users each\nmodel {', '.join(texts)}")
     print(heading)
-    bills = {label_of(cell): bill_of(cell) for cell in cells}
-    for table in (figures_table(rows), gains_table(rows), counts_table(bills)):
+    figures = {label_of(row.series, row.x): row.figures for row in rows}
+    for table in (figures_table(figures), gains_table(rows), counts_table(bills)):
         if len(table) > 1:
             print("\n".join(["", *grid(table)]))
     print()
     content = {"experiment": name, "settings": base._asdict(),
-               "rows": [row._asdict() for row in rows], "cells": []}
-    for cell in cells:
-        results = [result._asdict() for result in cell.results]
-        content["cells"].append({"series": cell.series, "x": cell.x, "results": results})
+               "rows": [row._asdict() for row in rows], "cells": raw}
     write(folder / f"{name}.json", dumps(content) + "\n")
-    plot(name, heading, rows, folder / f"{name}.png")
+    plot(experiment, heading, rows, folder / f"{name}.png")
 
 
 def experiments(args: Namespace, live: Live) -> None:
@@ -1425,21 +1338,23 @@ def experiments(args: Namespace, live: Live) -> None:
     began = time.perf_counter()
     base = settings(args)
     tables = {name: cells_of(args, base, name) for name in args.experiment}
-    jobs = {}
+    jobs = []
     for cells in tables.values():
-        for cell in cells:
-            for job in cell.jobs:
-                jobs[dumps(job)] = job
-    # The longest come first: at the end, no core waits long for another.
-    jobs = dict(sorted(jobs.items(), key=lambda item: -item[1].run.episodes))
-    asked = {"experiment": args.experiment, "seeds": args.seeds, "models": args.models,
-             "rows": args.rows}
+        for needed in cells.values():
+            jobs += [job for job in needed if job not in jobs]
+    jobs.sort(key=lambda job: -job.run.episodes)    # so no core waits long for another at the end
+    asked = {name: getattr(args, name) for name in ("experiment", "seeds", "models", "rows")}
     folder = run_directory(args, base._asdict() | asked)
-    results = do_jobs(args, jobs, folder, live)
+    results = []
+    # `do_jobs` comes first in zip, so that it runs to its end and closes its pool.
+    for result, job in zip(do_jobs(args, jobs, folder, live), jobs):
+        results.append(result)
+        say(f"{len(results)} of {len(jobs)} runs: {job.run.method}, {job.run.episodes} episodes, "
+            f"seed {job.run.seed}")
     for name, cells in tables.items():
-        finished = []
-        for cell in cells:
-            finished.append(cell._replace(results=[results[dumps(job)] for job in cell.jobs]))
+        finished = {}
+        for cell, needed in cells.items():
+            finished[cell] = [results[jobs.index(job)] for job in needed]
         publish(name, base, finished, folder)
     print(f"seconds   {time.perf_counter() - began:.1f}\nrun       {folder}")
 
@@ -1467,7 +1382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                                       "answered calls are kept"]))
         return 130
     except MENDABLE as error:
-        cause = live.failures[0] if live.failures else error    # later ones only follow from it
+        cause = (live.failures or [error])[0]       # later ones only follow from the first
         spent = isinstance(cause, prompts.BudgetSpent)
         if spent:
             say("\n".join(ledger(live)))

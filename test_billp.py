@@ -2050,8 +2050,8 @@ def test_a_flag_beats_the_environment_and_that_the_default(monkeypatch):
 def test_experiments_share_runs_and_are_the_same_for_any_workers(plot, tmp_path):
     flags = ("--experiment", "table3,table5", "--rows", "billp", "--seeds", 2, *SMALL)
     args = run.parse(list(map(str, flags)))
-    [cell] = run.cells_of(args, run.settings(args), "table3")
-    expected = [run.offline_job(job).samples for job in cell.jobs]
+    [jobs] = run.cells_of(args, run.settings(args), "table3").values()
+    expected = [run.offline_job(job)["samples"] for job in jobs]
     for workers in (1, 2):
         code, out, err = command(*flags, "--workers", workers, "--out", tmp_path / str(workers))
         assert code == 0 and "table3 on films, seeds 0 to 1" in out
@@ -2063,8 +2063,8 @@ def test_experiments_share_runs_and_are_the_same_for_any_workers(plot, tmp_path)
 def test_cells_hold_all_seeds_and_learn_if_they_can():
     args = run.parse("--experiment table3 --seed 3 --seeds 2 --episodes 7".split())
     cells = run.cells_of(args, run.settings(args), "table3")
-    assert {tuple(job.run.seed for job in cell.jobs) for cell in cells} == {(3, 4)}
-    episodes = {cell.series: cell.jobs[0].run.episodes for cell in cells}
+    assert {tuple(job.run.seed for job in jobs) for jobs in cells.values()} == {(3, 4)}
+    episodes = {series: jobs[0].run.episodes for (series, _), jobs in cells.items()}
     assert episodes["act"] == episodes["react"] == 0
     assert episodes["reflexion"] == episodes["billp"] == episodes["a2c"] == 7
     assert episodes["a2c:100000"] == 100000
@@ -2075,11 +2075,10 @@ def test_rows_are_compared_with_billp_at_the_same_place(tmp_path, monkeypatch, c
     monkeypatch.setattr(run, "plot", lambda *arguments: None)
     base = settings_of("--experiment fig5")
     cost = run.cost([], run.new_live().counts, {}, 0.0)
-    cells, gains = [], {}
+    cells, gains = {}, {}
     for series, window, returns in [("billp", 1, (3, 11)), ("billp", 2, (5, 13)),
                                     ("a", 1, (1, 9)), ("b", 2, (9, 17)), ("c", 2, (5, 15))]:
-        result = run.Result([[1, total] for total in returns], cost)
-        cells.append(run.Cell(series, window, [run.Job(base, "scores")], [result]))
+        cells[series, window] = [{"samples": [[1, total] for total in returns], "cost": cost}]
     run.publish("fig5", base, cells, tmp_path)
     for row in results_of(tmp_path, "fig5")["rows"]:
         gains[row["series"]] = row["gain"]
