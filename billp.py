@@ -129,7 +129,10 @@ EMPTY: Memory = ()
 
 
 def push(memory: Memory, chunk: Chunk) -> Memory:
-    """The memory with a chunk of newer records at its end."""
+    """The memory with a chunk of newer records at its end.
+
+    After 1, 2, 3, 4, 5 single records the chunks have the lengths (1), (2), (2, 1), (4), (4, 1).
+    """
     # Double precision, so that the distances of `recall` do not depend on the processor.
     newer = Chunk(chunk.records, chunk.vectors.astype(float))
     while memory and len(memory[-1].records) < 2 * len(newer.records):
@@ -166,14 +169,14 @@ def record_at(memory: Memory, i: int) -> Record:
 def nearest_first(distances: np.ndarray, count: int) -> np.ndarray:
     """Indices of the `count` smallest distances, nearest first, newest first among equals.
 
-    All that tie with the last come, too.
+    Those that tie with the last of them come, too.
     """
     limit = np.inf
     if count < len(distances):
         limit = np.partition(distances, count - 1)[count - 1]       # quicker than sorting all
-    near = np.flatnonzero(distances <= limit)
-    # the last key counts most: distance, then newest
-    return near[np.lexsort((-near, distances[near]))]
+    newest_first = np.flatnonzero(distances <= limit)[::-1]
+    # a stable sort keeps the newest first among equals
+    return newest_first[np.argsort(distances[newest_first], stable=True)]
 
 
 def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> tuple[Record, ...]:
@@ -190,13 +193,14 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
     count = 2 * k                   # only the nearest are sorted; more if too few of them differ
     while True:
         found: dict[tuple[str, str], Record] = {}
-        for i in nearest_first(distances, count):
-            if len(found) == k or distances[i] > tau:
-                break
+        near = nearest_first(distances, count)
+        for i in near[distances[near] <= tau]:
             record = record_at(memory, i)
             # of equals the newest came first
             found.setdefault((record.text, record.item), record)
-        if len(found) == k or count >= len(distances):
+            if len(found) == k:
+                return tuple(found.values())
+        if count >= len(distances):
             return tuple(found.values())
         # several records of one text and item took the places: look further
         count *= 4
@@ -321,8 +325,10 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     # By line, too: a free item may share its line with another free one, or with a taken one.
     free = [line for line in dict.fromkeys(lines) if line not in excluded]
     listed = [known.get(line, Candidate(line)) for line in free]
+    # The sort is stable: among equals the nearest stays first.
     listed.sort(key=prompts.chance, reverse=True)
-    return tuple(listed[:config.candidates or config.k_actions])
+    limit = config.candidates or config.k_actions
+    return tuple(listed[:limit])
 
 
 def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
@@ -464,7 +470,7 @@ def last_item(state: State) -> str:
 
 
 def appraise(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config) -> tuple[Answer, ...]:
-    """The critic's answers for s_1 .. s_N, and for s_{N+1} unless the user left: its value is 0."""
+    """The critic's answers for s_1 .. s_N, and for s_{N+1} unless the user left."""
     states = [step.state for step in trajectory.steps]
     if not trajectory.terminated:
         states.append(trajectory.last)

@@ -35,8 +35,9 @@ Rng = np.random.Generator
 Location = str | Path                   # of a folder of data files
 Function = Callable[..., Array]
 
-# independent random streams of one seed; run.py uses 0, 1 and 2
-BRANCHES = {"actor-critic": 3, "data": 5, "bandit": 6}
+# independent random streams of one seed; the first three are for run.py
+BRANCHES = {"learners": 0, "held-out users": 1, "policy": 2, "actor-critic": 3, "data": 5,
+            "bandit": 6}
 
 
 def branch(seed: int, purpose: str) -> Rng:
@@ -184,15 +185,16 @@ def check(env: Env) -> None:
     demand(n > 0 and m > 0, f"a world of {n} users (histories) and {m} items (titles)")
     demand(0 <= env.learners <= n, f"learners is {env.learners} for {n} histories")
     shapes = [np.shape(env.years), np.shape(env.belongs), np.shape(env.vectors)]
-    expected = [(m,), (m, c), (m, np.size(env.vectors) // m)]
-    demand(shapes == expected, f"years, belongs, vectors have shapes {shapes}, not {expected}")
+    fit = shapes[:2] == [(m,), (m, c)] and shapes[2][:1] == (m,) and len(shapes[2]) == 2
+    demand(fit, f"years, belongs, vectors have shapes {shapes}, not [({m},), ({m}, {c}), ({m}, d)]")
     demand(np.isfinite(env.vectors).all(), "vectors has numbers that are not finite")
     for user, history in enumerate(env.histories):
         for item in history:
             fits = isinstance(item, (int, np.integer)) and 0 <= item < m
             demand(fits, f"the history of user {user} has {item!r}, which is not from 0..{m - 1}")
 
-    users, items = np.arange(0, n, 1 + n * m // 10 ** 7), np.arange(m)
+    every_nth = 1 + n * m // 10 ** 7
+    users, items = np.arange(0, n, every_nth), np.arange(m)
     try:
         ratings = env.rate(users[:, None], items)
         env.distance(0, items, 0)
@@ -267,7 +269,8 @@ def with_all(env: Env, state: EnvState) -> tuple[EnvState, Array]:
 
     The sessions get an axis of length 1: user and t are [B, 1], recent is [B, 1, W].
     """
-    return sessions_at(state, np.s_[:, None]), np.arange(len(env.titles))
+    sessions = EnvState(*[part[:, None] for part in state])
+    return sessions, np.arange(len(env.titles))
 
 
 def random(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
@@ -463,10 +466,13 @@ def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
     # d log_chance[pick] / d fit_j = picked_j - chance_j
     # d entropy / d fit_j = -chance_j * (log_chance_j + entropy)
     slope = td_error[:, None] * (picked - chance) - ENTROPY * chance * (log_chance + entropy)
-    # fit = x @ match @ vectors[items].T + appeal[items]
+    # fit_j = x @ match @ vector_j + appeal_j, so d fit_j / d match is outer(x, vector_j)
+    match = x.T @ slope @ env.vectors[items]
     appeal = np.zeros(len(env.titles))
     appeal[items] = slope.sum(0)
-    return Weights(x.T @ slope @ env.vectors[items], appeal, td_error @ x)
+    # V(s) = x @ value, so d V / d value is x
+    value = td_error @ x
+    return Weights(match, appeal, value)        # slopes in the shapes of the weights
 
 
 def a2c(weights: Weights, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
@@ -574,9 +580,10 @@ def intervals(figure: Function, *samples: Array, draws: int = 1000) -> list[list
     mean = figures.mean(0)
     if seeds == 1:
         # all samples are of the same users, so the same users are drawn from all
-        drawn = np.random.default_rng(0).integers(users, size=(draws, 1, users))
-        resampled = figure(*[sample[0, drawn] for sample in samples])
-        low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+        drawn = np.random.default_rng(0).integers(users, size=(draws, users))
+        # [draws, N, k] -> [draws, 1, N, k]: each draw is a sample of one seed
+        resampled = [sample[0][drawn][:, None] for sample in samples]
+        low, high = np.quantile(figure(*resampled), [0.025, 0.975], axis=0)
     else:
         quantile = STUDENT[min(seeds - 2, len(STUDENT) - 1)]
         margin = quantile * figures.std(0, ddof=1) / np.sqrt(seeds)
@@ -697,23 +704,28 @@ def films(seed: int = 0, users: int = 1000) -> Env:
 
     Titles, years and categories are facts; ratings are made up. A rating is mostly taste: how much
     the user likes the film's categories, which is in part shared with one of six archetypes. Then
-    comes the film's general appeal, then noise. Two films are too similar when they share about half
-    of their categories or more, which is about one pair in 25. A history is ten films, drawn so
-    that one more point makes a film e times likelier. Half of the users learn.
+    comes the film's general appeal, then noise. Two films are too similar when they share about
+    half of their categories or more, which is about one pair in 25. A history is ten films, drawn
+    so that one more point makes a film e times likelier. Half of the users learn.
     """
-    rows = re.findall(r"(.+?) (\d{4}) ([A-Z]+)(?:;\s+|$)", FILMS.strip())
-    titles, years, codes = zip(*rows)
-    categories, belongs = labels([[CODES[letter] for letter in letters] for letters in codes])
-    # two films that share a rare category are nearer to each other
+    titles, years, tags = [], [], []
+    for film in FILMS.split(";"):
+        *words, year, letters = film.split()
+        titles.append(" ".join(words))
+        years.append(int(year))
+        tags.append([CODES[letter] for letter in letters])
+    categories, belongs = labels(tags)
+    # two films that share a rare category are nearer to each other; the root, because a distance
+    # squares it
     rarity = np.sqrt(np.log(len(titles) / belongs.sum(0)))
     vectors = unit(belongs * rarity).astype(np.float32)
     rng = np.random.default_rng(seed)
     ratings = made_up(belongs, users, rng)
-    # the Gumbel trick: the largest of rating + Gumbel noise are a draw without replacement
+    # the Gumbel trick: the ten largest of rating + Gumbel noise are a draw without replacement
     keys = ratings + rng.gumbel(size=ratings.shape)
     largest_first = np.argsort(-keys, 1)
     return Env(
-        name="films", titles=titles, years=tuple(map(int, years)),
+        name="films", titles=tuple(titles), years=tuple(years),
         categories=categories, belongs=belongs, vectors=vectors,
         rate=table(ratings), distance=euclidean(vectors),
         histories=largest_first[:, :10], learners=users // 2, beta=0.9)
@@ -723,7 +735,7 @@ def films(seed: int = 0, users: int = 1000) -> Env:
 
 ADVICE = ("the README tells what the files hold; whole copies of MovieLens are at "
           "grouplens.org/datasets/movielens")
-LISTS = ("items.csv", "movies.csv", "movie.csv", "movies.dat")
+ITEM_FILES = ("items.csv", "movies.csv", "movie.csv", "movies.dat")
 HEADERS = {"movies.dat": ["movieId", "title", "genres"],                # .dat files have no header
            "ratings.dat": ["userId", "movieId", "rating", "timestamp"]}
 ALIASES = {"user": "user userid",
@@ -753,8 +765,12 @@ def find_file(folder: Path, names: Sequence[str], world: str) -> Path | None:
     for name in names:
         # the order of rglob depends on the file system
         files += sorted(file for file in folder.rglob(name) if file.is_file())
-    # min takes the first of equals
-    return min(files, key=lambda file: (world not in file.parts, len(file.parts)), default=None)
+
+    def rank(file: Path) -> tuple[bool, int]:
+        is_elsewhere = world not in file.parts
+        return is_elsewhere, len(file.parts)
+
+    return min(files, key=rank, default=None)       # the first of equals
 
 
 @contextmanager
@@ -848,16 +864,17 @@ def split_title(text: str) -> tuple[str, int | None]:
     >>> split_title("Babylon 5 (1994-1998)"), split_title("Say (now")
     (('Babylon 5', 1994), ('Say (now', None))
     """
-    # the pattern would be slow on a long run of spaces
-    text = " ".join(text.split())
-    title, year = re.fullmatch(r"(.*?) ?(?:\((\d{4})(?:[-–]\d*)?\))?", text).groups()
-    # a text that is only a year in parentheses is a title
-    title = re.sub(ARTICLE, r"\2 \1", title or text).replace("L' ", "L'")      # no space behind L'
-    return title, int(year) if year else None
+    title, year = " ".join(text.split()), None
+    # behind a title: a text that is only a year in parentheses is a title
+    at_end = re.search(r"(?<=.) ?\((\d{4})([-–]\d*)?\)$", title)
+    if at_end:
+        title, year = title[:at_end.start()], int(at_end[1])
+    title = re.sub(ARTICLE, r"\2 \1", title)
+    return title.replace("L' ", "L'"), year
 
 
 def parse_entry(items: Numbers, row: Row) -> tuple:
-    """The title, year and tags of an item. It adds the item to `items`, the numbers of ids."""
+    """The title, year and tags of an item. It adds the item's id and number to `items`."""
     demand(row["item"] and row["title"], "an item without id or title")
     demand(row["item"] not in items, f"item {row['item']} is listed twice")
     items[row["item"]] = len(items)
@@ -907,32 +924,35 @@ def rescaled(ratings: Array) -> tuple[Array, str]:
 
 
 def groups(keys: Array) -> list[Array]:
-    """The places of each distinct key, by key; within a key in order.
+    """For each distinct key, from the least on, the indices at which it stands.
 
     >>> groups(np.array([7, 5, 7]))
     [array([1]), array([0, 2])]
     """
     order = np.argsort(keys, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(keys[order])) + 1)
+    starts_of_new_keys = np.flatnonzero(np.diff(keys[order])) + 1
+    return np.split(order, starts_of_new_keys)
 
 
-def ridge(rows: Array, columns: Array, ratings: Array, known: Array, count: int) -> Array:
-    """float32 [count, k + 1]: each user's factors and bias, given the items', or vice versa.
+def ridge(own: Array, other: Array, ratings: Array, fixed: Array, count: int) -> Array:
+    """float32 [count, k + 1]: factors and bias of one side, while the other side is fixed.
 
-    Vote i is (rows[i], columns[i], ratings[i]): user, item, and the rating less its offset. `known`
-    [m, k + 1] holds the items' factors and bias. Or rows are items, and `known` is the users'. The
+    Vote i is ratings[i], less the global offset, between own[i] and other[i]: a user and an item,
+    or an item and a user. `fixed` [m, k + 1] holds the factors and bias of the other side. The
     penalty is 3 + a tenth of the number of votes on each factor, and 3 on the bias.
     """
-    targets = ratings - known[columns, -1]
+    targets = ratings - fixed[other, -1]
     # with a 1 in the place of the bias, for the constant of the regression
-    factors = known.copy()
+    factors = fixed.copy()
     factors[:, -1] = 1
-    fitted = np.zeros((count, known.shape[1]), np.float32)
-    for group in groups(rows):
-        x = factors[columns[group]]
-        penalty = np.full(len(x.T), 3 + len(group) / 10)
+    width = fixed.shape[1]
+    fitted = np.zeros((count, width), np.float32)
+    for group in groups(own):
+        x = factors[other[group]]
+        penalty = np.full(width, 3 + len(group) / 10)
         penalty[-1] = 3
-        fitted[rows[group[0]]] = np.linalg.solve(x.T @ x + np.diag(penalty), x.T @ targets[group])
+        solution = np.linalg.solve(x.T @ x + np.diag(penalty), x.T @ targets[group])
+        fitted[own[group[0]]] = solution
     return fitted
 
 
@@ -993,8 +1013,9 @@ def fitted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int) -> E
     votes = votes[np.lexsort((votes["time"], votes["user"]))]
     votes["rating"], mapping = rescaled(votes["rating"])
     # the first half of the users learns, so the seed draws who they are; votes stay ordered by time
-    votes["user"] = rng.permutation(n)[votes["user"]]
-    held_out = rng.permutation(size) < size // 10
+    new_number = rng.permutation(n)
+    votes["user"] = new_number[votes["user"]]
+    held_out = rng.permutation(size) < size // 10           # true at exactly a random tenth
     train, test = votes[~held_out], votes[held_out]
     model = als(train, n, m, rank=12)
     biases = als(train, n, m, rank=0)       # no factors: biases alone
@@ -1002,7 +1023,7 @@ def fitted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int) -> E
              f"predicted by factors, {rmse(biases, test):.4f} by biases alone")
     vectors = unit(model.q[:, :-1])
     distance = euclidean(vectors)
-    # items without a rating have no place: they lie at 0 and would make everything similar
+    # items without a rating have no place: they lie at 0 and would pull the quantile down
     rated = np.unique(train["item"])
     demand(len(rated) > 1, "fewer than two items with ratings")
     a, b = rng.choice(rated, size=(2, 100_000))
@@ -1025,13 +1046,13 @@ def ratings_folder(path: Location, seed: int = 0, notice: Callable = print) -> E
     `notice` takes a line for the person who waits.
     """
     items, users = {}, {}               # the number of each id; the parsers add to them
-    with reading(path, LISTS, ADVICE) as file:
+    with reading(path, ITEM_FILES, ADVICE) as item_file:
         parse = partial(parse_entry, items)
-        entries = list(read_rows(file, ("item", "title"), parse, notice))
-    names = ["ratings" + file.suffix, "rating" + file.suffix]
-    with reading(file.parent, names, ADVICE) as file:
+        entries = list(read_rows(item_file, ("item", "title"), parse, notice))
+    names = ["ratings" + item_file.suffix, "rating" + item_file.suffix]
+    with reading(item_file.parent, names, ADVICE) as rating_file:
         parse = partial(parse_vote, users, items)
-        rows = read_rows(file, ("user", "item", "rating"), parse, notice)
+        rows = read_rows(rating_file, ("user", "item", "rating"), parse, notice)
         votes = np.fromiter(rows, VOTE)
         demand(len(users) > 1, "fewer than two users")
         return fitted_world(entries, votes, len(users), seed)

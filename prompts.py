@@ -31,7 +31,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from itertools import compress
-from math import ceil
+from math import ceil, sqrt
 from pathlib import Path
 from statistics import fmean
 from threading import Lock
@@ -165,10 +165,10 @@ def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
     for row, text in zip(rows, texts):
         codes = np.frombuffer(f" {fold(text)} ".encode("utf-32-le", "replace"), np.uint32)
         # These products wrap at 2^32 on purpose. The last factor is from Knuth's hash.
-        trigrams = (codes[:-2] * 961) + (codes[1:-1] * 31) + codes[2:]
+        trigrams = (codes[:-2] * 31 * 31) + (codes[1:-1] * 31) + codes[2:]
         mixed = (trigrams * 2654435761) >> 16
         signs = 1.0 - 2.0 * (mixed >> 15)       # the highest of the 16 bits that are left
-        row += np.bincount(mixed % d, signs, d)
+        row += np.bincount(mixed % d, weights=signs, minlength=d)
         if not row.any():
             row[0] = 1              # an empty text needs a direction, too
         row /= np.sqrt(row @ row)
@@ -177,6 +177,7 @@ def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
 
 # -------------------------------------------------------------------- the parts of a reply
 
+# in <think>, <|think|>, <seed:think> and <thinking effort="high">
 TAG = r"\|?(\w+:)?(think|thinking|thoughts?|reason|reasoning|analysis|scratchpad)\b[^<>]*"
 HIDDEN = (                          # what a model thinks aloud, cut in this order
     r"^.*<\|channel\|>\s*final([^<]*<\|message\|>)?",      # gpt-oss: what precedes the answer
@@ -204,14 +205,12 @@ LABELS = ("thought|action|final answer|answer|recommendation|item|title|observat
           "|reflection|lesson")
 TURNS = ("thought", "action", "final answer", "observation")    # they end what stands before them
 ITEMS = ("action", "final answer", "answer", "recommendation", "item", "title")
-MARKS = r"*_#>{(\"'`"
+MARKS = "*_#>{(\"'`"
 GAP = r"[ \t*_]{0,9}"
 # "**Thought 3:**", "Final Answer:" or {"item": "..."}; or a heading such as "### Thought 3".
-# `clear`: the label begins a line, or stands behind the end of a sentence or right behind a mark.
 # `copied`: "Action 1: recommend", as the last line of the prompt has it.
 LABEL = re.compile(
-    rf"(?im)(?P<clear>(^|[.!?;)\]|])[ \t{MARKS}-]*|(?<=[{MARKS}]))?(?<![^\W_])"
-    rf"(?P<name>{LABELS}){GAP}(?P<number>\d*)[ \t*_\"')]{{0,9}}:[ \t*_\"'`-]*"
+    rf"(?im)(?<![^\W_])(?P<name>{LABELS}){GAP}(?P<number>\d*)[ \t*_\"')]{{0,9}}:[ \t*_\"'`-]*"
     rf"(?=(?P<copied>recommend)?)|^[ \t*_#>]*(?P<heading>{LABELS}){GAP}\d*{GAP}$")
 
 
@@ -233,11 +232,14 @@ def heads_of(text: str) -> list[Head]:
     heads = []
     for match in LABEL.finditer(text):
         group = "heading" if match["heading"] else "name"
-        name = match[group].lower()
-        is_clear = match["clear"] is not None or name not in ("thought", "action", "observation")
+        name, start = match[group].lower(), match.start(group)
+        before = text[:start].rstrip(MARKS + " \t-")
+        begins_line = not before or before[-1] == "\n"
+        is_clear = begins_line or before[-1] in ".!?;)]|" or text[start - 1] in MARKS
         is_next_turn = match["number"] and heads and heads[-1].name != name
-        if is_clear or match["heading"] or match["copied"] or is_next_turn:
-            heads.append(Head(match.start(group), match.end(), name))
+        is_a_word_of_titles = name in ("thought", "action", "observation")
+        if is_clear or not is_a_word_of_titles or is_next_turn or match["copied"]:
+            heads.append(Head(start, match.end(), name))
     return heads
 
 
@@ -246,25 +248,26 @@ def segment(text: str, labels: Sequence[str]) -> str:
 
     Models often play several turns in one reply. Only the first counts.
     """
-    found = ""
-    end = len(text)
-    for head in reversed(heads_of(text)):
-        content = text[head.end:end].strip()
-        if head.name in labels and content:
-            found = content         # an earlier one takes its place
-        if head.name in TURNS:
-            end = head.start
-    return found
+    heads = heads_of(text)
+    for i, head in enumerate(heads):
+        if head.name in labels:
+            next_turns = [later.start for later in heads[i + 1:] if later.name in TURNS]
+            end = next_turns[0] if next_turns else len(text)
+            content = text[head.end:end].strip()
+            if content:
+                return content
+    return ""
 
 
 # How a refusal without a label begins. A title may begin like this, too: "Sorry, Wrong Number".
+I_AM = "(i am|i ?['’]?m)"
 REFUSAL = re.compile(
-    r"(?i)\W*(i ?a?['’]?m (very )?sorry|sorry|i apologi[sz]e|i can(not|['’]?t| not)"
-    r"|i won['’]?t|i['’]?m unable|i am (sorry|unable)|as an ai)\b")
+    rf"(?i)\W*({I_AM} (very )?sorry|sorry|i apologi[sz]e|i can(not|['’]?t| not)"
+    rf"|i won['’]?t|{I_AM} unable|as an ai)\b")
 # So behind a label more of the sentence is needed: "I'm sorry, but ..." or "I can't help ...".
 REFUSAL_SENTENCE = re.compile(
-    r"(?i)\W*(((i ?a?['’]?m|i am) ((very|so) )?)?sorry\W+(but|i|that|as)|i apologi[sz]e|as an ai"
-    r"|(i ?['’]?m|i am) (unable|not able) to|i (can(not|['’]?t| not)|won['’]?t)"
+    rf"(?i)\W*(({I_AM} ((very|so) )?)?sorry\W+(but|i|that|as)|i apologi[sz]e|as an ai"
+    rf"|{I_AM} (unable|not able) to|i (can(not|['’]?t| not)|won['’]?t)"
     r" (help|assist|recommend|suggest|provide|comply|answer|fulfill?|choose))\b")
 
 
@@ -310,7 +313,7 @@ def item_part(text: str) -> str:
     'Alien (1979)'
     """
     part = segment(text, ITEMS) or text
-    verb = r"(?i)^\W*(i )?((would|will|['’]d) )?recommend(ing|ed)?\b[\s:]*"
+    verb = r"(?i)^\W*(i ?)?((would|will|['’]d) )?recommend(ing|ed)?\b[\s:]*"
     return re.sub(verb, "", part).strip()
 
 
@@ -350,10 +353,10 @@ def spellings(title: str) -> set[str]:
     ['matrix', 'matrix the', 'the matrix']
     """
     words = [word.casefold() for word in words_of(title)][:LONGEST]
-    if ", " in title and ARTICLES.intersection(words[-1:]):
+    if ", " in title and words and words[-1] in ARTICLES:
         words = words[-1:] + words[:-1]
     names = [words]
-    if ARTICLES.intersection(words[:1]):
+    if words and words[0] in ARTICLES:
         names += [words[1:], words[1:] + words[:1]]
     return {" ".join(name) for name in names}
 
@@ -389,9 +392,10 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     """
     for size in range(min(LONGEST, len(words)), 0, -1):
         items = catalog.names.get(" ".join(words[:size]).casefold(), [])
-        year = "".join(words[size:size + 1])
-        if YEAR.fullmatch(year):
-            years = (None, int(year) - 1, int(year), int(year) + 1)
+        following = words[size] if size < len(words) else ""
+        if YEAR.fullmatch(following):
+            year = int(following)
+            years = (None, year - 1, year, year + 1)
             items = [item for item in items if catalog.env.years[item] in years]
             size += 1
         if items:
@@ -463,7 +467,9 @@ def closest(texts: Sequence[str], catalog: Catalog, taken: Collection[int], k: i
     products = np.vecdot(catalog.vectors, vector)
     products[list(taken)] = -np.inf
     best = np.sort(products)[::-1][:k]
-    places = np.flatnonzero(products > best.min(initial=np.inf) - 1e-4)
+    limit = best.min(initial=np.inf) - 1e-4         # infinite if k is 0: then no item is found
+    # Taken items are never found: -inf is not above a limit of -inf.
+    places = np.flatnonzero(products > limit)
     # Second pass: double precision orders them, because in single precision the last digits differ
     # between processors. The sort is stable: among equals the lowest number comes first.
     exact = np.vecdot(catalog.vectors[places], vector, dtype=float).round(5)
@@ -517,13 +523,12 @@ def bounded(session: str, limit: int) -> str:
     """
     if len(session) <= limit:
         return session
-    half = max(limit // 2, 1)
-    cut = ceil((len(session) - limit) / half) * half
+    stride = max(limit // 2, 1)
+    cut = ceil((len(session) - limit) / stride) * stride
     # Behind the first Observation line after the cut the next whole turn begins.
-    behind = session[cut:].partition("\nObservation")[2]
-    turns = behind.partition("\n")[2]       # without the rest of that line
-    if turns:
-        return turns
+    match = re.search(r"\nObservation [^\n]*\n(.+)", session[cut:], re.DOTALL)
+    if match:
+        return match[1]
     return session[-limit:].partition("\n")[2]      # one turn is longer than half a limit
 
 
@@ -665,20 +670,30 @@ def render_candidate(candidate: Candidate) -> str:
     return f"{candidate.line} {', '.join(parts)}".rstrip()
 
 
-def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
-    """What candidates are retrieved by: categories that a thought names, and others liked before.
+def spaced(text: str) -> str:
+    """The words of a text with a space on each side, so that whole words can be looked for.
 
-    Categories shown lately count only if the thought names no other. A thought without a category
-    is used as it is. Both lists are written as in item lines.
+    >>> spaced("Sci-Fi next!")
+    ' sci fi next '
+    """
+    return f" {' '.join(words_of(text))} ".casefold()
+
+
+def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
+    """What candidates are retrieved by: what the thought names, and categories not shown lately.
+
+    Of the categories that a thought names, those shown lately count only if there are no others. A
+    thought without a category is used as it is. Categories are written as in item lines.
     """
     other = in_brackets(tastes.other)
     if not thought:                 # categories not shown lately are in both lists: they weigh more
         return [in_brackets(tastes.liked), other]
-    plain = f" {' '.join(words_of(thought))} ".casefold()       # the spaces make whole words match
     tags = [tag_of(name) for name in categories]
-    chosen = [tag for tag in tags if f" {' '.join(words_of(tag))} ".casefold() in plain]
+    chosen = [tag for tag in tags if spaced(tag) in spaced(thought)]
     fresh = [tag for tag in chosen if tag not in tastes.recent]
-    wish = in_brackets(fresh or chosen) if chosen else thought
+    wish = thought
+    if chosen:
+        wish = in_brackets(fresh or chosen)
     return [wish, other] if tastes.other else [wish]
 
 
@@ -719,7 +734,7 @@ VALUE_NUMBER = rf"(?i)value[^:=\n]*[:=][^\d\n.,-]*{NUMBER}"
 
 
 def parse_critic(text: str) -> float | Malformed:
-    """The first number behind "Value ...:", or else the first number outside brackets.
+    """The first number behind "Value ...:" or "value =", or else the first outside parentheses.
 
     >>> parse_critic("The value of 3 more films.\\nValue 4: 7.5"), parse_critic("(3 more) 7,5")
     (7.5, 7.5)
@@ -732,7 +747,6 @@ def parse_critic(text: str) -> float | Malformed:
 # -------------------------------------------------------------------------- offline reader
 # A rule-based stand-in for a language model. It reads the same prompts as a model and nothing else.
 
-PARTS = r"(?s)(.*?)\nSession so far:\n(.*\nObservation [^\n]*\n)?(.*)"
 LIKED = r"(?m)^- .* \[(.*)\]$"
 SHOWN = r"(?m)^Action \d+: recommend (.*) \[(.*)\]$"
 LISTED = r"(?m)^- (.*) \[(.*)\](?: encouraged (\d+))?,?(?: discouraged (\d+))?$"
@@ -745,7 +759,12 @@ OTHER = r"(?m)^Other categories, best first: (.*)\.$"
 
 def parts_of(prompt: str) -> tuple[str, str, str]:
     """History, session and question. The session ends with its last observation, or is empty."""
-    return re.match(PARTS, prompt).groups(default="")
+    history, _, rest = prompt.partition("\nSession so far:\n")
+    end = 0
+    last = rest.rfind("\nObservation ")
+    if last >= 0:
+        end = rest.index("\n", last + 1) + 1
+    return history, rest[:end], rest[end:]
 
 
 def tags_in(text: str, pattern: str) -> list[str]:
@@ -788,6 +807,7 @@ def offline_planner(text: str, seed: int) -> str:
     for _, tags in newest_first[:apart - 1]:
         away.update(tags)
     offers = re.search(OTHER, question)[1]
+    # Where none is left, the one offer is a sentence. As a target it fits no item.
     other = split_tags(re.sub(r" \(\d+ liked\)", "", offers))
     options = [tag for tag in other if tag not in away] or other
     if MOST_LIKED in question:
@@ -828,7 +848,7 @@ def similar(a: Sequence[str], b: Sequence[str]) -> bool:
     (True, False)
     """
     common = len(set(a) & set(b))
-    return 4 * common ** 2 >= len(a) * len(b) > 0
+    return common > 0 and common / sqrt(len(a) * len(b)) >= 0.5
 
 
 def gaps_between(shown: Sequence[Sequence[str]]) -> list[int]:
@@ -845,24 +865,26 @@ def offline_reflector(text: str, seed: int) -> str:
     history, session, _ = parts_of(text)
     liked = Counter(tags_in(history, LIKED))
     titles, tags = zip(*shown_in(session))
-    *earlier_gaps, gap = gaps_between(tags)
+    *earlier_gaps, last_gap = gaps_between(tags)
     harmless = min(earlier_gaps, default=9)             # similar items this far apart did no harm
-    apart = min(apart_in(session), harmless)            # the thoughts had asked for a distance
+    advised = min(apart_in(session), harmless)          # the thoughts had asked for a distance
     warned = set()
     if "the user left" not in session:
         why = f"The user stayed for all {steps(len(titles))}"
-    elif gap < harmless:
-        why = (f"The user left because {titles[-1]} came {steps(gap)} after {titles[-1 - gap]}, "
+    elif last_gap < harmless:
+        earlier = titles[-1 - last_gap]
+        why = (f"The user left because {titles[-1]} came {steps(last_gap)} after {earlier}, "
                "which is similar")
-        apart = max(apart, gap + 1)
+        advised = max(advised, last_gap + 1)
     else:
         why = f"The user left because {titles[-1]} disappointed"
         warned = set(tags[-1]).difference(liked)
-        if sum(liked[tag] for tag in tags[-1]) < 3 * len(tags[-1]):
+        times_liked = [liked[tag] for tag in tags[-1]]
+        if sum(times_liked) < 3 * len(times_liked):     # fewer than three on average
             why += f": begin with the {MOST_LIKED} categories"
     fans = ", ".join(tag for tag, _ in liked.most_common(3))
-    return (f"Reflection: {why}. Keep similar items {steps(apart)} apart for those who like {fans}."
-            f"{spelled_avoid(warned)}")
+    return (f"Reflection: {why}. Keep similar items {steps(advised)} apart "
+            f"for those who like {fans}.{spelled_avoid(warned)}")
 
 
 READERS = {"planner": offline_planner, "actor": offline_actor,
@@ -1039,8 +1061,10 @@ def address(base_url: str, path: str) -> Any:
     if not (has_form and url.host and (url.port or 0) < 65536):
         raise EndpointError("the base URL is no address: write it as http://localhost:8080/v1, "
                             "and a login as --header Authorization=...")
-    root = re.sub("(^|/)(chat/completions|embeddings)$", "", url.path.strip("/") or "v1")
-    return url.copy_with(path=f"/{root}/{path}".replace("//", "/"))
+    base_path = url.path.strip("/") or "v1"
+    root = re.sub("(^|/)(chat/completions|embeddings)$", "", base_path)
+    route = f"/{root}/{path}" if root else f"/{path}"
+    return url.copy_with(path=route)
 
 
 def checked_headers(key: str, url: Any, headers: dict) -> dict:
@@ -1056,7 +1080,8 @@ def checked_headers(key: str, url: Any, headers: dict) -> dict:
             sent.setdefault("api-key", key)
         else:
             sent["authorization"] = f"Bearer {key}"
-    if " " in key or "\\" in ascii(sent):       # `ascii` writes other characters with a \
+    texts = [*sent, *sent.values()]
+    if " " in key or not all(text.isascii() and text.isprintable() for text in texts):
         raise EndpointError("the API key or a header holds a space, a control character or one "
                             "outside ASCII (often a curly quote): copy it again")
     return sent
@@ -1088,7 +1113,7 @@ def connect(base_url: str, path: str, key: str | None = None, *, timeout: float 
         client = httpx.Client(
             headers=sent,
             timeout=httpx.Timeout(timeout, connect=10),
-            limits=httpx.Limits(),                          # none
+            limits=httpx.Limits(),                          # no limit to connections
             trust_env=not LOOPBACK.match(url.host),         # a proxy cannot reach this machine
             transport=transport)
     except (ImportError, ValueError, OSError, httpx.InvalidURL):
@@ -1117,8 +1142,11 @@ def asked_wait(headers: Any, text: str) -> float:
         return parsedate_to_datetime(after).timestamp() - time.time()
     except MISSHAPEN:
         pass                        # no date, perhaps a number of seconds
-    # An absent header gives "wait Nonems" or "wait s", which DURATION does not match.
-    hints = f"wait {headers.get('retry-after-ms')}ms, wait {after}s, {text}"
+    hints = text
+    if after:
+        hints = f"wait {after}s, {hints}"
+    if "retry-after-ms" in headers:
+        hints = f"wait {headers['retry-after-ms']}ms, {hints}"
     duration = re.search(DURATION, hints)
     return float(duration[2]) * SECONDS[duration[3].lower()] if duration else 0.0
 
@@ -1134,7 +1162,8 @@ def decoded(text: str) -> dict:
             content += fields(choice.get("delta")).get("content") or ""
             last = choice
     # The last choice holds the finish_reason, the last piece the usage or the error.
-    return pieces[-1] | {"choices": [last | {"message": {"content": content}}]}
+    choice = {**last, "message": {"content": content}}
+    return {**pieces[-1], "choices": [choice]}
 
 
 def send_once(route: Route, body: dict, read: Callable) -> Any:
@@ -1188,7 +1217,7 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     or nothing.
     """
     status = str(response.status_code)
-    error = fields(data.get("error")) or data
+    error = fields(data.get("error")) or data           # some servers put its fields at the top
     # An answer that could not be read has no data. It keeps its status 200, the kind "page".
     if response.is_success and error:           # the real status is in the body
         code = str(error.get("code"))
@@ -1204,7 +1233,8 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
 
 # - requests until there is an answer
 
-CHARGE = ContextVar("CHARGE", default=lambda: None)     # called before each repeat, see `limited`
+# Called before each repeat: it pays for one more request, or raises BudgetSpent. `limited` sets it.
+CHARGE = ContextVar("CHARGE", default=lambda: None)
 
 
 def accepted(route: Route, body: dict) -> dict:
@@ -1341,8 +1371,8 @@ def unpacked(text: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), "<f4")
 
 
-def vectors(route: Route, texts: int, data: dict) -> Any:
-    """Rows of length 1 in the order of the texts, float32 [texts, d], or a Fault."""
+def vectors(route: Route, expected: int, data: dict) -> Any:
+    """Rows of length 1 in the order of the texts, float32 [expected, d], or a Fault."""
     # An index of 0 is often left out. Where all are, the order counts: the sort is stable.
     entries = sorted(data["data"], key=lambda entry: entry.get("index") or 0)
     rows = [entry["embedding"] for entry in entries]
@@ -1350,9 +1380,10 @@ def vectors(route: Route, texts: int, data: dict) -> Any:
         rows = [unpacked(row) for row in rows]
     matrix = np.array(rows, np.float32)
     norms = np.linalg.norm(matrix, axis=-1, keepdims=True)
-    if len(matrix) == texts and np.isfinite(norms).all() and norms.all():
+    if len(matrix) == expected and np.isfinite(norms).all() and norms.all():
         return matrix / norms
-    return fault(route, "embeddings", f"{len(rows)} for {texts} texts, or one is zero or infinite")
+    return fault(route, "embeddings",
+                 f"{len(rows)} for {expected} texts, or one is zero or infinite")
 
 
 def embeddings(base_url: str, model: str, key: str | None = None, **options: Any) -> Embed:
@@ -1445,7 +1476,7 @@ def keep(log: Log, ask: Ask, reply: Reply) -> Reply:
 def recorded(llm: LLM, log: Log) -> LLM:
     """The same model, answering from the log where it can: cache, resume and replay in one."""
     def answer(ask: Ask) -> Reply:
-        return reply_to(log, ask) or keep(log, ask, llm(ask))       # no Reply is false
+        return reply_to(log, ask) or keep(log, ask, llm(ask))       # a Reply is always true
     return answer
 
 

@@ -228,14 +228,15 @@ def idle_flags(args: Namespace) -> Sequence[tuple[bool, Iterable[str], str]]:
     of_show = FLAGS["look at a finished run"].keys()
     if args.show:
         return [(True, args.given - of_show, "beside --show")]
-    varied = {EXPERIMENTS[name].varied for name in args.experiment}
+    is_experiment = bool(args.experiment)
+    varied = {EXPERIMENTS[name].varied for name in args.experiment}     # "" where none is
     is_policy = args.method in envs.POLICIES
     is_offline = args.models_asked == ["offline"]
     of_language = {*OF_ENDPOINTS, *Config._fields, "load"} - {"gamma"}
     return [
         (True, of_show, "without --show"),
-        (not varied, FLAGS["experiments"], "without --experiment"),
-        (bool(varied), ("method", "load"), "beside --experiment"),
+        (not is_experiment, FLAGS["experiments"], "without --experiment"),
+        (is_experiment, ("method", "load"), "beside --experiment"),
         ("model" not in varied, ["models"], "without --experiment table6"),
         (varied == {"model"}, ["rows"], "on table6: its rows are --models"),
         (varied == {"window"}, ["window"], "here: the experiment varies it"),
@@ -259,14 +260,14 @@ def models_of(args: Namespace) -> list[str]:
     if args.method in envs.POLICIES:        # asks none
         return ["offline"]
     # A replay asks no endpoint, but its log is that of a real model.
-    endpoint = args.base_url or args.replay or variable(
-        "OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY")
+    named = variable("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY")
+    has_endpoint = bool(args.base_url or args.replay or named)
     names = [args.model] if args.model else []
     if args.models:
         names += args.models.split(",")
     if not names:
-        names = [variable("OPENAI_MODEL") if endpoint else "offline"]
-    lacks_endpoint = not endpoint and set(names) != {"offline"}
+        names = [variable("OPENAI_MODEL") if has_endpoint else "offline"]
+    lacks_endpoint = not has_endpoint and set(names) != {"offline"}
     if lacks_endpoint or not all(names):
         raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
                         "or give --base-url and --model; --model offline is the built-in reader")
@@ -366,15 +367,6 @@ def load_world(name: str, seed: int) -> envs.Env:
     raise UserError(f"no world {name!r}; there are {WORLDS}")
 
 
-BRANCHES = {"learners": 0, "held-out users": 1, "policy": 2}    # each has random draws of its own
-
-
-def generator(seed: int, branch: str) -> np.random.Generator:
-    """The random draws of one purpose in the run of this seed."""
-    sequence = np.random.SeedSequence(seed, spawn_key=(BRANCHES[branch],))
-    return np.random.default_rng(sequence)
-
-
 class Place(NamedTuple):
     """Where a run takes place."""
     env: envs.Env
@@ -392,8 +384,8 @@ def build_place(run: Settings) -> Place:
                         f"{needed} episodes")
     if run.users > others:
         raise UserError(f"--users {run.users}: {run.world} has {others} held-out users")
-    learners = generator(run.seed, "learners").permutation(env.learners)
-    held_out = generator(run.seed, "held-out users").permutation(others) + env.learners
+    learners = envs.branch(run.seed, "learners").permutation(env.learners)
+    held_out = envs.branch(run.seed, "held-out users").permutation(others) + env.learners
     return Place(env, learners[run.first:needed].tolist(), held_out[:run.users].tolist())
 
 
@@ -497,15 +489,15 @@ def read_memory(path: Path, embedding: str) -> Json:
 
 
 def learners_met(saved: Json, world: str, seed: int) -> int:
-    """How many learners of this world and seed a memory has met.
+    """How many learners of this world and seed a memory has met, so that it goes on with others.
 
-    In films another seed makes other people. In steam and amazon the files tell who is held out.
-    Another seed orders the learners in another way there, so that some of them may come again.
-    In the other worlds the seed draws who is held out. UserError for another seed, because the
-    memory may have learned from users that it holds out.
+    UserError if the memory may have learned from users that this seed holds out.
     """
     kinds = {name.partition(":")[0] for name in (world, saved["world"])}
-    if kinds <= {"csv", "movielens"} and seed != saved["seed"]:
+    # There the seed draws who is held out. In films another seed makes other people. In steam and
+    # amazon the files tell who is held out.
+    draws_who_is_held_out = {"csv", "movielens"}
+    if kinds <= draws_who_is_held_out and seed != saved["seed"]:
         raise UserError(f"--load: this memory may know users that --seed {seed} holds out; "
                         f"use its own --seed {saved['seed']}")
     is_same = saved["world"] == world and saved["seed"] == seed
@@ -560,7 +552,7 @@ def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
 
 
 def noted(llm: LLM, stats: Json, name: str, ask: Ask) -> Reply:
-    """The model's reply, counted under this name."""
+    """The model's reply. It adds 1 to `stats[name]`."""
     reply = llm(ask)
     prompts.count(stats, name)
     return reply
@@ -655,7 +647,7 @@ def policy_sessions(run: Settings, place: Place, phase: str) -> list[Session]:
     """Sessions of a policy before or after it has learned, with the same draws."""
     episodes = run.episodes if phase == "after" else 0
     policy = envs.policy_named(run.method, place.env, episodes, run.seed, run.config["gamma"])
-    rng = generator(run.seed, "policy")
+    rng = envs.branch(run.seed, "policy")
     played = envs.rollout(place.env, np.array(place.held_out), policy, rng)
     sessions = []
     for items, rewards in zip(played.items, played.rewards):
@@ -675,8 +667,10 @@ def perform(run: Settings, place: Place, agent: Agent, llm: LLM, embed: Embed, p
     for phase in phases:
         played = ()
         if phase == "learn":
-            for agent, batch in billp.train(catalog, place.learners, llm, run.seed, agent, config,
-                                            pmap, run.first):
+            batches = billp.train(catalog, place.learners, llm, run.seed, agent, config, pmap,
+                                  run.first)
+            for learned, batch in batches:
+                agent = learned
                 played += batch
         else:
             played = billp.evaluate(catalog, place.held_out, agent, llm, run.seed, phase, config,
@@ -804,13 +798,13 @@ def ledger(live: Live) -> list[str]:
     with prompts.LOCK:                  # threads may still count
         lines = grid(counts_table(live.counts))
     if live.stats:
-        stats = Counter(live.stats)
-        asked = stats["asked"]
-        known = max(stats["answers"] - asked, 0)        # after Ctrl-C an answer may be on its way
+        asked, requests = live.stats.get("asked", 0), live.stats.get("requests", 0)
+        # after Ctrl-C an answer may be on its way
+        known = max(live.stats.get("answers", 0) - asked, 0)
         retries = sum(live.stats.get("retries", {}).values())
         system = live.stats.get("system_fingerprint", "not named")
         lines.append(f"answers   {known} from the log, {asked} asked for now")
-        lines.append(f"requests  {stats['requests']}, retries {retries}, system {system}")
+        lines.append(f"requests  {requests}, retries {retries}, system {system}")
         for reason, number in live.stats.get("empty", {}).items():
             lines.append(f"empty     {number} replies: {reason}")
     return lines
@@ -1051,9 +1045,9 @@ def cells_of(args: Namespace, base: Settings, name: str) -> dict[Cell, list[Job]
 
 def shares(env: envs.Env, sessions: Sequence[Session]) -> list[list[int]]:
     """[sessions, 5]: how many of the items are in each quintile of popularity, the least first."""
-    order = np.argsort(envs.popularity(env), kind="stable")
-    rank = np.argsort(order)            # of each item; 0 is the least popular
-    quintile = rank * 5 // len(order)
+    order = np.argsort(envs.popularity(env), kind="stable")         # the least popular first
+    quintile = np.empty_like(order)
+    quintile[order] = np.arange(len(order)) * 5 // len(order)
     return [np.bincount(quintile[session.items], minlength=5).tolist() for session in sessions]
 
 
@@ -1075,7 +1069,7 @@ def critic_errors(
 
     A state is the first one of a session. Errors are taken over `repeats` learning runs that differ
     in their random draws. The reference is the mean of `draws` further returns of the same agent
-    from the same state. The second result are the learning episodes.
+    from the same state. The second result is the list of the learning episodes.
     """
     config = Config(**run.config)
     catalog = prompts.catalog(place.env, embed)
@@ -1086,7 +1080,7 @@ def critic_errors(
     for repeat in range(repeats):
         seed = run.seed + 1000 * (repeat + 1)       # far apart: neighbouring seeds share no draws
         agent = billp.NOVICE
-        learners = generator(seed, "learners").permutation(place.learners).tolist()
+        learners = envs.branch(seed, "learners").permutation(place.learners).tolist()
         for agent, batch in billp.train(catalog, learners, llm, seed, agent, config, pmap):
             learned += batch
         for i, user in enumerate(users):
@@ -1095,7 +1089,8 @@ def critic_errors(
             one, *others = [return_of(trajectory, config.gamma) for trajectory in played]
             state = billp.opening(catalog, user, Key(seed, "value", i), config)
             answer, _ = billp.critic(state, agent.critic, llm, config)
-            errors[repeat, i] = [one, answer.value] - np.mean(others)
+            reference = np.mean(others)
+            errors[repeat, i] = one - reference, answer.value - reference
     bias, variance = errors.mean(0), errors.var(0)
     figures = np.stack([bias, variance, bias ** 2 + variance], -1)      # [states, 2, 3]
     return figures.reshape(len(users), 6).tolist(), learned
@@ -1133,8 +1128,9 @@ def offline_pool(args: Namespace) -> Iterator[futures.Executor]:
     """Where offline runs are performed: on a cluster or in processes of this machine."""
     if not args.cluster:
         # Ctrl-C is for this process, which then ends the others.
-        ignore = (signal.SIGINT, signal.SIG_IGN)
-        yield futures.ProcessPoolExecutor(args.workers or None, None, signal.signal, ignore)
+        yield futures.ProcessPoolExecutor(
+            args.workers or None, initializer=signal.signal,
+            initargs=(signal.SIGINT, signal.SIG_IGN))
         return
     try:
         from distributed import Client
@@ -1194,7 +1190,7 @@ def rows_of(series: str, x: int | None, samples: dict[Cell, Array], measure: str
     return [Row(series, x, envs.metrics(own), gain)]
 
 
-def verdict(gain: list[float]) -> str:
+def comparison(gain: list[float]) -> str:
     """How a row compares with billp. It is higher or lower only if the interval holds no 0."""
     _, low, high = gain
     if low > 0:
@@ -1213,12 +1209,15 @@ def gains_table(rows: Sequence[Row]) -> Table:
     for row in rows:
         if row.gain:
             label = label_of(row.series, row.x)
-            table.append([label, interval(row.gain), verdict(row.gain)])
+            table.append([label, interval(row.gain), comparison(row.gain)])
     return table
 
 
 def bill_of(results: Sequence[Json]) -> dict[str, float]:
-    """What all runs of a cell cost together, by the names of summary.json."""
+    """What all runs of a cell cost together, by the names of summary.json.
+
+    `ungrounded`, a share, is the mean over the runs.
+    """
     bill = Counter(calls=0)
     for result in results:
         spent = result["cost"]
@@ -1318,7 +1317,8 @@ def publish(name: str, base: Settings, cells: dict[Cell, list[Json]], folder: Pa
         rows += rows_of(series, x, samples, experiment.measure)
         bills[label_of(series, x)] = bill_of(results)
         raw.append({"series": series, "x": x, "results": results})
-    last = base.seed + len(next(iter(cells.values()))) - 1
+    any_results = next(iter(cells.values()))
+    last = base.seed + len(any_results) - 1         # one result for each seed
     heading = (f"{name} on {base.world}, seeds {base.seed} to {last}, "
                f"{base.users} held-out users each\nmodel {', '.join(texts)}")
     print(heading)
