@@ -342,11 +342,12 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
     question = prompts.render_actor(state.key.step + 1, state.thought, listed)
     answer = consult(llm, "actor", state, question, prompts.parse_actor, config, "")
     taken = () if config.repeats else state.taken
-    if answer.fallback:
-        wish = listed[0].line if listed else state.text
-        item, exact = prompts.nearest(wish, catalog, taken), False
-    else:
+    if not answer.fallback:
         item, exact = prompts.ground(answer.value, catalog, taken)
+    elif listed:
+        [item], exact = prompts.closest([listed[0].line], catalog, taken, 1), False
+    else:
+        item, exact = prompts.nearest(state.text, catalog, taken), False
     return answer._replace(value=item, recalled=listed, exact=exact), memory
 
 

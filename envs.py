@@ -739,7 +739,7 @@ ITEM_FILES = ("items.csv", "movies.csv", "movie.csv", "movies.dat")
 HEADERS = {"movies.dat": ["movieId", "title", "genres"],                # .dat files have no header
            "ratings.dat": ["userId", "movieId", "rating", "timestamp"]}
 ALIASES = {"user": "user userid",
-           "item": "itemid item movieid filmid bookid productid id",
+           "item": "itemid item movieid movie filmid film bookid book productid product id",
            "title": "title movietitle itemtitle name",
            "year": "year releaseyear",
            "categories": "categories category genres genre tags",
@@ -993,13 +993,24 @@ def rmse(model: Model, votes: Array) -> float:
     return np.sqrt(np.square(errors).sum() / max(len(errors), 1))
 
 
+def last_distinct(items: Sequence[int]) -> Array:
+    """The last 20 distinct items, each at its last place.
+
+    >>> last_distinct([3, 1, 3, 2])
+    array([1, 3, 2])
+    """
+    # a dict keeps the order, and each item once
+    newest_first = list(dict.fromkeys(items[::-1]))
+    return np.array(newest_first[:20][::-1], int)
+
+
 def liked_items(votes: Array) -> list[Array]:
     """Each user's history: the last 20 items rated 4 or more, or else the last 20 rated best."""
     histories = []
     for group in groups(votes["user"]):
         own = votes[group]
         good = own["rating"] >= min(4, own["rating"].max())
-        histories.append(own["item"][good][-20:])
+        histories.append(last_distinct(own["item"][good].tolist()))
     return histories
 
 
@@ -1103,14 +1114,6 @@ def content(path: Location, name: str, world: str) -> Iterator:
         yield load(file)
 
 
-def history_of(titles: Sequence[str], index: Numbers) -> Array:
-    """The last 20 distinct items that the index has, each at its last place in titles."""
-    items = [index[title] for title in titles if title in index]
-    # a dict keeps the order, and each item once
-    newest_first = list(dict.fromkeys(reversed(items)))
-    return np.array(newest_first[:20][::-1], int)
-
-
 def read_half(path: Location, world: str, half: str) -> tuple[Array, Array, list[list[str]]]:
     """What the files hold for the users who learn ("train"), or for the others ("test").
 
@@ -1153,10 +1156,11 @@ def released(path: Location, name: str) -> Env:
         genres = {html.unescape(title): ast.literal_eval(sources[title]) for title in sources}
         categories, belongs = labels([genres.get(title, []) for title in titles])
     index = {title: item for item, title in enumerate(titles)}
+    numbers = [[index[title] for title in seen if title in index] for seen in learners + others]
     return Env(
         name=name, titles=tuple(titles), years=(None,) * m,
         categories=categories, belongs=belongs, vectors=unit(belongs).astype(np.float32),
         rate=table(np.clip(ratings, 1, 5)),
         distance=partial(distance_by_half, len(learners), train_apart, test_apart),
-        histories=[history_of(seen, index) for seen in learners + others],
+        histories=[last_distinct(items) for items in numbers],
         learners=len(learners), beta={"steam": 50.0, "amazon": 15.0}[name], grace=1)

@@ -219,6 +219,7 @@ class Head(NamedTuple):
     start: int
     end: int                        # where the text behind it begins
     name: str
+    number: str                     # "2" in "Action 2:", often ""
 
 
 def heads_of(text: str) -> list[Head]:
@@ -226,8 +227,8 @@ def heads_of(text: str) -> list[Head]:
 
     "Thought", "Action" and "Observation" may also be words of a title, "Missing in Action 2: The
     Beginning", or a category, "I like Action: it is fast". In the middle of a sentence they count
-    only in front of "recommend", or with a number behind a label of another name: "Thought 2: a
-    shark Action 2: Jaws". Every other label counts anywhere.
+    only in front of "recommend", or with the number of the label before: "Thought 2: a shark
+    Action 2: Jaws". Every other label counts anywhere.
     """
     heads = []
     for match in LABEL.finditer(text):
@@ -236,10 +237,11 @@ def heads_of(text: str) -> list[Head]:
         before = text[:start].rstrip(MARKS + " \t-")
         begins_line = not before or before[-1] == "\n"
         is_clear = begins_line or before[-1] in ".!?;)]|" or text[start - 1] in MARKS
-        is_next_turn = match["number"] and heads and heads[-1].name != name
+        number = match["number"] or ""
+        is_same_turn = number != "" and heads and heads[-1].number == number
         is_a_word_of_titles = name in ("thought", "action", "observation")
-        if is_clear or not is_a_word_of_titles or is_next_turn or match["copied"]:
-            heads.append(Head(start, match.end(), name))
+        if is_clear or not is_a_word_of_titles or is_same_turn or match["copied"]:
+            heads.append(Head(start, match.end(), name, number))
     return heads
 
 
@@ -322,7 +324,7 @@ def item_part(text: str) -> str:
 ARTICLES = frozenset("the a an le la les l un une il lo el los las der die das".split())
 LONGEST = 16                        # words of a title that are compared
 YEAR = re.compile("(1[89]|20)[0-9]{2}")
-EMPHASISED = r"^\W*[\"“*]([^\"”*]+)[\"”*]+\s*(\(\d{4}\))?.*"        # a title and its year
+EMPHASISED = r"\W*[\"“*](?P<title>[^\"”*]+)[\"”*]+\s*(?P<year>\(\d{4}\))?"
 
 
 class Catalog(NamedTuple):
@@ -393,13 +395,14 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     for size in range(min(LONGEST, len(words)), 0, -1):
         items = catalog.names.get(" ".join(words[:size]).casefold(), [])
         following = words[size] if size < len(words) else ""
-        if YEAR.fullmatch(following):
+        if items and not YEAR.fullmatch(following):
+            return items, size
+        if items:
             year = int(following)
             years = (None, year - 1, year, year + 1)
-            items = [item for item in items if catalog.env.years[item] in years]
-            size += 1
-        if items:
-            return items, size
+            dated = [item for item in items if catalog.env.years[item] in years]
+            if dated:
+                return dated, size + 1
     return [], 1
 
 
@@ -412,7 +415,10 @@ def titles_in_front(text: str, catalog: Catalog) -> list[int]:
     """
     items = []
     for line in text.splitlines():
-        title = re.sub(EMPHASISED, r"\1 \2", line).partition("[")[0]
+        emphasised = re.match(EMPHASISED, line)
+        if emphasised:
+            line = f"{emphasised['title']} {emphasised['year'] or ''}"
+        title = line.partition("[")[0]
         unnumbered = re.sub(r"^\W*\d{1,2}\b", "", title)       # without its number in a list
         for front in (title, unnumbered):
             words = words_of(front)
@@ -730,17 +736,19 @@ def render_critic(targets: Sequence[tuple[str, float]], gamma: float, top: float
 
 
 NUMBER = r"(-?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
-VALUE_NUMBER = rf"(?i)value[^:=\n]*[:=][^\d\n.,-]*{NUMBER}"
+# "Value 4: 7.5", "value = about 7,5", "Value: 4 + 0.5 * 5 = 6.5"
+VALUE_NUMBER = rf"(?i)value[^:=\n]*[:=](?:[^\n]*=)?[^\d\n.,-]*{NUMBER}"
 
 
 def parse_critic(text: str) -> float | Malformed:
-    """The first number behind "Value ...:" or "value =", or else the first outside parentheses.
+    """The number behind "Value ...:", or else the first number, at best outside parentheses.
 
     >>> parse_critic("The value of 3 more films.\\nValue 4: 7.5"), parse_critic("(3 more) 7,5")
     (7.5, 7.5)
     """
-    text = re.sub(r"\(.*?\)", " ", text)
-    match = re.search(VALUE_NUMBER, text) or re.search(NUMBER, text)
+    outside = re.sub(r"\(.*?\)", " ", text)
+    match = (re.search(VALUE_NUMBER, outside) or re.search(NUMBER, outside)
+             or re.search(NUMBER, text))
     return float(match[1].replace(",", ".")) if match else Malformed("the reply held no number")
 
 
@@ -864,7 +872,8 @@ def offline_reflector(text: str, seed: int) -> str:
     """Reads off why the user left: similar items too close together, or a disappointment."""
     history, session, _ = parts_of(text)
     liked = Counter(tags_in(history, LIKED))
-    titles, tags = zip(*shown_in(session))
+    # Of a very long step the transcript may have lost the action.
+    titles, tags = zip(*shown_in(session) or [("it", ())])
     *earlier_gaps, last_gap = gaps_between(tags)
     harmless = min(earlier_gaps, default=9)             # similar items this far apart did no harm
     advised = min(apart_in(session), harmless)          # the thoughts had asked for a distance
@@ -948,7 +957,7 @@ KINDS = (                           # the first kind whose signs fit counts
     Kind("page", 2, "does --base-url lack its /v1?", "2.."),
     Kind("vectors", 2, "choose another --embed-model", "embeddings"),
     Kind("too late", 1, RESUME, "(408|409|429|5..) false"),     # not to retry, or a long wait
-    Kind("busy", 17, RESUME, "429|503"),        # the waits come to at least 80 s
+    Kind("busy", 17, RESUME, "429|503"),        # the waits come to 75 s and more
     Kind("odd", 7, RESUME, "4.. true"),         # advised to retry
     Kind("request", 1, "mend the request: --model, --extra-body or --header",
          "4(?!08|09)..|501|LocalProtocolError"),
@@ -1094,7 +1103,13 @@ def secrets_of(key: str, url: Any, headers: dict) -> list[str]:
         if SECRET.search(name):
             secrets += [value, *value.split()]          # "Bearer sk-..." and "sk-..."
     # "none", "EMPTY" or "message" are no secrets, and may stand in answers.
-    return [text for text in secrets if len(text) >= (16 if text.isalpha() else 6)]
+    # "123456" would star the digits of numbers.
+    secret = []
+    for text in secrets:
+        is_plain = text.isalpha() or text.isdigit()
+        if len(text) >= (16 if is_plain else 6):
+            secret.append(text)
+    return secret
 
 
 def connect(base_url: str, path: str, key: str | None = None, *, timeout: float = 300.0,
@@ -1153,7 +1168,7 @@ def asked_wait(headers: Any, text: str) -> float:
 
 def decoded(text: str) -> dict:
     """The JSON object in a body. An event stream is joined to one: some servers stream unasked."""
-    if not re.match(r"\s*(data|event|):", text):
+    if not re.match(r"\s*(data:|event:|:)", text):          # a line of comment begins with :
         return json.loads(text)
     pieces = [json.loads(line) for line in re.findall(r"(?m)^data:\s*({.*)", text)]
     last, content = {}, ""
@@ -1218,8 +1233,9 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     """
     status = str(response.status_code)
     error = fields(data.get("error")) or data           # some servers put its fields at the top
-    # An answer that could not be read has no data. It keeps its status 200, the kind "page".
-    if response.is_success and error:           # the real status is in the body
+    # `send_once` gives no data if the answer could not be read. Then it keeps its status 200, the
+    # kind "page". Otherwise the real status is in the body.
+    if response.is_success and error:
         code = str(error.get("code"))
         status = code if re.fullmatch("[45][0-9][0-9]", code) else "500"
     wait = asked_wait(response.headers, text)

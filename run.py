@@ -259,14 +259,15 @@ def models_of(args: Namespace) -> list[str]:
     """The models that the flags or the environment name, the main one first."""
     if args.method in envs.POLICIES:        # asks none
         return ["offline"]
-    # A replay asks no endpoint, but its log is that of a real model.
-    named = variable("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY")
-    has_endpoint = bool(args.base_url or args.replay or named)
     names = [args.model] if args.model else []
     if args.models:
         names += args.models.split(",")
+    # A key alone does not ask for an endpoint: many people have one in their environment.
+    # A replay asks no endpoint, but its log is that of a real model.
+    address = args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE")
     if not names:
-        names = [variable("OPENAI_MODEL") if has_endpoint else "offline"]
+        names = [variable("OPENAI_MODEL") or ("" if address or args.replay else "offline")]
+    has_endpoint = bool(address or args.replay or variable("OPENAI_API_KEY"))
     lacks_endpoint = not has_endpoint and set(names) != {"offline"}
     if lacks_endpoint or not all(names):
         raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
@@ -290,6 +291,9 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     names = ",".join(EXPERIMENTS) if args.experiment == "all" else args.experiment
     args.experiment = names.split(",") if names else []
     check_values(args)
+    kind, colon, folder = args.world.partition(":")
+    if folder:                          # "csv:data" and "csv:./data/" are one world
+        args.world = f"{kind}:{os.path.normpath(folder)}"
     args.models_asked = [] if args.show else models_of(args)
     for holds, names, reason in idle_flags(args):
         idle = sorted(args.given.intersection(names))
@@ -374,9 +378,8 @@ class Place(NamedTuple):
     held_out: list[int]         # users to evaluate on
 
 
-def build_place(run: Settings) -> Place:
-    """The world of a run under its rule of leaving, with its users."""
-    env = load_world(run.world, run.seed)._replace(**run.rule)
+def check_users(run: Settings, env: envs.Env) -> None:
+    """UserError if a world has too few users for a run."""
     others = len(env.histories) - env.learners
     needed = run.first + run.episodes
     if needed > env.learners and run.method in billp.METHODS:
@@ -384,6 +387,14 @@ def build_place(run: Settings) -> Place:
                         f"{needed} episodes")
     if run.users > others:
         raise UserError(f"--users {run.users}: {run.world} has {others} held-out users")
+
+
+def build_place(run: Settings) -> Place:
+    """The world of a run under its rule of leaving, with its users."""
+    env = load_world(run.world, run.seed)._replace(**run.rule)
+    check_users(run, env)
+    others = len(env.histories) - env.learners
+    needed = run.first + run.episodes
     learners = envs.branch(run.seed, "learners").permutation(env.learners)
     held_out = envs.branch(run.seed, "held-out users").permutation(others) + env.learners
     return Place(env, learners[run.first:needed].tolist(), held_out[:run.users].tolist())
@@ -493,6 +504,8 @@ def learners_met(saved: Json, world: str, seed: int) -> int:
 
     UserError if the memory may have learned from users that this seed holds out.
     """
+    if (saved["world"], saved["seed"]) == (world, seed):
+        return saved["met"]
     kinds = {name.partition(":")[0] for name in (world, saved["world"])}
     # There the seed draws who is held out. In films another seed makes other people. In steam and
     # amazon the files tell who is held out.
@@ -500,8 +513,7 @@ def learners_met(saved: Json, world: str, seed: int) -> int:
     if kinds <= draws_who_is_held_out and seed != saved["seed"]:
         raise UserError(f"--load: this memory may know users that --seed {seed} holds out; "
                         f"use its own --seed {saved['seed']}")
-    is_same = saved["world"] == world and saved["seed"] == seed
-    return saved["met"] if is_same else 0
+    return 0
 
 
 def agent_of(saved: Json, embed: Embed) -> Agent:
@@ -693,7 +705,7 @@ def cost(trajectories: Sequence[Trajectory], counts: dict[str, Counter], stats: 
             "fallbacks": sum(answer.fallback for answer in answers),
             "ungrounded": round(1 - float(np.mean(exact or [True])), 4),
             "calls": counts,
-            "endpoint": deepcopy(stats),        # the client goes on counting
+            "endpoint": deepcopy(stats),        # of the whole command so far
             "seconds": round(time.perf_counter() - began, 2)}
 
 
@@ -796,16 +808,17 @@ def chart(summary: Json) -> list[str]:
 def ledger(live: Live) -> list[str]:
     """Calls and tokens of each role, then what the endpoint's client counted."""
     with prompts.LOCK:                  # threads may still count
-        lines = grid(counts_table(live.counts))
-    if live.stats:
-        asked, requests = live.stats.get("asked", 0), live.stats.get("requests", 0)
+        counts, stats = deepcopy(live.counts), deepcopy(live.stats)
+    lines = grid(counts_table(counts))
+    if stats:
+        asked, requests = stats.get("asked", 0), stats.get("requests", 0)
         # after Ctrl-C an answer may be on its way
-        known = max(live.stats.get("answers", 0) - asked, 0)
-        retries = sum(live.stats.get("retries", {}).values())
-        system = live.stats.get("system_fingerprint", "not named")
+        known = max(stats.get("answers", 0) - asked, 0)
+        retries = sum(stats.get("retries", {}).values())
+        system = stats.get("system_fingerprint", "not named")
         lines.append(f"answers   {known} from the log, {asked} asked for now")
         lines.append(f"requests  {requests}, retries {retries}, system {system}")
-        for reason, number in live.stats.get("empty", {}).items():
+        for reason, number in stats.get("empty", {}).items():
             lines.append(f"empty     {number} replies: {reason}")
     return lines
 
@@ -1027,6 +1040,7 @@ def settings_of(base: Settings, experiment: Experiment, series: str, x: int | No
 def cells_of(args: Namespace, base: Settings, name: str) -> dict[Cell, list[Job]]:
     """A job for each seed in each cell. A mistake is found before any run begins."""
     experiment = EXPERIMENTS[name]
+    env = load_world(base.world, base.seed)
     known = rows = experiment.rows.split() or args.models_asked
     if args.rows and experiment.rows:
         rows = args.rows.split(",")
@@ -1036,7 +1050,7 @@ def cells_of(args: Namespace, base: Settings, name: str) -> dict[Cell, list[Job]
             raise UserError(f"--rows {series}: {name} has no such row, only {' '.join(known)}")
         for x in experiment.values:
             run = settings_of(base, experiment, series, x)
-            build_place(run)            # for its UserError alone
+            check_users(run, env)
             seeds = range(base.seed, base.seed + args.seeds)
             jobs = [Job(run._replace(seed=seed), experiment.measure) for seed in seeds]
             cells[series, x] = jobs
@@ -1087,6 +1101,7 @@ def critic_errors(
             played = billp.evaluate(short, [user] * (draws + 1), agent, llm, seed, "continue",
                                     config, pmap)
             one, *others = [return_of(trajectory, config.gamma) for trajectory in played]
+            # the catalogue as in training: the critic must see the same largest value
             state = billp.opening(catalog, user, Key(seed, "value", i), config)
             answer, _ = billp.critic(state, agent.critic, llm, config)
             reference = np.mean(others)
@@ -1163,7 +1178,7 @@ class Row(NamedTuple):
     """One row of a table, or one point of a picture. Intervals are [mean, low, high], 95 %."""
     series: str
     x: int | None
-    figures: dict[str, list[float]]
+    figures: dict[str, list[float]]     # a picture shows the last one
     gain: list[float] | None = None     # R_traj less that of billp, paired by user
 
 
@@ -1255,13 +1270,14 @@ def limit_of(rows: Sequence[Row]) -> float:
 def plot_bars(axes: Any, rows: Sequence[Row]) -> None:
     """Horizontal bars with intervals. One far beyond the methods with language is cut."""
     methods = [row for row in rows if row.series in billp.METHODS]
+    # methods with language fill most of the width, however far the oracle is
     limit = min(limit_of(rows), 1.3 * limit_of(methods or rows))
     for place, row in enumerate(reversed(rows)):
-        mean, low, high = drawn([row])
-        axes.barh(place, mean, xerr=[mean - low, high - mean], color=colour_of(row.series),
+        [mean], [low], [high] = drawn([row])
+        axes.barh(place, mean, xerr=[[mean - low], [high - mean]], color=colour_of(row.series),
                   capsize=3)
         if mean > limit:
-            axes.text(limit * 0.99, place, f"{mean[0]:.0f} (cut)", ha="right", va="center",
+            axes.text(limit * 0.99, place, f"{mean:.0f} (cut)", ha="right", va="center",
                       color="white")
     axes.set_yticks(range(len(rows)), [row.series for row in reversed(rows)])
     axes.set_xlim(0, limit)
@@ -1321,16 +1337,16 @@ def publish(name: str, base: Settings, cells: dict[Cell, list[Json]], folder: Pa
     last = base.seed + len(any_results) - 1         # one result for each seed
     heading = (f"{name} on {base.world}, seeds {base.seed} to {last}, "
                f"{base.users} held-out users each\nmodel {', '.join(texts)}")
+    content = {"experiment": name, "settings": base._asdict(),
+               "rows": [row._asdict() for row in rows], "cells": raw}
+    write(folder / f"{name}.json", dumps(content) + "\n")
+    plot(experiment, heading, rows, folder / f"{name}.png")
     print(heading)
     figures = {label_of(row.series, row.x): row.figures for row in rows}
     for table in (figures_table(figures), gains_table(rows), counts_table(bills)):
         if len(table) > 1:
             print("\n".join(["", *grid(table)]))
     print()
-    content = {"experiment": name, "settings": base._asdict(),
-               "rows": [row._asdict() for row in rows], "cells": raw}
-    write(folder / f"{name}.json", dumps(content) + "\n")
-    plot(experiment, heading, rows, folder / f"{name}.png")
 
 
 def experiments(args: Namespace, live: Live) -> None:

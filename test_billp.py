@@ -698,6 +698,16 @@ def test_an_unreadable_actor_takes_the_first_item_shown():
     assert act.value == prompts.nearest(STATE.text, CATALOG, STATE.taken)
 
 
+def test_the_first_item_shown_may_share_its_title_with_a_taken_one():
+    titles, drama, comedy = ("Emma", "Emma", *FILMS.titles[2:]), ["Drama"], ["Comedy"]
+    tags = [[name in own for name in FILMS.categories] for own in (drama, comedy)]
+    belongs = np.concatenate([np.array(tags), FILMS.belongs[2:]])
+    twins = prompts.catalog(FILMS._replace(titles=titles, years=(None,) * 200, belongs=belongs))
+    state = STATE._replace(thought="Comedy next", taken=(0,), history=("Emma [Drama]",))
+    act, _ = billp.actor(state, EMPTY, scripted({"actor": [""]}), twins, Config())
+    assert twins.lines[act.value] == act.recalled[0].line
+
+
 @pytest.mark.parametrize("reply, value", [
     ("Value: 7", 7), ("999", STATE.top), ("Value: -3", 0), ("hm", 3)])
 def test_a_value_lies_between_0_and_the_top(reply, value):
@@ -989,7 +999,8 @@ def test_hidden_thinking_is_never_stored(hidden):
 
 @pytest.mark.parametrize("reply", [
     "Value after step 3: 7.5", "Value (at most 10): 7.5", "7,5", "**Value:** 7.5",
-    "Value: about 7.5 of 10", "I'd say 7.5.", "Value 4 = 7,5"])
+    "Value: about 7.5 of 10", "I'd say 7.5.", "Value 4 = 7,5", "Value: (7.5)",
+    "Value: 4 + 0.5 * 7 = 7.5"])
 def test_a_value_is_read_in_any_wording(reply):
     assert prompts.parse_critic(reply) == 7.5
 
@@ -1384,6 +1395,14 @@ def test_another_scale_and_many_lines_are_told(tmp_path, monkeypatch):
     assert "from 0..100 onto 1..5" in env.about and env.years[4] == 1984
     assert [history.tolist() for history in env.histories] == [[*range(19, -1, -1)]] * 2
     assert len(notices) == 1 and "ratings.csv has a million" in notices[0]
+
+
+def test_an_item_rated_twice_is_in_the_history_once(tmp_path):
+    """The column "id" numbers the rows, and "movie" names the items."""
+    votes = "id,user,movie,rating\n1,a,10,5\n2,a,20,5\n3,a,10,5\n4,b,20,5\n5,b,10,5\n"
+    lay(tmp_path, {"items.csv": "id,title\n10,Heat\n20,Up\n", "ratings.csv": votes})
+    env = envs.ratings_folder(tmp_path)
+    assert sorted(history.tolist() for history in env.histories) == [[1, 0], [1, 0]]
 
 
 def release(path, world="steam"):
@@ -2046,6 +2065,17 @@ def test_a_flag_beats_the_environment_and_that_the_default(monkeypatch):
         assert (asked.model, asked.embedding) == names
 
 
+def test_a_key_alone_asks_no_endpoint(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    assert settings_of("").model == "offline"
+    monkeypatch.setenv("OPENAI_MODEL", "m")
+    assert settings_of("").model == "m"
+
+
+def test_one_folder_is_one_world():
+    assert settings_of("--world csv:./data/").world == "csv:data"
+
+
 @mock.patch.object(run, "plot")
 def test_experiments_share_runs_and_are_the_same_for_any_workers(plot, tmp_path):
     flags = ("--experiment", "table3,table5", "--rows", "billp", "--seeds", 2, *SMALL)
@@ -2256,7 +2286,8 @@ ODD = titled(*TITLES)
 
 @pytest.mark.parametrize("title", TITLES)
 @pytest.mark.parametrize("form", ["Action 1: recommend {} (2018)", "Action 1: {}",
-                                  "I would recommend {}.", "Thought 1: new. Action 1: recommend {}"])
+                                  "I would recommend {}.", "Thought 1: new. Action 1: recommend {}",
+                                  "Recommendation: {}", "Final Answer: {}", "I'd recommend {}"])
 def test_a_title_that_looks_like_a_refusal_or_label_is_named(title, form):
     text = prompts.parse_actor(form.format(title))
     assert prompts.ground(text, ODD) == (TITLES.index(title), True)
@@ -2346,6 +2377,11 @@ def test_a_secret_header_is_starred_without_its_scheme(name, value, secret):
     with pytest.raises(EndpointError) as caught:
         llm(HELLO)
     assert secret not in str(caught.value) and "***" in str(caught.value)
+
+
+def test_a_key_of_digits_leaves_numbers_as_they_are():
+    llm, _ = answering("0.123456", key="123456")
+    assert llm(HELLO).text == "0.123456"
 
 
 def test_a_title_in_a_plain_header_is_not_starred():
