@@ -685,17 +685,23 @@ def spaced(text: str) -> str:
     return f" {' '.join(words_of(text))} ".casefold()
 
 
+# The rest of a sentence that says what to avoid.
+AVOIDED = r"(?i)\b(avoid|keep away from|without|not|no|never|instead of|rather than)\b[^.;]*"
+
+
 def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
     """What candidates are retrieved by: what the thought names, and categories not shown lately.
 
-    Of the categories that a thought names, those shown lately count only if there are no others. A
-    thought without a category is used as it is. Categories are written as in item lines.
+    Of the categories that a thought names, those to avoid do not count, and those shown lately only
+    if there are no others. A thought without a category is used as it is. Categories are written as
+    in item lines.
     """
     other = in_brackets(tastes.other)
     if not thought:                 # categories not shown lately are in both lists: they weigh more
         return [in_brackets(tastes.liked), other]
     tags = [tag_of(name) for name in categories]
-    chosen = [tag for tag in tags if spaced(tag) in spaced(thought)]
+    wanted = re.sub(AVOIDED, " ", thought)
+    chosen = [tag for tag in tags if spaced(tag) in spaced(wanted)]
     fresh = [tag for tag in chosen if tag not in tastes.recent]
     wish = thought
     if chosen:
