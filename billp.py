@@ -9,8 +9,8 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
     V(s), A(s, a)  the critic's value of a state; the advantage r + gamma V(s') - V(s)
     verdict v_n    what the actor remembers of an action: 1 encouraged if A >= 0, else 0 discouraged
     M_P, M_A, M_C  the memories of planner, actor and critic (an `Agent`)
-    ask            one question to the model (prompts.Ask); its key names every random draw, so
-                   that a run repeats
+    ask            one question to the model (prompts.Ask); its key seeds every random draw, so
+                   that a run can be repeated
     malformed      a reply that a parser cannot use; after some of them a role gives its fallback
 
 To record (s, a) as encouraged makes it likelier that a is shown and chosen in similar states. This
@@ -184,7 +184,7 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
 
     The distance is squared L2, which is 2 - 2 cos between unit vectors. It is rounded, so that
     equal texts tie. Among equals the newest comes first. Of records with the same text and item
-    only the newest counts.
+    only the newest counts. The paper cuts at a tau; the roles below do not.
     """
     if not memory or k < 1:
         return ()
@@ -240,7 +240,7 @@ class Agent(NamedTuple):
 
 
 NOVICE = Agent()
-# of every role; a role that only reads returns the very same memory
+# What every role returns. A role that only reads returns the very same memory.
 Output = tuple[Answer, Memory]
 
 
@@ -345,7 +345,9 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
     if not answer.fallback:
         item, exact = prompts.ground(answer.value, catalog, taken)
     elif listed:
-        [item], exact = prompts.closest([listed[0].line], catalog, taken, 1), False
+        # a Candidate knows its line, not its number
+        item = prompts.closest([listed[0].line], catalog, taken, 1)[0]
+        exact = False
     else:
         item, exact = prompts.nearest(state.text, catalog, taken), False
     return answer._replace(value=item, recalled=listed, exact=exact), memory

@@ -179,7 +179,7 @@ def demand(holds: Any, message: str) -> None:
 def check(env: Env) -> None:
     """Raise a ValueError of one line if the parts of a world do not fit together.
 
-    It looks at all ratings if there are at most 10^7, otherwise at those of some users.
+    It looks at all ratings if there are fewer than 10^7, otherwise at those of some users.
     """
     n, m, c = len(env.histories), len(env.titles), len(env.categories)
     demand(n > 0 and m > 0, f"a world of {n} users (histories) and {m} items (titles)")
@@ -585,7 +585,8 @@ def intervals(figure: Function, *samples: Array, draws: int = 1000) -> list[list
         resampled = [sample[0][drawn][:, None] for sample in samples]
         low, high = np.quantile(figure(*resampled), [0.025, 0.975], axis=0)
     else:
-        quantile = STUDENT[min(seeds - 2, len(STUDENT) - 1)]
+        freedom = seeds - 1
+        quantile = STUDENT[min(freedom, len(STUDENT)) - 1]
         margin = quantile * figures.std(0, ddof=1) / np.sqrt(seeds)
         low, high = mean - margin, mean + margin
     return np.stack([mean, low, high], -1).round(4).tolist()
@@ -715,8 +716,8 @@ def films(seed: int = 0, users: int = 1000) -> Env:
         years.append(int(year))
         tags.append([CODES[letter] for letter in letters])
     categories, belongs = labels(tags)
-    # two films that share a rare category are nearer to each other; the root, because a distance
-    # squares it
+    # two films that share a rare category are nearer to each other; the square root, because the
+    # squared distance squares it again
     rarity = np.sqrt(np.log(len(titles) / belongs.sum(0)))
     vectors = unit(belongs * rarity).astype(np.float32)
     rng = np.random.default_rng(seed)
@@ -782,7 +783,7 @@ def reading(path: Location, names: Sequence[str], advice: str, world: str = "") 
         raise BadData(f"{folder}: no {' or '.join(names)} there or below; {advice}")
     try:
         yield file
-    except Exception as error:      # damaged files make csv, json, numpy and pickle raise all sorts
+    except Exception as error:      # damaged files make csv, json, numpy, pickle raise anything
         reason = str(error).partition("\n")[0] or type(error).__name__
         if isinstance(error, KeyError):
             reason = f"no key {reason}"
@@ -941,8 +942,8 @@ def ridge(own: Array, other: Array, ratings: Array, fixed: Array, count: int) ->
     or an item and a user. `fixed` [m, k + 1] holds the factors and bias of the other side. The
     penalty is 3 + a tenth of the number of votes on each factor, and 3 on the bias.
     """
+    # rating - the other's bias = [the other's factors, 1] @ [own factors, own bias]
     targets = ratings - fixed[other, -1]
-    # with a 1 in the place of the bias, for the constant of the regression
     factors = fixed.copy()
     factors[:, -1] = 1
     width = fixed.shape[1]
@@ -1007,6 +1008,7 @@ def last_distinct(items: Sequence[int]) -> Array:
 def liked_items(votes: Array) -> list[Array]:
     """Each user's history: the last 20 items rated 4 or more, or else the last 20 rated best."""
     histories = []
+    # users are numbered by their votes, so each has one, and group i is user i
     for group in groups(votes["user"]):
         own = votes[group]
         good = own["rating"] >= min(4, own["rating"].max())
@@ -1021,6 +1023,7 @@ def fitted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int) -> E
     """
     rng = branch(seed, "data")
     m, size = len(entries), len(votes)
+    # by user, then by time: the last key counts most
     votes = votes[np.lexsort((votes["time"], votes["user"]))]
     votes["rating"], mapping = rescaled(votes["rating"])
     # the first half of the users learns, so the seed draws who they are; votes stay ordered by time
@@ -1119,6 +1122,7 @@ def read_half(path: Location, world: str, half: str) -> tuple[Array, Array, list
 
     Ratings [users, m], distances [m, m], and of each user the titles seen, oldest first.
     """
+    # a block only names its file in errors: what it holds stays valid behind it
     with content(path, f"{world}_{half}.npy", world) as ratings:
         m = ratings.shape[1]
     with content(path, f"{half}_distance_mat.pickle", world) as apart:

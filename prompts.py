@@ -205,10 +205,12 @@ LABELS = ("thought|action|final answer|answer|recommendation|item|title|observat
           "|reflection|lesson")
 TURNS = ("thought", "action", "final answer", "observation")    # they end what stands before them
 ITEMS = ("action", "final answer", "answer", "recommendation", "item", "title")
+WORDS_OF_TITLES = ("thought", "action", "observation")
 MARKS = "*_#>{(\"'`"
 GAP = r"[ \t*_]{0,9}"
 # "**Thought 3:**", "Final Answer:" or {"item": "..."}; or a heading such as "### Thought 3".
-# `copied`: "Action 1: recommend", as the last line of the prompt has it.
+# `copied`: "Action 1: recommend", as the last line of the prompt has it. Being optional and in a
+# lookahead, it takes no text and only notes whether "recommend" follows.
 LABEL = re.compile(
     rf"(?im)(?<![^\W_])(?P<name>{LABELS}){GAP}(?P<number>\d*)[ \t*_\"')]{{0,9}}:[ \t*_\"'`-]*"
     rf"(?=(?P<copied>recommend)?)|^[ \t*_#>]*(?P<heading>{LABELS}){GAP}\d*{GAP}$")
@@ -239,8 +241,7 @@ def heads_of(text: str) -> list[Head]:
         is_clear = begins_line or before[-1] in ".!?;)]|" or text[start - 1] in MARKS
         number = match["number"] or ""
         is_same_turn = number != "" and heads and heads[-1].number == number
-        is_a_word_of_titles = name in ("thought", "action", "observation")
-        if is_clear or not is_a_word_of_titles or is_same_turn or match["copied"]:
+        if name not in WORDS_OF_TITLES or is_clear or is_same_turn or match["copied"]:
             heads.append(Head(start, match.end(), name, number))
     return heads
 
@@ -395,14 +396,16 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     for size in range(min(LONGEST, len(words)), 0, -1):
         items = catalog.names.get(" ".join(words[:size]).casefold(), [])
         following = words[size] if size < len(words) else ""
-        if items and not YEAR.fullmatch(following):
+        if not items:
+            continue
+        if not YEAR.fullmatch(following):
             return items, size
-        if items:
-            year = int(following)
-            years = (None, year - 1, year, year + 1)
-            dated = [item for item in items if catalog.env.years[item] in years]
-            if dated:
-                return dated, size + 1
+        year = int(following)
+        years = (None, year - 1, year, year + 1)
+        dated = [item for item in items if catalog.env.years[item] in years]
+        if dated:
+            return dated, size + 1
+        # it is the year of another item: a shorter title may fit
     return [], 1
 
 
@@ -523,13 +526,13 @@ def shared(history: Sequence[str], session: str) -> str:
 def bounded(session: str, limit: int) -> str:
     """The newest whole turns of a session, at most `limit` characters: no context overflows.
 
-    The cut moves in steps of half a limit, and on to the end of the turn it falls in: with a limit
-    of 1,000 it falls at character 500 while the session has 1,001 to 1,500 of them. Between two
-    moves prompts only grow at their end.
+    The cut is at a multiple of half the limit, moved on to the end of the turn it falls in. Between
+    two moves prompts only grow at their end.
     """
     if len(session) <= limit:
         return session
     stride = max(limit // 2, 1)
+    # with a limit of 1,000 it is 500 for 1,001 to 1,500 characters, then 1,000
     cut = ceil((len(session) - limit) / stride) * stride
     # Behind the first Observation line after the cut the next whole turn begins.
     match = re.search(r"\nObservation [^\n]*\n(.+)", session[cut:], re.DOTALL)
@@ -696,9 +699,9 @@ def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
     if there are no others. A thought without a category is used as it is. Categories are written as
     in item lines.
     """
-    other = in_brackets(tastes.other)
+    others = [in_brackets(tastes.other)] if tastes.other else []
     if not thought:                 # categories not shown lately are in both lists: they weigh more
-        return [in_brackets(tastes.liked), other]
+        return [in_brackets(tastes.liked), *others]
     tags = [tag_of(name) for name in categories]
     wanted = re.sub(AVOIDED, " ", thought)
     chosen = [tag for tag in tags if spaced(tag) in spaced(wanted)]
@@ -706,7 +709,7 @@ def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
     wish = thought
     if chosen:
         wish = in_brackets(fresh or chosen)
-    return [wish, other] if tastes.other else [wish]
+    return [wish, *others]
 
 
 def render_actor(n: int, thought: str, candidates: Sequence[Candidate]) -> str:
@@ -747,7 +750,7 @@ VALUE_NUMBER = rf"(?i)value[^:=\n]*[:=](?:[^\n]*=)?[^\d\n.,-]*{NUMBER}"
 
 
 def parse_critic(text: str) -> float | Malformed:
-    """The number behind "Value ...:", or else the first number, at best outside parentheses.
+    """The number behind "Value ...:", or else the first number, preferably outside parentheses.
 
     >>> parse_critic("The value of 3 more films.\\nValue 4: 7.5"), parse_critic("(3 more) 7,5")
     (7.5, 7.5)
@@ -815,13 +818,14 @@ def offline_planner(text: str, seed: int) -> str:
     """One of the categories that the tool offers, and what the lessons say to keep away from."""
     history, session, question = parts_of(text)
     apart = apart_in(question)
+    # what this user liked is no warning for this user
     warned = set(tags_in(question, AVOID)).difference(tags_in(history, LIKED))
     away = set(warned)
     newest_first = shown_in(session)[::-1]
     for _, tags in newest_first[:apart - 1]:
         away.update(tags)
     offers = re.search(OTHER, question)[1]
-    # Where none is left, the one offer is a sentence. As a target it fits no item.
+    # Where none is left, the only offer is the phrase "none left; ...", which matches no item.
     other = split_tags(re.sub(r" \(\d+ liked\)", "", offers))
     options = [tag for tag in other if tag not in away] or other
     if MOST_LIKED in question:
@@ -878,11 +882,12 @@ def offline_reflector(text: str, seed: int) -> str:
     """Reads off why the user left: similar items too close together, or a disappointment."""
     history, session, _ = parts_of(text)
     liked = Counter(tags_in(history, LIKED))
-    # Of a very long step the transcript may have lost the action.
+    # If the last step was very long, its action may have been cut off.
     titles, tags = zip(*shown_in(session) or [("it", ())])
     *earlier_gaps, last_gap = gaps_between(tags)
     harmless = min(earlier_gaps, default=9)             # similar items this far apart did no harm
-    advised = min(apart_in(session), harmless)          # the thoughts had asked for a distance
+    # If the thoughts asked for 4 steps, but 2 did no harm, 2 is the advice.
+    advised = min(apart_in(session), harmless)
     warned = set()
     if "the user left" not in session:
         why = f"The user stayed for all {steps(len(titles))}"
@@ -962,7 +967,7 @@ KINDS = (                           # the first kind whose signs fit counts
     Kind("moved", 1, ELSEWHERE, "3.."),
     Kind("page", 2, "does --base-url lack its /v1?", "2.."),
     Kind("vectors", 2, "choose another --embed-model", "embeddings"),
-    Kind("too late", 1, RESUME, "(408|409|429|5..) false"),     # not to retry, or a long wait
+    Kind("too late", 1, RESUME, "(408|409|429|5..) false"),     # told not to retry, or to wait long
     Kind("busy", 17, RESUME, "429|503"),        # the waits come to 75 s and more
     Kind("odd", 7, RESUME, "4.. true"),         # advised to retry
     Kind("request", 1, "mend the request: --model, --extra-body or --header",
@@ -1041,7 +1046,10 @@ def count(counts: dict, name: str) -> None:
 
 
 def fault(route: Route, label: str, body: str, message: str = "") -> Fault:
-    """The Fault with this label. The user is shown the message, or else the body."""
+    """The Fault with this label. The user is shown the message, or else the body.
+
+    In answers of a server the body begins with its advice: see `judged`.
+    """
     reason = clean(starred(route, f"{label} {message or body}"), 300)
     text = f"{label} {body}"
     # The first that fits counts: special kinds stand before general ones. The last fits all.
@@ -1060,7 +1068,8 @@ def failed(route: Route, got: Fault) -> EndpointError:
 def address(base_url: str, path: str) -> Any:
     """The URL of a route. The base URL may lack its scheme or its /v1, or name a route already.
 
-    localhost:80 -> http://localhost:80/v1/embeddings, a.example -> https://a.example/v1/embeddings
+    localhost:80 -> http://localhost:80/v1/embeddings, a.example -> https://a.example/v1/embeddings,
+    https://a.example/chat/completions -> https://a.example/embeddings
     """
     import httpx
     base = base_url.strip()
@@ -1071,7 +1080,8 @@ def address(base_url: str, path: str) -> Any:
         url = httpx.URL(base)
     except httpx.InvalidURL:
         url = httpx.URL("")
-    # A login in an address is refused: a / or a ? in it would cut it in two, and show a part.
+    # A login in an address is refused: a / or a ? in a password would end the host part, and the
+    # rest would be shown.
     has_form = re.fullmatch("(?i)https?://[^@]+", base)
     if not (has_form and url.host and (url.port or 0) < 65536):
         raise EndpointError("the base URL is no address: write it as http://localhost:8080/v1, "
@@ -1239,9 +1249,8 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     """
     status = str(response.status_code)
     error = fields(data.get("error")) or data           # some servers put its fields at the top
-    # `send_once` gives no data if the answer could not be read. Then it keeps its status 200, the
-    # kind "page". Otherwise the real status is in the body.
-    if response.is_success and error:
+    is_unreadable = not data                    # then `send_once` gives {}: the kind is "page"
+    if response.is_success and not is_unreadable:           # the real status is in the body
         code = str(error.get("code"))
         status = code if re.fullmatch("[45][0-9][0-9]", code) else "500"
     wait = asked_wait(response.headers, text)
@@ -1249,7 +1258,7 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     if wait > LONGEST_WAIT:
         advice = "false"
     message = error.get("message") or text or "an empty body"
-    more = error.get("metadata") or ""          # OpenRouter's own provider
+    more = error.get("metadata") or ""          # what the provider behind OpenRouter says
     return fault(route, status, f"{advice} {text[:5000]}", f"{message} {more}")._replace(wait=wait)
 
 
@@ -1271,10 +1280,11 @@ def accepted(route: Route, body: dict) -> dict:
 
 
 def adapt(route: Route, sent: dict, got: Fault) -> bool:
-    """Leave out from now on the first parameter that a refusal names; false if it names none."""
+    """From now on replace or drop the first parameter that a refusal names; false if none."""
     if got.kind.name != "request":
         return False
-    for name in re.findall(r"\w+", got.reason):         # names to use instead may follow
+    # The first one is the refused one; later ones may be suggestions.
+    for name in re.findall(r"\w+", got.reason):
         if name in INSTEAD and name in sent and name not in route.extra:
             route.refused.add(name)
             tell(route, name, f"{name} is refused: {INSTEAD[name] or 'nothing'} is sent instead")
@@ -1528,10 +1538,9 @@ def recorded_embed(embed: Embed, log: Log) -> Embed:
 def limited(llm: LLM, max_calls: int) -> LLM:
     """The same model, which sends at most `max_calls` requests, repeats included.
 
-    The order of the wrappers is counted > noted > recorded > noted > limited > openai > persist.
-    `counted` and `noted` are in run.py: they count. Replies from the log never come here: they are
-    free. The first request of an ask is counted here. `persist` calls CHARGE before each further
-    one.
+    A run asks counted(noted(recorded(noted(limited(openai))))); `counted` and `noted` of run.py
+    count. Replies from the log never come here: they are free. The first request of an ask is
+    counted here. `persist` calls CHARGE before each further one.
     """
     asked = Counter()
 

@@ -65,7 +65,7 @@ ROLES = ("planner", "actor", "critic", "reflector")
 
 
 def say(text: str) -> None:
-    """Print to stderr what is no result, if anybody still listens."""
+    """Print a message to stderr; a closed stream is ignored."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -82,7 +82,7 @@ FLAGS = {                               # of each group: flags and what they do
         "users": "held-out users to evaluate on (default 50)",
         "seed": "names every random draw (default 0)",
         "workers": "episodes at once (default: 1 offline, else a batch); "
-                   "of offline experiments runs at once (default: all cores)",
+                   "in offline experiments: runs at once (default: all cores)",
         "out": "run directory (default: one of its own under runs/)",
         "load": "go on from the memories of another run, with learners not yet met",
     },
@@ -120,7 +120,7 @@ FLAGS = {                               # of each group: flags and what they do
         "k_actions": "items shown for their experience if --candidates is 0",
         "k_values": "values recalled for the critic",
         "candidates": "free items shown to the actor; 0: only remembered ones, as in the paper",
-        "lately": "steps that the category tool calls lately",
+        "lately": "how many steps back the category tool looks",
         "titles": "items in a state's text and in a prompt's list",
         "batch": "episodes between two updates of the memories",
         "transcript": "characters of a session in a prompt",
@@ -138,8 +138,8 @@ FLAGS = {                               # of each group: flags and what they do
     },
 }
 NOTES = {
-    "method": "left out, the value of the row of --method stands; Config gives the reasons",
-    "rule of leaving": "left out, the world's own value stands"}
+    "method": "if omitted, the value of --method's row is used; Config gives the reasons",
+    "rule of leaving": "if omitted, the world's own value is used"}
 MANY = 10**9                            # more than anybody asks for
 RANGES = {                              # of numbers; the others may be 0 to MANY
     "users": (1, MANY), "seed": (0, 10**18), "workers": (1, 1000), "seeds": (1, 1000),
@@ -224,7 +224,7 @@ def check_values(args: Namespace) -> None:
 
 
 def idle_flags(args: Namespace) -> Sequence[tuple[bool, Iterable[str], str]]:
-    """Whether a condition holds; the flags that have no effect then; the end of the message."""
+    """Rows: a condition, the flags without effect while it holds, the end of the message."""
     of_show = FLAGS["look at a finished run"].keys()
     if args.show:
         return [(True, args.given - of_show, "beside --show")]
@@ -232,7 +232,8 @@ def idle_flags(args: Namespace) -> Sequence[tuple[bool, Iterable[str], str]]:
     varied = {EXPERIMENTS[name].varied for name in args.experiment}     # "" where none is
     is_policy = args.method in envs.POLICIES
     is_offline = args.models_asked == ["offline"]
-    of_language = {*OF_ENDPOINTS, *Config._fields, "load"} - {"gamma"}
+    of_language = {*OF_ENDPOINTS, *Config._fields, "load"} - {"gamma"}      # a2c has a gamma, too
+    # ==: a flag is idle only if every experiment asked for varies it
     return [
         (True, of_show, "without --show"),
         (not is_experiment, FLAGS["experiments"], "without --experiment"),
@@ -265,9 +266,11 @@ def models_of(args: Namespace) -> list[str]:
     # A key alone does not ask for an endpoint: many people have one in their environment.
     # A replay asks no endpoint, but its log is that of a real model.
     address = args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE")
+    wants_endpoint = bool(address or args.replay)
     if not names:
-        names = [variable("OPENAI_MODEL") or ("" if address or args.replay else "offline")]
-    has_endpoint = bool(address or args.replay or variable("OPENAI_API_KEY"))
+        default = "" if wants_endpoint else "offline"       # "" is refused below
+        names = [variable("OPENAI_MODEL") or default]
+    has_endpoint = wants_endpoint or bool(variable("OPENAI_API_KEY"))
     lacks_endpoint = not has_endpoint and set(names) != {"offline"}
     if lacks_endpoint or not all(names):
         raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
@@ -382,6 +385,7 @@ def check_users(run: Settings, env: envs.Env) -> None:
     """UserError if a world has too few users for a run."""
     others = len(env.histories) - env.learners
     needed = run.first + run.episodes
+    # policies meet the same learners again and again
     if needed > env.learners and run.method in billp.METHODS:
         raise UserError(f"{run.world} has {env.learners} learning users, too few for "
                         f"{needed} episodes")
@@ -457,7 +461,7 @@ def save_memory(run: Settings, agent: Agent) -> str:
     """
     head = {"billp": 1, "embedding": run.embedding, "world": run.world, "seed": run.seed,
             "met": run.first + run.episodes}
-    parts = [dumps(head).removesuffix("}")]
+    parts = [dumps(head).removesuffix("}")]         # left open: the memories follow
     for role, memory in agent._asdict().items():
         rows = ",\n".join(dumps(record) for record in billp.records(memory))
         parts.append(f'"{role}": [\n{rows}\n]')
@@ -507,10 +511,10 @@ def learners_met(saved: Json, world: str, seed: int) -> int:
     if (saved["world"], saved["seed"]) == (world, seed):
         return saved["met"]
     kinds = {name.partition(":")[0] for name in (world, saved["world"])}
-    # There the seed draws who is held out. In films another seed makes other people. In steam and
-    # amazon the files tell who is held out.
-    draws_who_is_held_out = {"csv", "movielens"}
-    if kinds <= draws_who_is_held_out and seed != saved["seed"]:
+    # In these the seed draws who is held out. In films another seed makes other people. In steam
+    # and amazon the files tell who is held out.
+    seed_draws_held_out = {"csv", "movielens"}
+    if kinds <= seed_draws_held_out and seed != saved["seed"]:
         raise UserError(f"--load: this memory may know users that --seed {seed} holds out; "
                         f"use its own --seed {saved['seed']}")
     return 0
@@ -812,7 +816,7 @@ def ledger(live: Live) -> list[str]:
     lines = grid(counts_table(counts))
     if stats:
         asked, requests = stats.get("asked", 0), stats.get("requests", 0)
-        # after Ctrl-C an answer may be on its way
+        # "answers" are counted outside the log, "asked" inside. After Ctrl-C one may be on its way.
         known = max(stats.get("answers", 0) - asked, 0)
         retries = sum(stats.get("retries", {}).values())
         system = stats.get("system_fingerprint", "not named")
@@ -1029,7 +1033,7 @@ def settings_of(base: Settings, experiment: Experiment, series: str, x: int | No
         run = run._replace(episodes=x)
     if budget:
         run = run._replace(episodes=int(budget))
-    # The row comes last: no flag changes what defines it. In `settings` the flags come last.
+    # Here the row overrides flags, so that it is what its name says. In one run flags override it.
     config = base.config | billp.METHODS.get(method, {})
     learns = config["experience"] or config["lessons"] != "none"
     if method in billp.METHODS and not learns:
@@ -1087,6 +1091,7 @@ def critic_errors(
     """
     config = Config(**run.config)
     catalog = prompts.catalog(place.env, embed)
+    # only to play returns: State.top depends on the cap, so the critic is asked with the full one
     short = catalog._replace(env=shortened(place.env, config.gamma))
     users = place.held_out[:states]
     errors = np.zeros((repeats, len(users), 2))
@@ -1101,7 +1106,6 @@ def critic_errors(
             played = billp.evaluate(short, [user] * (draws + 1), agent, llm, seed, "continue",
                                     config, pmap)
             one, *others = [return_of(trajectory, config.gamma) for trajectory in played]
-            # the catalogue as in training: the critic must see the same largest value
             state = billp.opening(catalog, user, Key(seed, "value", i), config)
             answer, _ = billp.critic(state, agent.critic, llm, config)
             reference = np.mean(others)
@@ -1140,7 +1144,10 @@ def offline_job(job: Job) -> Json:
 
 @contextmanager
 def offline_pool(args: Namespace) -> Iterator[futures.Executor]:
-    """Where offline runs are performed: on a cluster or in processes of this machine."""
+    """Where offline runs are performed: on a cluster or in processes of this machine.
+
+    `parallel` shuts the pool down.
+    """
     if not args.cluster:
         # Ctrl-C is for this process, which then ends the others.
         yield futures.ProcessPoolExecutor(
@@ -1262,13 +1269,13 @@ def drawn(rows: Sequence[Row]) -> Array:
 
 
 def limit_of(rows: Sequence[Row]) -> float:
-    """Where an axis ends: with the longest interval, but not far beyond all means."""
+    """Where an axis ends: behind the highest interval, at most at 1.6 times the largest mean."""
     means, _, highs = drawn(rows)
     return 1.05 * min(highs.max(), 1.5 * means.max())
 
 
 def plot_bars(axes: Any, rows: Sequence[Row]) -> None:
-    """Horizontal bars with intervals. One far beyond the methods with language is cut."""
+    """Horizontal bars with intervals. One far longer than those of methods with language is cut."""
     methods = [row for row in rows if row.series in billp.METHODS]
     # methods with language fill most of the width, however far the oracle is
     limit = min(limit_of(rows), 1.3 * limit_of(methods or rows))
@@ -1389,7 +1396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             experiments(args, live)
         else:
             one_run(args, live)
-        print(end="", flush=True)
+        print(end="", flush=True)       # a closed pipe must raise here
         return 0
     except BrokenPipeError:             # the reader of the output has closed it
         return 0
