@@ -1299,7 +1299,7 @@ def plot_lines(axes: Any, rows: Sequence[Row]) -> None:
                       color=colour_of(series), marker="o", capsize=3)
     axes.set_xticks(sorted({row.x for row in rows}))
     axes.set_ylim(0, limit_of(rows))
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))       # beside the axes
 
 
 def plot(experiment: Experiment, heading: str, rows: Sequence[Row], path: Path) -> None:
