@@ -878,7 +878,7 @@ def one_run(args: Namespace, live: Live) -> None:
     write(folder / "memory.json", save_memory(run, outcome.agent))
     write(folder / "summary.json", dumps(summary, indent=1) + "\n")
     lessons = [record.content for record in billp.records(outcome.agent.planner)]
-    lines = report(summary, place.env.about, lessons[-2:], live)
+    lines = report(summary, place.env.about, lessons[-1:], live)
     print("\n".join([*lines, f"run       {folder}"]))
 
 
