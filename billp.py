@@ -336,7 +336,7 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
     """Micro level: the item a_n, given the thought, free items and the evidence for them.
 
     If the reply names no free item, the one nearest to what was asked for is taken. Fallback: the
-    first item that was shown, or the one nearest to the state.
+    first item listed in the prompt, or else the one nearest to the state.
     """
     listed = shortlist(state, memory, catalog, config)
     question = prompts.render_actor(state.key.step + 1, state.thought, listed)

@@ -940,7 +940,7 @@ def ridge(own: Array, other: Array, ratings: Array, fixed: Array, count: int) ->
 
     Vote i is ratings[i], less the global offset, between own[i] and other[i]: a user and an item,
     or an item and a user. `fixed` [m, k + 1] holds the factors and bias of the other side. The
-    penalty is 3 + a tenth of the number of votes on each factor, and 3 on the bias.
+    penalty on a factor is 3 + a tenth of one's votes, that on the bias is 3.
     """
     # rating - the other's bias = [the other's factors, 1] @ [own factors, own bias]
     targets = ratings - fixed[other, -1]

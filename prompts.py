@@ -1,15 +1,16 @@
 """Language: what is asked of a model, how its reply is read, and the models themselves.
 
-An `Ask` is everything that determines an answer. An `LLM` is a function from Ask to Reply: it is
-the method's only effect. Each of the four roles has one trio: a template, `render_*` (text from a
-state) and `parse_*` (a value from any text, or `Malformed`).
+An `Ask` is everything that determines an answer. An `LLM` is a function from Ask to Reply. It is
+the method's only effect, besides an `Embed` that asks an endpoint. Each of the four roles has one
+trio: a template, `render_*` (text from a state) and `parse_*` (a value from any text, or
+`Malformed`).
 
     line        one item as the model reads it, "Alien (1979) [Horror, Sci-Fi]"
     Catalog     a world as language; `ground` finds the item that a text names
     history     the lines of the items a user liked before the session, oldest first
     session     the transcript so far: Thought, Action and Observation lines, append-only
     shared      history and session: the part of a prompt that the next prompt extends
-    taken       items that may not be recommended: liked before, or recommended in this session
+    taken       items liked before or recommended in this session; only --repeats allows them
     candidates  free items that the actor is shown, so that it knows what it can name
 
 Prompts grow at the end: first what is fixed for the run, then the history, then the session, then
@@ -63,8 +64,8 @@ class Key(NamedTuple):
 
 class Ask(NamedTuple):
     """One question."""
-    role: str                       # planner, actor, critic or reflector
-    key: Key
+    role: str                       # planner, actor, critic or reflector; "embed" in logs alone
+    key: Key                        # () for "embed"
     messages: tuple[tuple[str, str], ...]       # pairs (role, text), the system's first
     max_tokens: int = 256
     temperature: float = 0.5
@@ -238,9 +239,11 @@ def heads_of(text: str) -> list[Head]:
         name, start = match[group].lower(), match.start(group)
         before = text[:start].rstrip(MARKS + " \t-")
         begins_line = not before or before[-1] == "\n"
-        is_clear = begins_line or before[-1] in ".!?;)]|" or text[start - 1] in MARKS
+        is_marked = start > 0 and text[start - 1] in MARKS          # **Action:** or {"action":
+        is_clear = begins_line or is_marked or before[-1] in ".!?;)]|"
         number = match["number"] or ""
-        is_same_turn = number != "" and heads and heads[-1].number == number
+        last = heads[-1] if heads else Head(0, 0, name, "")
+        is_same_turn = number != "" and last.number == number and last.name != name
         if name not in WORDS_OF_TITLES or is_clear or is_same_turn or match["copied"]:
             heads.append(Head(start, match.end(), name, number))
     return heads
@@ -475,10 +478,11 @@ def closest(texts: Sequence[str], catalog: Catalog, taken: Collection[int], k: i
     # First pass: single precision is fast, and finds the k nearest items and near ties.
     products = np.vecdot(catalog.vectors, vector)
     products[list(taken)] = -np.inf
-    best = np.sort(products)[::-1][:k]
-    limit = best.min(initial=np.inf) - 1e-4         # infinite if k is 0: then no item is found
-    # Taken items are never found: -inf is not above a limit of -inf.
-    places = np.flatnonzero(products > limit)
+    k = min(k, np.isfinite(products).sum())
+    if k < 1:
+        return []
+    kth_best = np.sort(products)[-k]
+    places = np.flatnonzero(products > kth_best - 1e-4)         # with a margin for rounding
     # Second pass: double precision orders them, because in single precision the last digits differ
     # between processors. The sort is stable: among equals the lowest number comes first.
     exact = np.vecdot(catalog.vectors[places], vector, dtype=float).round(5)
@@ -538,7 +542,8 @@ def bounded(session: str, limit: int) -> str:
     match = re.search(r"\nObservation [^\n]*\n(.+)", session[cut:], re.DOTALL)
     if match:
         return match[1]
-    return session[-limit:].partition("\n")[2]      # one turn is longer than half a limit
+    # No turn begins behind the cut: the last one fills all that is left.
+    return session[-limit:].partition("\n")[2]
 
 
 def turn(n: int, thought: str, line: str, reward: float, left: bool, asked: str = "") -> str:
@@ -562,7 +567,9 @@ def bullets(lines: Sequence[str]) -> str:
 
 
 def insist(llm: LLM, ask: Ask, parse: Callable, retries: int) -> tuple[Any, int]:
-    """The first reply that `parse` can use, or the last Malformed; and how many were malformed.
+    """What `parse` makes of the first reply that it can use, or the last Malformed; and a count.
+
+    The count tells how many replies were malformed.
 
     After a malformed reply the model is told what was wrong and asked again, at most `retries`
     times.
@@ -746,7 +753,7 @@ def render_critic(targets: Sequence[tuple[str, float]], gamma: float, top: float
 
 NUMBER = r"(-?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
 # "Value 4: 7.5", "value = about 7,5", "Value: 4 + 0.5 * 5 = 6.5"
-VALUE_NUMBER = rf"(?i)value[^:=\n]*[:=](?:[^\n]*=)?[^\d\n.,-]*{NUMBER}"
+VALUE_NUMBER = rf"(?i)value[^:=\n]*[:=](?:[ \d.+*x×-]*=)?[^\d\n.,-]*{NUMBER}"
 
 
 def parse_critic(text: str) -> float | Malformed:
@@ -854,7 +861,7 @@ def offline_actor(text: str, seed: int) -> str:
 def offline_critic(text: str, seed: int) -> str:
     """The mean of the recalled targets; with none, the middle of the scale."""
     _, _, question = parts_of(text)
-    targets = [float(number) for number in re.findall(r"\n- (-?[\d.]+) after ", question)]
+    targets = [float(number) for number in re.findall(r"\n- (-?[\d.]+) after\b", question)]
     top = float(re.search(r"at most ([\d.]+)\.", question)[1])
     return f"Value: {fmean(targets or [top / 2]):.2f}"
 
@@ -885,13 +892,14 @@ def offline_reflector(text: str, seed: int) -> str:
     # If the last step was very long, its action may have been cut off.
     titles, tags = zip(*shown_in(session) or [("it", ())])
     *earlier_gaps, last_gap = gaps_between(tags)
-    harmless = min(earlier_gaps, default=9)             # similar items this far apart did no harm
-    # If the thoughts asked for 4 steps, but 2 did no harm, 2 is the advice.
-    advised = min(apart_in(session), harmless)
+    smallest_harmless = min(earlier_gaps, default=9)
+    # Gaps of 9, 2 and last 1, where the thoughts asked for 4: 2 did no harm, but 1 did. So the
+    # advice is max(min(4, 2), 1 + 1) = 2.
+    advised = min(apart_in(session), smallest_harmless)
     warned = set()
     if "the user left" not in session:
         why = f"The user stayed for all {steps(len(titles))}"
-    elif last_gap < harmless:
+    elif last_gap < smallest_harmless:
         earlier = titles[-1 - last_gap]
         why = (f"The user left because {titles[-1]} came {steps(last_gap)} after {earlier}, "
                "which is similar")
@@ -1249,8 +1257,8 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     """
     status = str(response.status_code)
     error = fields(data.get("error")) or data           # some servers put its fields at the top
-    is_unreadable = not data                    # then `send_once` gives {}: the kind is "page"
-    if response.is_success and not is_unreadable:           # the real status is in the body
+    # An unreadable answer has no data. Its status 200 stays, and its kind is "page".
+    if response.is_success and data:            # the real status is in the body
         code = str(error.get("code"))
         status = code if re.fullmatch("[45][0-9][0-9]", code) else "500"
     wait = asked_wait(response.headers, text)
@@ -1293,7 +1301,7 @@ def adapt(route: Route, sent: dict, got: Fault) -> bool:
 
 
 def pause(route: Route, got: Fault, faults: int) -> None:
-    """Wait as long as the server asks, but longer after each fault."""
+    """Wait as long as the server asks, but at least 0.5 s, doubled by each fault, up to 8 s."""
     backoff = min(0.5 * 2 ** (faults - 1), 8.0) * random.uniform(0.75, 1.0)
     wait = max(got.wait, backoff)
     if wait > 5:
@@ -1377,18 +1385,19 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
     """
     route = connect(base_url, "chat/completions", key, **options)
     has_spoken = False              # some reply had a text
+    silent = 0                      # replies without one
 
     def answer(ask: Ask) -> Reply:
-        nonlocal has_spoken
+        nonlocal has_spoken, silent
         got = persist(route, chat_body(model, ask), lambda data: heard(route, ask, data))
         if isinstance(got, Reply):
             has_spoken = True
             return got
         if not got.kind.is_reply:
             raise failed(route, got)
-        empty = route.stats.setdefault("empty", Counter())
-        count(empty, got.reason)
-        if empty.total() >= 10 and not has_spoken:      # some setting must be wrong
+        silent += 1
+        count(route.stats.setdefault("empty", {}), got.reason)
+        if silent >= 10 and not has_spoken:         # some setting must be wrong
             raise failed(route, got)
         tell(route, "empty", f"an empty reply, because {got.reason}; {got.kind.cure}")
         return Reply("", got.usage, got.reason)

@@ -232,7 +232,9 @@ def idle_flags(args: Namespace) -> Sequence[tuple[bool, Iterable[str], str]]:
     varied = {EXPERIMENTS[name].varied for name in args.experiment}     # "" where none is
     is_policy = args.method in envs.POLICIES
     is_offline = args.models_asked == ["offline"]
-    of_language = {*OF_ENDPOINTS, *Config._fields, "load"} - {"gamma"}      # a2c has a gamma, too
+    of_language = {*OF_ENDPOINTS, *Config._fields, "load"}
+    if args.method == "a2c":
+        of_language.remove("gamma")         # it has one, too
     # ==: a flag is idle only if every experiment asked for varies it
     return [
         (True, of_show, "without --show"),
@@ -511,10 +513,10 @@ def learners_met(saved: Json, world: str, seed: int) -> int:
     if (saved["world"], saved["seed"]) == (world, seed):
         return saved["met"]
     kinds = {name.partition(":")[0] for name in (world, saved["world"])}
-    # In these the seed draws who is held out. In films another seed makes other people. In steam
-    # and amazon the files tell who is held out.
-    seed_draws_held_out = {"csv", "movielens"}
-    if kinds <= seed_draws_held_out and seed != saved["seed"]:
+    # In csv and movielens the seed draws who is held out, and two folders may hold the same data.
+    # In films another seed makes other people. In steam and amazon the files tell who is held out.
+    may_share_users = kinds <= {"csv", "movielens"}
+    if may_share_users and seed != saved["seed"]:
         raise UserError(f"--load: this memory may know users that --seed {seed} holds out; "
                         f"use its own --seed {saved['seed']}")
     return 0
@@ -991,7 +993,7 @@ class Experiment(NamedTuple):
     values: Sequence[int | None] = (None,)      # of that flag, on the x axis
     measure: str = "scores"             # what is measured: scores, shares or errors
     axis: str = ""                      # the name of the x axis, if there is one
-    label: str = "reward an episode"    # the name of the y axis
+    label: str = "reward of an episode"         # the name of the y axis
 
 
 EXPERIMENTS = {
@@ -1097,7 +1099,8 @@ def critic_errors(
     errors = np.zeros((repeats, len(users), 2))
     learned = []
     for repeat in range(repeats):
-        seed = run.seed + 1000 * (repeat + 1)       # far apart: neighbouring seeds share no draws
+        # far apart: seed 0 uses 1000, 2000, ..., seed 1 uses 1001, 2001, ...
+        seed = run.seed + 1000 * (repeat + 1)
         agent = billp.NOVICE
         learners = envs.branch(seed, "learners").permutation(place.learners).tolist()
         for agent, batch in billp.train(catalog, learners, llm, seed, agent, config, pmap):
@@ -1105,11 +1108,12 @@ def critic_errors(
         for i, user in enumerate(users):
             played = billp.evaluate(short, [user] * (draws + 1), agent, llm, seed, "continue",
                                     config, pmap)
-            one, *others = [return_of(trajectory, config.gamma) for trajectory in played]
+            returns = [return_of(trajectory, config.gamma) for trajectory in played]
+            reference = np.mean(returns[1:])
+            errors[repeat, i, 0] = returns[0] - reference           # of one return
             state = billp.opening(catalog, user, Key(seed, "value", i), config)
             answer, _ = billp.critic(state, agent.critic, llm, config)
-            reference = np.mean(others)
-            errors[repeat, i] = one - reference, answer.value - reference
+            errors[repeat, i, 1] = answer.value - reference         # of the critic
     bias, variance = errors.mean(0), errors.var(0)
     figures = np.stack([bias, variance, bias ** 2 + variance], -1)      # [states, 2, 3]
     return figures.reshape(len(users), 6).tolist(), learned
@@ -1271,7 +1275,7 @@ def drawn(rows: Sequence[Row]) -> Array:
 def limit_of(rows: Sequence[Row]) -> float:
     """Where an axis ends: behind the highest interval, at most at 1.6 times the largest mean."""
     means, _, highs = drawn(rows)
-    return 1.05 * min(highs.max(), 1.5 * means.max())
+    return min(1.05 * highs.max(), 1.6 * means.max())
 
 
 def plot_bars(axes: Any, rows: Sequence[Row]) -> None:

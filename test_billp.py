@@ -1001,7 +1001,7 @@ def test_hidden_thinking_is_never_stored(hidden):
 @pytest.mark.parametrize("reply", [
     "Value after step 3: 7.5", "Value (at most 10): 7.5", "7,5", "**Value:** 7.5",
     "Value: about 7.5 of 10", "I'd say 7.5.", "Value 4 = 7,5", "Value: (7.5)",
-    "Value: 4 + 0.5 * 7 = 7.5"])
+    "Value: 4 + 0.5 * 7 = 7.5", "Value: 7.5, since gamma = 0.5"])
 def test_a_value_is_read_in_any_wording(reply):
     assert prompts.parse_critic(reply) == 7.5
 
@@ -2291,7 +2291,7 @@ ODD = titled(*TITLES)
 
 
 @pytest.mark.parametrize("title", TITLES)
-@pytest.mark.parametrize("form", ["Action 1: recommend {} (2018)", "Action 1: {}",
+@pytest.mark.parametrize("form", ["Action 1: recommend {} (2018)", "Action 1: {}", "Action 2: {}",
                                   "I would recommend {}.", "Thought 1: new. Action 1: recommend {}",
                                   "Recommendation: {}", "Final Answer: {}", "I'd recommend {}"])
 def test_a_title_that_looks_like_a_refusal_or_label_is_named(title, form):
