@@ -699,7 +699,7 @@ def test_an_unreadable_actor_takes_the_first_item_shown():
     assert act.value == prompts.nearest(STATE.text, CATALOG, STATE.taken)
 
 
-def test_the_first_item_shown_may_share_its_title_with_a_taken_one():
+def test_a_twin_of_a_taken_item_may_be_listed():
     titles, drama, comedy = ("Emma", "Emma", *FILMS.titles[2:]), ["Drama"], ["Comedy"]
     tags = [[name in own for name in FILMS.categories] for own in (drama, comedy)]
     belongs = np.concatenate([np.array(tags), FILMS.belongs[2:]])
@@ -2294,7 +2294,7 @@ ODD = titled(*TITLES)
 @pytest.mark.parametrize("form", ["Action 1: recommend {} (2018)", "Action 1: {}", "Action 2: {}",
                                   "I would recommend {}.", "Thought 1: new. Action 1: recommend {}",
                                   "Recommendation: {}", "Final Answer: {}", "I'd recommend {}"])
-def test_a_title_that_looks_like_a_refusal_or_label_is_named(title, form):
+def test_a_title_like_a_refusal_or_label_is_named(title, form):
     text = prompts.parse_actor(form.format(title))
     assert prompts.ground(text, ODD) == (TITLES.index(title), True)
 
