@@ -710,8 +710,8 @@ def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
     if not thought:                 # categories not shown lately are in both lists: they weigh more
         return [in_brackets(tastes.liked), *others]
     tags = [tag_of(name) for name in categories]
-    wanted = re.sub(AVOIDED, " ", thought)
-    chosen = [tag for tag in tags if spaced(tag) in spaced(wanted)]
+    wanted = spaced(re.sub(AVOIDED, " ", thought))
+    chosen = [tag for tag in tags if spaced(tag) in wanted]
     fresh = [tag for tag in chosen if tag not in tastes.recent]
     wish = thought
     if chosen:
