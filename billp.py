@@ -1,4 +1,4 @@
-"""BiLLP: a language model that learns to recommend for the long run without training a weight.
+"""BiLLP: how a language model learns to recommend for the long run. No weight is trained.
 
 After "Large Language Models are Learnable Planners for Long-Term Recommendation" (SIGIR 2024,
 arXiv 2403.00843). Four roles share one model. All that is learned lies in three memories.
@@ -16,8 +16,9 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
 To record (s, a) as encouraged makes it likelier that a is shown and chosen in similar states. This
 does what a policy-gradient step does to pi(a | s), without a weight.
 
-All functions are pure. The model comes in as the argument `llm`. Parallelism comes in as the
-argument `pmap`: any function that works like the built-in `map` and keeps the order.
+All functions are pure. The model comes in as the argument `llm`, the embedding with the catalogue.
+Parallelism comes in as the argument `pmap`: any function that works like the built-in `map` and
+keeps the order.
 Config, credit and memory need numpy alone. They can be copied into another project as one block.
 """
 from __future__ import annotations
@@ -372,9 +373,8 @@ def reflector(trajectory: Trajectory, memory: Memory, llm: LLM, config: Config =
 
     Fallback: nothing is kept.
     """
-    question = prompts.render_reflector()
-    answer = consult(llm, "reflector", trajectory.last, question, prompts.parse_reflector, config,
-                     "")
+    last, question = trajectory.last, prompts.render_reflector()
+    answer = consult(llm, "reflector", last, question, prompts.parse_reflector, config, "")
     if answer.fallback:
         return answer, memory
     first = trajectory.steps[0].state
@@ -416,9 +416,15 @@ def opening(catalog: Catalog, user: int, key: Key, config: Config = DEFAULT) -> 
     liked = [int(item) for item in catalog.env.histories[user]]
     history = tuple(catalog.lines[item] for item in liked[-config.titles:])
     text = "\n".join(history)
-    top = discounted_return([5.0] * catalog.env.max_steps, config.gamma)
-    return State(key._replace(step=0), history, (), "", text, catalog.embed([text])[0],
-                 tuple(liked), top)
+    return State(
+        key=key._replace(step=0),
+        history=history,
+        shown=(),
+        session="",
+        text=text,
+        vector=catalog.embed([text])[0],
+        taken=tuple(liked),
+        top=discounted_return([5.0] * catalog.env.max_steps, config.gamma))
 
 
 def advance(state: State, catalog: Catalog, step: Step, left: bool, config: Config) -> State:
@@ -484,10 +490,12 @@ def credit(trajectory: Trajectory, values: Sequence[float],
            gamma: float) -> tuple[list[float], list[float]]:
     """TD targets and advantages of the N steps, given V(s_1) .. V(s_{N+1})."""
     targets, advantages = [], []
+    last = len(trajectory.steps) - 1
     for n, step in enumerate(trajectory.steps):
-        left = trajectory.terminated and n == len(trajectory.steps) - 1
-        targets.append(td_target(step.reward, gamma, values[n + 1], left))
-        advantages.append(advantage(step.reward, gamma, values[n], values[n + 1], left))
+        left = trajectory.terminated and n == last
+        value, next_value = values[n], values[n + 1]
+        targets.append(td_target(step.reward, gamma, next_value, left))
+        advantages.append(advantage(step.reward, gamma, value, next_value, left))
     return targets, advantages
 
 

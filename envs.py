@@ -6,7 +6,7 @@ one user, or B users at once: policies that see numbers need millions of steps.
     n, m, c, d   numbers of users, items and categories, and the size of an item's vector
     user, item   indices into the world's arrays; item -1 is an empty place
     window, W    how many recommended items a user remembers
-    too similar    nearer than `beta` to one of the last W recommended items
+    too similar  nearer than `beta` to one of the last W recommended items
     left, cut    the user left; the step cap was reached. Never both
     Len, R_each, R_traj   steps per episode, reward per step, reward per episode, all without the
                  step at which the user leaves
@@ -181,17 +181,21 @@ def check(env: Env) -> None:
 
     It looks at all ratings if there are fewer than 10^7, otherwise at those of some users.
     """
-    n, m, c = len(env.histories), len(env.titles), len(env.categories)
+    n, m = len(env.histories), len(env.titles)
     demand(n > 0 and m > 0, f"a world of {n} users (histories) and {m} items (titles)")
     demand(0 <= env.learners <= n, f"learners is {env.learners} for {n} histories")
-    shapes = [np.shape(env.years), np.shape(env.belongs), np.shape(env.vectors)]
-    fit = shapes[:2] == [(m,), (m, c)] and shapes[2][:1] == (m,) and len(shapes[2]) == 2
-    demand(fit, f"years, belongs, vectors have shapes {shapes}, not [({m},), ({m}, {c}), ({m}, d)]")
+    demand(np.ndim(env.vectors) == 2, "vectors is not a matrix of a row for each item")
+    _, d = np.shape(env.vectors)
+    expected = {"years": (m,), "belongs": (m, len(env.categories)), "vectors": (m, d)}
+    for name, shape in expected.items():
+        actual = np.shape(getattr(env, name))
+        demand(actual == shape, f"{name} has the shape {actual} instead of {shape}")
     demand(np.isfinite(env.vectors).all(), "vectors has numbers that are not finite")
     for user, history in enumerate(env.histories):
         for item in history:
-            fits = isinstance(item, (int, np.integer)) and 0 <= item < m
-            demand(fits, f"the history of user {user} has {item!r}, which is not from 0..{m - 1}")
+            is_number = isinstance(item, (int, np.integer))
+            is_item = is_number and 0 <= item < m
+            demand(is_item, f"the history of user {user} has {item!r}, not one of 0..{m - 1}")
 
     every_nth = 1 + n * m // 10 ** 7
     users, items = np.arange(0, n, every_nth), np.arange(m)
@@ -684,7 +688,11 @@ def labels(tags: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], Array]:
 
 
 def made_up(belongs: Array, users: int, rng: Rng) -> Array:
-    """int8 [n, m]: ratings of films, given their categories; see `films`."""
+    """int8 [n, m]: ratings of films, given their categories; see `films`.
+
+    The numbers are chosen so that random items keep a user for 3 to 5 steps, and the best list for
+    everybody for at most 32 of 50: taste must matter.
+    """
     m, c = belongs.shape
     # archetypes and appeal are the same for every seed
     common = np.random.default_rng(0)

@@ -242,8 +242,8 @@ def heads_of(text: str) -> list[Head]:
         is_marked = start > 0 and text[start - 1] in MARKS          # **Action:** or {"action":
         is_clear = begins_line or is_marked or before[-1] in ".!?;)]|"
         number = match["number"] or ""
-        last = heads[-1] if heads else Head(0, 0, name, "")
-        is_same_turn = number != "" and last.number == number and last.name != name
+        last = heads[-1] if heads else None
+        is_same_turn = last and number and last.number == number and last.name != name
         if name not in WORDS_OF_TITLES or is_clear or is_same_turn or match["copied"]:
             heads.append(Head(start, match.end(), name, number))
     return heads
@@ -481,7 +481,7 @@ def closest(texts: Sequence[str], catalog: Catalog, taken: Collection[int], k: i
     k = min(k, np.isfinite(products).sum())
     if k < 1:
         return []
-    kth_best = np.sort(products)[-k]
+    kth_best = np.partition(products, -k)[-k]               # quicker than sorting all
     places = np.flatnonzero(products > kth_best - 1e-4)         # with a margin for rounding
     # Second pass: double precision orders them, because in single precision the last digits differ
     # between processors. The sort is stable: among equals the lowest number comes first.
@@ -567,9 +567,7 @@ def bullets(lines: Sequence[str]) -> str:
 
 
 def insist(llm: LLM, ask: Ask, parse: Callable, retries: int) -> tuple[Any, int]:
-    """What `parse` makes of the first reply that it can use, or the last Malformed; and a count.
-
-    The count tells how many replies were malformed.
+    """What `parse` makes of the first usable reply, or the last Malformed; and how many were not.
 
     After a malformed reply the model is told what was wrong and asked again, at most `retries`
     times.
@@ -595,7 +593,9 @@ Categories shown in the last {lately} steps: {recent}.
 Other categories, best first: {other}.
 Which of the other categories should come next, and why? Reply with one line:
 Thought {n}: CATEGORY next, because ..."""
-OFFERED = 5                         # categories that the planner chooses among
+# Categories that the planner chooses among. A small model hardly heeds their order, so only the
+# most liked are offered.
+OFFERED = 5
 
 
 class Tastes(NamedTuple):
@@ -621,7 +621,10 @@ def category_tool(history: Sequence[str], shown: Sequence[str], lately: int) -> 
 def render_planner(n: int, lessons: Sequence[str], tastes: Tastes, lately: int) -> str:
     """The planner's question at step n (from 1), given reflections and the category tool."""
     recent = ", ".join(tastes.recent) or "none yet"
-    offers = [f"{tag} ({tastes.liked[tag]} liked)" for tag in tastes.other[:OFFERED]]
+    offers = []
+    for tag in tastes.other[:OFFERED]:
+        times = tastes.liked[tag]
+        offers.append(f"{tag} ({times} liked)")
     other = ", ".join(offers) or "none left; choose the one shown longest ago"
     return PLANNER.format(n=n, lessons=bullets(lessons), lately=lately, recent=recent, other=other)
 
@@ -1127,13 +1130,7 @@ def secrets_of(key: str, url: Any, headers: dict) -> list[str]:
         if SECRET.search(name):
             secrets += [value, *value.split()]          # "Bearer sk-..." and "sk-..."
     # "none", "EMPTY" or "message" are no secrets, and may stand in answers.
-    # "123456" would star the digits of numbers.
-    secret = []
-    for text in secrets:
-        is_plain = text.isalpha() or text.isdigit()
-        if len(text) >= (16 if is_plain else 6):
-            secret.append(text)
-    return secret
+    return [text for text in secrets if len(text) >= (16 if text.isalpha() else 6)]
 
 
 def connect(base_url: str, path: str, key: str | None = None, *, timeout: float = 300.0,
@@ -1224,7 +1221,8 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
         return fault(route, type(error).__name__, str(error))
     if response.next_request:
         return redirected(route, response)
-    text = starred(route, raw.decode("utf-8-sig", "replace"))
+    # Texts are starred where they are used: a key of digits would spoil numbers in the JSON.
+    text = raw.decode("utf-8-sig", "replace")
     try:
         data = fields(decoded(text))
         if response.is_success and not data.get("error"):
@@ -1351,7 +1349,8 @@ def heard(route: Route, ask: Ask, data: dict) -> Any:
     text.
     """
     if data.get("system_fingerprint"):
-        route.stats["system_fingerprint"] = clean(str(data["system_fingerprint"]), 200)
+        system = starred(route, str(data["system_fingerprint"]))
+        route.stats["system_fingerprint"] = clean(system, 200)
     choice = data["choices"][0] if data["choices"] else {"finish_reason": "missing"}
     finish = choice.get("finish_reason")
     message = fields(choice.get("message"))
@@ -1359,7 +1358,7 @@ def heard(route: Route, ask: Ask, data: dict) -> Any:
     content = message.get("content") or ""
     if isinstance(content, list):               # of parts
         content = "".join(part.get("text", "") for part in content)
-    text = spoken(content)
+    text = spoken(starred(route, content))
     usage = usage_of(route, ask, data)
     if text and finish not in ("error", "content_filter"):
         return Reply(text, usage)
@@ -1532,15 +1531,23 @@ def recorded_embed(embed: Embed, log: Log) -> Embed:
                                 "this run began with, or use another --out")
         return row
 
+    def ask_for(text: str) -> Ask:
+        return Ask("embed", (), (("text", text),))
+
     def answer(texts: Sequence[str]) -> np.ndarray:
-        asks = {text: Ask("embed", (), (("text", text),)) for text in texts}
-        missing = [text for text in asks if reply_to(log, asks[text]) is None]
+        missing = []
+        for text in dict.fromkeys(texts):       # each once
+            if reply_to(log, ask_for(text)) is None:
+                missing.append(text)
         fresh = embed(missing) if missing else ()
         for text, row in zip(missing, fresh, strict=True):
-            # It is checked first: a wrong row would be in the log for ever.
-            keep(log, asks[text], Reply(base64.b64encode(checked(row)).decode()))
-        replies = [reply_to(log, asks[text]) for text in texts]
-        return np.array([checked(unpacked(reply.text)) for reply in replies])
+            packed = base64.b64encode(checked(row))     # checked first: the log is for ever
+            keep(log, ask_for(text), Reply(packed.decode()))
+        rows = []
+        for text in texts:
+            reply = reply_to(log, ask_for(text))
+            rows.append(checked(unpacked(reply.text)))
+        return np.array(rows)
     return answer
 
 

@@ -269,11 +269,13 @@ def models_of(args: Namespace) -> list[str]:
     # A replay asks no endpoint, but its log is that of a real model.
     address = args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE")
     wants_endpoint = bool(address or args.replay)
+    has_key = bool(variable("OPENAI_API_KEY"))
+    if not names and has_key and not wants_endpoint and not variable("OPENAI_MODEL"):
+        say("OPENAI_API_KEY is set without a model: the built-in reader answers")
     if not names:
         default = "" if wants_endpoint else "offline"       # "" is refused below
         names = [variable("OPENAI_MODEL") or default]
-    has_endpoint = wants_endpoint or bool(variable("OPENAI_API_KEY"))
-    lacks_endpoint = not has_endpoint and set(names) != {"offline"}
+    lacks_endpoint = not (wants_endpoint or has_key) and set(names) != {"offline"}
     if lacks_endpoint or not all(names):
         raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
                         "or give --base-url and --model; --model offline is the built-in reader")
@@ -296,7 +298,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     names = ",".join(EXPERIMENTS) if args.experiment == "all" else args.experiment
     args.experiment = names.split(",") if names else []
     check_values(args)
-    kind, colon, folder = args.world.partition(":")
+    kind, _, folder = args.world.partition(":")
     if folder:                          # "csv:data" and "csv:./data/" are one world
         args.world = f"{kind}:{os.path.normpath(folder)}"
     args.models_asked = [] if args.show else models_of(args)
@@ -319,8 +321,8 @@ class Settings(NamedTuple):
     first: int                  # learners that a loaded memory has met already
     load: str                   # digest of the memory started from, "" for none
     extra: str                  # digest of --extra-body, "" for none
-    config: Json      # fields of Config
-    rule: Json        # fields of the world that flags replace
+    config: Json                # fields of Config
+    rule: Json                  # fields of the world that flags replace
 
 
 def digest(text: str) -> str:
@@ -737,7 +739,7 @@ def describe(env: envs.Env, trajectory: Trajectory) -> Json:
 
 
 def summarise(run: Settings, outcome: Outcome, live: Live, began: float) -> Json:
-    """summary.json, which other programs read. An interval is [mean, low, high], 95 %."""
+    """The content of summary.json, for other programs. An interval is [mean, low, high], 95 %."""
     lengths = [len(session.items) for session in outcome.sessions.get("learn", [])]
     size = run.config["batch"]
     batches = [lengths[start:start + size] for start in range(0, len(lengths), size)]
@@ -1066,9 +1068,14 @@ def cells_of(args: Namespace, base: Settings, name: str) -> dict[Cell, list[Job]
 def shares(env: envs.Env, sessions: Sequence[Session]) -> list[list[int]]:
     """[sessions, 5]: how many of the items are in each quintile of popularity, the least first."""
     order = np.argsort(envs.popularity(env), kind="stable")         # the least popular first
+    m = len(order)
     quintile = np.empty_like(order)
-    quintile[order] = np.arange(len(order)) * 5 // len(order)
-    return [np.bincount(quintile[session.items], minlength=5).tolist() for session in sessions]
+    quintile[order] = np.arange(m) * 5 // m
+    rows = []
+    for session in sessions:
+        counts = np.bincount(quintile[session.items], minlength=5)
+        rows.append(counts.tolist())
+    return rows
 
 
 def shortened(env: envs.Env, gamma: float) -> envs.Env:
@@ -1190,7 +1197,7 @@ class Row(NamedTuple):
     series: str
     x: int | None
     figures: dict[str, list[float]]     # a picture shows the last one
-    gain: list[float] | None = None     # R_traj less that of billp, paired by user
+    gain: list[float] | None = None     # R_traj minus that of billp, paired by user
 
 
 def share_of(counts: Array) -> Array:
@@ -1231,7 +1238,7 @@ def label_of(series: str, x: int | None) -> str:
 
 def gains_table(rows: Sequence[Row]) -> Table:
     """How each row compares with billp."""
-    table = [["", "R_traj less billp's [95 %]", ""]]
+    table = [["", "R_traj minus billp's [95 %]", ""]]
     for row in rows:
         if row.gain:
             label = label_of(row.series, row.x)

@@ -2068,11 +2068,13 @@ def test_a_flag_beats_the_environment_and_that_the_default(monkeypatch):
         assert (asked.model, asked.embedding) == names
 
 
-def test_a_key_alone_asks_no_endpoint(monkeypatch):
+def test_a_key_alone_asks_no_endpoint(monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
     assert settings_of("").model == "offline"
+    assert "without a model" in capsys.readouterr().err
     monkeypatch.setenv("OPENAI_MODEL", "m")
     assert settings_of("").model == "m"
+    assert capsys.readouterr().err == ""
 
 
 def test_one_folder_is_one_world():
@@ -2394,9 +2396,16 @@ def test_a_secret_header_is_starred_without_its_scheme(name, value, secret):
     assert secret not in str(caught.value) and "***" in str(caught.value)
 
 
-def test_a_key_of_digits_leaves_numbers_as_they_are():
-    llm, _ = answering("0.123456", key="123456")
-    assert llm(HELLO).text == "0.123456"
+def test_a_key_of_digits_is_starred_in_texts_alone():
+    rows = {"data": [{"embedding": [0.123456, 0.5]}]}
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json=rows))
+    embed = prompts.embeddings("http://localhost:1", "m", "123456", transport=transport)
+    assert embed(["Heat"]).shape == (1, 2)
+    llm, _ = answering("wrong: 123456", 401, key="123456")
+    with pytest.raises(EndpointError, match=r"wrong: \*\*\*"):
+        llm(HELLO)
+    llm, _ = answering("your key is 123456", key="123456")
+    assert llm(HELLO).text == "your key is ***"
 
 
 def test_a_title_in_a_plain_header_is_not_starred():
