@@ -1186,7 +1186,8 @@ def test_the_rule_at_its_borders(place, rating, rule, borne):
     ("years", (1999,), "years"),
     ("learners", 2, "learners"),
     ("belongs", np.ones((2, 3), bool), "belongs"),
-    ("vectors", np.ones((2, 2)), "vectors")])
+    ("vectors", np.ones((2, 2)), "vectors"),
+    ("vectors", np.ones(3), "not a matrix")])
 def test_check_refuses_a_world_that_does_not_fit(field, value, words):
     env = hand_world((0, 9, 20), (5, 5, 5))
     envs.check(env)
