@@ -880,7 +880,11 @@ def similar(a: Sequence[str], b: Sequence[str]) -> bool:
 
 
 def gaps_between(shown: Sequence[Sequence[str]]) -> list[int]:
-    """How many steps back the nearest similar item lies, for each item; 9 if none lies within 8."""
+    """How many steps back the nearest similar item lies, for each item; 9 if none lies within 8.
+
+    >>> gaps_between([["War"], ["Crime"], ["War"]])
+    [9, 9, 2]
+    """
     gaps = []
     for n, tags in enumerate(shown):
         backs = [back for back in range(1, min(n, 8) + 1) if similar(tags, shown[n - back])]

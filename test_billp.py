@@ -2302,6 +2302,12 @@ def test_a_title_like_a_refusal_or_label_is_named(title, form):
     assert prompts.ground(text, ODD) == (TITLES.index(title), True)
 
 
+@pytest.mark.parametrize("before", ["", "Try ", "You might ", "You might love "])
+def test_a_title_is_found_behind_any_number_of_words(before):
+    item = FILMS.titles.index("Blade Runner")
+    assert prompts.ground(f"{before}Blade Runner tonight", CATALOG) == (item, True)
+
+
 @pytest.mark.parametrize("reply, item", [
     ("1. 28 Up", 4), ("28. Up", 4), ("1. Sorry to Bother You", 0)])
 def test_a_number_belongs_to_the_title_first(reply, item):
