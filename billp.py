@@ -288,7 +288,7 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
         recalled = records(memory)[::-1]
     lessons = distinct((record.content for record in recalled), config.k_lessons)
     tastes = prompts.category_tool(state.history, state.shown, config.lately)
-    question = prompts.render_planner(state.key.step + 1, lessons, tastes, config.lately)
+    question = prompts.render_planner(lessons, tastes, config.lately)
     answer = consult(llm, "planner", state, question, prompts.parse_planner, config, "")
     return answer._replace(recalled=lessons), memory
 

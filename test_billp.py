@@ -51,8 +51,8 @@ settings.load_profile("tests")
 # They change when a prompt, the stand-in or the films do, and with nothing else.
 
 GOLDEN_SCORES = [                       # length and return of the learning episodes 10 to 19
-    (22, 95), (15, 66), (7, 29), (16, 66), (4, 19), (23, 97), (9, 41), (3, 11), (3, 13), (28, 119)]
-GOLDEN_TRIED = 187
+    (2, 10), (22, 97), (3, 12), (2, 10), (4, 17), (9, 42), (19, 79), (13, 54), (3, 13), (24, 104)]
+GOLDEN_TRIED = 211
 GOLDEN_SEED = 1913251582                # of Key(0, "learn", 3, 1, 2)
 GOLDEN_LENGTHS = {                      # steps that policies last in films: lowest, highest
     "random": (3, 5), "popular": (2, 5), "greedy": (4, 7), "varied": (5, 9),
@@ -311,7 +311,7 @@ def lay(path, files):
 # The server answers as the stand-in would: a run over HTTP must leave the files of one offline.
 
 SMALL = ("--episodes", 4, "--users", 3, "--batch", 2, "--max-steps", 4)
-ROLE = {"Thought": "planner", "Action": "actor", "Value": "critic", "Reflection": "reflector"}
+ROLE = {"Next category": "planner", "Free item": "actor", "Value": "critic", "Reflection": "reflector"}
 posix = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 
 
@@ -395,7 +395,7 @@ def settings_of(text):
 def prompt_and_role(body):
     """The prompt in a request and the role that asks: the last line begins with its label."""
     prompt = body["messages"][0]["content"].removeprefix(prompts.SYSTEM + "\n\n")
-    label = re.match(r"\w*", prompt.rpartition("\n")[2])[0]
+    label, _, _ = prompt.rpartition("\n")[2].partition(":")
     return prompt, ROLE[label]
 
 
@@ -889,10 +889,12 @@ def test_parsers_are_total(text):
 
 @given(plain_texts(), st.integers(1, 50), st.floats(0, 10))
 def test_parse_inverts_what_a_well_behaved_model_writes(text, n, value):
+    assert prompts.parse_planner(f"Next category: {text}\nFree item: x") == text
     assert prompts.parse_planner(f"Sure:\nThought {n}: {text}\nAction {n}: x") == text
     assert prompts.parse_reflector(f"**reflection**: {text}") == text
     assert prompts.parse_critic(f"Value: {value:.3f}") == pytest.approx(value, abs=1e-3)
     assume(prompts.words_of(text))                          # a title has words
+    assert prompts.parse_actor(f"Free item: {text}\nNext category: x") == text
     assert prompts.parse_actor(f"Action {n}: recommend {text}\nObservation {n}: left") == text
 
 
@@ -1044,11 +1046,11 @@ def test_the_category_tool_by_hand():
     assert tastes.recent == ("War", "Sci-Fi")               # F was shown too long ago
     assert list(tastes.liked.items()) == [("Drama", 3), ("War", 2), ("Comedy", 1)]
     assert tastes.other == ("Drama", "Comedy")
-    text = prompts.render_planner(4, [], tastes, 2)
+    text = prompts.render_planner([], tastes, 2)
     assert "in the last 2 steps: War, Sci-Fi.\n" in text
     assert "first: Drama (3 liked), Comedy (1 liked).\n" in text
     nothing = prompts.category_tool([], [], 2)
-    text = prompts.render_planner(1, [], nothing, 2)
+    text = prompts.render_planner([], nothing, 2)
     assert "steps: none yet.\n" in text and "first: none left; " in text
 
 
@@ -1057,6 +1059,8 @@ def test_the_category_tool_by_hand():
     ("War is over, sci fi next", ["[Sci-Fi]", "[Drama]"]),  # War was shown lately
     ("War again", ["[War]", "[Drama]"]),
     ("Drama next, not Sci-Fi. Keep away from: War, Sci-Fi.", ["[Drama]", "[Drama]"]),
+    ("Sci-Fi, because Drama comes next", ["[Sci-Fi]", "[Drama]"]),
+    ("This one, because Sci-Fi is missing", ["[Sci-Fi]", "[Drama]"]),
     ("warm beasts", ["warm beasts", "[Drama]"])])
 def test_candidates_are_retrieved_by_the_categories_of_the_thought(thought, texts):
     tastes = prompts.Tastes(("War",), ("Drama",), {"Drama": 2, "War": 1})
@@ -1092,7 +1096,7 @@ def rendered(title, category, reply):
     return [
         prompts.shared([line], ""),
         prompts.turn(1, reply, line, 4, False, reply),
-        prompts.render_planner(2, [reply, reply], tastes, 4),
+        prompts.render_planner([reply, reply], tastes, 4),
         prompts.render_actor(2, reply, [Candidate(line, 1, 2)]),
         prompts.render_critic([(line, 2.0)], 0.5, 9.0),
     ]
@@ -1921,7 +1925,7 @@ def test_show_tells_the_episode_picked(pick, number, finished):
 def verbose(body):
     """The stand-in's answer, but each thought ends in a word of its own."""
     status, text = stand_in(body)
-    return status, re.sub(r"(Thought: [^\"]*)", r"\1 Indeed.", text)
+    return status, re.sub(r"(Next category: [^\"]*)", r"\1 Indeed.", text)
 
 
 def test_show_prints_the_prompts_and_their_replies(finished, tmp_path):
@@ -1938,8 +1942,8 @@ def test_show_prints_the_prompts_and_their_replies(finished, tmp_path):
         for step in row["steps"]:
             for line, *_ in step["listed"]:
                 assert f"\n- {line}" in out
-            assert f"---- reply\nThought: {step['thought']}\n" in out
-            assert f"---- reply\nAction: recommend {step['said']}\n" in out
+            assert f"---- reply\nNext category: {step['thought']}\n" in out
+            assert f"---- reply\nFree item: {step['said']}\n" in out
 
 
 def test_a_learning_curve_is_drawn(finished):
@@ -2352,7 +2356,7 @@ def test_a_dummy_key_stars_no_answer(key):
     assert llm(HELLO).text == f"a {key} film"
 
 
-WRAPPINGS = ("Action: recommend {}", "**{}**", '```json\n{{"item": "{}"}}\n```',
+WRAPPINGS = ("Free item: {}", "**{}**", '```json\n{{"item": "{}"}}\n```',
              "Of course, here is one:\n\n{}",
              "Action: recommend {} because it is unlike the last items", 'Action: recommend "{}"',
              "1. {}\n2. {}")
@@ -2363,7 +2367,7 @@ def test_wrapping_a_reply_changes_no_episode():
     for wrapping in WRAPPINGS:
         def wrapped(ask):
             text = prompts.offline(ask).text
-            title = text.removeprefix("Action: recommend ")
+            title = text.removeprefix("Free item: ")
             return Reply(wrapping.format(title, title) if ask.role == "actor" else text)
         played = billp.evaluate(CATALOG, range(500, 504), NOVICE, wrapped, 0, "before")
         sessions.add(tuple(step.act.value for trajectory in played for step in trajectory.steps))
