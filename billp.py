@@ -3,7 +3,7 @@
 After "Large Language Models are Learnable Planners for Long-Term Recommendation" (SIGIR 2024,
 arXiv 2403.00843). Four roles share one model. All that is learned lies in three memories.
 
-    state s_n      history and session as text, for example 10 liked films and 3 recommended ones
+    state s_n      history and session as text, for example 7 liked films and 3 recommended ones
     thought t_n    the planner's line, "a comedy next, nothing like the last three films"
     action a_n     an item of the catalogue; its reward r_n is the rating, or 0 if the user leaves
     V(s), A(s, a)  the critic's value of a state; the advantage r + gamma V(s') - V(s)
@@ -13,8 +13,8 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
                    that a run can be repeated
     malformed      a reply that a parser cannot use; after some of them a role gives its fallback
 
-To record (s, a) as encouraged makes it likelier that a is shown and chosen in similar states. This
-does what a policy-gradient step does to pi(a | s), without a weight.
+Recording (s, a) as encouraged makes it likelier that a is shown and chosen in similar states. A
+policy-gradient step does the same to pi(a | s), by changing weights.
 
 All functions are pure. The model comes in as the argument `llm`, the embedding with the catalogue.
 Parallelism comes in as the argument `pmap`: any function that works like the built-in `map` and
@@ -167,17 +167,18 @@ def record_at(memory: Memory, i: int) -> Record:
     raise IndexError("a memory has no record of this number")
 
 
-def nearest_first(distances: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` smallest distances, nearest first, newest first among equals.
+def nearest_first(distances: np.ndarray, count: int) -> Iterator[int]:
+    """Indices from the smallest distance to the largest, the newest first among equals.
 
-    Those that tie with the last of them come, too.
+    The `count` nearest are sorted first. The others are sorted only if the caller goes on.
     """
     limit = np.inf
     if count < len(distances):
         limit = np.partition(distances, count - 1)[count - 1]       # quicker than sorting all
-    newest_first = np.flatnonzero(distances <= limit)[::-1]
-    # a stable sort keeps the newest first among equals
-    return newest_first[np.argsort(distances[newest_first], stable=True)]
+    for group in (distances <= limit, distances > limit):
+        newest_first = np.flatnonzero(group)[::-1]
+        # a stable sort keeps the newest first among equals
+        yield from newest_first[np.argsort(distances[newest_first], stable=True)]
 
 
 def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> tuple[Record, ...]:
@@ -191,20 +192,14 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
         return ()
     cosines = np.concatenate([np.vecdot(chunk.vectors, vector) for chunk in memory])
     distances = (2 - 2 * cosines).round(5)
-    count = 2 * k                   # only the nearest are sorted; more if too few of them differ
-    while True:
-        found: dict[tuple[str, str], Record] = {}
-        near = nearest_first(distances, count)
-        for i in near[distances[near] <= tau]:
-            record = record_at(memory, i)
-            # of equals the newest came first
-            found.setdefault((record.text, record.item), record)
-            if len(found) == k:
-                return tuple(found.values())
-        if count >= len(distances):
-            return tuple(found.values())
-        # several records of one text and item took the places: look further
-        count *= 4
+    found: dict[tuple[str, str], Record] = {}
+    for i in nearest_first(distances, 2 * k):
+        if distances[i] > tau or len(found) == k:
+            break
+        record = record_at(memory, i)
+        # of equals the newest came first
+        found.setdefault((record.text, record.item), record)
+    return tuple(found.values())
 
 
 # ---------------------------------------------------------------------------------- roles
@@ -265,7 +260,7 @@ def likeness(a: str, b: str) -> float:
 
 
 def distinct(lessons: Iterable[str], k: int) -> tuple[str, ...]:
-    """The first k lessons, without near copies of earlier ones."""
+    """The first k lessons, without those that share four fifths of their words with an earlier one."""
     chosen: list[str] = []
     for lesson in lessons:
         if len(chosen) == k:
@@ -337,20 +332,17 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
     """Micro level: the item a_n, given the thought, free items and the evidence for them.
 
     If the reply names no free item, the one nearest to what was asked for is taken. Fallback: the
-    first item listed in the prompt, or else the one nearest to the state.
+    first item listed in the prompt, or else the free item nearest to the state.
     """
     listed = shortlist(state, memory, catalog, config)
     question = prompts.render_actor(state.key.step + 1, state.thought, listed)
     answer = consult(llm, "actor", state, question, prompts.parse_actor, config, "")
     taken = () if config.repeats else state.taken
-    if not answer.fallback:
-        item, exact = prompts.ground(answer.value, catalog, taken)
-    elif listed:
-        # a Candidate knows its line, not its number
-        item = prompts.closest([listed[0].line], catalog, taken, 1)[0]
-        exact = False
+    if answer.fallback:
+        text = listed[0].line if listed else state.text
+        item, exact = prompts.nearest(text, catalog, taken), False
     else:
-        item, exact = prompts.nearest(state.text, catalog, taken), False
+        item, exact = prompts.ground(answer.value, catalog, taken)
     return answer._replace(value=item, recalled=listed, exact=exact), memory
 
 
@@ -442,7 +434,8 @@ def advance(state: State, catalog: Catalog, step: Step, left: bool, config: Conf
             n, step.plan.value, step.line, step.reward, left, asked),
         text=text,
         vector=catalog.embed([text])[0],
-        taken=state.taken + (step.act.value,))
+        taken=state.taken + (step.act.value,),
+        thought="")
 
 
 def play(catalog: Catalog, world: EnvState, state: State, agent: Agent, llm: LLM,
@@ -454,7 +447,8 @@ def play(catalog: Catalog, world: EnvState, state: State, agent: Agent, llm: LLM
         plan = Answer("", "")
         if config.thoughts:
             plan, _ = planner(state, agent.planner, llm, config)
-        act, _ = actor(state._replace(thought=plan.value), agent.actor, llm, catalog, config)
+        state = state._replace(thought=plan.value)
+        act, _ = actor(state, agent.actor, llm, catalog, config)
         world, reward, left, cut = envs.step(catalog.env, world, act.value)
         step = Step(state, plan, act, catalog.lines[act.value], float(reward))
         state = advance(state, catalog, step, bool(left), config)
@@ -490,10 +484,9 @@ def credit(trajectory: Trajectory, values: Sequence[float],
            gamma: float) -> tuple[list[float], list[float]]:
     """TD targets and advantages of the N steps, given V(s_1) .. V(s_{N+1})."""
     targets, advantages = [], []
-    last = len(trajectory.steps) - 1
-    for n, step in enumerate(trajectory.steps):
-        left = trajectory.terminated and n == last
-        value, next_value = values[n], values[n + 1]
+    # only the last step can be the one at which the user left
+    lefts = [False] * (len(trajectory.steps) - 1) + [trajectory.terminated]
+    for step, value, next_value, left in zip(trajectory.steps, values, values[1:], lefts):
         targets.append(td_target(step.reward, gamma, next_value, left))
         advantages.append(advantage(step.reward, gamma, value, next_value, left))
     return targets, advantages

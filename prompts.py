@@ -202,16 +202,19 @@ def spoken(text: str) -> str:
     return text.strip()
 
 
-LABELS = ("thought|next category|category|action|final answer|answer|recommendation|item|title"
-          "|observation|value|reflection|lesson")
-TURNS = ("thought", "next category", "action", "final answer", "observation")   # each begins a turn
+LABELS = ("thought|next category|category|action|final answer|answer|recommendation|free item|item"
+          "|title|observation|value|reflection|lesson")
+# the labels behind which a thought, an item or a reflection may stand
 THOUGHTS = ("thought", "next category", "category")
-ITEMS = ("action", "final answer", "answer", "recommendation", "item", "title")
+ITEMS = ("action", "free item", "item", "title", "recommendation", "final answer", "answer")
+REFLECTIONS = ("reflection", "lesson")
+# those that begin a turn, and so end what stands before them
+TURNS = ("thought", "next category", "action", "free item", "final answer", "observation")
 WORDS_OF_TITLES = ("thought", "action", "observation")
 MARKS = "*_#>{(\"'`"
 GAP = r"[ \t*_]{0,9}"
 # "**Thought 3:**", "Final Answer:" or {"item": "..."}; or a heading such as "### Thought 3".
-# `copied`: "Action 1: recommend", as the last line of the prompt has it. Being optional and in a
+# `copied`: "Action 1: recommend", as the lines of the session begin. Being optional and in a
 # lookahead, it takes no text and only notes whether "recommend" follows.
 LABEL = re.compile(
     rf"(?im)(?<![^\W_])(?P<name>{LABELS}){GAP}(?P<number>\d*)[ \t*_\"')]{{0,9}}:[ \t*_\"'`-]*"
@@ -461,14 +464,6 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     return titles_in_front(part, catalog) or titles_within(part, catalog)
 
 
-def named(text: str, catalog: Catalog, taken: Collection[int] = ()) -> int | None:
-    """The first item not taken that a text names, or None."""
-    for item in mentioned(text, catalog):
-        if item not in taken:
-            return item
-    return None
-
-
 def closest(texts: Sequence[str], catalog: Catalog, taken: Collection[int], k: int) -> list[int]:
     """The k items not taken whose lines are nearest to the texts by summed cosine, nearest first.
 
@@ -490,15 +485,8 @@ def closest(texts: Sequence[str], catalog: Catalog, taken: Collection[int], k: i
     return places[np.argsort(-exact, stable=True)][:k].tolist()
 
 
-def nearest(text: str, catalog: Catalog, taken: Collection[int] = ()) -> int:
-    """The item not taken that comes nearest to a text, or any item if all are taken.
-
-    A text that names a taken item stands for one with such categories, not for one that is spelled
-    alike.
-    """
-    items = mentioned(text, catalog)
-    if items and items[0] in taken:
-        text = in_brackets(line_tags(catalog.lines[items[0]]))
+def nearest(text: str, catalog: Catalog, taken: Collection[int]) -> int:
+    """The item not taken whose line is nearest to a text, or any item if all are taken."""
     found = closest([text], catalog, taken, 1) or closest([text], catalog, (), 1)
     return found[0]
 
@@ -506,11 +494,16 @@ def nearest(text: str, catalog: Catalog, taken: Collection[int] = ()) -> int:
 def ground(text: str, catalog: Catalog, exclude: Collection[int] = ()) -> tuple[int, bool]:
     """The item that a text stands for, and whether the text names it.
 
-    The item is not in `exclude`, unless all items are.
+    It is the first item named that is not in `exclude`, or else the nearest one. A text that names
+    only excluded items stands for one with the categories of the first, not for one that is spelled
+    alike. The item is not in `exclude`, unless all items are.
     """
-    item = named(text, catalog, exclude)
-    if item is not None:
-        return item, True
+    items = mentioned(text, catalog)
+    for item in items:
+        if item not in exclude:
+            return item, True
+    if items:
+        text = in_brackets(line_tags(catalog.lines[items[0]]))
     return nearest(text, catalog, exclude), False
 
 
@@ -651,7 +644,7 @@ def render_reflector() -> str:
 
 def parse_reflector(text: str) -> str | Malformed:
     """The reflection, one line."""
-    return labelled(text, ["reflection"]) or Malformed("the reply held no line 'Reflection: ...'")
+    return labelled(text, REFLECTIONS) or Malformed("the reply held no line 'Reflection: ...'")
 
 
 # ------------------------------------------------------------------------ actor and critic
@@ -746,7 +739,7 @@ def parse_actor(text: str) -> str | Malformed:
     """The part of a reply in which the item is named, at most 2,000 characters."""
     part = item_part(text)[:2000]
     if not words_of(part) or refuses(text, ITEMS):
-        return Malformed("the reply named no item after 'Action: recommend'")
+        return Malformed("the reply held no line 'Free item: ...'")
     return part
 
 
@@ -862,12 +855,14 @@ def offline_actor(text: str, seed: int) -> str:
     _, _, question = parts_of(text)
     plan = re.search(PLAN, question)
     target, keep_away = plan.groups() if plan else ("", "")
-    titles = {(): ["anything"]}     # the lowest rank: it counts if no item is listed
+    titles = {}                     # rank -> titles
     for title, categories, encouraged, discouraged in re.findall(LISTED, question):
         tags = set(split_tags(categories))
         evidence = chance(Candidate(title, int(encouraged or 0), int(discouraged or 0)))
         rank = (tags.isdisjoint(split_tags(keep_away)), target in tags, evidence)
         titles.setdefault(rank, []).append(title)
+    if not titles:
+        return "Free item: anything"
     best = titles[max(titles)]
     return f"Free item: {pick(best, text, seed)}"
 

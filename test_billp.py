@@ -696,7 +696,7 @@ def test_an_unreadable_actor_takes_the_first_item_shown():
     assert (act.said, act.malformed, act.fallback, act.exact) == ("", 5, True, False)
     assert CATALOG.lines[act.value] == act.recalled[0].line and len(asks) == 5
     act, _ = billp.actor(state, EMPTY, llm, CATALOG, Config(candidates=0))
-    assert act.value == prompts.nearest(STATE.text, CATALOG, STATE.taken)
+    assert [act.value] == prompts.closest([STATE.text], CATALOG, STATE.taken, 1)
 
 
 def test_a_twin_of_a_taken_item_may_be_listed():
@@ -892,9 +892,10 @@ def test_parse_inverts_what_a_well_behaved_model_writes(text, n, value):
     assert prompts.parse_planner(f"Next category: {text}\nFree item: x") == text
     assert prompts.parse_planner(f"Sure:\nThought {n}: {text}\nAction {n}: x") == text
     assert prompts.parse_reflector(f"**reflection**: {text}") == text
+    assert prompts.parse_reflector(f"Lesson: {text}") == text
     assert prompts.parse_critic(f"Value: {value:.3f}") == pytest.approx(value, abs=1e-3)
     assume(prompts.words_of(text))                          # a title has words
-    assert prompts.parse_actor(f"Free item: {text}\nNext category: x") == text
+    assert prompts.parse_actor(f"Free item: {text}\nFree item: x") == text
     assert prompts.parse_actor(f"Action {n}: recommend {text}\nObservation {n}: left") == text
 
 
@@ -935,7 +936,7 @@ def test_every_item_is_found_by_title_year_or_line(dress):
     for item, title in enumerate(FILMS.titles):
         for text in (title, f"{title} ({FILMS.years[item]})", CATALOG.lines[item]):
             assert prompts.ground(dress(text), CATALOG) == (item, True)
-    assert prompts.named("amelie", CATALOG) == FILMS.titles.index("Amélie")
+    assert prompts.ground("amelie", CATALOG) == (FILMS.titles.index("Amélie"), True)
 
 
 @pytest.mark.parametrize("reply, taken, item", [
@@ -963,8 +964,9 @@ def test_marks_and_accents_do_not_hide_a_title():
 
 
 def test_a_year_may_be_one_off_but_not_more():
-    assert prompts.named("Alien (1980)", CATALOG) == ALIEN
-    assert prompts.named("Alien (2009)", CATALOG) is None
+    assert prompts.ground("Alien (1980)", CATALOG) == (ALIEN, True)
+    _, exact = prompts.ground("Alien (2009)", CATALOG)
+    assert not exact
 
 
 @pytest.mark.parametrize("reply, thought", [
