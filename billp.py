@@ -23,6 +23,7 @@ Config, credit and memory need numpy alone. They can be copied into another proj
 """
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial, reduce
 from math import fsum
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
@@ -242,15 +243,23 @@ Output = tuple[Answer, Memory]
 
 def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, config: Config,
             fallback: Any) -> Answer:
-    """Put a role's question to the model. The fallback answers if no reply can be parsed."""
+    """Put a role's question to the model.
+
+    After a malformed reply the model is told what was wrong and asked again, at most
+    `config.retries` times. Then the fallback answers.
+    """
     session = prompts.bounded(state.session, config.transcript)
     prompt = prompts.shared(state.history, session) + question
     messages = (("system", prompts.SYSTEM), ("user", prompt))
-    ask = Ask(role, state.key, messages, config.reply_tokens, config.temperature)
-    value, malformed = prompts.insist(llm, ask, parse, config.retries)
-    if isinstance(value, Malformed):
-        return Answer(fallback, "", malformed=malformed, fallback=True)
-    return Answer(value, str(value), malformed=malformed)
+    for attempt in range(config.retries + 1):
+        key = state.key._replace(attempt=attempt)
+        reply = llm(Ask(role, key, messages, config.reply_tokens, config.temperature))
+        text = prompts.spoken(reply.text)
+        value = parse(text)
+        if not isinstance(value, Malformed):
+            return Answer(value, str(value), malformed=attempt)
+        messages += prompts.complaint(text, value)
+    return Answer(fallback, "", malformed=config.retries + 1, fallback=True)
 
 
 def likeness(a: str, b: str) -> float:
@@ -260,7 +269,7 @@ def likeness(a: str, b: str) -> float:
 
 
 def distinct(lessons: Iterable[str], k: int) -> tuple[str, ...]:
-    """The first k lessons, without those that share four fifths of their words with an earlier one."""
+    """The first k lessons, without near copies: texts that share over 4 of 5 words with another."""
     chosen: list[str] = []
     for lesson in lessons:
         if len(chosen) == k:
@@ -288,17 +297,12 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
     return answer._replace(recalled=lessons), memory
 
 
-def evidence(state: State, memory: Memory, config: Config) -> dict[str, Candidate]:
-    """What is remembered of each item in the states most similar to this one, by item line."""
-    items: dict[str, Candidate] = {}
-    if config.experience:
-        for record in recall(memory, state.vector, config.k_experience):
-            item = items.get(record.item, Candidate(record.item))
-            if record.content == 1:
-                items[record.item] = item._replace(encouraged=item.encouraged + 1)
-            else:
-                items[record.item] = item._replace(discouraged=item.discouraged + 1)
-    return items
+def evidence(state: State, memory: Memory, config: Config) -> Counter:
+    """How often each pair (item line, verdict) is remembered in the states most similar to this."""
+    if not config.experience:
+        return Counter()
+    similar = recall(memory, state.vector, config.k_experience)
+    return Counter((record.item, record.content) for record in similar)
 
 
 def shortlist(state: State, memory: Memory, catalog: Catalog,
@@ -308,7 +312,7 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     With candidates they are the free items nearest to the thought. Without, those remembered.
     """
     taken = () if config.repeats else state.taken
-    known = evidence(state, memory, config)
+    counts = evidence(state, memory, config)
     if config.candidates:
         tastes = prompts.category_tool(state.history, state.shown, config.lately)
         texts = prompts.query(state.thought, catalog.env.categories, tastes)
@@ -316,11 +320,11 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
         lines = [catalog.lines[item] for item in items]
     else:
         in_catalog = set(catalog.lines)             # a loaded memory may come from another world
-        lines = [line for line in known if line in in_catalog]
-    excluded = {catalog.lines[item] for item in taken}
+        lines = [line for line, _ in counts if line in in_catalog]
     # By line, too: a free item may share its line with another free one, or with a taken one.
+    excluded = {catalog.lines[item] for item in taken}
     free = [line for line in dict.fromkeys(lines) if line not in excluded]
-    listed = [known.get(line, Candidate(line)) for line in free]
+    listed = [Candidate(line, counts[line, 1], counts[line, 0]) for line in free]
     # The sort is stable: among equals the nearest stays first.
     listed.sort(key=prompts.chance, reverse=True)
     limit = config.candidates or config.k_actions

@@ -35,7 +35,7 @@ Rng = np.random.Generator
 Location = str | Path                   # of a folder of data files
 Function = Callable[..., Array]
 
-# independent random streams of one seed; the first three are for run.py
+# independent random streams of one seed (4 is not used); the first three are for run.py
 BRANCHES = {"learners": 0, "held-out users": 1, "policy": 2, "actor-critic": 3, "data": 5,
             "bandit": 6}
 
@@ -57,7 +57,6 @@ class Env(NamedTuple):
     how different the items a and b feel to users. Both take int arrays that broadcast together and
     return an array of that shape. `table` and `euclidean` make such functions.
     """
-    name: str
     titles: tuple[str, ...]             # [m], without the year
     years: tuple[int | None, ...]       # [m]
     categories: tuple[str, ...]         # [c]
@@ -184,24 +183,20 @@ def check(env: Env) -> None:
     n, m = len(env.histories), len(env.titles)
     demand(n > 0 and m > 0, f"a world of {n} users (histories) and {m} items (titles)")
     demand(0 <= env.learners <= n, f"learners is {env.learners} for {n} histories")
-    demand(np.ndim(env.vectors) == 2, "vectors is not a matrix of a row for each item")
-    _, d = np.shape(env.vectors)
-    expected = {"years": (m,), "belongs": (m, len(env.categories)), "vectors": (m, d)}
-    for name, shape in expected.items():
-        actual = np.shape(getattr(env, name))
-        demand(actual == shape, f"{name} has the shape {actual} instead of {shape}")
+    for name in ("years", "belongs", "vectors"):
+        rows = len(getattr(env, name))
+        demand(rows == m, f"{name} has {rows} rows for {m} titles")
     demand(np.isfinite(env.vectors).all(), "vectors has numbers that are not finite")
+    items = set(range(m))
     for user, history in enumerate(env.histories):
-        for item in history:
-            is_number = isinstance(item, (int, np.integer))
-            is_item = is_number and 0 <= item < m
-            demand(is_item, f"the history of user {user} has {item!r}, not one of 0..{m - 1}")
+        strangers = set(history) - items
+        demand(not strangers, f"the history of user {user} has {strangers}, not one of 0..{m - 1}")
 
     every_nth = 1 + n * m // 10 ** 7
-    users, items = np.arange(0, n, every_nth), np.arange(m)
+    users = np.arange(0, n, every_nth)
     try:
-        ratings = env.rate(users[:, None], items)
-        env.distance(0, items, 0)
+        ratings = env.rate(users[:, None], np.arange(m))
+        env.distance(0, np.arange(m), 0)
     except IndexError as error:
         raise ValueError(f"rate or distance does not fit {n} users, {m} items: {error}") from None
     demand(np.shape(ratings) == (len(users), m), "rate does not return the shape of its arguments")
@@ -216,7 +211,7 @@ Policy = Callable[[Env, EnvState, Array, Rng], Array]
 
 
 class Rollout(NamedTuple):
-    """One episode for each of B users: -1 and 0 from the leaving step on."""
+    """One episode for each of B users. From the leaving step on items are -1 and rewards 0."""
     items: Array                        # int [B, T]
     rewards: Array                      # float [B, T]
 
@@ -255,11 +250,9 @@ def best(score: Array, allowed: Array) -> Array:
 
 
 def draw(score: Array, allowed: Array, rng: Rng) -> Array:
-    """int [B]: an allowed item of the highest score, drawn from equals; score is [B, m] or 0."""
-    score = np.where(allowed, score, -np.inf)
-    highest = score == score.max(-1, keepdims=True)
-    # the largest of random numbers is at a random place; float32 is precise enough and quicker
-    return best(rng.random(highest.shape, np.float32), highest)
+    """int [B]: an allowed item of the highest score, ties broken at random; score [B, m] or 0."""
+    # a random number below 10^-6 decides between equals
+    return best(score + 1e-6 * rng.random(allowed.shape), allowed)
 
 
 def preferred(good: Array, free: Array) -> Array:
@@ -734,7 +727,7 @@ def films(seed: int = 0, users: int = 1000) -> Env:
     keys = ratings + rng.gumbel(size=ratings.shape)
     largest_first = np.argsort(-keys, 1)
     return Env(
-        name="films", titles=tuple(titles), years=tuple(years),
+        titles=tuple(titles), years=tuple(years),
         categories=categories, belongs=belongs, vectors=vectors,
         rate=table(ratings), distance=euclidean(vectors),
         histories=largest_first[:, :10], learners=users // 2, beta=0.9)
@@ -757,7 +750,6 @@ ALIASES = {"user": "user userid",
 NO_TAG = ("", "unknown", "(no genres listed)")
 # "Matrix, The": the article stands at the end, or before a parenthesis
 ARTICLE = r"^([^(]*), (The|A|An|Les?|La|L'|Il|El|Los|Las|Das|Der|Die|Une?)(?= \(|$)"
-MANY = 10 ** 6      # more ratings than this take a while
 
 
 class BadData(ValueError):
@@ -772,19 +764,15 @@ def find_file(folder: Path, names: Sequence[str], world: str) -> Path | None:
     """
     files = []
     for name in names:
-        # the order of rglob depends on the file system
-        files += sorted(file for file in folder.rglob(name) if file.is_file())
-
-    def rank(file: Path) -> tuple[bool, int]:
-        is_elsewhere = world not in file.parts
-        return is_elsewhere, len(file.parts)
-
-    return min(files, key=rank, default=None)       # the first of equals
+        files += folder.rglob(name)
+    files.sort(key=lambda file: (world not in file.parts, len(file.parts), names.index(file.name),
+                                 file))
+    return files[0] if files else None
 
 
 @contextmanager
 def reading(path: Location, names: Sequence[str], advice: str, world: str = "") -> Iterator[Path]:
-    """The file of `find_file`. A BadData names the file for whatever fails inside the block."""
+    """The file of `find_file`. If anything fails inside the block, BadData names the file."""
     folder = Path(path).expanduser()
     file = find_file(folder, names, world)
     if file is None:
@@ -840,8 +828,7 @@ def split_lines(stream: Iterator[str], suffix: str) -> Any:
     return csv.reader(tabbed, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def read_rows(file: Path, needed: Sequence[str], parse: Callable,
-              notice: Callable) -> Iterator:
+def read_rows(file: Path, needed: Sequence[str], parse: Callable) -> Iterator:
     """parse(row) of each line that is not empty, one line at a time.
 
     A ValueError, also one of parse, names the line.
@@ -852,8 +839,6 @@ def read_rows(file: Path, needed: Sequence[str], parse: Callable,
             header = HEADERS.get(file.name) or next(lines, [])
             places = columns(header, needed)
             for fields in lines:
-                if lines.line_num == MANY:
-                    notice(f"{file} has a million lines or more: reading and fitting takes a while")
                 if not any(fields):
                     continue
                 fit = len(fields) == len(header)
@@ -900,7 +885,8 @@ def seconds(text: str) -> float:
     try:
         return float(text or 0)
     except ValueError:
-        return datetime.fromisoformat(text).timestamp()
+        # before Python 3.11 a date may not end in Z
+        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
 
 
 # votes are an array [N] of such records, in which users and items are numbers
@@ -948,7 +934,7 @@ def ridge(own: Array, other: Array, ratings: Array, fixed: Array, count: int) ->
 
     Vote i is ratings[i], less the global offset, between own[i] and other[i]: a user and an item,
     or an item and a user. `fixed` [m, k + 1] holds the factors and bias of the other side. The
-    penalty on a factor is 3 + a tenth of one's votes, that on the bias is 3.
+    penalty on a factor is 3 + a tenth of the number of votes of the row, that on the bias is 3.
     """
     # rating - the other's bias = [the other's factors, 1] @ [own factors, own bias]
     targets = ratings - fixed[other, -1]
@@ -1053,36 +1039,34 @@ def fitted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int) -> E
     titles, years, tags = zip(*entries)
     categories, belongs = labels(tags)
     return Env(
-        name="csv", titles=titles, years=years,
+        titles=titles, years=years,
         categories=categories, belongs=belongs, vectors=vectors,
         rate=partial(rounded, model), distance=distance,
         histories=liked_items(votes), learners=n // 2, beta=float(beta), about=about)
 
 
-def ratings_folder(path: Location, seed: int = 0, notice: Callable = print) -> Env:
+def ratings_folder(path: Location, seed: int = 0) -> Env:
     """The world of anybody's ratings: a folder with `items.csv` and `ratings.csv`.
 
     items.csv: id, title, optional year, optional categories separated by "|". ratings.csv: user,
     item, rating, optional time. The header names the columns by any of ALIASES, in any order; other
     columns are ignored. Ids are any text. Ratings of another scale are mapped: see `rescaled`.
-    `notice` takes a line for the person who waits.
+    MovieLens as GroupLens ships it is such a folder, also with .dat files (ml-1m and ml-10M).
     """
     items, users = {}, {}               # the number of each id; the parsers add to them
     with reading(path, ITEM_FILES, ADVICE) as item_file:
         parse = partial(parse_entry, items)
-        entries = list(read_rows(item_file, ("item", "title"), parse, notice))
+        entries = list(read_rows(item_file, ("item", "title"), parse))
     names = ["ratings" + item_file.suffix, "rating" + item_file.suffix]
     with reading(item_file.parent, names, ADVICE) as rating_file:
         parse = partial(parse_vote, users, items)
-        rows = read_rows(rating_file, ("user", "item", "rating"), parse, notice)
+        rows = read_rows(rating_file, ("user", "item", "rating"), parse)
         votes = np.fromiter(rows, VOTE)
         demand(len(users) > 1, "fewer than two users")
         return fitted_world(entries, votes, len(users), seed)
 
 
-def movielens(path: Location, seed: int = 0, notice: Callable = print) -> Env:
-    """The world of a folder as GroupLens ships it: csv files, or .dat files (ml-1m and ml-10M)."""
-    return ratings_folder(path, seed, notice)._replace(name="movielens")
+movielens = ratings_folder
 
 
 # ------------------------------------------------------- data files: the authors' two worlds
@@ -1120,7 +1104,7 @@ def load(file: Path) -> Any:
 
 @contextmanager
 def content(path: Location, name: str, world: str) -> Iterator:
-    """What a file of a world holds. A BadData names it for whatever fails inside the block."""
+    """What a file of a world holds. If anything fails inside the block, BadData names the file."""
     with reading(path, [name], AUTHORS, world) as file:
         yield load(file)
 
@@ -1138,8 +1122,6 @@ def read_half(path: Location, world: str, half: str) -> tuple[Array, Array, list
     with content(path, f"{half}.json", world) as users:
         rows = [int(user["userid_encoded"]) for user in users]
         seen = [[html.unescape(title) for title in user["pos_seq_name"]] for user in users]
-        fit = rows and min(rows) >= 0 and max(rows) < len(ratings)
-        demand(fit, f"the users do not fit {len(ratings)} rows of ratings")
         return ratings[rows], apart, seen
 
 
@@ -1170,7 +1152,7 @@ def released(path: Location, name: str) -> Env:
     index = {title: item for item, title in enumerate(titles)}
     numbers = [[index[title] for title in seen if title in index] for seen in learners + others]
     return Env(
-        name=name, titles=tuple(titles), years=(None,) * m,
+        titles=tuple(titles), years=(None,) * m,
         categories=categories, belongs=belongs, vectors=unit(belongs).astype(np.float32),
         rate=table(np.clip(ratings, 1, 5)),
         distance=partial(distance_by_half, len(learners), train_apart, test_apart),

@@ -210,46 +210,29 @@ ITEMS = ("action", "free item", "item", "title", "recommendation", "final answer
 REFLECTIONS = ("reflection", "lesson")
 # those that begin a turn, and so end what stands before them
 TURNS = ("thought", "next category", "action", "free item", "final answer", "observation")
-WORDS_OF_TITLES = ("thought", "action", "observation")
-MARKS = "*_#>{(\"'`"
 GAP = r"[ \t*_]{0,9}"
-# "**Thought 3:**", "Final Answer:" or {"item": "..."}; or a heading such as "### Thought 3".
-# `copied`: "Action 1: recommend", as the lines of the session begin. Being optional and in a
-# lookahead, it takes no text and only notes whether "recommend" follows.
+# "**Thought 3:**", "Final Answer:" or {"item": "..."}; or a heading such as "### Thought 3". Labels
+# may also be words of a sentence, "I like Action: it is fast". So they count only where a line or a
+# sentence begins, behind a mark, or as in the lines of a session: "Action 2: recommend".
 LABEL = re.compile(
-    rf"(?im)(?<![^\W_])(?P<name>{LABELS}){GAP}(?P<number>\d*)[ \t*_\"')]{{0,9}}:[ \t*_\"'`-]*"
-    rf"(?=(?P<copied>recommend)?)|^[ \t*_#>]*(?P<heading>{LABELS}){GAP}\d*{GAP}$")
+    rf"(?im)(?:^|[^\w\s,]|_|(?=\baction \d+: recommend))[ \t]*(?P<name>{LABELS})"
+    rf"{GAP}\d*[ \t*_\"')]{{0,9}}:[ \t*_\"'`-]*"
+    rf"|^[ \t*_#>]*(?P<heading>{LABELS}){GAP}\d*{GAP}$")
 
 
 class Head(NamedTuple):
     """A label in a reply."""
+    name: str
     start: int
     end: int                        # where the text behind it begins
-    name: str
-    number: str                     # "2" in "Action 2:", often ""
 
 
 def heads_of(text: str) -> list[Head]:
-    """The labels in a reply, in order.
-
-    "Thought", "Action" and "Observation" may also be words of a title, "Missing in Action 2: The
-    Beginning", or a category, "I like Action: it is fast". In the middle of a sentence they count
-    only in front of "recommend", or with the number of the label before: "Thought 2: a shark
-    Action 2: Jaws". Every other label counts anywhere.
-    """
+    """The labels in a reply, in order."""
     heads = []
     for match in LABEL.finditer(text):
-        group = "heading" if match["heading"] else "name"
-        name, start = match[group].lower(), match.start(group)
-        before = text[:start].rstrip(MARKS + " \t-")
-        begins_line = not before or before[-1] == "\n"
-        is_marked = start > 0 and text[start - 1] in MARKS          # **Action:** or {"action":
-        is_clear = begins_line or is_marked or before[-1] in ".!?;)]|"
-        number = match["number"] or ""
-        last = heads[-1] if heads else None
-        is_same_turn = last and number and last.number == number and last.name != name
-        if name not in WORDS_OF_TITLES or is_clear or is_same_turn or match["copied"]:
-            heads.append(Head(start, match.end(), name, number))
+        group = match.lastgroup     # name or heading
+        heads.append(Head(match[group].lower(), match.start(group), match.end()))
     return heads
 
 
@@ -357,14 +340,10 @@ def words_of(text: str) -> list[str]:
 def spellings(title: str) -> set[str]:
     """The word sequences that name a title: as it is, and with its article at the end or left out.
 
-    >>> sorted(spellings("The Matrix")) == sorted(spellings("Matrix, The"))
-    True
     >>> sorted(spellings("The Matrix"))
     ['matrix', 'matrix the', 'the matrix']
     """
     words = [word.casefold() for word in words_of(title)][:LONGEST]
-    if ", " in title and words and words[-1] in ARTICLES:
-        words = words[-1:] + words[:-1]
     names = [words]
     if words and words[0] in ARTICLES:
         names += [words[1:], words[1:] + words[:1]]
@@ -471,18 +450,13 @@ def closest(texts: Sequence[str], catalog: Catalog, taken: Collection[int], k: i
     million.
     """
     vector = catalog.embed(texts).sum(0, dtype=np.float32)
-    # First pass: single precision is fast, and finds the k nearest items and near ties.
-    products = np.vecdot(catalog.vectors, vector)
+    # In double precision and rounded, so that the order does not depend on the processor.
+    products = np.vecdot(catalog.vectors, vector, dtype=float).round(5)
     products[list(taken)] = -np.inf
-    k = min(k, np.isfinite(products).sum())
-    if k < 1:
-        return []
-    kth_best = np.partition(products, -k)[-k]               # quicker than sorting all
-    places = np.flatnonzero(products > kth_best - 1e-4)         # with a margin for rounding
-    # Second pass: double precision orders them, because in single precision the last digits differ
-    # between processors. The sort is stable: among equals the lowest number comes first.
-    exact = np.vecdot(catalog.vectors[places], vector, dtype=float).round(5)
-    return places[np.argsort(-exact, stable=True)][:k].tolist()
+    # The sort is stable: among equals the lowest number comes first.
+    best_first = np.argsort(-products, stable=True)
+    free = best_first[products[best_first] > -np.inf]
+    return free[:k].tolist()
 
 
 def nearest(text: str, catalog: Catalog, taken: Collection[int]) -> int:
@@ -522,22 +496,11 @@ def shared(history: Sequence[str], session: str) -> str:
 
 
 def bounded(session: str, limit: int) -> str:
-    """The newest whole turns of a session, at most `limit` characters: no context overflows.
-
-    The cut is at a multiple of half the limit, moved on to the end of the turn it falls in. Between
-    two moves prompts only grow at their end.
-    """
+    """The newest whole turns of a session, at most `limit` characters: no context overflows."""
     if len(session) <= limit:
         return session
-    stride = max(limit // 2, 1)
-    # with a limit of 1,000 it is 500 for 1,001 to 1,500 characters, then 1,000
-    cut = ceil((len(session) - limit) / stride) * stride
-    # Behind the first Observation line after the cut the next whole turn begins.
-    match = re.search(r"\nObservation [^\n]*\n(.+)", session[cut:], re.DOTALL)
-    if match:
-        return match[1]
-    # No turn begins behind the cut: the last one fills all that is left.
-    return session[-limit:].partition("\n")[2]
+    # the first turn that is left may be cut: the next begins behind an Observation line
+    return re.sub(r"(?s)^.*?\nObservation [^\n]*\n", "", session[-limit:], count=1)
 
 
 def turn(n: int, thought: str, line: str, reward: float, left: bool, asked: str = "") -> str:
@@ -560,21 +523,11 @@ def bullets(lines: Sequence[str]) -> str:
     return "\n".join(f"- {clean(line)}" for line in lines) or "- none yet"
 
 
-def insist(llm: LLM, ask: Ask, parse: Callable, retries: int) -> tuple[Any, int]:
-    """What `parse` makes of the first usable reply, or the last Malformed; and how many were not.
-
-    After a malformed reply the model is told what was wrong and asked again, at most `retries`
-    times.
-    """
-    for attempt in range(retries + 1):
-        text = spoken(llm(ask._replace(key=ask.key._replace(attempt=attempt))).text)
-        value = parse(text)
-        if not isinstance(value, Malformed):
-            return value, attempt
-        answer = ("assistant", clean(text, 300) or "(nothing)")
-        complaint = ("user", f"Not usable: {value.reason}. Reply with the one line asked for.")
-        ask = ask._replace(messages=ask.messages + (answer, complaint))
-    return value, retries + 1
+def complaint(text: str, malformed: Malformed) -> tuple[tuple[str, str], ...]:
+    """The messages that follow a malformed reply: the reply, and what was wrong with it."""
+    answer = clean(text, 300) or "(nothing)"
+    wrong = f"Not usable: {malformed.reason}. Reply with the one line asked for."
+    return ("assistant", answer), ("user", wrong)
 
 
 # ------------------------------------------------------------------- planner and reflector
@@ -789,13 +742,10 @@ OTHER = r"(?m)^Other categories, best first: (.*)\.$"
 
 
 def parts_of(prompt: str) -> tuple[str, str, str]:
-    """History, session and question. The session ends with its last observation, or is empty."""
+    """History, session and question. The last observation counts as part of the question."""
     history, _, rest = prompt.partition("\nSession so far:\n")
-    end = 0
-    last = rest.rfind("\nObservation ")
-    if last >= 0:
-        end = rest.index("\n", last + 1) + 1
-    return history, rest[:end], rest[end:]
+    session, _, question = rest.rpartition("\nObservation ")
+    return history, session, question
 
 
 def tags_in(text: str, pattern: str) -> list[str]:
@@ -900,7 +850,7 @@ def gaps_between(shown: Sequence[Sequence[str]]) -> list[int]:
 
 def offline_reflector(text: str, seed: int) -> str:
     """Reads off why the user left: similar items too close together, or a disappointment."""
-    history, session, _ = parts_of(text)
+    history, session, question = parts_of(text)
     liked = Counter(tags_in(history, LIKED))
     # If the last step was very long, its action may have been cut off.
     titles, tags = zip(*shown_in(session) or [("it", ())])
@@ -910,7 +860,7 @@ def offline_reflector(text: str, seed: int) -> str:
     # advice is max(min(4, 2), 1 + 1) = 2.
     advised = min(apart_in(session), smallest_harmless)
     warned = set()
-    if "the user left" not in session:
+    if "the user left" not in question:
         why = f"The user stayed for all {steps(len(titles))}"
     elif last_gap < smallest_harmless:
         earlier = titles[-1 - last_gap]

@@ -90,7 +90,6 @@ FLAGS = {                               # of each group: flags and what they do
         "show": "print one episode of this run directory",
         "pick": "which one: before, learn or after and its number, as after:3",
         "prompts": "print the prompts of the episode and their replies",
-        "plot": "print the learning curve",
     },
     "experiments": {
         "experiment": "one or more, as table3,fig5, or all",
@@ -150,7 +149,7 @@ CHOICES = {"method": METHODS, "lessons": ("none", "latest", "nearest")}
 DEFAULTS = {                            # of flags that are no field of Config or of the rule
     "episodes": 50, "users": 50, "method": "billp", "world": "films", "seed": 0, "seeds": 5,
     "workers": 0, "timeout": 300.0, "header": (), "extra_body": "{}", "max_calls": MANY,
-    "replay": False, "pick": "", "prompts": False, "plot": False, "experiment": ""}
+    "replay": False, "pick": "", "prompts": False, "experiment": ""}
 OF_ENDPOINTS = ("base_url", "embed_model", "extra_body", "timeout", "header", "max_calls", "replay")
 EXAMPLES = """\
 examples:
@@ -171,16 +170,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def path_of(text: str) -> Path:
-    """A path; ~ is the home directory."""
-    return Path(os.path.expanduser(text))
-
-
 def make_parser() -> Parser:
     """All flags. One that is not given is None. A value has the type of its default."""
     parser = Parser("run.py", allow_abbrev=False, epilog=EXAMPLES,
                     formatter_class=RawDescriptionHelpFormatter,
-                    description=f"Learn, then evaluate. The built-in model is {STAND_IN}.")
+                    description=f"Learn, then evaluate. The default model is {STAND_IN}.")
     defaults = {**envs.Env._field_defaults, **Config._field_defaults, **DEFAULTS}
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title, NOTES.get(title))
@@ -193,7 +187,7 @@ def make_parser() -> Parser:
             elif kind is not str:
                 options = {"type": kind, "metavar": "N"}
             elif name in ("out", "load", "show"):
-                options = {"type": path_of, "metavar": "DIR"}
+                options = {"type": Path, "metavar": "DIR"}
             else:
                 options = {"choices": CHOICES.get(name), "metavar": name.upper()}
             if title == "method":
@@ -232,7 +226,7 @@ def idle_flags(args: Namespace) -> Sequence[tuple[bool, Iterable[str], str]]:
     varied = {EXPERIMENTS[name].varied for name in args.experiment}     # "" where none is
     is_policy = args.method in envs.POLICIES
     is_offline = args.models_asked == ["offline"]
-    of_language = {*OF_ENDPOINTS, *Config._fields, "load"}
+    of_language = {*OF_ENDPOINTS, *Config._fields, "load", "model"}
     if args.method == "a2c":
         of_language.remove("gamma")         # it has one, too
     # ==: a flag is idle only if every experiment asked for varies it
@@ -245,9 +239,12 @@ def idle_flags(args: Namespace) -> Sequence[tuple[bool, Iterable[str], str]]:
         (varied == {"window"}, ["window"], "here: the experiment varies it"),
         (varied == {"episodes"}, ["episodes"], "here: the experiment varies it"),
         (is_policy, of_language, f"on {args.method}, which asks no language model"),
-        (is_offline, OF_ENDPOINTS, "on the built-in reader, which asks no endpoint"),
+        (is_offline, OF_ENDPOINTS, "on the stand-in, which asks no endpoint"),
         (not is_offline, ["cluster"], "with a real model: only offline runs are sent there"),
         (args.candidates != 0, ["k_actions"], "without --candidates 0")]
+
+
+ADDRESS = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
 
 
 def variable(*names: str) -> str:
@@ -265,20 +262,19 @@ def models_of(args: Namespace) -> list[str]:
     names = [args.model] if args.model else []
     if args.models:
         names += args.models.split(",")
-    # A key alone does not ask for an endpoint: many people have one in their environment.
+    if not names and variable("OPENAI_MODEL"):
+        names = [variable("OPENAI_MODEL")]
     # A replay asks no endpoint, but its log is that of a real model.
-    address = args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE")
-    wants_endpoint = bool(address or args.replay)
-    has_key = bool(variable("OPENAI_API_KEY"))
-    if not names and has_key and not wants_endpoint and not variable("OPENAI_MODEL"):
-        say("OPENAI_API_KEY is set without a model: the built-in reader answers")
-    if not names:
-        default = "" if wants_endpoint else "offline"       # "" is refused below
-        names = [variable("OPENAI_MODEL") or default]
-    lacks_endpoint = not (wants_endpoint or has_key) and set(names) != {"offline"}
-    if lacks_endpoint or not all(names):
+    has_endpoint = bool(args.base_url or args.replay or variable(*ADDRESS))
+    has_key = bool(variable("OPENAI_API_KEY"))      # it is enough for OpenAI's own address
+    if not names and not has_endpoint:
+        if has_key:                 # many people have one in their environment
+            say("OPENAI_API_KEY is set without a model: the stand-in answers")
+        return ["offline"]
+    is_offline = set(names) == {"offline"}
+    if not names or not all(names) or not (has_endpoint or has_key or is_offline):
         raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
-                        "or give --base-url and --model; --model offline is the built-in reader")
+                        "or give --base-url and --model; --model offline is the stand-in")
     return list(dict.fromkeys(names))
 
 
@@ -341,7 +337,7 @@ def embedding_of(args: Namespace) -> str:
     if not name and args.models_asked != ["offline"]:
         name = variable("OPENAI_EMBED_MODEL")
     if name and "offline" in args.models_asked:
-        raise UserError("the built-in reader takes no embedding model")
+        raise UserError("the stand-in takes no embedding model")
     return name or "hashed_ngrams"
 
 
@@ -370,41 +366,37 @@ def load_world(name: str, seed: int) -> envs.Env:
     kind, _, folder = name.partition(":")
     if name == "films":
         return envs.films(seed)
-    readers = {"csv": envs.ratings_folder, "movielens": envs.movielens}
-    if kind in readers and folder:
-        return readers[kind](folder, seed, notice=say)
+    if folder:
+        say(f"reading {folder}")    # millions of ratings take a while
+    if kind in ("csv", "movielens") and folder:
+        return envs.ratings_folder(folder, seed)
     if kind in ("steam", "amazon") and folder:
         return envs.released(folder, kind)
     raise UserError(f"no world {name!r}; there are {WORLDS}")
 
 
 class Place(NamedTuple):
-    """Where a run takes place."""
+    """The world of a run and its users."""
     env: envs.Env
     learners: list[int]         # users to learn from, in the seed's order
     held_out: list[int]         # users to evaluate on
 
 
-def check_users(run: Settings, env: envs.Env) -> None:
-    """UserError if a world has too few users for a run."""
+def build_place(run: Settings) -> Place:
+    """The world of a run under its rule of leaving, with its users.
+
+    UserError if there are too few of them. Policies meet the same learners again and again.
+    """
+    env = load_world(run.world, run.seed)._replace(**run.rule)
+    learners = envs.branch(run.seed, "learners").permutation(env.learners)
     others = len(env.histories) - env.learners
+    held_out = envs.branch(run.seed, "held-out users").permutation(others) + env.learners
     needed = run.first + run.episodes
-    # policies meet the same learners again and again
     if needed > env.learners and run.method in billp.METHODS:
         raise UserError(f"{run.world} has {env.learners} learning users, too few for "
                         f"{needed} episodes")
     if run.users > others:
         raise UserError(f"--users {run.users}: {run.world} has {others} held-out users")
-
-
-def build_place(run: Settings) -> Place:
-    """The world of a run under its rule of leaving, with its users."""
-    env = load_world(run.world, run.seed)._replace(**run.rule)
-    check_users(run, env)
-    others = len(env.histories) - env.learners
-    needed = run.first + run.episodes
-    learners = envs.branch(run.seed, "learners").permutation(env.learners)
-    held_out = envs.branch(run.seed, "held-out users").permutation(others) + env.learners
     return Place(env, learners[run.first:needed].tolist(), held_out[:run.users].tolist())
 
 
@@ -458,18 +450,13 @@ def run_directory(args: Namespace, config: Json) -> Path:
     return path
 
 
-def save_memory(run: Settings, agent: Agent) -> str:
-    """The memories as JSON, one record a line, so that a diff shows records.
-
-    Vectors are left out. They are made again on loading.
-    """
-    head = {"billp": 1, "embedding": run.embedding, "world": run.world, "seed": run.seed,
-            "met": run.first + run.episodes}
-    parts = [dumps(head).removesuffix("}")]         # left open: the memories follow
+def memory_text(run: Settings, agent: Agent) -> str:
+    """The memories as JSON. Vectors are left out: they are made again on loading."""
+    content = {"billp": 1, "embedding": run.embedding, "world": run.world, "seed": run.seed,
+               "met": run.first + run.episodes}
     for role, memory in agent._asdict().items():
-        rows = ",\n".join(dumps(record) for record in billp.records(memory))
-        parts.append(f'"{role}": [\n{rows}\n]')
-    return ",\n".join(parts) + "}\n"
+        content[role] = billp.records(memory)
+    return dumps(content, indent=1) + "\n"
 
 
 def read_record(role: str, row: list) -> billp.Record:
@@ -484,24 +471,20 @@ def read_record(role: str, row: list) -> billp.Record:
 
 
 def read_memory(path: Path, embedding: str) -> Json:
-    """What `save_memory` wrote, with records for rows, and a digest of the file.
+    """What `memory_text` wrote, with records for rows, and a digest of the file.
 
     `path` is the file or its run directory. UserError for any other.
     """
     file = path / "memory.json" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"{path} holds no memory.json: --load takes the directory of a finished "
-                        "run")
-    older = {"world": "", "seed": 0, "met": 0}      # older versions did not write these
     try:
         content = file.read_text("utf-8")
-        saved = older | json.loads(content) | {"digest": digest(content)}
-        saved |= {"world": str(saved["world"]), "met": int(saved["met"])}
+        saved = json.loads(content) | {"digest": digest(content)}
         for role in Agent._fields:
             saved[role] = [read_record(role, row) for row in saved[role]]
-        origin = saved["embedding"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is not a memory.json of this program") from None
+        origin, _, _, _ = [saved[name] for name in ("embedding", "world", "seed", "met")]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(f"{file} is no memory.json of this program: --load takes the directory of "
+                        "a finished run") from None
     if origin != embedding:
         raise UserError(f"{file} was made with the embedding {origin}, not {embedding}")
     return saved
@@ -514,11 +497,10 @@ def learners_met(saved: Json, world: str, seed: int) -> int:
     """
     if (saved["world"], saved["seed"]) == (world, seed):
         return saved["met"]
-    kinds = {name.partition(":")[0] for name in (world, saved["world"])}
-    # In csv and movielens the seed draws who is held out, and two folders may hold the same data.
     # In films another seed makes other people. In steam and amazon the files tell who is held out.
-    may_share_users = kinds <= {"csv", "movielens"}
-    if may_share_users and seed != saved["seed"]:
+    # In csv and movielens the seed draws it, and two folders may hold the same data.
+    kinds = {name.partition(":")[0] for name in (world, saved["world"])}
+    if kinds <= {"csv", "movielens"} and seed != saved["seed"]:
         raise UserError(f"--load: this memory may know users that --seed {seed} holds out; "
                         f"use its own --seed {saved['seed']}")
     return 0
@@ -582,8 +564,7 @@ def connect(args: Namespace, run: Settings, folder: Path, live: Live) -> tuple[L
     """The model and the embedding of a run. Those of an endpoint are recorded in the folder."""
     if run.model == "offline":
         return prompts.offline, prompts.hashed_ngrams
-    url = (args.base_url or variable("OPENAI_BASE_URL", "OPENAI_API_BASE")
-           or "https://api.openai.com/v1")
+    url = args.base_url or variable(*ADDRESS) or "https://api.openai.com/v1"
     headers = dict(header.split("=", 1) for header in args.header)
     options = {"key": variable("OPENAI_API_KEY"), "timeout": args.timeout, "headers": headers,
                "notice": say, "sleep": live.stop.wait, "stats": live.stats}
@@ -689,8 +670,7 @@ def perform(run: Settings, place: Place, agent: Agent, llm: LLM, embed: Embed, p
         if phase == "learn":
             batches = billp.train(catalog, place.learners, llm, run.seed, agent, config, pmap,
                                   run.first)
-            for learned, batch in batches:
-                agent = learned
+            for agent, batch in batches:
                 played += batch
         else:
             played = billp.evaluate(catalog, place.held_out, agent, llm, run.seed, phase, config,
@@ -749,7 +729,8 @@ def summarise(run: Settings, outcome: Outcome, live: Live, began: float) -> Json
         after = scores_of(outcome.sessions["after"])
         difference = envs.metrics(after, before)
     summary = run._asdict()
-    summary["config"] = summary["config"] | summary.pop("rule")
+    rule = summary.pop("rule")
+    summary["config"] = summary["config"] | rule
     return summary | {
         "learning": [float(np.mean(batch)) for batch in batches],
         "before": envs.metrics(before), "after": envs.metrics(after), "difference": difference,
@@ -879,7 +860,7 @@ def one_run(args: Namespace, live: Live) -> None:
     summary = summarise(run, outcome, live, began)
     episodes = [dumps(describe(place.env, played)) + "\n" for played in outcome.trajectories]
     write(folder / "episodes.jsonl", "".join(episodes))
-    write(folder / "memory.json", save_memory(run, outcome.agent))
+    write(folder / "memory.json", memory_text(run, outcome.agent))
     write(folder / "summary.json", dumps(summary, indent=1) + "\n")
     lessons = [record.content for record in billp.records(outcome.agent.planner)]
     lines = report(summary, place.env.about, lessons[-1:], live)
@@ -970,13 +951,7 @@ def print_prompts(args: Namespace, phase: str, number: int) -> None:
 
 
 def show(args: Namespace) -> None:
-    """Print one episode of a finished run, its prompts, or the run's learning curve."""
-    if args.plot:
-        summary = read_object(args.show / "summary.json")
-        if not summary.get("learning"):
-            raise UserError(f"{args.show} holds no summary.json with learning episodes")
-        print("\n".join(chart(summary)))
-        return
+    """Print one episode of a finished run, or its prompts."""
     episode = episode_of(args.show, args.pick)
     if args.prompts:
         print_prompts(args, episode["phase"], episode["episode"])
@@ -1046,9 +1021,8 @@ def settings_of(base: Settings, experiment: Experiment, series: str, x: int | No
 
 
 def cells_of(args: Namespace, base: Settings, name: str) -> dict[Cell, list[Job]]:
-    """A job for each seed in each cell. A mistake is found before any run begins."""
+    """A job for each seed in each cell."""
     experiment = EXPERIMENTS[name]
-    env = load_world(base.world, base.seed)
     known = rows = experiment.rows.split() or args.models_asked
     if args.rows and experiment.rows:
         rows = args.rows.split(",")
@@ -1058,7 +1032,6 @@ def cells_of(args: Namespace, base: Settings, name: str) -> dict[Cell, list[Job]
             raise UserError(f"--rows {series}: {name} has no such row, only {' '.join(known)}")
         for x in experiment.values:
             run = settings_of(base, experiment, series, x)
-            check_users(run, env)
             seeds = range(base.seed, base.seed + args.seeds)
             jobs = [Job(run._replace(seed=seed), experiment.measure) for seed in seeds]
             cells[series, x] = jobs
@@ -1091,12 +1064,12 @@ def return_of(trajectory: Trajectory, gamma: float) -> float:
 
 def critic_errors(
         run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Callable, repeats: int = 6,
-        states: int = 2, draws: int = 200) -> tuple[list[list[float]], list[Trajectory]]:
+        states: int = 2, draws: int = 200) -> list[list[float]]:
     """[states, 6]: bias, variance and mean squared error of one return, then of the critic's V.
 
     A state is the first one of a session. Errors are taken over `repeats` learning runs that differ
     in their random draws. The reference is the mean of `draws` further returns of the same agent
-    from the same state. The second result is the list of the learning episodes.
+    from the same state.
     """
     config = Config(**run.config)
     catalog = prompts.catalog(place.env, embed)
@@ -1104,14 +1077,13 @@ def critic_errors(
     short = catalog._replace(env=shortened(place.env, config.gamma))
     users = place.held_out[:states]
     errors = np.zeros((repeats, len(users), 2))
-    learned = []
     for repeat in range(repeats):
         # far apart: seed 0 uses 1000, 2000, ..., seed 1 uses 1001, 2001, ...
         seed = run.seed + 1000 * (repeat + 1)
         agent = billp.NOVICE
         learners = envs.branch(seed, "learners").permutation(place.learners).tolist()
-        for agent, batch in billp.train(catalog, learners, llm, seed, agent, config, pmap):
-            learned += batch
+        for agent, _ in billp.train(catalog, learners, llm, seed, agent, config, pmap):
+            pass                    # the last agent has learned from all batches
         for i, user in enumerate(users):
             played = billp.evaluate(short, [user] * (draws + 1), agent, llm, seed, "continue",
                                     config, pmap)
@@ -1123,34 +1095,24 @@ def critic_errors(
             errors[repeat, i, 1] = answer.value - reference         # of the critic
     bias, variance = errors.mean(0), errors.var(0)
     figures = np.stack([bias, variance, bias ** 2 + variance], -1)      # [states, 2, 3]
-    return figures.reshape(len(users), 6).tolist(), learned
+    return figures.reshape(len(users), 6).tolist()
 
 
-def measure_job(job: Job, llm: LLM, embed: Embed, pmap: Callable, live: Live) -> Json:
-    """Perform a run: the samples of its measure, [users or states, k], and what they cost."""
-    began = time.perf_counter()
-    earlier = deepcopy(live.counts)
+def measure_job(job: Job, llm: LLM, embed: Embed, pmap: Callable) -> list[list[float]]:
+    """Perform a run: the samples of its measure, [users or states, k]."""
     place = build_place(job.run)
-    llm = partial(counted, llm, live)
     if job.measure == "errors":
-        samples, trajectories = critic_errors(job.run, place, llm, embed, pmap)
-    else:
-        phases = ("learn", "after")
-        outcome = perform(job.run, place, billp.NOVICE, llm, embed, pmap, phases)
-        trajectories, sessions = outcome.trajectories, outcome.sessions["after"]
-        if job.measure == "shares":
-            samples = shares(place.env, sessions)
-        else:
-            samples = scores_of(sessions)[0].tolist()
-    used = deepcopy(live.counts)
-    for role, counts in used.items():
-        counts.subtract(earlier[role])
-    return {"samples": samples, "cost": cost(trajectories, used, live.stats, began)}
+        return critic_errors(job.run, place, llm, embed, pmap)
+    outcome = perform(job.run, place, billp.NOVICE, llm, embed, pmap, ("learn", "after"))
+    sessions = outcome.sessions["after"]
+    if job.measure == "shares":
+        return shares(place.env, sessions)
+    return scores_of(sessions)[0].tolist()
 
 
-def offline_job(job: Job) -> Json:
+def offline_job(job: Job) -> list[list[float]]:
     """A job of the stand-in or of a policy, complete in itself, so that any process can do it."""
-    return measure_job(job, prompts.offline, prompts.hashed_ngrams, map, new_live())
+    return measure_job(job, prompts.offline, prompts.hashed_ngrams, map)
 
 
 @contextmanager
@@ -1175,8 +1137,8 @@ def offline_pool(args: Namespace) -> Iterator[futures.Executor]:
         yield client.get_executor()
 
 
-def do_jobs(args: Namespace, jobs: Sequence[Job], folder: Path, live: Live) -> Iterator[Json]:
-    """The result of each job: offline side by side, else one after the other."""
+def do_jobs(args: Namespace, jobs: Sequence[Job], folder: Path, live: Live) -> Iterator[list]:
+    """The samples of each job: offline side by side, else one after the other."""
     if args.models_asked == ["offline"]:
         with offline_pool(args) as pool, parallel(pool, live.stop) as pmap:
             yield from pmap(offline_job, jobs)
@@ -1189,7 +1151,7 @@ def do_jobs(args: Namespace, jobs: Sequence[Job], folder: Path, live: Live) -> I
             if name not in models:
                 models[name] = connect(args, job.run, folder / quote(name, safe=""), live)
             llm, embed = models[name]
-            yield measure_job(job, llm, embed, pmap, live)
+            yield measure_job(job, partial(counted, llm, live), embed, pmap)
 
 
 class Row(NamedTuple):
@@ -1207,7 +1169,7 @@ def share_of(counts: Array) -> Array:
 
 
 def rows_of(series: str, x: int | None, samples: dict[Cell, Array], measure: str) -> list[Row]:
-    """The rows of one cell. `samples` [seeds, users or states, k] are those of all cells."""
+    """The rows of one cell. `samples` holds an array of each cell: [seeds, users or states, k]."""
     own = samples[series, x]
     if measure == "shares":
         intervals = envs.intervals(share_of, own)
@@ -1244,22 +1206,6 @@ def gains_table(rows: Sequence[Row]) -> Table:
             label = label_of(row.series, row.x)
             table.append([label, interval(row.gain), comparison(row.gain)])
     return table
-
-
-def bill_of(results: Sequence[Json]) -> dict[str, float]:
-    """What all runs of a cell cost together, by the names of summary.json.
-
-    `ungrounded`, a share, is the mean over the runs.
-    """
-    bill = Counter(calls=0)
-    for result in results:
-        spent = result["cost"]
-        for counts in spent["calls"].values():
-            bill.update(counts)
-        for name in ("malformed", "fallbacks", "seconds"):
-            bill[name] += spent[name]
-        bill["ungrounded"] += spent["ungrounded"] / len(results)
-    return bill
 
 
 # Okabe and Ito's colours: one for a method in all pictures
@@ -1337,22 +1283,19 @@ def plot(experiment: Experiment, heading: str, rows: Sequence[Row], path: Path) 
     os.replace(draft, path)
 
 
-def publish(name: str, base: Settings, cells: dict[Cell, list[Json]], folder: Path) -> None:
-    """Print the tables of an experiment, given the results of each cell; write its files."""
+def publish(name: str, base: Settings, cells: dict[Cell, Array], folder: Path) -> None:
+    """Print the tables of an experiment, given the samples of each cell; write its files."""
     experiment = EXPERIMENTS[name]
     models = [base.model]
     if experiment.varied == "model":
         models = [series for series, _ in cells]
     texts = [STAND_IN if model == "offline" else model for model in models]
-    samples, rows, bills, raw = {}, [], {}, []
-    for cell, results in cells.items():
-        samples[cell] = np.array([result["samples"] for result in results], float)
-    for (series, x), results in cells.items():
-        rows += rows_of(series, x, samples, experiment.measure)
-        bills[label_of(series, x)] = bill_of(results)
-        raw.append({"series": series, "x": x, "results": results})
-    any_results = next(iter(cells.values()))
-    last = base.seed + len(any_results) - 1         # one result for each seed
+    rows, raw = [], []
+    for series, x in cells:
+        rows += rows_of(series, x, cells, experiment.measure)
+        raw.append({"series": series, "x": x, "samples": cells[series, x].tolist()})
+    any_cell = next(iter(cells.values()))
+    last = base.seed + len(any_cell) - 1            # samples of each seed
     heading = (f"{name} on {base.world}, seeds {base.seed} to {last}, "
                f"{base.users} held-out users each\nmodel {', '.join(texts)}")
     content = {"experiment": name, "settings": base._asdict(),
@@ -1361,7 +1304,7 @@ def publish(name: str, base: Settings, cells: dict[Cell, list[Json]], folder: Pa
     plot(experiment, heading, rows, folder / f"{name}.png")
     print(heading)
     figures = {label_of(row.series, row.x): row.figures for row in rows}
-    for table in (figures_table(figures), gains_table(rows), counts_table(bills)):
+    for table in (figures_table(figures), gains_table(rows)):
         if len(table) > 1:
             print("\n".join(["", *grid(table)]))
     print()
@@ -1378,17 +1321,18 @@ def experiments(args: Namespace, live: Live) -> None:
             jobs += [job for job in needed if job not in jobs]
     jobs.sort(key=lambda job: -job.run.episodes)    # so no core waits long for another at the end
     asked = {name: getattr(args, name) for name in ("experiment", "seeds", "models", "rows")}
+    build_place(jobs[0].run)            # a mistake is found before anything is written
     folder = run_directory(args, base._asdict() | asked)
     results = []
-    # `do_jobs` comes first in zip, so that it runs to its end and closes its pool.
-    for result, job in zip(do_jobs(args, jobs, folder, live), jobs):
-        results.append(result)
-        say(f"{len(results)} of {len(jobs)} runs: {job.run.method}, {job.run.episodes} episodes, "
-            f"seed {job.run.seed}")
+    for samples in do_jobs(args, jobs, folder, live):
+        run = jobs[len(results)].run
+        results.append(samples)
+        say(f"{len(results)} of {len(jobs)} runs: {run.method}, {run.episodes} episodes, "
+            f"seed {run.seed}")
     for name, cells in tables.items():
         finished = {}
         for cell, needed in cells.items():
-            finished[cell] = [results[jobs.index(job)] for job in needed]
+            finished[cell] = np.array([results[jobs.index(job)] for job in needed], float)
         publish(name, base, finished, folder)
     print(f"seconds   {time.perf_counter() - began:.1f}\nrun       {folder}")
 

@@ -66,7 +66,6 @@ def hand_world(places=(0, 5, 5.5, 9), ratings=(4, 5, 3, 1), **changes):
     vectors = np.array(places, np.float32)[:, None]
     m = len(places)
     world = envs.Env(
-        name="hand",
         titles=("Ant", "Bee", "Bat", "Cow")[:m],
         years=(None, 1990, 1991, None)[:m],
         categories=("Bug", "Beast"),
@@ -91,7 +90,6 @@ def small_world(seed, kind="table", items=9, **rule):
         apart = rng.random((2, items, items)) * 3
         distance = partial(envs.distance_by_half, 3, *apart)
     env = envs.Env(
-        name="small",
         titles=tuple(f"Item {item}" for item in range(items)),
         years=(None,) * items,
         categories=("A", "B", "C"),
@@ -382,9 +380,8 @@ def summary_in(folder):
 
 
 def results_of(folder, name):
-    """The JSON of an experiment, without seconds and what a client counted."""
-    text = (folder / f"{name}.json").read_text("utf-8")
-    return json.loads(re.sub(r'"endpoint": \{[^{}]*\}, "seconds": [\d.]+', '"seconds": 0', text))
+    """The JSON of an experiment."""
+    return json.loads((folder / f"{name}.json").read_text("utf-8"))
 
 
 def settings_of(text):
@@ -596,11 +593,11 @@ def test_near_duplicates_of_a_lesson_are_shown_once(lessons, k):
 def test_evidence_counts_the_verdicts_of_the_most_similar_states():
     far = remember(EMPTY, "far", 0, np.roll(STATE.vector, 1), "x")
     memory = merge(nearby((1, "x"), (0, "x"), (1, "y")), far)
-    x, y = Candidate("x", 1, 1), Candidate("y", 1, 0)
-    assert billp.evidence(STATE, memory, Config(k_experience=3)) == {"x": x, "y": y}
-    known = billp.evidence(STATE, memory, Config(k_experience=4))
-    assert known["x"] == Candidate("x", 1, 2)
-    assert billp.evidence(STATE, memory, Config(experience=False)) == {}
+    counts = billp.evidence(STATE, memory, Config(k_experience=3))
+    assert counts == {("x", 1): 1, ("x", 0): 1, ("y", 1): 1}
+    counts = billp.evidence(STATE, memory, Config(k_experience=4))
+    assert counts["x", 1] == 1 and counts["x", 0] == 2
+    assert not billp.evidence(STATE, memory, Config(experience=False))
 
 
 def test_candidates_are_the_free_items_nearest_the_thought():
@@ -1187,13 +1184,12 @@ def test_the_rule_at_its_borders(place, rating, rule, borne):
     ("distance", envs.euclidean(np.ones((2, 2))), "does not fit"),
     ("titles", (), "0 items"),
     ("histories", [], "0 users"),
-    ("histories", [[0.0]], "0.0"),
+    ("histories", [[0.5]], "0.5"),
     ("histories", [[3]], "3"),
     ("years", (1999,), "years"),
     ("learners", 2, "learners"),
     ("belongs", np.ones((2, 3), bool), "belongs"),
-    ("vectors", np.ones((2, 2)), "vectors"),
-    ("vectors", np.ones(3), "not a matrix")])
+    ("vectors", np.ones((2, 2)), "vectors")])
 def test_check_refuses_a_world_that_does_not_fit(field, value, words):
     env = hand_world((0, 9, 20), (5, 5, 5))
     envs.check(env)
@@ -1391,7 +1387,7 @@ def test_bad_ratings_are_refused_in_one_line(tmp_path, name, text, words):
     assert "\n" not in str(error.value) and "README" in str(error.value)
 
 
-def test_another_scale_and_many_lines_are_told(tmp_path, monkeypatch):
+def test_another_scale_is_told(tmp_path):
     """Item 0 is rated last, and items from 25 on are not liked: a history is the last 20 liked."""
     votes, items = "user,item,rating,time\n", "id,title,year\n"
     for item in range(30):
@@ -1399,12 +1395,9 @@ def test_another_scale_and_many_lines_are_told(tmp_path, monkeypatch):
         rating = 100 if item < 25 else 0
         votes += f"a,{item},{rating},{100 - item}\nb,{item},{rating},{100 - item}\n"
     lay(tmp_path, {"items.csv": items, "ratings.csv": votes})
-    monkeypatch.setattr(envs, "MANY", 61)
-    notices = []
-    env = envs.ratings_folder(tmp_path, 0, notices.append)
+    env = envs.ratings_folder(tmp_path)
     assert "from 0..100 onto 1..5" in env.about and env.years[4] == 1984
     assert [history.tolist() for history in env.histories] == [[*range(19, -1, -1)]] * 2
-    assert len(notices) == 1 and "ratings.csv has a million" in notices[0]
 
 
 def test_an_item_rated_twice_is_in_the_history_once(tmp_path):
@@ -1466,8 +1459,7 @@ class Evil:
     ("datamaps.json", b"{}", "no key 'id2item_dict'"),
     ("list_genre.json", b'{"Doom": "f()"}', "malformed"),
     ("list_genre.json", None, "no list_genre.json"),
-    ("../../data/steam/test.json", b'[{"userid_encoded": 4, "pos_seq_name": []}]', "do not fit"),
-    ("../../data/steam/test.json", b"[]", "do not fit")])
+    ("../../data/steam/test.json", b'[{"userid_encoded": 4, "pos_seq_name": []}]', "out of bounds")])
 def test_bad_or_malicious_files_are_refused(tmp_path, monkeypatch, name, content, words):
     monkeypatch.chdir(tmp_path)
     file = release(tmp_path) / name
@@ -1948,12 +1940,6 @@ def test_show_prints_the_prompts_and_their_replies(finished, tmp_path):
             assert f"---- reply\nFree item: {step['said']}\n" in out
 
 
-def test_a_learning_curve_is_drawn(finished):
-    means = summary_in(finished)["learning"]
-    bars = [line for line in succeed("--show", finished, "--plot").splitlines() if "#" in line]
-    assert [float(bar.split()[-1]) for bar in bars] == [round(mean, 1) for mean in means]
-
-
 def test_a_loaded_run_goes_on_with_users_not_seen(tmp_path):
     learners, load = [], ()
     for name in "abc":
@@ -2093,13 +2079,13 @@ def test_experiments_share_runs_and_are_the_same_for_any_workers(plot, tmp_path)
     flags = ("--experiment", "table3,table5", "--rows", "billp", "--seeds", 2, *SMALL)
     args = run.parse(list(map(str, flags)))
     [jobs] = run.cells_of(args, run.settings(args), "table3").values()
-    expected = [run.offline_job(job)["samples"] for job in jobs]
+    expected = [run.offline_job(job) for job in jobs]
     for workers in (1, 2):
         code, out, err = command(*flags, "--workers", workers, "--out", tmp_path / str(workers))
         assert code == 0 and "table3 on films, seeds 0 to 1" in out
         assert err.count("runs: billp") == 2                # the tables share their runs
         [row] = results_of(tmp_path / str(workers), "table3")["cells"]
-        assert [result["samples"] for result in row["results"]] == expected
+        assert row["samples"] == expected
 
 
 def test_cells_hold_all_seeds_and_learn_if_they_can():
@@ -2116,11 +2102,10 @@ def test_rows_are_compared_with_billp_at_the_same_place(tmp_path, monkeypatch, c
     """A row is higher or lower only if the interval of the difference holds no 0."""
     monkeypatch.setattr(run, "plot", lambda *arguments: None)
     base = settings_of("--experiment fig5")
-    cost = run.cost([], run.new_live().counts, {}, 0.0)
     cells, gains = {}, {}
     for series, window, returns in [("billp", 1, (3, 11)), ("billp", 2, (5, 13)),
                                     ("a", 1, (1, 9)), ("b", 2, (9, 17)), ("c", 2, (5, 15))]:
-        cells[series, window] = [{"samples": [[1, total] for total in returns], "cost": cost}]
+        cells[series, window] = np.array([[[1, total] for total in returns]], float)
     run.publish("fig5", base, cells, tmp_path)
     for row in results_of(tmp_path, "fig5")["rows"]:
         gains[row["series"]] = row["gain"]
@@ -2153,8 +2138,8 @@ def test_shares_of_popularity_by_hand():
 def test_errors_of_the_critic_by_hand():
     """Every return is 4 + 0.5 * 5 = 6.5 and V = 8: the bias is 1.5, its square 2.25."""
     llm = scripted(REPLIES | {"critic": ["Value: 8"]})
-    errors, _ = run.critic_errors(settings_of(""), run.Place(hand_world(), [0], [0]), llm,
-                                  prompts.hashed_ngrams, map, repeats=2, states=1, draws=3)
+    errors = run.critic_errors(settings_of(""), run.Place(hand_world(), [0], [0]), llm,
+                               prompts.hashed_ngrams, map, repeats=2, states=1, draws=3)
     assert errors == [[0, 0, 0, 1.5, 0, 2.25]]
 
 
