@@ -131,7 +131,7 @@ def distance_to_recent(env: Env, state: EnvState, item: Array) -> Array:
     smallest = np.full(np.broadcast(state.user, item).shape, np.inf)
     # one place after the other: all at once is slower with many items
     for place in range(env.window):
-        other = state.recent[..., place]
+        other = state.recent[..., place]        # [B], or [B, 1] after `with_all`
         # an empty place is -1, which indexes the last item: that distance is dropped
         distance = env.distance(state.user, other, item)
         smallest = np.minimum(smallest, np.where(other < 0, np.inf, distance))
@@ -325,9 +325,9 @@ def one_list(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) ->
 
 def rows_of_recent(rows: Array, state: EnvState) -> Array:
     """[B, W, k]: the rows [m, k] of the last W items; zeros for an empty place."""
-    # an empty place is -1, which indexes the last row: it is multiplied by zero
+    # an empty place is -1, which indexes the last row: it is replaced by zeros
     filled = (state.recent >= 0)[..., None]
-    return rows[state.recent] * filled
+    return np.where(filled, rows[state.recent], 0)
 
 
 def overlap(env: Env, state: EnvState) -> Array:
@@ -369,7 +369,8 @@ def common_sense(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
 def turns(env: Env, episodes: int, rounds: int, rng: Rng) -> Iterator[tuple[EnvState, Array]]:
     """The new sessions of each round, and what is free in them.
 
-    Learners take turns, in a random order, for so many episodes.
+    Learners take turns, in a random order, for the given number of episodes. With fewer episodes
+    than rounds some rounds are empty.
     """
     # resize repeats the order until it is long enough
     users = np.resize(rng.permutation(env.learners), episodes)
@@ -464,7 +465,7 @@ def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
     # d entropy / d fit_j = -chance_j * (log_chance_j + entropy)
     slope = td_error[:, None] * (picked - chance) - ENTROPY * chance * (log_chance + entropy)
     # fit_j = x @ match @ vector_j + appeal_j, so d fit_j / d match is outer(x, vector_j)
-    match = x.T @ slope @ env.vectors[items]
+    match = x.T @ slope @ env.vectors[items]            # [2d + 1, B] @ [B, k] @ [k, d]
     appeal = np.zeros(len(env.titles))
     appeal[items] = slope.sum(0)
     # V(s) = x @ value, so d V / d value is x
@@ -486,7 +487,7 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5) -> Pol
     rng = branch(seed, "actor-critic")
     m, d = env.vectors.shape
     seen = 2 * d + 1        # the length of x
-    weights = Weights(np.zeros((seen, d)), np.zeros(m), np.zeros(seen))
+    weights = Weights(np.zeros((seen, d)), np.zeros(m), np.zeros(seen))     # changed in place below
     squares = [np.full_like(weight, 1e-6) for weight in weights]
     # while it learns it chooses among a few items, which is quicker
     choices = min(m, max(64, m // 16))
@@ -505,7 +506,6 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5) -> Pol
             td_error = reward + gamma * future - x @ weights.value
             slopes = gradient(env, x, items, log_chance, pick, td_error)
             for weight, square, slope in zip(weights, squares, slopes):
-                # += changes the arrays inside `weights` and `squares`
                 square += slope ** 2
                 weight += 0.3 * slope / np.sqrt(square)
             free[np.arange(len(free)), item] = False
@@ -522,7 +522,7 @@ def policy_named(name: str, env: Env, episodes: int = 0, seed: int = 0,
                  gamma: float = 0.5) -> Policy:
     """The policy of a name in POLICIES.
 
-    Only bandit and a2c learn, from so many episodes. Only a2c has a discount gamma.
+    Only bandit and a2c learn, from the given number of episodes. Only a2c has a discount gamma.
     """
     if name == "bandit":
         return learn_bandit(env, episodes, seed)
@@ -563,27 +563,33 @@ def gains(after: Array, before: Array) -> Array:
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
+def bootstrap(figure: Function, samples: Sequence[Array], draws: int) -> Array:
+    """[2, ...]: the 0.025 and 0.975 quantiles of a figure, users drawn with replacement.
+
+    Samples are [N, k], of one seed. The same users are drawn from all of them.
+    """
+    users = len(samples[0])
+    drawn = np.random.default_rng(0).integers(users, size=(draws, users))
+    # [draws, N, k] -> [draws, 1, N, k]: each draw is a sample of one seed
+    resampled = [sample[drawn][:, None] for sample in samples]
+    return np.quantile(figure(*resampled), [0.025, 0.975], axis=0)
+
+
 def intervals(figure: Function, *samples: Array, draws: int = 1000) -> list[list[float]]:
     """[mean, low, high] of each number in figure(*samples), with its 95 % confidence interval.
 
     Samples are [S, N, k]: S seeds with N users each, the same users in all samples, so that
     differences are paired. The figure takes [..., S, N, k]. Several seeds give a t interval over
     the seeds' figures, because users of one seed share its world. One seed gives a percentile
-    bootstrap interval over its users, drawn with replacement.
+    bootstrap interval over its users.
     """
-    seeds, users = samples[0].shape[:2]
     # [S, N, k] -> [S, 1, N, k]: the figure sees S samples of one seed each and gives a row for each
     figures = figure(*[sample[:, None] for sample in samples])
-    mean = figures.mean(0)
+    seeds, mean = len(figures), figures.mean(0)
     if seeds == 1:
-        # all samples are of the same users, so the same users are drawn from all
-        drawn = np.random.default_rng(0).integers(users, size=(draws, users))
-        # [draws, N, k] -> [draws, 1, N, k]: each draw is a sample of one seed
-        resampled = [sample[0][drawn][:, None] for sample in samples]
-        low, high = np.quantile(figure(*resampled), [0.025, 0.975], axis=0)
+        low, high = bootstrap(figure, [sample[0] for sample in samples], draws)
     else:
-        freedom = seeds - 1
-        quantile = STUDENT[min(freedom, len(STUDENT)) - 1]
+        quantile = STUDENT[min(seeds - 1, len(STUDENT)) - 1]
         margin = quantile * figures.std(0, ddof=1) / np.sqrt(seeds)
         low, high = mean - margin, mean + margin
     return np.stack([mean, low, high], -1).round(4).tolist()

@@ -167,9 +167,9 @@ def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
         codes = np.frombuffer(f" {fold(text)} ".encode("utf-32-le", "replace"), np.uint32)
         # These products wrap at 2^32 on purpose. The last factor is from Knuth's hash.
         trigrams = (codes[:-2] * 31 * 31) + (codes[1:-1] * 31) + codes[2:]
-        mixed = (trigrams * 2654435761) >> 16
-        signs = 1.0 - 2.0 * (mixed >> 15)       # the highest of the 16 bits that are left
-        row += np.bincount(mixed % d, weights=signs, minlength=d)
+        mixed = (trigrams * 2654435761) >> 16       # the upper 16 bits
+        place, sign = mixed % d, 1.0 - 2.0 * (mixed >> 15)      # the sign is the highest bit
+        row += np.bincount(place, weights=sign, minlength=d)
         if not row.any():
             row[0] = 1              # an empty text needs a direction, too
         row /= np.sqrt(row @ row)
@@ -376,8 +376,8 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
 def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], int]:
     """The items whose title the words begin with, and how many words it has with its year.
 
-    The longest title counts. The year may be left out or be one off. `[], 1` means that the words
-    begin with no title: skip one word.
+    The longest title counts. The year may be left out or be one off. If the words begin with no
+    title, it is `[], 0`.
     """
     for size in range(min(LONGEST, len(words)), 0, -1):
         items = catalog.names.get(" ".join(words[:size]).casefold(), [])
@@ -392,7 +392,7 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
         if dated:
             return dated, size + 1
         # it is the year of another item: a shorter title may fit
-    return [], 1
+    return [], 0
 
 
 def titles_in_front(text: str, catalog: Catalog) -> list[int]:
@@ -412,7 +412,8 @@ def titles_in_front(text: str, catalog: Catalog) -> list[int]:
         for front in (title, unnumbered):
             words = words_of(front)
             titled, size = leading_title(words, catalog)
-            if titled and (size > 1 or len(words) == 1):        # size counts the year, too
+            is_sure = size > 1 or len(words) == 1               # size counts the year, too
+            if titled and is_sure:
                 items += titled
                 break
     return items
@@ -429,7 +430,7 @@ def titles_within(text: str, catalog: Catalog) -> list[int]:
         titled, size = leading_title(words, catalog)
         if size > 1 or not words[0].islower():
             items += titled
-        words = words[size:]
+        words = words[max(size, 1):]
     return items
 
 
@@ -658,24 +659,29 @@ def named_in(text: str, tags: Sequence[str]) -> list[str]:
 AVOIDED = r"(?i)\b(avoid|keep away from|without|not|no|never|instead of|rather than)\b[^.;]*"
 
 
-def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
-    """What candidates are retrieved by: what the thought names, and categories not shown lately.
+def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
+    """The categories that a thought asks for, as in item lines, or else the thought itself.
 
-    Of the categories that a thought names, those to avoid do not count. Those in its reason count
-    only if there are none in front of it, and those shown lately only if there are no others. A
-    thought without a category is used as it is. Categories are written as in item lines.
+    Those to avoid do not count. Those in its reason count only if there are none in front of it,
+    and those shown lately only if there are no others.
     """
-    others = [in_brackets(tastes.other)] if tastes.other else []
-    if not thought:                 # categories not shown lately are in both lists: they weigh more
-        return [in_brackets(tastes.liked), *others]
-    tags = [tag_of(name) for name in categories]
     wanted = re.sub(AVOIDED, " ", thought)
     plan, _, _ = wanted.partition("because")
     chosen = named_in(plan, tags) or named_in(wanted, tags)
-    fresh = [tag for tag in chosen if tag not in tastes.recent]
-    wish = thought
-    if chosen:
-        wish = in_brackets(fresh or chosen)
+    fresh = [tag for tag in chosen if tag not in recent]
+    return in_brackets(fresh or chosen) if chosen else thought
+
+
+def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
+    """What candidates are retrieved by: what the thought asks for, and categories not shown lately.
+
+    Without a thought it is what was liked. Then categories not shown lately are in both texts: they
+    weigh more.
+    """
+    wish = in_brackets(tastes.liked)
+    if thought:
+        wish = wish_of(thought, [tag_of(name) for name in categories], tastes.recent)
+    others = [in_brackets(tastes.other)] if tastes.other else []
     return [wish, *others]
 
 
@@ -712,8 +718,11 @@ def render_critic(targets: Sequence[tuple[str, float]], gamma: float, top: float
 
 
 NUMBER = r"(-?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
-# "Value 4: 7.5", "value = about 7,5", "Value: 4 + 0.5 * 5 = 6.5"
-VALUE_NUMBER = rf"(?i)value[^:=\n]*[:=](?:[ \d.+*x×-]*=)?[^\d\n.,-]*{NUMBER}"
+VALUE_NUMBER = re.compile(rf"""(?ix)    # spaces and comments in this pattern do not count
+    value [^:=\n]* [:=]                 # "Value 4:", "value ="
+    (?: [\ \d.+*x×-]* = )?              # a sum and its sign: "4 + 0.5 * 5 ="
+    [^\d\n.,-]* {NUMBER}                # "about 7,5"
+    """)
 
 
 def parse_critic(text: str) -> float | Malformed:
@@ -723,7 +732,7 @@ def parse_critic(text: str) -> float | Malformed:
     (7.5, 7.5)
     """
     outside = re.sub(r"\(.*?\)", " ", text)
-    match = (re.search(VALUE_NUMBER, outside) or re.search(NUMBER, outside)
+    match = (VALUE_NUMBER.search(outside) or re.search(NUMBER, outside)
              or re.search(NUMBER, text))
     return float(match[1].replace(",", ".")) if match else Malformed("the reply held no number")
 
@@ -911,7 +920,7 @@ class Kind(NamedTuple):
 
 RESUME = "wait, then run the same command: it resumes"
 ELSEWHERE = "use the address it names as --base-url"
-MODEL = "try another --model"
+OTHER_MODEL = "try another --model"
 KINDS = (                           # the first kind whose signs fit counts
     Kind("credit", 1, "top up the account, then run the same command: it resumes",
          r"402|(400|403|429) .*(insufficient_\w*(quota|balance|funds|credit)|billing_"
@@ -920,10 +929,10 @@ KINDS = (                           # the first kind whose signs fit counts
          r"finish_reason (content_filter|refusal|missing)"
          r"|(400|403|422) .*(content.?(filter|policy|exists.risk)|moderation|flagged|safety"
          r"|inappropriate|guardrail|guideline|prohibited)", is_reply=True),
-    Kind("broken off", 4, MODEL, r"finish_reason error|(400|422) .*tool_use_failed", is_reply=True),
+    Kind("broken off", 4, OTHER_MODEL, r"finish_reason error|(400|422) .*tool_use_failed", is_reply=True),
     Kind("overrun", 1, "raise --reply-tokens, or switch reasoning off by --extra-body",
          "finish_reason length", is_reply=True),
-    Kind("nothing", 2, MODEL, "finish_reason", is_reply=True),
+    Kind("nothing", 2, OTHER_MODEL, "finish_reason", is_reply=True),
     Kind("context", 1, "allow the prompt fewer tokens: --titles, --transcript",
          r"413|(400|422|500) .*(context.{0,20}(length|size|window|limit)|too many tokens"
          r"|(prompt|input|request).{0,40}(too (long|large)|exceed)|reduce the length"
@@ -979,7 +988,7 @@ class Fault(NamedTuple):
 
 @dataclass(repr=False)              # a repr would show secrets
 class Route:
-    """One route of an endpoint, and what its client has learnt about it."""
+    """One route of an endpoint, and what its client has learned about it."""
     http: Any                       # httpx.Client; threads share it
     url: Any                        # httpx.URL
     secrets: list[str]
@@ -1186,7 +1195,7 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
     try:
         data = fields(decoded(text))
         if response.is_success and not data.get("error"):
-            return read(data)
+            return read(data)       # a shape that it cannot read is a bad answer, too
     except MISSHAPEN:
         data = {}
     return judged(route, response, data, text)
@@ -1235,7 +1244,10 @@ CHARGE = ContextVar("CHARGE", default=lambda: None)
 
 
 def accepted(route: Route, body: dict) -> dict:
-    """The body without what the server has refused, and with the user's own fields."""
+    """The body without what the server has refused, and with the user's own fields.
+
+    If max_tokens and max_completion_tokens are both refused, neither is sent.
+    """
     sent = {}
     for name, value in body.items():
         while name in route.refused:
@@ -1340,7 +1352,7 @@ def chat_body(model: str, ask: Ask) -> dict:
 def openai(base_url: str, model: str, key: str | None = None, **options: Any) -> LLM:
     """A model behind any OpenAI-compatible endpoint. The options are those of `connect`.
 
-    The seed is a hint: only a recorded log repeats a run. `stop` is never sent.
+    The seed is a hint: only a recorded log repeats a run. No stop sequences are sent.
     """
     route = connect(base_url, "chat/completions", key, **options)
     has_spoken = False              # some reply had a text
