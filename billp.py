@@ -211,7 +211,7 @@ class State(NamedTuple):
     key: Key                        # key.step counts from 0
     history: tuple[str, ...]        # lines of the last `titles` items liked before
     shown: tuple[str, ...]          # lines of the items recommended in this session
-    session: str                    # the transcript so far
+    transcript: str                 # the turns of this session so far
     text: str                       # the last `titles` lines, liked or shown, to search memories by
     vector: np.ndarray              # float32 [d], the embedding of the text
     taken: tuple[int, ...]          # items liked before or recommended in this session
@@ -248,8 +248,8 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
     After a malformed reply the model is told what was wrong and asked again, at most
     `config.retries` times. Then the fallback answers.
     """
-    session = prompts.bounded(state.session, config.transcript)
-    prompt = prompts.shared(state.history, session) + question
+    transcript = prompts.bounded(state.transcript, config.transcript)
+    prompt = prompts.shared(state.history, transcript) + question
     messages = (("system", prompts.SYSTEM), ("user", prompt))
     for attempt in range(config.retries + 1):
         key = state.key._replace(attempt=attempt)
@@ -416,7 +416,7 @@ def opening(catalog: Catalog, user: int, key: Key, config: Config = DEFAULT) -> 
         key=key._replace(step=0),
         history=history,
         shown=(),
-        session="",
+        transcript="",
         text=text,
         vector=catalog.embed([text])[0],
         taken=tuple(liked),
@@ -434,7 +434,7 @@ def advance(state: State, catalog: Catalog, step: Step, left: bool, config: Conf
     return state._replace(
         key=state.key._replace(step=n),
         shown=shown,
-        session=state.session + prompts.turn(
+        transcript=state.transcript + prompts.turn(
             n, step.plan.value, step.line, step.reward, left, asked),
         text=text,
         vector=catalog.embed([text])[0],

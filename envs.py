@@ -689,8 +689,8 @@ def labels(tags: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], Array]:
 def made_up(belongs: Array, users: int, rng: Rng) -> Array:
     """int8 [n, m]: ratings of films, given their categories; see `films`.
 
-    The numbers are chosen so that random items keep a user for 3 to 5 steps, and the best list for
-    everybody for at most 32 of 50: taste must matter.
+    The numbers are chosen so that taste matters: random items keep a user for 3 to 5 steps, and one
+    list shown to everybody for at most 32 of 50.
     """
     m, c = belongs.shape
     # archetypes and appeal are the same for every seed
@@ -723,8 +723,8 @@ def films(seed: int = 0, users: int = 1000) -> Env:
         years.append(int(year))
         tags.append([CODES[letter] for letter in letters])
     categories, belongs = labels(tags)
-    # two films that share a rare category are nearer to each other; the square root, because the
-    # squared distance squares it again
+    # Each category that two films share adds log(1 / its frequency) to their dot product: films that
+    # share a rare one are nearer to each other. The product squares the root.
     rarity = np.sqrt(np.log(len(titles) / belongs.sum(0)))
     vectors = unit(belongs * rarity).astype(np.float32)
     rng = np.random.default_rng(seed)
@@ -1016,6 +1016,13 @@ def liked_items(votes: Array) -> list[Array]:
     return histories
 
 
+def near_quantile(distance: Function, items: Array, rng: Rng) -> float:
+    """The 0.2 quantile of the distances between two different items, over 100,000 random pairs."""
+    demand(len(items) > 1, "fewer than two items with ratings")
+    a, b = rng.choice(items, size=(2, 100_000))
+    return float(np.quantile(distance(0, a, b)[a != b], 0.2))
+
+
 def fitted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int) -> Env:
     """A world of n users whose ratings `als` predicts. `about` tells the error on a tenth held out.
 
@@ -1039,16 +1046,14 @@ def fitted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int) -> E
     distance = euclidean(vectors)
     # items without a rating have no place: they lie at 0 and would pull the quantile down
     rated = np.unique(train["item"])
-    demand(len(rated) > 1, "fewer than two items with ratings")
-    a, b = rng.choice(rated, size=(2, 100_000))
-    beta = np.quantile(distance(0, a, b)[a != b], 0.2)
+    beta = near_quantile(distance, rated, rng)
     titles, years, tags = zip(*entries)
     categories, belongs = labels(tags)
     return Env(
         titles=titles, years=years,
         categories=categories, belongs=belongs, vectors=vectors,
         rate=partial(rounded, model), distance=distance,
-        histories=liked_items(votes), learners=n // 2, beta=float(beta), about=about)
+        histories=liked_items(votes), learners=n // 2, beta=beta, about=about)
 
 
 def ratings_folder(path: Location, seed: int = 0) -> Env:

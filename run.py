@@ -217,31 +217,36 @@ def check_values(args: Namespace) -> None:
         raise UserError("--extra-body takes a JSON object, such as '{\"top_p\": 0.9}'")
 
 
-def idle_flags(args: Namespace) -> Sequence[tuple[bool, Iterable[str], str]]:
-    """Rows: a condition, the flags without effect while it holds, the end of the message."""
+def idle_flags(args: Namespace) -> list[tuple[Iterable[str], str]]:
+    """Pairs: flags that have no effect beside the others, and the end of the message."""
     of_show = FLAGS["look at a finished run"].keys()
     if args.show:
-        return [(True, args.given - of_show, "beside --show")]
-    is_experiment = bool(args.experiment)
+        return [(args.given - of_show, "beside --show")]
+    idle = [(of_show, "without --show")]
     varied = {EXPERIMENTS[name].varied for name in args.experiment}     # "" where none is
-    is_policy = args.method in envs.POLICIES
-    is_offline = args.models_asked == ["offline"]
-    of_language = {*OF_ENDPOINTS, *Config._fields, "load", "model"}
-    if args.method == "a2c":
-        of_language.remove("gamma")         # it has one, too
-    # ==: a flag is idle only if every experiment asked for varies it
-    return [
-        (True, of_show, "without --show"),
-        (not is_experiment, FLAGS["experiments"], "without --experiment"),
-        (is_experiment, ("method", "load"), "beside --experiment"),
-        ("model" not in varied, ["models"], "without --experiment table6"),
-        (varied == {"model"}, ["rows"], "on table6: its rows are --models"),
-        (varied == {"window"}, ["window"], "here: the experiment varies it"),
-        (varied == {"episodes"}, ["episodes"], "here: the experiment varies it"),
-        (is_policy, of_language, f"on {args.method}, which asks no language model"),
-        (is_offline, OF_ENDPOINTS, "on the stand-in, which asks no endpoint"),
-        (not is_offline, ["cluster"], "with a real model: only offline runs are sent there"),
-        (args.candidates != 0, ["k_actions"], "without --candidates 0")]
+    if not args.experiment:
+        idle.append((FLAGS["experiments"], "without --experiment"))
+    else:
+        idle.append((("method", "load"), "beside --experiment"))
+    if "model" not in varied:
+        idle.append((["models"], "without --experiment table6"))
+    # a flag is idle only if every experiment asked for varies it
+    if varied == {"model"}:
+        idle.append((["rows"], "on table6: its rows are --models"))
+    if varied in ({"window"}, {"episodes"}):
+        idle.append((varied, "here: the experiment varies it"))
+    if args.method in envs.POLICIES:
+        of_language = {*OF_ENDPOINTS, *Config._fields, "load", "model"}
+        if args.method == "a2c":
+            of_language.remove("gamma")         # it has one, too
+        idle.append((of_language, f"on {args.method}, which asks no language model"))
+    if args.models_asked == ["offline"]:
+        idle.append((OF_ENDPOINTS, "on the stand-in, which asks no endpoint"))
+    else:
+        idle.append((["cluster"], "with a real model: only offline runs are sent there"))
+    if args.candidates != 0:
+        idle.append((["k_actions"], "without --candidates 0"))
+    return idle
 
 
 ADDRESS = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
@@ -298,9 +303,9 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     if folder:                          # "csv:data" and "csv:./data/" are one world
         args.world = f"{kind}:{os.path.normpath(folder)}"
     args.models_asked = [] if args.show else models_of(args)
-    for holds, names, reason in idle_flags(args):
+    for names, reason in idle_flags(args):
         idle = sorted(args.given.intersection(names))
-        if holds and idle:
+        if idle:
             raise UserError(f"{flag(idle[0])} has no effect {reason}")
     return args
 
@@ -586,16 +591,19 @@ def connect(args: Namespace, run: Settings, folder: Path, live: Live) -> tuple[L
 
 @contextmanager
 def parallel(pool: futures.Executor, stop: Event) -> Iterator[Callable]:
-    """The pool's map. After an error no further call begins."""
+    """The pool's map. After an error no further call begins.
+
+    Ctrl-C ends at once. After any other error answers on their way are waited for, and logged.
+    """
     try:
         yield pool.map
-    except KeyboardInterrupt:           # nothing is waited for
+    except KeyboardInterrupt:
         stop.set()
         pool.shutdown(wait=False)
         for process in active_children():
             process.terminate()
         raise
-    except BaseException:               # answers on their way are waited for, and logged
+    except BaseException:
         stop.set()
         pool.shutdown()
         raise
@@ -710,7 +718,7 @@ def describe(env: envs.Env, trajectory: Trajectory) -> Json:
         left = prompts.clean(envs.why_left(env, trajectory.user, items))
     key, gained = trajectory.last.key, trajectory.gained
     values, advantages = trajectory.values, trajectory.advantages
-    if gained.actor == billp.EMPTY:     # nothing was credited
+    if gained.actor == billp.EMPTY:     # nothing was credited: no experience, or no learning
         values = advantages = ()
     return {"phase": key.phase, "episode": key.episode, "user": trajectory.user,
             "history": trajectory.last.history, "steps": steps, "left": left,
@@ -824,7 +832,8 @@ def report(summary: Json, about: str, lessons: Sequence[str], live: Live) -> lis
     lines = [heading.format_map(summary)]
     if about:
         lines.append(f"world     {about}")
-    phases = [phase for phase in ("before", "after", "difference") if summary[phase]]
+    # where nothing was learned, "after" is a copy of "before"
+    phases = ("before", "after", "difference") if summary["difference"] else ("before",)
     table = figures_table({phase: summary[phase] for phase in phases})
     lines += [f"model     {model}", "", *grid(table), ""]
     if summary["learning"]:
@@ -969,8 +978,8 @@ class Experiment(NamedTuple):
     varied: str = ""                    # the flag that differs between its cells, if there is one
     values: Sequence[int | None] = (None,)      # of that flag, on the x axis
     measure: str = "scores"             # what is measured: scores, shares or errors
-    axis: str = ""                      # the name of the x axis, if there is one
-    label: str = "reward of an episode"         # the name of the y axis
+    axis: str = ""                      # the name of the x axis; without one, bars are drawn
+    label: str = "reward of an episode"         # the name of the axis of values
 
 
 EXPERIMENTS = {
@@ -1000,7 +1009,7 @@ Cell = tuple[str, int | None]       # the method or model, and the place on the 
 
 
 def settings_of(base: Settings, experiment: Experiment, series: str, x: int | None) -> Settings:
-    """The settings of a cell's runs. They differ in their seed only."""
+    """The settings of a cell's runs, which differ in their seed only."""
     run = base
     method, _, budget = series.partition(":")
     if experiment.varied == "model":

@@ -680,7 +680,7 @@ def test_a_malformed_reply_is_asked_again():
 def test_an_ask_carries_the_configured_numbers():
     llm, asks = noting(prompts.offline)
     config = Config(reply_tokens=77, temperature=0.3, transcript=1000)
-    billp.planner(STATE._replace(session="a line\n" * 9999), EMPTY, llm, config)
+    billp.planner(STATE._replace(transcript="a line\n" * 9999), EMPTY, llm, config)
     [ask] = asks
     assert (ask.key, ask.max_tokens, ask.temperature) == (STATE.key, 77, 0.3)
     assert ask.messages[1][1].count("a line\n") <= 1000 / 7
@@ -747,11 +747,11 @@ def test_a_replaced_action_is_told_in_one_line():
     replies = {"planner": ["t"], "actor": ["Dog", "Ant, Bee or Bat", ""]}
     catalog = prompts.catalog(hand_world(beta=0.0, floor=0.0, max_steps=3))
     t = play(catalog, replies, retries=0)
-    heads = [line.partition(":")[0] for line in t.last.session.splitlines()]
+    heads = [line.partition(":")[0] for line in t.last.transcript.splitlines()]
     assert heads == ["Thought 1", "Note 1", "Action 1", "Observation 1", "Thought 2", "Action 2",
                      "Observation 2", "Thought 3", "Action 3", "Observation 3"]
     note = 'Note 1: "Dog" is not available; the next line was recommended instead\n'
-    assert note + f"Action 1: recommend {t.steps[0].line}\n" in t.steps[1].state.session
+    assert note + f"Action 1: recommend {t.steps[0].line}\n" in t.steps[1].state.transcript
     assert [step.act.exact for step in t.steps] == [False, True, False]
 
 
@@ -782,7 +782,7 @@ def test_only_leaving_zeroes_the_next_value():
 
 def told(batches):
     """All that learning gives, in a form that can be compared."""
-    played = [(t.last.session, t.values, t.advantages) for _, batch in batches for t in batch]
+    played = [(t.last.transcript, t.values, t.advantages) for _, batch in batches for t in batch]
     agent, _ = batches[-1]
     return played, [records(memory) for memory in agent]
 
@@ -1072,7 +1072,7 @@ def test_each_prompt_of_an_episode_extends_the_one_before():
     shared = {}
     for t in trajectories:
         states = [step.state for step in t.steps] + [t.last]
-        texts = [prompts.shared(state.history, state.session) for state in states]
+        texts = [prompts.shared(state.history, state.transcript) for state in states]
         assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
         shared[t.last.key.episode] = texts
     for ask in asks:
@@ -1121,7 +1121,7 @@ def test_no_reply_forges_a_turn_or_a_message(replies):
     for step in t.steps:
         is_replaced = not step.act.exact and step.act.said != ""
         lines += 2 + is_replaced + (step.plan.value != "")
-    assert len(t.last.session.splitlines()) == lines
+    assert len(t.last.transcript.splitlines()) == lines
     for ask in asks:
         assert len(ask.messages) == 2 + 2 * ask.key.attempt
         assert all(text.isprintable() for _, text in ask.messages[2:])
