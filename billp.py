@@ -13,7 +13,7 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
                    that a run can be repeated
     malformed      a reply that a parser cannot use; after some of them a role gives its fallback
 
-Recording (s, a) as encouraged makes it likelier that a is shown and chosen in similar states. A
+Recording (s, a) as encouraged makes it likelier that a is chosen in similar states. A
 policy-gradient step does the same to pi(a | s), by changing weights.
 
 All functions are pure. The model comes in as the argument `llm`, the embedding with the catalogue.
@@ -194,7 +194,7 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
     cosines = np.concatenate([np.vecdot(chunk.vectors, vector) for chunk in memory])
     distances = (2 - 2 * cosines).round(5)
     found: dict[tuple[str, str], Record] = {}
-    for i in nearest_first(distances, 2 * k):
+    for i in nearest_first(distances, 2 * k):       # 2 k, because some may repeat a text and item
         if distances[i] > tau or len(found) == k:
             break
         record = record_at(memory, i)

@@ -186,6 +186,8 @@ def check(env: Env) -> None:
     for name in ("years", "belongs", "vectors"):
         rows = len(getattr(env, name))
         demand(rows == m, f"{name} has {rows} rows for {m} titles")
+    c = len(env.categories)
+    demand(np.shape(env.belongs) == (m, c), f"belongs has another width than {c} categories")
     demand(np.isfinite(env.vectors).all(), "vectors has numbers that are not finite")
     items = set(range(m))
     for user, history in enumerate(env.histories):
@@ -349,7 +351,7 @@ def affinity(env: Env, state: EnvState) -> Array:
 
 
 def fresh(env: Env, state: EnvState, free: Array) -> Array:
-    """bool [B, m]: the free items that share no category with the last W; all free if none does."""
+    """bool [B, m]: the free items that share no category with the last W, or else all free ones."""
     return preferred(overlap(env, state) == 0, free)
 
 
@@ -579,7 +581,8 @@ def intervals(figure: Function, *samples: Array, draws: int = 1000) -> list[list
     """[mean, low, high] of each number in figure(*samples), with its 95 % confidence interval.
 
     Samples are [S, N, k]: S seeds with N users each, the same users in all samples, so that
-    differences are paired. The figure takes [..., S, N, k]. Several seeds give a t interval over
+    differences are paired. The figure takes [..., S, N, k], averages over S and N, and returns a
+    number or [..., numbers]. Several seeds give a t interval over
     the seeds' figures, because users of one seed share its world. One seed gives a percentile
     bootstrap interval over its users.
     """
@@ -711,7 +714,7 @@ def films(seed: int = 0, users: int = 1000) -> Env:
     """The embedded default: 200 well-known films, and users whose tastes are drawn from `seed`.
 
     Titles, years and categories are facts; ratings are made up. A rating is mostly taste: how much
-    the user likes the film's categories, which is in part shared with one of six archetypes. Then
+    the user likes the film's categories, which is in part the taste of one of six archetypes. Then
     comes the film's general appeal, then noise. Two films are too similar when they share about
     half of their categories or more, which is about one pair in 25. A history is ten films, drawn
     so that one more point makes a film e times likelier. Half of the users learn.
@@ -723,8 +726,8 @@ def films(seed: int = 0, users: int = 1000) -> Env:
         years.append(int(year))
         tags.append([CODES[letter] for letter in letters])
     categories, belongs = labels(tags)
-    # Each category that two films share adds log(1 / its frequency) to their dot product: films that
-    # share a rare one are nearer to each other. The product squares the root.
+    # Each category shared by two films adds log(1 / its frequency) to their dot product: films that
+    # share a rare one are nearer to each other. The root is multiplied by itself there.
     rarity = np.sqrt(np.log(len(titles) / belongs.sum(0)))
     vectors = unit(belongs * rarity).astype(np.float32)
     rng = np.random.default_rng(seed)
@@ -855,7 +858,7 @@ def read_rows(file: Path, needed: Sequence[str], parse: Callable) -> Iterator:
 
 
 def split_title(text: str) -> tuple[str, int | None]:
-    """The title with its article in front, and the year behind it, if there is one.
+    """The title with its article first, and the year after it, if there is one.
 
     >>> split_title("Matrix, The (1999)")
     ('The Matrix', 1999)
@@ -865,7 +868,7 @@ def split_title(text: str) -> tuple[str, int | None]:
     (('Babylon 5', 1994), ('Say (now', None))
     """
     title, year = " ".join(text.split()), None
-    # behind a title: a text that is only a year in parentheses is a title
+    # after a title: a text that is only a year in parentheses is a title
     at_end = re.search(r"(?<=.) ?\((\d{4})([-–]\d*)?\)$", title)
     if at_end:
         title, year = title[:at_end.start()], int(at_end[1])
@@ -1006,9 +1009,12 @@ def last_distinct(items: Sequence[int]) -> Array:
 
 
 def liked_items(votes: Array) -> list[Array]:
-    """Each user's history: the last 20 items rated 4 or more, or else the last 20 rated best."""
+    """Each user's history: the last 20 items rated 4 or more, or else the last 20 rated best.
+
+    Votes are in the order of time for each user, and every user from 0 on has one.
+    """
     histories = []
-    # users are numbered by their votes, so each has one, and group i is user i
+    # so group i is user i
     for group in groups(votes["user"]):
         own = votes[group]
         good = own["rating"] >= min(4, own["rating"].max())
@@ -1068,7 +1074,7 @@ def ratings_folder(path: Location, seed: int = 0) -> Env:
     with reading(path, ITEM_FILES, ADVICE) as item_file:
         parse = partial(parse_entry, items)
         entries = list(read_rows(item_file, ("item", "title"), parse))
-    names = ["ratings" + item_file.suffix, "rating" + item_file.suffix]
+    names = ["ratings.dat"] if item_file.suffix == ".dat" else ["ratings.csv", "rating.csv"]
     with reading(item_file.parent, names, ADVICE) as rating_file:
         parse = partial(parse_vote, users, items)
         rows = read_rows(rating_file, ("user", "item", "rating"), parse)
@@ -1125,7 +1131,7 @@ def read_half(path: Location, world: str, half: str) -> tuple[Array, Array, list
 
     Ratings [users, m], distances [m, m], and of each user the titles seen, oldest first.
     """
-    # a block only names its file in errors: what it holds stays valid behind it
+    # a block only names its file in errors: what it holds stays valid after it
     with content(path, f"{world}_{half}.npy", world) as ratings:
         m = ratings.shape[1]
     with content(path, f"{half}_distance_mat.pickle", world) as apart:

@@ -1,9 +1,9 @@
 """Language: what is asked of a model, how its reply is read, and the models themselves.
 
-An `Ask` is everything that determines an answer. An `LLM` is a function from Ask to Reply. It is
-the method's only effect, besides an `Embed` that asks an endpoint. Each of the four roles has one
-trio: a template, `render_*` (text from a state) and `parse_*` (a value from any text, or
-`Malformed`).
+An `Ask` is everything that determines an answer. An `LLM` is a function from Ask to Reply. Calling
+it is the method's only effect, besides an `Embed` that asks an endpoint. Each of the four roles has
+one trio: a template, `render_*` (the question, from what the role recalls) and `parse_*` (a value
+from any text, or `Malformed`).
 
     line        one item as the model reads it, "Alien (1979) [Horror, Sci-Fi]"
     Catalog     a world as language; `ground` finds the item that a text names
@@ -204,27 +204,30 @@ def spoken(text: str) -> str:
 
 LABELS = ("thought|next category|category|action|final answer|answer|recommendation|free item|item"
           "|title|observation|value|reflection|lesson")
-# the labels behind which a thought, an item or a reflection may stand
+# the labels after which a thought, an item or a reflection may stand
 THOUGHTS = ("thought", "next category", "category")
 ITEMS = ("action", "free item", "item", "title", "recommendation", "final answer", "answer")
 REFLECTIONS = ("reflection", "lesson")
 # those that begin a turn, and so end what stands before them
 TURNS = ("thought", "next category", "action", "free item", "final answer", "observation")
 GAP = r"[ \t*_]{0,9}"
-# "**Thought 3:**", "Final Answer:" or {"item": "..."}; or a heading such as "### Thought 3". Labels
-# may also be words of a sentence, "I like Action: it is fast". So they count only where a line or a
-# sentence begins, behind a mark, or as in the lines of a session: "Action 2: recommend".
-LABEL = re.compile(
-    rf"(?im)(?:^|[^\w\s,]|_|(?=\baction \d+: recommend))[ \t]*(?P<name>{LABELS})"
-    rf"{GAP}\d*[ \t*_\"')]{{0,9}}:[ \t*_\"'`-]*"
-    rf"|^[ \t*_#>]*(?P<heading>{LABELS}){GAP}\d*{GAP}$")
+# Labels may also be words of a sentence, "I like Action: it is fast". So they count only in some
+# places.
+LABEL = re.compile(rf"""(?imx)          # spaces and comments in this pattern do not count
+    (?: ^ | [^\w\s,] | _               # where a line begins, after a full stop or a mark,
+      | (?=\baction[ ]\d+:[ ]recommend)  # or as in the lines of a session
+    ) [ \t]*
+    (?P<name> {LABELS.replace(" ", "[ ]")} ) {GAP} \d*      # "Thought 3", "**Thought 3", "item"
+    [ \t*_"')]{{0,9}} : [ \t*_"'`-]*
+    | ^ [ \t*_\#>]* (?P<heading> {LABELS.replace(" ", "[ ]")} ) {GAP} \d* {GAP} $  # "### Thought 3"
+    """)
 
 
 class Head(NamedTuple):
     """A label in a reply."""
     name: str
     start: int
-    end: int                        # where the text behind it begins
+    end: int                        # where the text after it begins
 
 
 def heads_of(text: str) -> list[Head]:
@@ -237,7 +240,7 @@ def heads_of(text: str) -> list[Head]:
 
 
 def segment(text: str, labels: Sequence[str]) -> str:
-    """What stands behind the first of these labels, up to the next turn; "" if there is none.
+    """The text after the first of these labels that has any, up to the next turn; or else "".
 
     Models often play several turns in one reply. Only the first counts.
     """
@@ -257,7 +260,7 @@ I_AM = "(i am|i ?['’]?m)"
 REFUSAL = re.compile(
     rf"(?i)\W*({I_AM} (very )?sorry|sorry|i apologi[sz]e|i can(not|['’]?t| not)"
     rf"|i won['’]?t|{I_AM} unable|as an ai)\b")
-# So behind a label more of the sentence is needed: "I'm sorry, but ..." or "I can't help ...".
+# So after a label more of the sentence is needed: "I'm sorry, but ..." or "I can't help ...".
 REFUSAL_SENTENCE = re.compile(
     rf"(?i)\W*(({I_AM} ((very|so) )?)?sorry\W+(but|i|that|as)|i apologi[sz]e|as an ai"
     rf"|{I_AM} (unable|not able) to|i (can(not|['’]?t| not)|won['’]?t)"
@@ -265,7 +268,7 @@ REFUSAL_SENTENCE = re.compile(
 
 
 def refuses(text: str, labels: Sequence[str]) -> bool:
-    """Whether a reply is a refusal: what stands behind one of the labels, or else the whole.
+    """Whether a reply is a refusal: what stands after one of the labels, or else the whole.
 
     >>> refuses("Action: Sorry to Bother You", ITEMS), refuses("Action: Sorry, I can't", ITEMS)
     (False, True)
@@ -285,7 +288,7 @@ def first_line(text: str) -> str:
 
 
 def labelled(text: str, labels: Sequence[str]) -> str:
-    """The first line behind one of these labels, or else the first line in front of all labels.
+    """The first line after one of these labels, or else the first line before all labels.
 
     It is "" if there is no such line, or if the reply is a refusal.
 
@@ -295,12 +298,12 @@ def labelled(text: str, labels: Sequence[str]) -> str:
     if refuses(text, labels):
         return ""
     heads = heads_of(text)
-    in_front = text[:heads[0].start] if heads else text
-    return first_line(segment(text, labels)) or first_line(in_front)
+    before = text[:heads[0].start] if heads else text
+    return first_line(segment(text, labels)) or first_line(before)
 
 
 def item_part(text: str) -> str:
-    """The part of a reply that names the item: what stands behind a label, or else the whole reply.
+    """The part of a reply that names the item: what stands after a label, or else the whole reply.
 
     >>> item_part("Thought 1: tense. Action 1: recommend Alien (1979)")
     'Alien (1979)'
@@ -437,7 +440,7 @@ def titles_within(text: str, catalog: Catalog) -> list[int]:
 def mentioned(text: str, catalog: Catalog) -> list[int]:
     """The items that a text names, in order: those its lines begin with, or else those within it.
 
-    Case, accents, marks, quotation, the place of an article and words behind the title do not
+    Case, accents, marks, quotation, the place of an article and words after the title do not
     matter.
     """
     part = item_part(text)
@@ -447,8 +450,7 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
 def closest(texts: Sequence[str], catalog: Catalog, taken: Collection[int], k: int) -> list[int]:
     """The k items not taken whose lines are nearest to the texts by summed cosine, nearest first.
 
-    One product of all m items with the sum of the texts' embeddings: it works for a catalogue of a
-    million.
+    One product of all m items with the sum of the texts' embeddings: fast enough for a million.
     """
     vector = catalog.embed(texts).sum(0, dtype=np.float32)
     # In double precision and rounded, so that the order does not depend on the processor.
@@ -477,8 +479,9 @@ def ground(text: str, catalog: Catalog, exclude: Collection[int] = ()) -> tuple[
     for item in items:
         if item not in exclude:
             return item, True
-    if items:
-        text = in_brackets(line_tags(catalog.lines[items[0]]))
+    tags = line_tags(catalog.lines[items[0]]) if items else ()
+    if tags:
+        text = in_brackets(tags)
     return nearest(text, catalog, exclude), False
 
 
@@ -500,7 +503,7 @@ def bounded(transcript: str, limit: int) -> str:
     """The newest whole turns of a transcript, at most `limit` characters: no context overflows."""
     if len(transcript) <= limit:
         return transcript
-    # the first turn that is left may be cut: the next begins behind an Observation line
+    # The cut may fall inside a turn. The rest of that turn, up to its Observation line, is dropped.
     return re.sub(r"(?s)^.*?\nObservation [^\n]*\n", "", transcript[-limit:], count=1)
 
 
@@ -627,7 +630,7 @@ def chance(candidate: Candidate) -> float:
 
 
 def render_candidate(candidate: Candidate) -> str:
-    """An item line with its evidence behind it.
+    """An item line, then its evidence.
 
     >>> render_candidate(Candidate("Alien (1979) [Horror]", 2, 1))
     'Alien (1979) [Horror] encouraged 2, discouraged 1'
@@ -662,8 +665,8 @@ AVOIDED = r"(?i)\b(avoid|keep away from|without|not|no|never|instead of|rather t
 def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     """The categories that a thought asks for, as in item lines, or else the thought itself.
 
-    Those to avoid do not count. Those in its reason count only if there are none in front of it,
-    and those shown lately only if there are no others.
+    Those to avoid do not count. Those in its reason count only if there are none before it, and
+    those shown lately only if there are no others.
     """
     wanted = re.sub(AVOIDED, " ", thought)
     plan, _, _ = wanted.partition("because")
@@ -675,8 +678,8 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
 def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
     """What candidates are retrieved by: what the thought asks for, and categories not shown lately.
 
-    Without a thought it is what was liked. Then categories not shown lately are in both texts: they
-    weigh more.
+    `closest` adds the texts up. Without a thought the first is all that was liked. In that case
+    categories not shown lately are in both texts and count twice.
     """
     wish = in_brackets(tastes.liked)
     if thought:
@@ -719,14 +722,14 @@ def render_critic(targets: Sequence[tuple[str, float]], gamma: float, top: float
 
 NUMBER = r"(-?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
 VALUE_NUMBER = re.compile(rf"""(?ix)    # spaces and comments in this pattern do not count
-    value [^:=\n]* [:=]                 # "Value 4:", "value ="
-    (?: [\ \d.+*x×-]* = )?              # a sum and its sign: "4 + 0.5 * 5 ="
+    value [^:=\n]* (?: [:=] | \bis\b )  # "Value 4:", "value =", "the value of state 4 is"
+    (?: [\ \d.+*x×·/-]* [=≈] )?         # a sum and its sign: "4 + 0.5 * 5 ="
     [^\d\n.,-]* {NUMBER}                # "about 7,5"
     """)
 
 
 def parse_critic(text: str) -> float | Malformed:
-    """The number behind "Value ...:", or else the first number, preferably outside parentheses.
+    """The number after "Value ...:", or else the first number, preferably outside parentheses.
 
     >>> parse_critic("The value of 3 more films.\\nValue 4: 7.5"), parse_critic("(3 more) 7,5")
     (7.5, 7.5)
@@ -805,6 +808,7 @@ def offline_planner(text: str, seed: int) -> str:
         options = options[:1]       # the tool names the most liked first
     target = pick(options, text, seed)
     keep_away = ", ".join(sorted(away - {target})) or "nothing"
+    # the actor reads this sentence by PLAN, later planners and the reflector by AVOID and APART
     return (f"Next category: {target}, because similar items go {steps(apart)} apart."
             f"{spelled_avoid(warned)} Keep away from {keep_away}.")
 
@@ -865,7 +869,7 @@ def offline_reflector(text: str, seed: int) -> str:
     titles, tags = zip(*(shown_in(session) or [("it", ())]))
     *earlier_gaps, last_gap = gaps_between(tags)
     harmless = min(earlier_gaps, default=9)         # the smallest gap at which the user stayed
-    # The thoughts asked for a gap. If a smaller one did no harm, that one is advised.
+    # A gap that did no harm is enough, even if the thoughts asked for more.
     advised = min(apart_in(session), harmless)
     warned = set()
     if "the user left" not in question:
@@ -964,6 +968,7 @@ INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
 SECRET = re.compile("(?i)auth|key|cookie|token|secret|password")
 LONGEST_WAIT = 120.0                # seconds; a server that asks for more ends the run
 DURATION = r"(?i)(retryDelay|again in|retry in|retry after|wait)\W*(\d+\.?\d*) ?(ms|[smhd](?!illi))"
+# (?!illi): the m of "20 milliseconds" is not minutes
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 LOOPBACK = re.compile(r"(([\w-]+\.)*localhost|127\.[\d.]+|0\.0\.0\.0|\[?::1)(?![\w.-])")
 MISSHAPEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -1026,10 +1031,9 @@ def count(counts: dict, name: str) -> None:
 
 
 def fault(route: Route, label: str, shown: str, searched: str = "") -> Fault:
-    """The Fault with this label. The user is shown one text; the other is searched for its kind.
+    """The Fault with this label. `shown` is for the user.
 
-    By default they are the same. In answers of a server the second is its advice and body: see
-    `judged`.
+    KINDS is matched with the label and `searched`, which is by default the same text.
     """
     reason = clean(starred(route, f"{label} {shown}"), 300)
     text = f"{label} {searched or shown}"
@@ -1148,7 +1152,8 @@ def asked_wait(headers: Any, text: str) -> float:
         return parsedate_to_datetime(after).timestamp() - time.time()
     except MISSHAPEN:
         pass                        # no date
-    # one text, so that one pattern reads them all; the first duration in it counts
+    # One text, so that one pattern reads them all; the first duration counts. An absent header
+    # leaves "wait Nonems" or "wait s", which is none.
     hints = f"wait {headers.get('retry-after-ms')}ms, wait {after}s, {text}"
     duration = re.search(DURATION, hints)
     return float(duration[2]) * SECONDS[duration[3].lower()] if duration else 0.0
@@ -1196,6 +1201,7 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
             return read(data)       # a shape that it cannot read is a bad answer, too
     except MISSHAPEN:
         data = {}
+    # an error status, an error in the body, or a body that `read` cannot use
     return judged(route, response, data, text)
 
 
@@ -1277,7 +1283,7 @@ def adapt(route: Route, sent: dict, got: Fault) -> bool:
 
 
 def pause(route: Route, got: Fault, faults: int) -> None:
-    """Wait as long as the server asks, but at least 0.5 s, doubled by each fault, up to 8 s."""
+    """Wait as long as the server asks, and at least 0.4 s or so, doubled by each fault, up to 8 s."""
     backoff = min(0.5 * 2 ** (faults - 1), 8.0) * random.uniform(0.75, 1.0)
     wait = max(got.wait, backoff)
     if wait > 5:
@@ -1519,7 +1525,7 @@ def recorded_embed(embed: Embed, log: Log) -> Embed:
                 missing.append(text)
         fresh = embed(missing) if missing else ()
         for text, row in zip(missing, fresh, strict=True):
-            packed = base64.b64encode(checked(row))     # checked first: the log is for ever
+            packed = base64.b64encode(checked(row))     # checked first: a logged row is permanent
             keep(log, ask_for(text), Reply(packed.decode()))
         rows = []
         for text in texts:
@@ -1530,7 +1536,7 @@ def recorded_embed(embed: Embed, log: Log) -> Embed:
 
 
 def limited(llm: LLM, max_calls: int) -> LLM:
-    """The same model, which sends at most `max_calls` requests, repeats included.
+    """The same model, which sends at most `max_calls` chat requests, repeats included.
 
     A run asks counted(noted(recorded(noted(limited(openai))))); `counted` and `noted` of run.py
     count. Replies from the log never come here: they are free. The first request of an ask is

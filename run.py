@@ -88,7 +88,7 @@ FLAGS = {                               # of each group: flags and what they do
     },
     "look at a finished run": {
         "show": "print one episode of this run directory",
-        "pick": "which one: before, learn or after and its number, as after:3",
+        "pick": "which one: before, learn or after and its number from 0, as after:3",
         "prompts": "print the prompts of the episode and their replies",
     },
     "experiments": {
@@ -105,7 +105,7 @@ FLAGS = {                               # of each group: flags and what they do
         "extra_body": "a JSON object: more fields for each chat request",
         "header": "one more request header, as NAME=VALUE",
         "timeout": "seconds for one answer (default 300)",
-        "max_calls": "stop cleanly after so many requests to each model",
+        "max_calls": "stop cleanly after so many chat requests to each model",
         "replay": "answer from the run's log alone",
     },
     "method": {
@@ -218,12 +218,13 @@ def check_values(args: Namespace) -> None:
 
 
 def idle_flags(args: Namespace) -> list[tuple[Iterable[str], str]]:
-    """Pairs: flags that have no effect beside the others, and the end of the message."""
+    """Pairs: flags that would have no effect, given or not, and the end of the message."""
     of_show = FLAGS["look at a finished run"].keys()
     if args.show:
         return [(args.given - of_show, "beside --show")]
     idle = [(of_show, "without --show")]
-    varied = {EXPERIMENTS[name].varied for name in args.experiment}     # "" where none is
+    # names of flags, such as "window"; "" for an experiment that varies none
+    varied = {EXPERIMENTS[name].varied for name in args.experiment}
     if not args.experiment:
         idle.append((FLAGS["experiments"], "without --experiment"))
     else:
@@ -276,8 +277,8 @@ def models_of(args: Namespace) -> list[str]:
         if has_key:                 # many people have one in their environment
             say("OPENAI_API_KEY is set without a model: the stand-in answers")
         return ["offline"]
-    is_offline = set(names) == {"offline"}
-    if not names or not all(names) or not (has_endpoint or has_key or is_offline):
+    can_ask = has_endpoint or has_key or set(names) == {"offline"}
+    if not (names and all(names) and can_ask):
         raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
                         "or give --base-url and --model; --model offline is the stand-in")
     return list(dict.fromkeys(names))
@@ -344,6 +345,12 @@ def embedding_of(args: Namespace) -> str:
     if name and "offline" in args.models_asked:
         raise UserError("the stand-in takes no embedding model")
     return name or "hashed_ngrams"
+
+
+def learns(run: Settings) -> bool:
+    """Whether the method can learn from episodes."""
+    keeps = run.config["experience"] or run.config["lessons"] != "none"
+    return run.method not in billp.METHODS or keeps
 
 
 def settings(args: Namespace) -> Settings:
@@ -486,12 +493,13 @@ def read_memory(path: Path, embedding: str) -> Json:
         saved = json.loads(content) | {"digest": digest(content)}
         for role in Agent._fields:
             saved[role] = [read_record(role, row) for row in saved[role]]
-        origin, _, _, _ = [saved[name] for name in ("embedding", "world", "seed", "met")]
+        for name, kind in (("embedding", str), ("world", str), ("seed", int), ("met", int)):
+            saved[name] = kind(saved[name])
     except (OSError, ValueError, LookupError, TypeError):
         raise UserError(f"{file} is no memory.json of this program: --load takes the directory of "
                         "a finished run") from None
-    if origin != embedding:
-        raise UserError(f"{file} was made with the embedding {origin}, not {embedding}")
+    if saved["embedding"] != embedding:
+        raise UserError(f"{file} was made with the embedding {saved['embedding']}, not {embedding}")
     return saved
 
 
@@ -848,7 +856,7 @@ def report(summary: Json, about: str, lessons: Sequence[str], live: Live) -> lis
 
 
 def phases_of(run: Settings) -> tuple[str, ...]:
-    """The phases of a run. Where nothing is learned, the held-out users are asked once."""
+    """The phases of a run. Without learning episodes the held-out users are asked once."""
     return ("before", "learn", "after") if run.episodes else ("before",)
 
 
@@ -856,6 +864,8 @@ def one_run(args: Namespace, live: Live) -> None:
     """Learn, evaluate, write the run directory, print the results."""
     began = time.perf_counter()
     run = settings(args)
+    if run.episodes and not learns(run):
+        say(f"{run.method} learns nothing: --episodes 0 saves its learning episodes")
     place = build_place(run)
     folder = run_directory(args, run._asdict())
     llm, embed = connect(args, run, folder, live)
@@ -1012,7 +1022,7 @@ def settings_of(base: Settings, experiment: Experiment, series: str, x: int | No
     """The settings of a cell's runs, which differ in their seed only."""
     run = base
     method, _, budget = series.partition(":")
-    if experiment.varied == "model":
+    if experiment.varied == "model":        # a colon in a model's name is no budget
         method, budget = base.method, ""
         run = run._replace(model=series)
     if experiment.varied == "window":
@@ -1023,10 +1033,8 @@ def settings_of(base: Settings, experiment: Experiment, series: str, x: int | No
         run = run._replace(episodes=int(budget))
     # Here the row overrides flags, so that it is what its name says. In one run flags override it.
     config = base.config | billp.METHODS.get(method, {})
-    learns = config["experience"] or config["lessons"] != "none"
-    if method in billp.METHODS and not learns:
-        run = run._replace(episodes=0)
-    return run._replace(method=method, config=config)
+    run = run._replace(method=method, config=config)
+    return run if learns(run) else run._replace(episodes=0)
 
 
 def cells_of(args: Namespace, base: Settings, name: str) -> dict[Cell, list[Job]]:
@@ -1082,7 +1090,8 @@ def critic_errors(
     """
     config = Config(**run.config)
     catalog = prompts.catalog(place.env, embed)
-    # only to play returns: State.top depends on the cap, so the critic is asked with the full one
+    # Returns are played in a shorter world, which saves steps. The critic is asked in the full one,
+    # because State.top depends on the cap.
     short = catalog._replace(env=shortened(place.env, config.gamma))
     users = place.held_out[:states]
     errors = np.zeros((repeats, len(users), 2))
@@ -1235,7 +1244,7 @@ def drawn(rows: Sequence[Row]) -> Array:
 
 
 def limit_of(rows: Sequence[Row]) -> float:
-    """Where an axis ends: behind the highest interval, at most at 1.6 times the largest mean."""
+    """Where an axis ends: just past the highest interval, at most 1.6 times the largest mean."""
     means, _, highs = drawn(rows)
     return min(1.05 * highs.max(), 1.6 * means.max())
 
@@ -1304,7 +1313,7 @@ def publish(name: str, base: Settings, cells: dict[Cell, Array], folder: Path) -
         rows += rows_of(series, x, cells, experiment.measure)
         raw.append({"series": series, "x": x, "samples": cells[series, x].tolist()})
     any_cell = next(iter(cells.values()))
-    last = base.seed + len(any_cell) - 1            # samples of each seed
+    last = base.seed + len(any_cell) - 1            # the first axis of a cell is its seeds
     heading = (f"{name} on {base.world}, seeds {base.seed} to {last}, "
                f"{base.users} held-out users each\nmodel {', '.join(texts)}")
     content = {"experiment": name, "settings": base._asdict(),
@@ -1330,7 +1339,9 @@ def experiments(args: Namespace, live: Live) -> None:
             jobs += [job for job in needed if job not in jobs]
     jobs.sort(key=lambda job: -job.run.episodes)    # so no core waits long for another at the end
     asked = {name: getattr(args, name) for name in ("experiment", "seeds", "models", "rows")}
-    build_place(jobs[0].run)            # a mistake is found before anything is written
+    # Too few users are found before anything is written. The first of these needs the most.
+    asking = [job for job in jobs if job.run.method in billp.METHODS]
+    build_place((asking or jobs)[0].run)
     folder = run_directory(args, base._asdict() | asked)
     results = []
     for samples in do_jobs(args, jobs, folder, live):

@@ -1002,7 +1002,8 @@ def test_hidden_thinking_is_never_stored(hidden):
 @pytest.mark.parametrize("reply", [
     "Value after step 3: 7.5", "Value (at most 10): 7.5", "7,5", "**Value:** 7.5",
     "Value: about 7.5 of 10", "I'd say 7.5.", "Value 4 = 7,5", "Value: (7.5)",
-    "Value: 4 + 0.5 * 7 = 7.5", "Value: 7.5, since gamma = 0.5"])
+    "Value: 4 + 0.5 * 7 = 7.5", "Value: 4 + 0.5·7 ≈ 7.5", "Value: 7.5, since gamma = 0.5",
+    "The value of state 4 is 7.5"])
 def test_a_value_is_read_in_any_wording(reply):
     assert prompts.parse_critic(reply) == 7.5
 
@@ -1189,6 +1190,7 @@ def test_the_rule_at_its_borders(place, rating, rule, borne):
     ("years", (1999,), "years"),
     ("learners", 2, "learners"),
     ("belongs", np.ones((2, 3), bool), "belongs"),
+    ("belongs", np.ones((3, 9), bool), "categories"),
     ("vectors", np.ones((2, 2)), "vectors")])
 def test_check_refuses_a_world_that_does_not_fit(field, value, words):
     env = hand_world((0, 9, 20), (5, 5, 5))
