@@ -1990,7 +1990,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 def memory_file(**rows):
     """A memory.json with these rows."""
-    empty = {"billp": 1, "embedding": "hashed_ngrams", "planner": [], "actor": [], "critic": []}
+    empty = {"embedding": "hashed_ngrams", "world": "films", "seed": 0, "met": 0,
+             "planner": [], "actor": [], "critic": []}
     return json.dumps(empty | rows)
 
 
@@ -2000,6 +2001,7 @@ FOLDER = {                                  # what lies in the folder of the tes
     "verdict.json": memory_file(actor=[["state", "item", 2]]),
     "lesson.json": memory_file(planner=[["state", "", 1]]),
     "target.json": memory_file(critic=[["state", "item", float("inf")]]),
+    "met.json": memory_file(met="many"),
 }
 
 
@@ -2011,7 +2013,7 @@ BAD_INPUT = table(f"""
 --users 501 ; --experiment table5,curve --users 501 --out new | 500 held-out
 --gamma nan | --gamma
 --load nowhere.json ; --load foreign.json ; --load verdict.json | .json
---load lesson.json ; --load target.json | .json
+--load lesson.json ; --load target.json ; --load met.json | .json
 --show nowhere | nowhere
 --pick after ; --prompts ; --cluster x ; --show full --seed 1 | has no effect
 --max-calls 9 ; --method greedy --k-values 3 | has no effect
