@@ -32,7 +32,6 @@ import numpy as np
 
 import envs
 import prompts
-from envs import EnvState
 from prompts import LLM, Ask, Candidate, Catalog, Key, Malformed
 
 # --------------------------------------------------------------------------------- config
@@ -442,9 +441,14 @@ def advance(state: State, catalog: Catalog, step: Step, left: bool, config: Conf
         thought="")
 
 
-def play(catalog: Catalog, world: EnvState, state: State, agent: Agent, llm: LLM,
-         config: Config) -> Trajectory:
-    """Think, act and observe from this state on, until the user leaves or the cap is reached."""
+def episode(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM,
+            config: Config = DEFAULT) -> Trajectory:
+    """One session with one user: think, act and observe until the user leaves or it is cut.
+
+    The agent is read and never changed.
+    """
+    world = envs.reset(catalog.env, user)
+    state = opening(catalog, user, key, config)
     steps: list[Step] = []
     left = cut = False
     while not (left or cut):
@@ -457,14 +461,7 @@ def play(catalog: Catalog, world: EnvState, state: State, agent: Agent, llm: LLM
         step = Step(state, plan, act, catalog.lines[act.value], float(reward))
         state = advance(state, catalog, step, bool(left), config)
         steps.append(step)
-    return Trajectory(int(world.user), tuple(steps), state, bool(left))
-
-
-def episode(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM,
-            config: Config = DEFAULT) -> Trajectory:
-    """One session with one user. The agent is read and never changed."""
-    world = envs.reset(catalog.env, user)
-    return play(catalog, world, opening(catalog, user, key, config), agent, llm, config)
+    return Trajectory(user, tuple(steps), state, bool(left))
 
 
 # ------------------------------------------------------------------------------- learning

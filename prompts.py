@@ -255,16 +255,12 @@ def segment(text: str, labels: Sequence[str]) -> str:
     return ""
 
 
-# How a refusal without a label begins. A title may begin like this, too: "Sorry, Wrong Number".
+# A title may begin like a refusal, "Sorry, Wrong Number": so more of the sentence is needed.
 I_AM = "(i am|i ?['’]?m)"
 REFUSAL = re.compile(
-    rf"(?i)\W*({I_AM} (very )?sorry|sorry|i apologi[sz]e|i can(not|['’]?t| not)"
-    rf"|i won['’]?t|{I_AM} unable|as an ai)\b")
-# So after a label more of the sentence is needed: "I'm sorry, but ..." or "I can't help ...".
-REFUSAL_SENTENCE = re.compile(
-    rf"(?i)\W*(({I_AM} ((very|so) )?)?sorry\W+(but|i|that|as)|i apologi[sz]e|as an ai"
-    rf"|{I_AM} (unable|not able) to|i (can(not|['’]?t| not)|won['’]?t)"
-    r" (help|assist|recommend|suggest|provide|comply|answer|fulfill?|choose))\b")
+    rf"(?i)\W*(({I_AM} ((very|so) )?)?sorry(\W*$|\W+(but|i|that|as)\b)|i apologi[sz]e\b|as an ai\b"
+    rf"|{I_AM} (unable|not able) to\b|i (can(not|['’]?t| not)|won['’]?t)(\W*$"
+    r"| (help|assist|recommend|suggest|provide|comply|answer|fulfill?|choose)\b))")
 
 
 def refuses(text: str, labels: Sequence[str]) -> bool:
@@ -273,9 +269,7 @@ def refuses(text: str, labels: Sequence[str]) -> bool:
     >>> refuses("Action: Sorry to Bother You", ITEMS), refuses("Action: Sorry, I can't", ITEMS)
     (False, True)
     """
-    content = segment(text, labels)
-    match = REFUSAL_SENTENCE.match(content) if content else REFUSAL.match(text)
-    return match is not None
+    return REFUSAL.match(segment(text, labels) or text) is not None
 
 
 def first_line(text: str) -> str:

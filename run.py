@@ -785,7 +785,7 @@ def grid(rows: Table) -> list[str]:
     return lines
 
 
-def counts_table(rows: dict[str, dict[str, float]]) -> Table:
+def counts_table(rows: dict[str, dict[str, int]]) -> Table:
     """Calls and what else is counted in each row, without rows that have no calls.
 
     >>> counts_table({"actor": {"calls": 2, "prompt": 9}, "critic": {"calls": 0}})
@@ -795,7 +795,7 @@ def counts_table(rows: dict[str, dict[str, float]]) -> Table:
     names = dict.fromkeys(name for counts in asked.values() for name in counts)
     table = [["", *names]]
     for label, counts in asked.items():
-        table.append([label, *(str(round(counts.get(name, 0), 2)) for name in names)])
+        table.append([label, *(str(counts.get(name, 0)) for name in names)])
     return table
 
 
