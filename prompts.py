@@ -1277,7 +1277,7 @@ def adapt(route: Route, sent: dict, got: Fault) -> bool:
 
 
 def pause(route: Route, got: Fault, faults: int) -> None:
-    """Wait as long as the server asks, and at least 0.4 s or so, doubled by each fault, up to 8 s."""
+    """Wait as long as the server asks, at least about 0.4 s, doubled by each fault, up to 8 s."""
     backoff = min(0.5 * 2 ** (faults - 1), 8.0) * random.uniform(0.75, 1.0)
     wait = max(got.wait, backoff)
     if wait > 5:

@@ -309,7 +309,8 @@ def lay(path, files):
 # The server answers as the stand-in would: a run over HTTP must leave the files of one offline.
 
 SMALL = ("--episodes", 4, "--users", 3, "--batch", 2, "--max-steps", 4)
-ROLE = {"Next category": "planner", "Free item": "actor", "Value": "critic", "Reflection": "reflector"}
+ROLE = {"Next category": "planner", "Free item": "actor", "Value": "critic",
+        "Reflection": "reflector"}
 posix = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 
 
@@ -1461,7 +1462,8 @@ class Evil:
     ("datamaps.json", b"{}", "no key 'id2item_dict'"),
     ("list_genre.json", b'{"Doom": "f()"}', "malformed"),
     ("list_genre.json", None, "no list_genre.json"),
-    ("../../data/steam/test.json", b'[{"userid_encoded": 4, "pos_seq_name": []}]', "out of bounds")])
+    ("../../data/steam/test.json", b'[{"userid_encoded": 4, "pos_seq_name": []}]',
+     "out of bounds")])
 def test_bad_or_malicious_files_are_refused(tmp_path, monkeypatch, name, content, words):
     monkeypatch.chdir(tmp_path)
     file = release(tmp_path) / name
