@@ -581,10 +581,9 @@ def intervals(figure: Function, *samples: Array, draws: int = 1000) -> list[list
     """[mean, low, high] of each number in figure(*samples), with its 95 % confidence interval.
 
     Samples are [S, N, k]: S seeds with N users each, the same users in all samples, so that
-    differences are paired. The figure takes [..., S, N, k], averages over S and N, and returns a
-    number or [..., numbers]. Several seeds give a t interval over
-    the seeds' figures, because users of one seed share its world. One seed gives a percentile
-    bootstrap interval over its users.
+    differences are paired. The figure takes [..., S, N, k], averages over S and N, and returns
+    [..., numbers]. Several seeds give a t interval over the seeds' figures, because users of one
+    seed share its world. One seed gives a percentile bootstrap interval over its users.
     """
     # [S, N, k] -> [S, 1, N, k]: the figure sees S samples of one seed each and gives a row for each
     figures = figure(*[sample[:, None] for sample in samples])
@@ -1083,7 +1082,7 @@ def ratings_folder(path: Location, seed: int = 0) -> Env:
         return fitted_world(entries, votes, len(users), seed)
 
 
-movielens = ratings_folder
+movielens = ratings_folder          # MovieLens needs no reader of its own
 
 
 # ------------------------------------------------------- data files: the authors' two worlds

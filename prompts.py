@@ -32,7 +32,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from itertools import compress
-from math import ceil, sqrt
+from math import sqrt
 from pathlib import Path
 from statistics import fmean
 from threading import Lock
@@ -202,8 +202,8 @@ def spoken(text: str) -> str:
     return text.strip()
 
 
-LABELS = ("thought|next category|category|action|final answer|answer|recommendation|free item|item"
-          "|title|observation|value|reflection|lesson")
+LABELS = ("thought|next[ ]category|category|action|final[ ]answer|answer|recommendation"
+          "|free[ ]item|item|title|observation|value|reflection|lesson")
 # the labels after which a thought, an item or a reflection may stand
 THOUGHTS = ("thought", "next category", "category")
 ITEMS = ("action", "free item", "item", "title", "recommendation", "final answer", "answer")
@@ -211,15 +211,15 @@ REFLECTIONS = ("reflection", "lesson")
 # those that begin a turn, and so end what stands before them
 TURNS = ("thought", "next category", "action", "free item", "final answer", "observation")
 GAP = r"[ \t*_]{0,9}"
-# Labels may also be words of a sentence, "I like Action: it is fast". So they count only in some
-# places.
+# Labels may also be words of a sentence, "I like Action: it is fast". So they count only where they
+# begin something.
 LABEL = re.compile(rf"""(?imx)          # spaces and comments in this pattern do not count
     (?: ^ | [^\w\s,] | _               # where a line begins, after a full stop or a mark,
       | (?=\baction[ ]\d+:[ ]recommend)  # or as in the lines of a session
     ) [ \t]*
-    (?P<name> {LABELS.replace(" ", "[ ]")} ) {GAP} \d*      # "Thought 3", "**Thought 3", "item"
+    (?P<name> {LABELS} ) {GAP} \d*      # "Thought 3", "Final Answer", "item"
     [ \t*_"')]{{0,9}} : [ \t*_"'`-]*
-    | ^ [ \t*_\#>]* (?P<heading> {LABELS.replace(" ", "[ ]")} ) {GAP} \d* {GAP} $  # "### Thought 3"
+    | ^ [ \t*_\#>]* (?P<heading> {LABELS} ) {GAP} \d* {GAP} $      # or a heading, "### Thought 3"
     """)
 
 
@@ -444,7 +444,7 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
 def closest(texts: Sequence[str], catalog: Catalog, taken: Collection[int], k: int) -> list[int]:
     """The k items not taken whose lines are nearest to the texts by summed cosine, nearest first.
 
-    One product of all m items with the sum of the texts' embeddings: fast enough for a million.
+    One product of all m items with the sum of the texts' embeddings: half a second for a million.
     """
     vector = catalog.embed(texts).sum(0, dtype=np.float32)
     # In double precision and rounded, so that the order does not depend on the processor.
@@ -961,8 +961,8 @@ INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
 # Headers whose values are secrets: Authorization, X-API-Key, Cookie, X-Auth-Token ...
 SECRET = re.compile("(?i)auth|key|cookie|token|secret|password")
 LONGEST_WAIT = 120.0                # seconds; a server that asks for more ends the run
-DURATION = r"(?i)(retryDelay|again in|retry in|retry after|wait)\W*(\d+\.?\d*) ?(ms|[smhd](?!illi))"
 # (?!illi): the m of "20 milliseconds" is not minutes
+DURATION = r"(?i)(retryDelay|again in|retry in|retry after|wait)\W*(\d+\.?\d*) ?(ms|[smhd](?!illi))"
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 LOOPBACK = re.compile(r"(([\w-]+\.)*localhost|127\.[\d.]+|0\.0\.0\.0|\[?::1)(?![\w.-])")
 MISSHAPEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)

@@ -378,11 +378,10 @@ def load_world(name: str, seed: int) -> envs.Env:
     kind, _, folder = name.partition(":")
     if name == "films":
         return envs.films(seed)
-    if folder:
+    if folder and kind in ("csv", "movielens", "steam", "amazon"):
         say(f"reading {folder}")    # millions of ratings take a while
-    if kind in ("csv", "movielens") and folder:
-        return envs.ratings_folder(folder, seed)
-    if kind in ("steam", "amazon") and folder:
+        if kind in ("csv", "movielens"):
+            return envs.ratings_folder(folder, seed)
         return envs.released(folder, kind)
     raise UserError(f"no world {name!r}; there are {WORLDS}")
 
@@ -1354,7 +1353,8 @@ def experiments(args: Namespace, live: Live) -> None:
         for cell, needed in cells.items():
             finished[cell] = np.array([results[jobs.index(job)] for job in needed], float)
         publish(name, base, finished, folder)
-    print(f"seconds   {time.perf_counter() - began:.1f}\nrun       {folder}")
+    print("\n".join([*ledger(live), f"seconds   {time.perf_counter() - began:.1f}",
+                     f"run       {folder}"]))
 
 
 # ------------------------------------------------------------------------------------ main

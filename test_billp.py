@@ -2080,6 +2080,14 @@ def test_one_folder_is_one_world():
     assert settings_of("--world csv:./data/").world == "csv:data"
 
 
+def test_a_run_without_learning_has_one_row(tmp_path):
+    flags = ("--method", "react", "--users", 2, "--max-steps", 2)
+    out = succeed(*flags, "--episodes", 0, "--out", tmp_path / "a")
+    assert "before" in out and "after" not in out
+    _, _, err = command(*flags, "--episodes", 1, "--out", tmp_path / "b")
+    assert "--episodes 0 saves" in err                      # react learns nothing
+
+
 @mock.patch.object(run, "plot")
 def test_experiments_share_runs_and_are_the_same_for_any_workers(plot, tmp_path):
     flags = ("--experiment", "table3,table5", "--rows", "billp", "--seeds", 2, *SMALL)
@@ -2300,7 +2308,7 @@ def test_a_title_like_a_refusal_or_label_is_named(title, form):
 
 
 @pytest.mark.parametrize("before", ["", "Try ", "You might ", "You might love "])
-def test_a_title_is_found_behind_any_number_of_words(before):
+def test_a_title_is_found_after_any_number_of_words(before):
     item = FILMS.titles.index("Blade Runner")
     assert prompts.ground(f"{before}Blade Runner tonight", CATALOG) == (item, True)
 
