@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial, reduce
 from math import fsum
+from statistics import fmean
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
@@ -210,6 +211,7 @@ class State(NamedTuple):
     key: Key                        # key.step counts from 0
     history: tuple[str, ...]        # lines of the last `titles` items liked before
     shown: tuple[str, ...]          # lines of the items recommended in this session
+    ratings: tuple[float, ...]      # what they earned
     transcript: str                 # the turns of this session so far
     text: str                       # the last `titles` lines, liked or shown, to search memories by
     vector: np.ndarray              # float32 [d], the embedding of the text
@@ -356,8 +358,10 @@ def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> 
     """
     recalled = recall(memory, state.vector, config.k_values)
     targets = tuple((record.item, record.content) for record in recalled)
-    question = prompts.render_critic(targets, config.gamma, state.top)
-    mean = fsum(target for _, target in targets) / max(len(targets), 1)
+    # before the first rating, the middle of the scale
+    rating = fmean(state.ratings or [3.0])
+    question = prompts.render_critic(targets, as_before=state.top * rating / 5)
+    mean = fmean(target for _, target in targets) if targets else 0.0
     answer = consult(llm, "critic", state, question, prompts.parse_critic, config, mean)
     value = min(max(answer.value, 0.0), state.top)
     return answer._replace(value=value, recalled=targets), memory
@@ -368,7 +372,9 @@ def reflector(trajectory: Trajectory, memory: Memory, llm: LLM, config: Config =
 
     Fallback: nothing is kept.
     """
-    last, question = trajectory.last, prompts.render_reflector()
+    last = trajectory.last
+    tastes = prompts.category_tool(last.history, last.shown, config.lately)
+    question = prompts.render_reflector(last.shown[-1], tastes, trajectory.terminated)
     answer = consult(llm, "reflector", last, question, prompts.parse_reflector, config, "")
     if answer.fallback:
         return answer, memory
@@ -415,6 +421,7 @@ def opening(catalog: Catalog, user: int, key: Key, config: Config = DEFAULT) -> 
         key=key._replace(step=0),
         history=history,
         shown=(),
+        ratings=(),
         transcript="",
         text=text,
         vector=catalog.embed([text])[0],
@@ -433,6 +440,7 @@ def advance(state: State, catalog: Catalog, step: Step, left: bool, config: Conf
     return state._replace(
         key=state.key._replace(step=n),
         shown=shown,
+        ratings=state.ratings + (step.reward,),
         transcript=state.transcript + prompts.turn(
             n, step.plan.value, step.line, step.reward, left, asked),
         text=text,

@@ -533,14 +533,17 @@ def complaint(text: str, malformed: Malformed) -> tuple[tuple[str, str], ...]:
 # The lines asked for are not those of the session. A small model that is asked for "Thought 5: ..."
 # or "Action 5: recommend ..." is apt to copy thought 4 or action 4.
 
-PLANNER = """
+LESSONS = """
 Lessons from other sessions:
 {lessons}
-
+"""
+PLANNER = """
 Categories shown in the last {lately} steps: {recent}.
-Other categories, best first: {other}.
-Which one of the other categories should come next? Reply with one short line:
+{choice} Reply with one short line:
 Next category: CATEGORY, because REASON"""
+# A small model chooses best if the categories stand in the question itself.
+CHOICE = "Which one of the other categories should come next: {other}?"
+NO_CHOICE = "All categories liked before were shown. Which one was shown longest ago?"
 # Categories that the planner chooses among. A small model hardly heeds their order, so only the
 # most liked are offered.
 OFFERED = 5
@@ -568,13 +571,11 @@ def category_tool(history: Sequence[str], shown: Sequence[str], lately: int) -> 
 
 def render_planner(lessons: Sequence[str], tastes: Tastes, lately: int) -> str:
     """The planner's question, given reflections and the category tool."""
+    learned = LESSONS.format(lessons=bullets(lessons)) if lessons else ""
     recent = ", ".join(tastes.recent) or "none yet"
-    offers = []
-    for tag in tastes.other[:OFFERED]:
-        times = tastes.liked[tag]
-        offers.append(f"{tag} ({times} liked)")
-    other = ", ".join(offers) or "none left; choose the one shown longest ago"
-    return PLANNER.format(lessons=bullets(lessons), lately=lately, recent=recent, other=other)
+    offered = ", ".join(tastes.other[:OFFERED])
+    choice = CHOICE.format(other=offered) if offered else NO_CHOICE
+    return learned + PLANNER.format(lately=lately, recent=recent, choice=choice)
 
 
 def parse_planner(text: str) -> str | Malformed:
@@ -583,14 +584,21 @@ def parse_planner(text: str) -> str | Malformed:
 
 
 REFLECTOR = """
-The session is over. Why did it end, and what is one rule for the next user like this one?
-Say how far apart alike items must be, and which categories to seek or to avoid. Reply with one short line:
-Reflection: The user left because REASON. RULE"""
+The session ended with {line}. Why, and {better}? Reply with one short line:
+Reflection: The user {ending} because REASON. Better next time: CATEGORY"""
+BETTER = "which one of these categories would have been better: {other}"
 
 
-def render_reflector() -> str:
-    """The reflector's question after a session."""
-    return REFLECTOR
+def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
+    """The reflector's question after a session that ended with this item.
+
+    As for the planner the question is a choice: a small model that is asked for a rule of its own
+    tells one that fits every session.
+    """
+    offered = ", ".join(tastes.other[:OFFERED])
+    better = BETTER.format(other=offered) if offered else "what would have been better"
+    ending = "left" if left else "stayed"
+    return REFLECTOR.format(line=line, better=better, ending=ending)
 
 
 def parse_reflector(text: str) -> str | Malformed:
@@ -699,19 +707,28 @@ def parse_actor(text: str) -> str | Malformed:
     return part
 
 
+# Without the formula of a value: a small model that sees it begins to calculate and errs.
 CRITIC = """
 Values of similar situations, each with the item it came after, nearest first:
 {targets}
 
-Estimate the value of the present situation: the sum of the ratings still to come, where each further
-step counts {gamma:g} times the one before and leaving ends it; at most {top:g}. Reply with one line:
+If the user stays and goes on as before, the value is {as_before:.2f}; if the user leaves next, it is 0.
+{average}What is the value of the present situation? Reply with one line:
 Value: NUMBER"""
 
 
-def render_critic(targets: Sequence[tuple[str, float]], gamma: float, top: float) -> str:
-    """The critic's question, given pairs (last line of a similar state, its TD target)."""
+def render_critic(targets: Sequence[tuple[str, float]], as_before: float) -> str:
+    """The critic's question.
+
+    targets: pairs (last line of a similar state, its TD target).
+    as_before: the value if all further ratings equal the mean of the session so far.
+    """
     known = [f"{target:.2f} after {line}" for line, target in targets]
-    return CRITIC.format(targets=bullets(known), gamma=gamma, top=top)
+    average = ""
+    if targets:
+        mean = fmean(target for _, target in targets)
+        average = f"Similar situations have {mean:.2f} on average. "
+    return CRITIC.format(targets=bullets(known), as_before=as_before, average=average)
 
 
 NUMBER = r"(-?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
@@ -744,7 +761,7 @@ APART = r"\b([1-9]\d?) steps? apart"
 MOST_LIKED = "most liked"           # these words of a lesson reach the planner
 AVOID = r"Avoid (.*?)\."
 PLAN = r"(?m)^Thought \d+: (.*), because similar .* Keep away from (.*)\.$"
-OTHER = r"(?m)^Other categories, best first: (.*)\.$"
+OTHER = r"(?m)^Which one of the other categories should come next: (.*)\? "
 
 
 def parts_of(prompt: str) -> tuple[str, str, str]:
@@ -794,9 +811,7 @@ def offline_planner(text: str, seed: int) -> str:
     newest_first = shown_in(session)[::-1]
     for _, tags in newest_first[:apart - 1]:
         away.update(tags)
-    offers = re.search(OTHER, question)[1]
-    # Where none is left, the only offer is the phrase "none left; ...", which matches no item.
-    other = split_tags(re.sub(r" \(\d+ liked\)", "", offers))
+    other = tags_in(question, OTHER) or ["anything"]        # no item is of this category
     options = [tag for tag in other if tag not in away] or other
     if MOST_LIKED in question:
         options = options[:1]       # the tool names the most liked first
@@ -825,11 +840,11 @@ def offline_actor(text: str, seed: int) -> str:
 
 
 def offline_critic(text: str, seed: int) -> str:
-    """The mean of the recalled targets; with none, the middle of the scale."""
+    """The mean of the recalled targets; with none, the value if the user goes on as before."""
     _, _, question = parts_of(text)
     targets = [float(number) for number in re.findall(r"\n- (-?[\d.]+) after\b", question)]
-    top = float(re.search(r"at most ([\d.]+)\.", question)[1])
-    return f"Value: {fmean(targets or [top / 2]):.2f}"
+    as_before = float(re.search(r"as before, the value is ([\d.]+);", question)[1])
+    return f"Value: {fmean(targets or [as_before]):.2f}"
 
 
 def similar(a: Sequence[str], b: Sequence[str]) -> bool:
