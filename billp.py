@@ -27,7 +27,7 @@ from collections import Counter
 from functools import partial, reduce
 from math import fsum
 from statistics import fmean
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Collection, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
@@ -136,12 +136,13 @@ def push(memory: Memory, chunk: Chunk) -> Memory:
     After 1, 2, 3, 4, 5 single records the chunks have the lengths (1), (2), (2, 1), (4), (4, 1).
     """
     # Double precision, so that the distances of `recall` do not depend on the processor.
-    newer = Chunk(chunk.records, chunk.vectors.astype(float))
-    while memory and len(memory[-1].records) < 2 * len(newer.records):
-        older = memory[-1]
+    last = Chunk(chunk.records, chunk.vectors.astype(float))
+    # merge until the chunk before is at least twice as long
+    while memory and len(memory[-1].records) < 2 * len(last.records):
+        before = memory[-1]
         memory = memory[:-1]
-        newer = Chunk(older.records + newer.records, np.concatenate([older.vectors, newer.vectors]))
-    return memory + (newer,)
+        last = Chunk(before.records + last.records, np.concatenate([before.vectors, last.vectors]))
+    return memory + (last,)
 
 
 def merge(memory: Memory, newer: Memory) -> Memory:
@@ -173,10 +174,11 @@ def nearest_first(distances: np.ndarray, count: int) -> Iterator[int]:
 
     The `count` nearest are sorted first. The others are sorted only if the caller goes on.
     """
-    limit = np.inf
+    near = np.full(len(distances), True)
     if count < len(distances):
-        limit = np.partition(distances, count - 1)[count - 1]       # quicker than sorting all
-    for group in (distances <= limit, distances > limit):
+        # quicker than sorting all
+        near = distances <= np.partition(distances, count - 1)[count - 1]
+    for group in (near, ~near):
         newest_first = np.flatnonzero(group)[::-1]
         # a stable sort keeps the newest first among equals
         yield from newest_first[np.argsort(distances[newest_first], stable=True)]
@@ -306,22 +308,25 @@ def evidence(state: State, memory: Memory, config: Config) -> Counter:
     return Counter((record.item, record.content) for record in similar)
 
 
+def lines_to_show(state: State, remembered: Iterable[str], taken: Collection[int],
+                  catalog: Catalog, config: Config) -> list[str]:
+    """Lines for the actor's list: the free items nearest to the thought, or those remembered."""
+    if not config.candidates:
+        in_catalog = set(catalog.lines)             # a loaded memory may come from another world
+        return [line for line in remembered if line in in_catalog]
+    tastes = prompts.category_tool(state.history, state.shown, config.lately)
+    texts = prompts.query(state.thought, catalog.env.categories, tastes)
+    items = prompts.closest(texts, catalog, taken, config.candidates)
+    return [catalog.lines[item] for item in items]
+
+
 def shortlist(state: State, memory: Memory, catalog: Catalog,
               config: Config) -> tuple[Candidate, ...]:
-    """The free items that the actor is shown, each once, those with the best evidence first.
-
-    With candidates they are the free items nearest to the thought. Without, those remembered.
-    """
+    """The free items that the actor is shown, each once, those with the best evidence first."""
     taken = () if config.repeats else state.taken
-    counts = evidence(state, memory, config)
-    if config.candidates:
-        tastes = prompts.category_tool(state.history, state.shown, config.lately)
-        texts = prompts.query(state.thought, catalog.env.categories, tastes)
-        items = prompts.closest(texts, catalog, taken, config.candidates)
-        lines = [catalog.lines[item] for item in items]
-    else:
-        in_catalog = set(catalog.lines)             # a loaded memory may come from another world
-        lines = [line for line, _ in counts if line in in_catalog]
+    counts = evidence(state, memory, config)        # (line, verdict) -> times
+    remembered = [line for line, _ in counts]
+    lines = lines_to_show(state, remembered, taken, catalog, config)
     # By line, too: a free item may share its line with another free one, or with a taken one.
     excluded = {catalog.lines[item] for item in taken}
     free = [line for line in dict.fromkeys(lines) if line not in excluded]
@@ -354,15 +359,15 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
 def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
     """Micro level: V(s_n) in [0, state.top], given TD targets of similar states.
 
-    Fallback: their mean, or 0.
+    Fallback: their mean, or else the value if the user goes on as before.
     """
     recalled = recall(memory, state.vector, config.k_values)
     targets = tuple((record.item, record.content) for record in recalled)
-    # before the first rating, the middle of the scale
-    rating = fmean(state.ratings or [3.0])
-    question = prompts.render_critic(targets, as_before=state.top * rating / 5)
-    mean = fmean(target for _, target in targets) if targets else 0.0
-    answer = consult(llm, "critic", state, question, prompts.parse_critic, config, mean)
+    rating = fmean(state.ratings or [3.0])          # at first the middle of the scale
+    as_before = state.top * rating / 5              # state.top has a rating of 5 at every step
+    question = prompts.render_critic(targets, as_before)
+    expected = fmean([target for _, target in targets] or [as_before])
+    answer = consult(llm, "critic", state, question, prompts.parse_critic, config, expected)
     value = min(max(answer.value, 0.0), state.top)
     return answer._replace(value=value, recalled=targets), memory
 

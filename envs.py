@@ -122,6 +122,15 @@ def reset(env: Env, user: Array) -> EnvState:
     return EnvState(user, nothing, np.zeros_like(user))
 
 
+def with_all(env: Env, state: EnvState) -> tuple[EnvState, Array]:
+    """Sessions and items that broadcast to [B, m], to ask about all m items for each of B users.
+
+    The sessions get an axis of length 1: user and t are [B, 1], recent is [B, 1, W].
+    """
+    sessions = EnvState(*[part[:, None] for part in state])
+    return sessions, np.arange(len(env.titles))
+
+
 def distance_to_recent(env: Env, state: EnvState, item: Array) -> Array:
     """float [...]: the distance of an item to the nearest of the last W items; infinite if none.
 
@@ -263,15 +272,6 @@ def preferred(good: Array, free: Array) -> Array:
     return np.where(both.any(-1, keepdims=True), both, free)
 
 
-def with_all(env: Env, state: EnvState) -> tuple[EnvState, Array]:
-    """Sessions and items that broadcast to [B, m], to ask about all m items for each of B users.
-
-    The sessions get an axis of length 1: user and t are [B, 1], recent is [B, 1, W].
-    """
-    sessions = EnvState(*[part[:, None] for part in state])
-    return sessions, np.arange(len(env.titles))
-
-
 def random(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """A free item, drawn with equal chances."""
     return draw(0, free, rng)
@@ -374,8 +374,8 @@ def turns(env: Env, episodes: int, rounds: int, rng: Rng) -> Iterator[tuple[EnvS
     Learners take turns, in a random order, for the given number of episodes. With fewer episodes
     than rounds some rounds are empty.
     """
-    # resize repeats the order until it is long enough
-    users = np.resize(rng.permutation(env.learners), episodes)
+    # resize repeats the order until it is long enough; of nobody it would make user 0
+    users = np.resize(rng.permutation(env.learners), episodes if env.learners else 0)
     for group in np.array_split(users, rounds):
         yield reset(env, group), unseen(env, group)
 
@@ -463,9 +463,10 @@ def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
     chance = np.exp(log_chance)
     entropy = -(chance * log_chance).sum(1, keepdims=True)
     picked = np.eye(len(items))[pick]           # [B, k]: 1 at the pick, 0 elsewhere
-    # d log_chance[pick] / d fit_j = picked_j - chance_j
-    # d entropy / d fit_j = -chance_j * (log_chance_j + entropy)
-    slope = td_error[:, None] * (picked - chance) - ENTROPY * chance * (log_chance + entropy)
+    # by fit_j, of log_chance[pick] and of the entropy
+    slope_of_pick = picked - chance
+    slope_of_entropy = -chance * (log_chance + entropy)
+    slope = td_error[:, None] * slope_of_pick + ENTROPY * slope_of_entropy
     # fit_j = x @ match @ vector_j + appeal_j, so d fit_j / d match is outer(x, vector_j)
     match = x.T @ slope @ env.vectors[items]            # [2d + 1, B] @ [B, k] @ [k, d]
     appeal = np.zeros(len(env.titles))
@@ -565,15 +566,25 @@ def gains(after: Array, before: Array) -> Array:
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
+def t_interval(figures: Array) -> tuple[Array, Array]:
+    """The ends of the 95 % confidence interval of the mean of figures [S, ...] of S seeds."""
+    seeds = len(figures)
+    quantile = STUDENT[min(seeds - 1, len(STUDENT)) - 1]
+    margin = quantile * figures.std(0, ddof=1) / np.sqrt(seeds)
+    return figures.mean(0) - margin, figures.mean(0) + margin
+
+
 def bootstrap(figure: Function, samples: Sequence[Array], draws: int) -> Array:
     """[2, ...]: the 0.025 and 0.975 quantiles of a figure, users drawn with replacement.
 
-    Samples are [N, k], of one seed. The same users are drawn from all of them.
+    Samples are [1, N, k], of one seed. The same users are drawn from all of them.
     """
-    users = len(samples[0])
+    users = samples[0].shape[1]
     drawn = np.random.default_rng(0).integers(users, size=(draws, users))
-    # [draws, N, k] -> [draws, 1, N, k]: each draw is a sample of one seed
-    resampled = [sample[drawn][:, None] for sample in samples]
+    resampled = []
+    for sample in samples:
+        of_draws = sample[0][drawn]                 # [draws, N, k]
+        resampled.append(of_draws[:, None])         # [draws, 1, N, k]: each draw has one seed
     return np.quantile(figure(*resampled), [0.025, 0.975], axis=0)
 
 
@@ -585,16 +596,13 @@ def intervals(figure: Function, *samples: Array, draws: int = 1000) -> list[list
     [..., numbers]. Several seeds give a t interval over the seeds' figures, because users of one
     seed share its world. One seed gives a percentile bootstrap interval over its users.
     """
-    # [S, N, k] -> [S, 1, N, k]: the figure sees S samples of one seed each and gives a row for each
-    figures = figure(*[sample[:, None] for sample in samples])
-    seeds, mean = len(figures), figures.mean(0)
-    if seeds == 1:
-        low, high = bootstrap(figure, [sample[0] for sample in samples], draws)
-    else:
-        quantile = STUDENT[min(seeds - 1, len(STUDENT)) - 1]
-        margin = quantile * figures.std(0, ddof=1) / np.sqrt(seeds)
-        low, high = mean - margin, mean + margin
-    return np.stack([mean, low, high], -1).round(4).tolist()
+    seeds = len(samples[0])
+    of_seeds = []
+    for seed in range(seeds):
+        of_seeds.append(figure(*[sample[seed:seed + 1] for sample in samples]))
+    figures = np.array(of_seeds)                    # [S, numbers]
+    low, high = t_interval(figures) if seeds > 1 else bootstrap(figure, samples, draws)
+    return np.stack([figures.mean(0), low, high], -1).round(4).tolist()
 
 
 def metrics(after: Array, before: Array | None = None) -> dict[str, list[float]]:
@@ -756,8 +764,6 @@ ALIASES = {"user": "user userid",
            "rating": "rating score stars",
            "time": "time timestamp date"}
 NO_TAG = ("", "unknown", "(no genres listed)")
-# "Matrix, The": the article stands at the end, or before a parenthesis
-ARTICLE = r"^([^(]*), (The|A|An|Les?|La|L'|Il|El|Los|Las|Das|Der|Die|Une?)(?= \(|$)"
 
 
 class BadData(ValueError):
@@ -856,6 +862,10 @@ def read_rows(file: Path, needed: Sequence[str], parse: Callable) -> Iterator:
             raise ValueError(f"line {lines.line_num}: {error}") from None
 
 
+# "Matrix, The": the article stands at the end, or before a parenthesis
+ARTICLE = r"^([^(]*), (The|A|An|Les?|La|L'|Il|El|Los|Las|Das|Der|Die|Une?)(?= \(|$)"
+
+
 def split_title(text: str) -> tuple[str, int | None]:
     """The title with its article first, and the year after it, if there is one.
 
@@ -872,7 +882,7 @@ def split_title(text: str) -> tuple[str, int | None]:
     if at_end:
         title, year = title[:at_end.start()], int(at_end[1])
     title = re.sub(ARTICLE, r"\2 \1", title)
-    return title.replace("L' ", "L'"), year
+    return title.replace("L' ", "L'"), year         # this article takes no space
 
 
 def parse_entry(items: Numbers, row: Row) -> tuple:
@@ -946,12 +956,12 @@ def ridge(own: Array, other: Array, ratings: Array, fixed: Array, count: int) ->
     """
     # rating - the other's bias = [the other's factors, 1] @ [own factors, own bias]
     targets = ratings - fixed[other, -1]
-    factors = fixed.copy()
-    factors[:, -1] = 1
+    inputs = fixed.copy()
+    inputs[:, -1] = 1                           # so that the own bias is a weight like the others
     width = fixed.shape[1]
     fitted = np.zeros((count, width), np.float32)
     for group in groups(own):
-        x = factors[other[group]]
+        x = inputs[other[group]]
         penalty = np.full(width, 3 + len(group) / 10)
         penalty[-1] = 3
         solution = np.linalg.solve(x.T @ x + np.diag(penalty), x.T @ targets[group])
@@ -1038,7 +1048,8 @@ def fitted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int) -> E
     # by user, then by time: the last key counts most
     votes = votes[np.lexsort((votes["time"], votes["user"]))]
     votes["rating"], mapping = rescaled(votes["rating"])
-    # the first half of the users learns, so the seed draws who they are; votes stay ordered by time
+    # The first half of the users learns, so the seed draws who they are. Each user's votes stay
+    # ordered by time.
     new_number = rng.permutation(n)
     votes["user"] = new_number[votes["user"]]
     held_out = rng.permutation(size) < size // 10           # true at exactly a random tenth

@@ -212,14 +212,16 @@ REFLECTIONS = ("reflection", "lesson")
 TURNS = ("thought", "next category", "action", "free item", "final answer", "observation")
 GAP = r"[ \t*_]{0,9}"
 # Labels may also be words of a sentence, "I like Action: it is fast". So they count only where they
-# begin something.
-LABEL = re.compile(rf"""(?imx)          # spaces and comments in this pattern do not count
+# begin something. In both patterns spaces and comments do not count.
+IN_LINE = re.compile(rf"""(?imx)
     (?: ^ | [^\w\s,] | _               # where a line begins, after a full stop or a mark,
       | (?=\baction[ ]\d+:[ ]recommend)  # or as in the lines of a session
     ) [ \t]*
     (?P<name> {LABELS} ) {GAP} \d*      # "Thought 3", "Final Answer", "item"
-    [ \t*_"')]{{0,9}} : [ \t*_"'`-]*
-    | ^ [ \t*_\#>]* (?P<heading> {LABELS} ) {GAP} \d* {GAP} $      # or a heading, "### Thought 3"
+    [ \t*_"')]{{0,9}} : [ \t*_"'`-]*    # then a colon
+    """)
+HEADING = re.compile(rf"""(?imx)        # "### Thought 3", alone in its line
+    ^ [ \t*_\#>]* (?P<name> {LABELS} ) {GAP} \d* {GAP} $
     """)
 
 
@@ -233,10 +235,10 @@ class Head(NamedTuple):
 def heads_of(text: str) -> list[Head]:
     """The labels in a reply, in order."""
     heads = []
-    for match in LABEL.finditer(text):
-        group = match.lastgroup     # name or heading
-        heads.append(Head(match[group].lower(), match.start(group), match.end()))
-    return heads
+    for pattern in (IN_LINE, HEADING):
+        for match in pattern.finditer(text):
+            heads.append(Head(match["name"].lower(), match.start("name"), match.end()))
+    return sorted(heads, key=lambda head: head.start)
 
 
 def segment(text: str, labels: Sequence[str]) -> str:
@@ -256,11 +258,15 @@ def segment(text: str, labels: Sequence[str]) -> str:
 
 
 # A title may begin like a refusal, "Sorry, Wrong Number": so more of the sentence is needed.
-I_AM = "(i am|i ?['’]?m)"
-REFUSAL = re.compile(
-    rf"(?i)\W*(({I_AM} ((very|so) )?)?sorry(\W*$|\W+(but|i|that|as)\b)|i apologi[sz]e\b|as an ai\b"
-    rf"|{I_AM} (unable|not able) to\b|i (can(not|['’]?t| not)|won['’]?t)(\W*$"
-    r"| (help|assist|recommend|suggest|provide|comply|answer|fulfill?|choose)\b))")
+I_AM = "(i[ ]am|i[ ]?['’]?m)"
+REFUSAL = re.compile(rf"""(?ix) \W* (      # spaces and comments in this pattern do not count
+      ({I_AM} [ ] ((very|so)[ ])?)? sorry (\W*$ | \W+(but|i|that|as)\b)     # "I'm sorry, but"
+    | i[ ]apologi[sz]e\b
+    | as[ ]an[ ]ai\b
+    | {I_AM} [ ] (unable|not[ ]able) [ ] to\b
+    | i [ ] (can(not|['’]?t|[ ]not)|won['’]?t)                              # "I can't help"
+      (\W*$ | [ ](help|assist|recommend|suggest|provide|comply|answer|fulfill?|choose)\b)
+    )""")
 
 
 def refuses(text: str, labels: Sequence[str]) -> bool:
@@ -273,12 +279,19 @@ def refuses(text: str, labels: Sequence[str]) -> bool:
 
 
 def first_line(text: str) -> str:
-    """The first line that says something, without the marks of lists, bold letters or code."""
+    """The first line that says something, without the marks of lists, bold letters or code.
+
+    A line such as "Here is my thought:" counts only if there is no other.
+    """
+    lines = []
     for line in text.splitlines():
         content = clean(line).strip(" *_`#>-\"{}")
         if content and not line.strip().startswith("```"):
-            return content
-    return ""
+            lines.append(content)
+    for line in lines:
+        if not line.endswith(":"):
+            return line
+    return lines[0] if lines else ""
 
 
 def labelled(text: str, labels: Sequence[str]) -> str:
@@ -370,6 +383,15 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
     return Catalog(env, embed, tuple(lines), vectors, names)
 
 
+def of_year(items: Sequence[int], year: int, catalog: Catalog) -> list[int]:
+    """The items of this year; or else those one year off, or without a year."""
+    for years in ((year,), (year - 1, year + 1, None)):
+        fitting = [item for item in items if catalog.env.years[item] in years]
+        if fitting:
+            return fitting
+    return []
+
+
 def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], int]:
     """The items whose title the words begin with, and how many words it has with its year.
 
@@ -379,16 +401,14 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     for size in range(min(LONGEST, len(words)), 0, -1):
         items = catalog.names.get(" ".join(words[:size]).casefold(), [])
         following = words[size] if size < len(words) else ""
-        if not items:
-            continue
         if not YEAR.fullmatch(following):
-            return items, size
-        year = int(following)
-        years = (None, year - 1, year, year + 1)
-        dated = [item for item in items if catalog.env.years[item] in years]
+            if items:
+                return items, size
+            continue
+        dated = of_year(items, int(following), catalog)
         if dated:
             return dated, size + 1
-        # it is the year of another item: a shorter title may fit
+        # If it is the year of another item, a shorter title may fit.
     return [], 0
 
 
@@ -409,8 +429,9 @@ def titles_in_front(text: str, catalog: Catalog) -> list[int]:
         for front in (title, unnumbered):
             words = words_of(front)
             titled, size = leading_title(words, catalog)
-            is_sure = size > 1 or len(words) == 1               # size counts the year, too
-            if titled and is_sure:
+            fills_line = len(words) == 1
+            has_more = size > 1                 # a second word, or the year
+            if titled and (fills_line or has_more):
                 items += titled
                 break
     return items
@@ -746,9 +767,11 @@ def parse_critic(text: str) -> float | Malformed:
     (7.5, 7.5)
     """
     outside = re.sub(r"\(.*?\)", " ", text)
-    match = (VALUE_NUMBER.search(outside) or re.search(NUMBER, outside)
-             or re.search(NUMBER, text))
-    return float(match[1].replace(",", ".")) if match else Malformed("the reply held no number")
+    for pattern, where in ((VALUE_NUMBER, outside), (NUMBER, outside), (NUMBER, text)):
+        match = re.search(pattern, where)
+        if match:
+            return float(match[1].replace(",", "."))
+    return Malformed("the reply held no number")
 
 
 # --------------------------------------------------------------------------- the stand-in
@@ -765,7 +788,10 @@ OTHER = r"(?m)^Which one of the other categories should come next: (.*)\? "
 
 
 def parts_of(prompt: str) -> tuple[str, str, str]:
-    """History, session and question. The last observation counts as part of the question."""
+    """History, session and question.
+
+    The last observation counts as part of the question: it tells whether the user left.
+    """
     history, _, rest = prompt.partition("\nSession so far:\n")
     session, _, question = rest.rpartition("\nObservation ")
     return history, session, question
@@ -802,21 +828,25 @@ def spelled_avoid(categories: set[str]) -> str:
 
 
 def offline_planner(text: str, seed: int) -> str:
-    """One of the categories that the tool offers, and what the lessons say to keep away from."""
+    """One of the categories that the tool offers, and what the lessons say to keep away from.
+
+    "Next category: War, because similar items go 3 steps apart. Avoid Horror. Keep away from Drama,
+    Horror."
+    """
     history, session, question = parts_of(text)
     apart = apart_in(question)
     # what this user liked is no warning for this user
     warned = set(tags_in(question, AVOID)).difference(tags_in(history, LIKED))
-    away = set(warned)
+    unwanted = set(warned)
     newest_first = shown_in(session)[::-1]
     for _, tags in newest_first[:apart - 1]:
-        away.update(tags)
+        unwanted.update(tags)
     other = tags_in(question, OTHER) or ["anything"]        # no item is of this category
-    options = [tag for tag in other if tag not in away] or other
+    options = [tag for tag in other if tag not in unwanted] or other
     if MOST_LIKED in question:
         options = options[:1]       # the tool names the most liked first
     target = pick(options, text, seed)
-    keep_away = ", ".join(sorted(away - {target})) or "nothing"
+    keep_away = ", ".join(sorted(unwanted - {target})) or "nothing"
     # the actor reads this sentence by PLAN, later planners and the reflector by AVOID and APART
     return (f"Next category: {target}, because similar items go {steps(apart)} apart."
             f"{spelled_avoid(warned)} Keep away from {keep_away}.")
@@ -881,7 +911,7 @@ def offline_reflector(text: str, seed: int) -> str:
     # A gap that did no harm is enough, even if the thoughts asked for more.
     advised = min(apart_in(session), harmless)
     warned = set()
-    if "the user left" not in question:
+    if "the user left" not in question:             # the question itself has "The user left"
         why = f"The user stayed for all {steps(len(titles))}"
     elif last_gap < harmless:
         earlier = titles[-1 - last_gap]
@@ -965,7 +995,7 @@ KINDS = (                           # the first kind whose signs fit counts
     Kind("request", 1, "mend the request: --model, --extra-body or --header",
          "4(?!08|09)..|501|LocalProtocolError"),
     Kind("no server", 3, "start the server, or check --base-url, the proxy and SSL_CERT_FILE",
-         "ConnectError|ConnectTimeout|ProxyError|UnicodeError"),
+         r"ConnectError|ConnectTimeout|ProxyError|Unicode\w*Error"),
     Kind("slow", 2, "raise --timeout", r"\w*Timeout"),
     Kind("failure", 7, RESUME, ""),             # 408, 409, 5xx, a lost connection
 )
@@ -1161,10 +1191,12 @@ def asked_wait(headers: Any, text: str) -> float:
         return parsedate_to_datetime(after).timestamp() - time.time()
     except MISSHAPEN:
         pass                        # no date
-    # One text, so that one pattern reads them all; the first duration counts. An absent header
-    # leaves "wait Nonems" or "wait s", which is none.
-    hints = f"wait {headers.get('retry-after-ms')}ms, wait {after}s, {text}"
-    duration = re.search(DURATION, hints)
+    hints = []
+    for name, unit in (("retry-after-ms", "ms"), ("retry-after", "s")):
+        if name in headers:
+            hints.append(f"wait {headers[name]}{unit}")
+    # One text, so that one pattern reads them all. The first duration counts.
+    duration = re.search(DURATION, ", ".join([*hints, text]))
     return float(duration[2]) * SECONDS[duration[3].lower()] if duration else 0.0
 
 
@@ -1232,11 +1264,12 @@ def redirected(route: Route, response: Any) -> Fault:
 def status_of(response: Any, data: dict) -> str:
     """The HTTP status of a response that is no answer.
 
-    With a success the real status is in the body, or else 500. An unreadable body has no data: then
-    the success stays, and its kind is "page".
+    With a success the real status is in the body, or else it is 500.
     """
-    if not (response.is_success and data):
-        return str(response.status_code)
+    status = str(response.status_code)
+    # The success stays if the body is unreadable, and so has no data. Its kind is "page".
+    if not response.is_success or not data:
+        return status
     code = str(fields(data.get("error")).get("code") or data.get("code"))
     return code if re.fullmatch("[45][0-9][0-9]", code) else "500"
 
@@ -1260,8 +1293,35 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
 
 # - requests until there is an answer
 
-# Called before each repeat: it pays for one more request, or raises BudgetSpent. `limited` sets it.
+# Called before each repeat of a request: pays for one more, or raises BudgetSpent. It is set by
+# `limited`, which wraps any LLM, for `persist`, which lies deep within one.
 CHARGE = ContextVar("CHARGE", default=lambda: None)
+
+
+def limited(llm: LLM, max_calls: int) -> LLM:
+    """The same model, which sends at most `max_calls` chat requests, repeats included.
+
+    A run asks counted(noted(recorded(noted(limited(openai))))); `counted` and `noted` of run.py
+    count. Replies from the log never come here: they are free. The first request of an ask is
+    counted here. `persist` calls CHARGE before each further one.
+    """
+    asked = Counter()
+
+    def charge() -> None:
+        with LOCK:
+            if asked["requests"] >= max_calls:
+                raise BudgetSpent(f"the {max_calls} calls allowed are used up: raise --max-calls "
+                                  "and run the same command: it resumes")
+            asked["requests"] += 1
+
+    def answer(ask: Ask) -> Reply:
+        charge()
+        token = CHARGE.set(charge)
+        try:
+            return llm(ask)
+        finally:
+            CHARGE.reset(token)
+    return answer
 
 
 def accepted(route: Route, body: dict) -> dict:
@@ -1314,7 +1374,7 @@ def persist(route: Route, body: dict, read: Callable) -> Any:
         tried[got.kind] += 1
         if tried[got.kind] >= got.kind.tries and not is_adapted:
             return got
-        charge()                    # `limited` has paid for the first request only
+        charge()                    # the first request has been paid for by `limited`
         count(route.stats.setdefault("retries", {}), got.kind.name)
         if not is_adapted:
             pause(route, got, tried.total())
@@ -1541,30 +1601,4 @@ def recorded_embed(embed: Embed, log: Log) -> Embed:
             reply = reply_to(log, ask_for(text))
             rows.append(checked(unpacked(reply.text)))
         return np.array(rows)
-    return answer
-
-
-def limited(llm: LLM, max_calls: int) -> LLM:
-    """The same model, which sends at most `max_calls` chat requests, repeats included.
-
-    A run asks counted(noted(recorded(noted(limited(openai))))); `counted` and `noted` of run.py
-    count. Replies from the log never come here: they are free. The first request of an ask is
-    counted here. `persist` calls CHARGE before each further one.
-    """
-    asked = Counter()
-
-    def charge() -> None:
-        with LOCK:
-            if asked["requests"] >= max_calls:
-                raise BudgetSpent(f"the {max_calls} calls allowed are used up: raise --max-calls "
-                                  "and run the same command: it resumes")
-            asked["requests"] += 1
-
-    def answer(ask: Ask) -> Reply:
-        charge()
-        token = CHARGE.set(charge)
-        try:
-            return llm(ask)
-        finally:
-            CHARGE.reset(token)
     return answer

@@ -217,25 +217,28 @@ def check_values(args: Namespace) -> None:
         raise UserError("--extra-body takes a JSON object, such as '{\"top_p\": 0.9}'")
 
 
+def idle_beside_experiments(args: Namespace) -> list[tuple[Iterable[str], str]]:
+    """As `idle_flags`, for an experiment or the lack of one."""
+    if not args.experiment:
+        return [(FLAGS["experiments"], "without --experiment")]
+    idle = [(("method", "load"), "beside --experiment")]
+    # Names of flags, such as "window". A flag is idle only if every experiment asked for varies it.
+    varied = {EXPERIMENTS[name].varied for name in args.experiment}
+    if "model" not in varied:
+        idle.append((["models"], "without --experiment table6"))
+    if varied == {"model"}:
+        idle.append((["rows"], "on table6: its rows are --models"))
+    if varied == {"window"} or varied == {"episodes"}:
+        idle.append((varied, "here: the experiment varies it"))
+    return idle
+
+
 def idle_flags(args: Namespace) -> list[tuple[Iterable[str], str]]:
     """Pairs: flags that would have no effect, given or not, and the end of the message."""
     of_show = FLAGS["look at a finished run"].keys()
     if args.show:
         return [(args.given - of_show, "beside --show")]
-    idle = [(of_show, "without --show")]
-    # names of flags, such as "window"; "" for an experiment that varies none
-    varied = {EXPERIMENTS[name].varied for name in args.experiment}
-    if not args.experiment:
-        idle.append((FLAGS["experiments"], "without --experiment"))
-    else:
-        idle.append((("method", "load"), "beside --experiment"))
-    if "model" not in varied:
-        idle.append((["models"], "without --experiment table6"))
-    # a flag is idle only if every experiment asked for varies it
-    if varied == {"model"}:
-        idle.append((["rows"], "on table6: its rows are --models"))
-    if varied in ({"window"}, {"episodes"}):
-        idle.append((varied, "here: the experiment varies it"))
+    idle = [(of_show, "without --show"), *idle_beside_experiments(args)]
     if args.method in envs.POLICIES:
         of_language = {*OF_ENDPOINTS, *Config._fields, "load", "model"}
         if args.method == "a2c":
@@ -277,8 +280,10 @@ def models_of(args: Namespace) -> list[str]:
         if has_key:                 # many people have one in their environment
             say("OPENAI_API_KEY is set without a model: the stand-in answers")
         return ["offline"]
-    can_ask = has_endpoint or has_key or set(names) == {"offline"}
-    if not (names and all(names) and can_ask):
+    if set(names) == {"offline"}:
+        return ["offline"]
+    has_names = bool(names) and "" not in names
+    if not has_names or not (has_endpoint or has_key):
         raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
                         "or give --base-url and --model; --model offline is the stand-in")
     return list(dict.fromkeys(names))
@@ -349,8 +354,9 @@ def embedding_of(args: Namespace) -> str:
 
 def learns(run: Settings) -> bool:
     """Whether the method can learn from episodes."""
-    keeps = run.config["experience"] or run.config["lessons"] != "none"
-    return run.method not in billp.METHODS or keeps
+    if run.method in envs.POLICIES:
+        return run.method in ("bandit", "a2c")
+    return run.config["experience"] or run.config["lessons"] != "none"
 
 
 def settings(args: Namespace) -> Settings:
@@ -598,7 +604,7 @@ def connect(args: Namespace, run: Settings, folder: Path, live: Live) -> tuple[L
 
 @contextmanager
 def parallel(pool: futures.Executor, stop: Event) -> Iterator[Callable]:
-    """The pool's map. After an error no further call begins.
+    """The pool's map. After an error no further call begins: `counted` refuses it.
 
     Ctrl-C ends at once. After any other error answers on their way are waited for, and logged.
     """
@@ -1078,39 +1084,48 @@ def return_of(trajectory: Trajectory, gamma: float) -> float:
     return billp.discounted_return([step.reward for step in trajectory.steps], gamma)
 
 
-def critic_errors(
-        run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Callable, repeats: int = 6,
-        states: int = 2, draws: int = 200) -> list[list[float]]:
-    """[states, 6]: bias, variance and mean squared error of one return, then of the critic's V.
+def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Callable,
+                     users: Sequence[int], draws: int) -> list[list[float]]:
+    """[users, 2]: after one learning run, the error of one return, then of the critic's V.
 
-    A state is the first one of a session. Errors are taken over `repeats` learning runs that differ
-    in their random draws. The reference is the mean of `draws` further returns of the same agent
-    from the same state.
+    The state is the first one of a session with each user. The reference is the mean of `draws`
+    further returns of the same agent from there.
     """
     config = Config(**run.config)
     catalog = prompts.catalog(place.env, embed)
     # Returns are played in a shorter world, which saves steps. The critic is asked in the full one,
     # because State.top depends on the cap.
     short = catalog._replace(env=shortened(place.env, config.gamma))
+    agent = billp.NOVICE
+    learners = envs.branch(run.seed, "learners").permutation(place.learners).tolist()
+    for agent, _ in billp.train(catalog, learners, llm, run.seed, agent, config, pmap):
+        pass                        # the last agent has learned from all batches
+    errors = []
+    for i, user in enumerate(users):
+        played = billp.evaluate(short, [user] * (draws + 1), agent, llm, run.seed, "continue",
+                                config, pmap)
+        one_return, *others = [return_of(trajectory, config.gamma) for trajectory in played]
+        reference = np.mean(others)
+        state = billp.opening(catalog, user, Key(run.seed, "value", i), config)
+        answer, _ = billp.critic(state, agent.critic, llm, config)
+        errors.append([one_return - reference, answer.value - reference])
+    return errors
+
+
+def critic_errors(
+        run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Callable, repeats: int = 6,
+        states: int = 2, draws: int = 200) -> list[list[float]]:
+    """[states, 6]: bias, variance and mean squared error of one return, then of the critic's V.
+
+    Errors are taken over `repeats` learning runs that differ in their random draws.
+    """
     users = place.held_out[:states]
-    errors = np.zeros((repeats, len(users), 2))
+    errors = []
     for repeat in range(repeats):
         # far apart: seed 0 uses 1000, 2000, ..., seed 1 uses 1001, 2001, ...
-        seed = run.seed + 1000 * (repeat + 1)
-        agent = billp.NOVICE
-        learners = envs.branch(seed, "learners").permutation(place.learners).tolist()
-        for agent, _ in billp.train(catalog, learners, llm, seed, agent, config, pmap):
-            pass                    # the last agent has learned from all batches
-        for i, user in enumerate(users):
-            played = billp.evaluate(short, [user] * (draws + 1), agent, llm, seed, "continue",
-                                    config, pmap)
-            returns = [return_of(trajectory, config.gamma) for trajectory in played]
-            reference = np.mean(returns[1:])
-            errors[repeat, i, 0] = returns[0] - reference           # of one return
-            state = billp.opening(catalog, user, Key(seed, "value", i), config)
-            answer, _ = billp.critic(state, agent.critic, llm, config)
-            errors[repeat, i, 1] = answer.value - reference         # of the critic
-    bias, variance = errors.mean(0), errors.var(0)
+        again = run._replace(seed=run.seed + 1000 * (repeat + 1))
+        errors.append(errors_of_values(again, place, llm, embed, pmap, users, draws))
+    bias, variance = np.mean(errors, 0), np.var(errors, 0)              # [states, 2]
     figures = np.stack([bias, variance, bias ** 2 + variance], -1)      # [states, 2, 3]
     return figures.reshape(len(users), 6).tolist()
 

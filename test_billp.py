@@ -710,11 +710,11 @@ def test_a_twin_of_a_taken_item_may_be_listed():
 @pytest.mark.parametrize("reply, value", [
     ("Value: 7", 7), ("999", STATE.top), ("Value: -3", 0), ("hm", 3)])
 def test_a_value_lies_between_0_and_the_top(reply, value):
-    """The fallback is the mean of the targets 2 and 4, or 0."""
+    """The fallback is the mean of the targets 2 and 4, or the value of a user who rates 3."""
     older = remember(EMPTY, "a", 2.0, STATE.vector)
     memory = remember(older, "b", 4.0, STATE.vector)
     assert billp.critic(STATE, memory, scripted({"critic": [reply]}))[0].value == value
-    assert billp.critic(STATE, EMPTY, scripted({"critic": ["hm"]}))[0].value == 0
+    assert billp.critic(STATE, EMPTY, scripted({"critic": ["hm"]}))[0].value == STATE.top * 3 / 5
 
 
 def test_the_critic_is_told_the_value_of_going_on_as_before():
@@ -987,6 +987,7 @@ def test_a_year_may_be_one_off_but_not_more():
     ('```json\n{"thought": "Comedy next"}\n```', "Comedy next"),
     ("Comedy next\nAction 3: recommend Up", "Comedy next"),
     ("Thought 3: Comedy next Action 3: recommend Up", "Comedy next"),
+    ("Sure, here is my thought:\nComedy next", "Comedy next"),
 ])
 def test_a_thought_comes_without_its_wrapping(reply, thought):
     assert prompts.parse_planner(reply) == thought
@@ -2103,8 +2104,10 @@ def test_a_run_without_learning_has_one_row(tmp_path):
     flags = ("--method", "react", "--users", 2, "--max-steps", 2)
     out = succeed(*flags, "--episodes", 0, "--out", tmp_path / "a")
     assert "before" in out and "after" not in out
-    _, _, err = command(*flags, "--episodes", 1, "--out", tmp_path / "b")
-    assert "--episodes 0 saves" in err                      # react learns nothing
+    for method in ("react", "random"):
+        flags = ("--method", method, "--users", 2, "--episodes", 1, "--out", tmp_path / method)
+        _, _, err = command(*flags)
+        assert f"{method} learns nothing" in err
 
 
 @mock.patch.object(run, "plot")
@@ -2359,6 +2362,19 @@ def test_the_year_behind_a_quoted_title_counts(reply):
     env = FILMS._replace(titles=("Sabrina", "Sabrina") + FILMS.titles[2:],
                          years=(1954, 1995) + FILMS.years[2:])
     assert prompts.ground(prompts.parse_actor(reply), prompts.catalog(env)) == (1, True)
+
+
+@pytest.mark.parametrize("year, item", [(1953, 0), (1954, 1), (1955, 1), (1952, 0)])
+def test_the_exact_year_comes_before_one_that_is_near(year, item):
+    env = FILMS._replace(titles=("Sabrina", "Sabrina") + FILMS.titles[2:],
+                         years=(1953, 1954) + FILMS.years[2:])
+    assert prompts.ground(f"Sabrina ({year})", prompts.catalog(env)) == (item, True)
+
+
+def test_a_world_without_learners_teaches_nobody():
+    env = hand_world()._replace(learners=0)
+    sessions = list(envs.turns(env, 9, 3, np.random.default_rng(0)))
+    assert sum(len(state.user) for state, _ in sessions) == 0
 
 
 def test_a_number_in_brackets_is_not_the_value():
