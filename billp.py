@@ -530,8 +530,8 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
                                gained=Agent(lessons, tried, valued))
 
 
-def session(catalog: Catalog, agent: Agent, llm: LLM, config: Config, user: int,
-            key: Key) -> Trajectory:
+def session(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM,
+            config: Config = DEFAULT) -> Trajectory:
     """Play an episode and study it. Both read the same frozen agent."""
     played = episode(catalog, user, key, agent, llm, config)
     return study(played, agent, llm, config)
@@ -565,6 +565,7 @@ def train(catalog: Catalog, users: Sequence[int], llm: LLM, seed: int = 0, agent
     for start in range(0, len(users), config.batch):
         batch = users[start:start + config.batch]
         keys = [Key(seed, "learn", first + start + i) for i in range(len(batch))]
-        trajectories = tuple(pmap(partial(session, catalog, agent, llm, config), batch, keys))
+        one = partial(session, catalog, agent=agent, llm=llm, config=config)
+        trajectories = tuple(pmap(one, batch, keys))
         agent = reduce(absorb, trajectories, agent)
         yield agent, trajectories

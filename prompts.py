@@ -297,7 +297,8 @@ def first_line(text: str) -> str:
 def labelled(text: str, labels: Sequence[str]) -> str:
     """The first line after one of these labels, or else the first line before all labels.
 
-    It is "" if there is no such line, or if the reply is a refusal.
+    It is "" if there is no such line, if it only repeats the form of the line asked for, or if the
+    reply is a refusal.
 
     >>> labelled("Thought 3: a comedy\\nAction 3: Up", THOUGHTS), labelled("Action: x", THOUGHTS)
     ('a comedy', '')
@@ -306,7 +307,8 @@ def labelled(text: str, labels: Sequence[str]) -> str:
         return ""
     heads = heads_of(text)
     before = text[:heads[0].start] if heads else text
-    return first_line(segment(text, labels)) or first_line(before)
+    line = first_line(segment(text, labels)) or first_line(before)
+    return "" if re.search(r"\b(CATEGORY|REASON)\b", line) else line
 
 
 def item_part(text: str) -> str:
@@ -690,6 +692,13 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
 
     Those to avoid do not count. Those in its reason count only if there are none before it, and
     those shown lately only if there are no others.
+
+    >>> wish_of("Comedy, because War was liked", ["Comedy", "War"], [])
+    '[Comedy]'
+    >>> wish_of("Something new, because War was liked", ["Comedy", "War"], [])
+    '[War]'
+    >>> wish_of("War or Comedy", ["Comedy", "War"], ["War"]), wish_of("Avoid War", ["War"], [])
+    ('[Comedy]', 'Avoid War')
     """
     wanted = re.sub(AVOIDED, " ", thought)
     plan, _, _ = wanted.partition("because")
@@ -701,8 +710,8 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
 def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
     """What candidates are retrieved by: what the thought asks for, and categories not shown lately.
 
-    `closest` adds the texts up. Without a thought the first is all that was liked. In that case
-    categories not shown lately are in both texts and count twice.
+    `closest` adds the texts up. Without a thought they are all that was liked, and the part of it
+    that was not shown lately. So that part counts twice.
     """
     wish = in_brackets(tastes.liked)
     if thought:
@@ -777,14 +786,16 @@ def parse_critic(text: str) -> float | Malformed:
 # --------------------------------------------------------------------------- the stand-in
 # A rule-based stand-in for a language model. It reads the same prompts as a model and nothing else.
 
+# Lines of prompts
 LIKED = r"(?m)^- .* \[(.*)\]$"
 SHOWN = r"(?m)^Action \d+: recommend (.*) \[(.*)\]$"
 LISTED = r"(?m)^- (.*) \[(.*)\](?: encouraged (\d+))?,?(?: discouraged (\d+))?$"
-APART = r"\b([1-9]\d?) steps? apart"
-MOST_LIKED = "most liked"           # these words of a lesson reach the planner
-AVOID = r"Avoid (.*?)\."
-PLAN = r"(?m)^Thought \d+: (.*), because similar .* Keep away from (.*)\.$"
 OTHER = r"(?m)^Which one of the other categories should come next: (.*)\? "
+# What the stand-in says to itself: its planner to its actor, its reflector to its planner
+PLAN = r"(?m)^Thought \d+: (.*), because similar .* Keep away from (.*)\.$"
+APART = r"\b([1-9]\d?) steps? apart"
+AVOID = r"Avoid (.*?)\."
+MOST_LIKED = "most liked"
 
 
 def parts_of(prompt: str) -> tuple[str, str, str]:
@@ -1100,16 +1111,17 @@ def address(base_url: str, path: str) -> Any:
     if "://" not in base:
         scheme = "http" if LOOPBACK.match(base) else "https"
         base = f"{scheme}://{base}"
+    malformed = EndpointError("the base URL is no address: write it as http://localhost:8080/v1, "
+                              "and a login as --header Authorization=...")
     try:
         url = httpx.URL(base)
     except httpx.InvalidURL:
-        url = httpx.URL("")
+        raise malformed from None
     # A login in an address is refused: a / or a ? in a password would end the host part, and the
     # rest would be shown.
     has_form = re.fullmatch("(?i)https?://[^@]+", base)
     if not (has_form and url.host and (url.port or 0) < 65536):
-        raise EndpointError("the base URL is no address: write it as http://localhost:8080/v1, "
-                            "and a login as --header Authorization=...")
+        raise malformed
     base_path = url.path.strip("/") or "v1"
     root = re.sub("(^|/)(chat/completions|embeddings)$", "", base_path)
     route = f"/{root}/{path}" if root else f"/{path}"

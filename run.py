@@ -1352,11 +1352,11 @@ def experiments(args: Namespace, live: Live) -> None:
         for needed in cells.values():
             jobs += [job for job in needed if job not in jobs]
     jobs.sort(key=lambda job: -job.run.episodes)    # so no core waits long for another at the end
-    asked = {name: getattr(args, name) for name in ("experiment", "seeds", "models", "rows")}
-    # Too few users are found before anything is written. The first of these needs the most.
-    asking = [job for job in jobs if job.run.method in billp.METHODS]
-    build_place((asking or jobs)[0].run)
-    folder = run_directory(args, base._asdict() | asked)
+    flags = {name: getattr(args, name) for name in ("experiment", "seeds", "models", "rows")}
+    # Too few users are found before anything is written. The first of these jobs needs the most.
+    language_jobs = [job for job in jobs if job.run.method in billp.METHODS]
+    build_place((language_jobs or jobs)[0].run)
+    folder = run_directory(args, base._asdict() | flags)
     results = []
     for samples in do_jobs(args, jobs, folder, live):
         run = jobs[len(results)].run

@@ -994,6 +994,14 @@ def test_a_thought_comes_without_its_wrapping(reply, thought):
 
 
 @pytest.mark.parametrize("reply", [
+    "Next category: CATEGORY, because REASON", "Comedy, because REASON",
+    "Reflection: The user left because it was sad. Better next time: CATEGORY"])
+def test_a_form_that_is_not_filled_in_is_malformed(reply):
+    for parse in (prompts.parse_planner, prompts.parse_reflector):
+        assert isinstance(parse(reply), Malformed)
+
+
+@pytest.mark.parametrize("reply", [
     "I'm sorry, but I can't help with that.", "Sorry, I cannot do this.", "", "```\n```",
     "As an AI, I have no opinion.", "I can’t assist with that request."])
 def test_a_refusal_is_malformed(reply):
