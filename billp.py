@@ -272,7 +272,7 @@ def likeness(a: str, b: str) -> float:
 
 
 def distinct(lessons: Iterable[str], k: int) -> tuple[str, ...]:
-    """The first k lessons, without near copies: texts that share over 4 of 5 words with another."""
+    """The first k lessons, without near copies: texts with over 4 of 5 words of an earlier one."""
     chosen: list[str] = []
     for lesson in lessons:
         if len(chosen) == k:
@@ -301,7 +301,7 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
 
 
 def evidence(state: State, memory: Memory, config: Config) -> Counter:
-    """How often each pair (item line, verdict) is remembered in the states most similar to this."""
+    """How often each pair (item line, verdict) is remembered in states similar to this one."""
     if not config.experience:
         return Counter()
     similar = recall(memory, state.vector, config.k_experience)
@@ -327,7 +327,7 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     counts = evidence(state, memory, config)        # (line, verdict) -> times
     remembered = [line for line, _ in counts]
     lines = lines_to_show(state, remembered, taken, catalog, config)
-    # By line, too: a free item may share its line with another free one, or with a taken one.
+    # Lines are compared, too: a free item may share its line with a taken one.
     excluded = {catalog.lines[item] for item in taken}
     free = [line for line in dict.fromkeys(lines) if line not in excluded]
     listed = [Candidate(line, counts[line, 1], counts[line, 0]) for line in free]

@@ -196,7 +196,7 @@ def check(env: Env) -> None:
         rows = len(getattr(env, name))
         demand(rows == m, f"{name} has {rows} rows for {m} titles")
     c = len(env.categories)
-    demand(np.shape(env.belongs) == (m, c), f"belongs has another width than {c} categories")
+    demand(np.shape(env.belongs) == (m, c), f"belongs needs a column for each of {c} categories")
     demand(np.isfinite(env.vectors).all(), "vectors has numbers that are not finite")
     items = set(range(m))
     for user, history in enumerate(env.histories):
@@ -374,7 +374,7 @@ def turns(env: Env, episodes: int, rounds: int, rng: Rng) -> Iterator[tuple[EnvS
     Learners take turns, in a random order, for the given number of episodes. With fewer episodes
     than rounds some rounds are empty.
     """
-    # resize repeats the order until it is long enough; of nobody it would make user 0
+    # resize repeats the order until it is long enough; an empty order would become zeros
     users = np.resize(rng.permutation(env.learners), episodes if env.learners else 0)
     for group in np.array_split(users, rounds):
         yield reset(env, group), unseen(env, group)
@@ -463,7 +463,8 @@ def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
     chance = np.exp(log_chance)
     entropy = -(chance * log_chance).sum(1, keepdims=True)
     picked = np.eye(len(items))[pick]           # [B, k]: 1 at the pick, 0 elsewhere
-    # by fit_j, of log_chance[pick] and of the entropy
+    # d log_chance[pick] / d fit_j = [j is the pick] - chance_j
+    # d entropy / d fit_j = -chance_j * (log_chance_j + entropy)
     slope_of_pick = picked - chance
     slope_of_entropy = -chance * (log_chance + entropy)
     slope = td_error[:, None] * slope_of_pick + ENTROPY * slope_of_entropy

@@ -14,7 +14,7 @@ from any text, or `Malformed`).
     candidates  free items that the actor is shown, so that it knows what it can name
 
 Prompts grow at the end: first what is fixed for the run, then the history, then the session, then
-what only this question needs. A server that caches prefixes computes little twice.
+what only this question needs. A server that caches prefixes recomputes little.
 Left out on purpose: streaming, tool calls, JSON modes, token counting.
 """
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Usage(NamedTuple):
 class Key(NamedTuple):
     """Names the random draws of one ask, so that equal texts can have different answers."""
     seed: int
-    phase: str                      # "before", "learn", "after", or any other name for draws apart
+    phase: str                      # "before", "learn", "after", or another for separate draws
     episode: int                    # from 0, within its phase
     step: int = 0                   # from 0
     attempt: int = 0                # from 0: how many replies were malformed before
@@ -214,8 +214,8 @@ GAP = r"[ \t*_]{0,9}"
 # Labels may also be words of a sentence, "I like Action: it is fast". So they count only where they
 # begin something. In both patterns spaces and comments do not count.
 IN_LINE = re.compile(rf"""(?imx)
-    (?: ^ | [^\w\s,] | _               # where a line begins, after a full stop or a mark,
-      | (?=\baction[ ]\d+:[ ]recommend)  # or as in the lines of a session
+    (?: ^ | [^\w\s,] | _               # where a line begins; "Comedy. Action: ..."; "**Action: ..."
+      | (?=\baction[ ]\d+:[ ]recommend)  # "Comedy next Action 3: recommend ..."
     ) [ \t]*
     (?P<name> {LABELS} ) {GAP} \d*      # "Thought 3", "Final Answer", "item"
     [ \t*_"')]{{0,9}} : [ \t*_"'`-]*    # then a colon
@@ -402,15 +402,15 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     """
     for size in range(min(LONGEST, len(words)), 0, -1):
         items = catalog.names.get(" ".join(words[:size]).casefold(), [])
+        if not items:
+            continue
         following = words[size] if size < len(words) else ""
         if not YEAR.fullmatch(following):
-            if items:
-                return items, size
-            continue
+            return items, size
         dated = of_year(items, int(following), catalog)
         if dated:
             return dated, size + 1
-        # If it is the year of another item, a shorter title may fit.
+        # The year is that of another item, as in "Alien 2009". A shorter title may fit.
     return [], 0
 
 
@@ -710,8 +710,8 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
 def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
     """What candidates are retrieved by: what the thought asks for, and categories not shown lately.
 
-    `closest` adds the texts up. Without a thought they are all that was liked, and the part of it
-    that was not shown lately. So that part counts twice.
+    `closest` adds the texts up. Without a thought the texts are all that was liked, and the part
+    of it that was not shown lately. So that part counts twice.
     """
     wish = in_brackets(tastes.liked)
     if thought:
@@ -792,7 +792,7 @@ SHOWN = r"(?m)^Action \d+: recommend (.*) \[(.*)\]$"
 LISTED = r"(?m)^- (.*) \[(.*)\](?: encouraged (\d+))?,?(?: discouraged (\d+))?$"
 OTHER = r"(?m)^Which one of the other categories should come next: (.*)\? "
 # What the stand-in says to itself: its planner to its actor, its reflector to its planner
-PLAN = r"(?m)^Thought \d+: (.*), because similar .* Keep away from (.*)\.$"
+PLAN = r"(?m)^Thought \d+: (.*), because similar .* Keep away from (.*?)\.?$"    # it may be cut
 APART = r"\b([1-9]\d?) steps? apart"
 AVOID = r"Avoid (.*?)\."
 MOST_LIKED = "most liked"
@@ -911,30 +911,37 @@ def gaps_between(shown: Sequence[Sequence[str]]) -> list[int]:
     return gaps
 
 
+def cause_of(titles: Sequence[str], gaps: Sequence[int]) -> tuple[str, int]:
+    """Why the user left at the last title, and how far apart similar items must be for that."""
+    *earlier, last = gaps
+    harmless = min(earlier, default=9)              # the smallest gap at which the user stayed
+    if last >= harmless:
+        return f"{titles[-1]} disappointed", 1
+    cause = f"{titles[-1]} came {steps(last)} after {titles[-1 - last]}, which is similar"
+    return cause, last + 1
+
+
 def offline_reflector(text: str, seed: int) -> str:
     """Reads off why the user left: similar items too close together, or a disappointment."""
     history, session, question = parts_of(text)
     liked = Counter(tags_in(history, LIKED))
     # If the last step was very long, its action may have been cut off.
     titles, tags = zip(*(shown_in(session) or [("it", ())]))
-    *earlier_gaps, last_gap = gaps_between(tags)
-    harmless = min(earlier_gaps, default=9)         # the smallest gap at which the user stayed
+    gaps = gaps_between(tags)
     # A gap that did no harm is enough, even if the thoughts asked for more.
-    advised = min(apart_in(session), harmless)
+    advised = min(apart_in(session), *gaps[:-1], 9)
     warned = set()
-    if "the user left" not in question:             # the question itself has "The user left"
-        why = f"The user stayed for all {steps(len(titles))}"
-    elif last_gap < harmless:
-        earlier = titles[-1 - last_gap]
-        why = (f"The user left because {titles[-1]} came {steps(last_gap)} after {earlier}, "
-               "which is similar")
-        advised = max(advised, last_gap + 1)        # this gap was too small
-    else:
-        why = f"The user left because {titles[-1]} disappointed"
-        warned = set(tags[-1]).difference(liked)
+    if "the user left" in question:                 # the template itself has "The user left"
+        cause, needed = cause_of(titles, gaps)
+        advised = max(advised, needed)
+        why = f"The user left because {cause}"
         times_liked = [liked[tag] for tag in tags[-1]]
-        if sum(times_liked) < 3 * len(times_liked):     # fewer than three on average
-            why += f": begin with the {MOST_LIKED} categories"
+        if cause.endswith("disappointed"):
+            warned = set(tags[-1]).difference(liked)
+            if sum(times_liked) < 3 * len(times_liked):     # fewer than three on average
+                why += f": begin with the {MOST_LIKED} categories"
+    else:
+        why = f"The user stayed for all {steps(len(titles))}"
     fans = ", ".join(tag for tag, _ in liked.most_common(3))
     return (f"Reflection: {why}. Keep similar items {steps(advised)} apart "
             f"for those who like {fans}.{spelled_avoid(warned)}")

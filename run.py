@@ -218,7 +218,7 @@ def check_values(args: Namespace) -> None:
 
 
 def idle_beside_experiments(args: Namespace) -> list[tuple[Iterable[str], str]]:
-    """As `idle_flags`, for an experiment or the lack of one."""
+    """The part of `idle_flags` that depends on the experiment."""
     if not args.experiment:
         return [(FLAGS["experiments"], "without --experiment")]
     idle = [(("method", "load"), "beside --experiment")]
@@ -1074,7 +1074,7 @@ def shares(env: envs.Env, sessions: Sequence[Session]) -> list[list[int]]:
 
 
 def shortened(env: envs.Env, gamma: float) -> envs.Env:
-    """The world with sessions cut where later rewards count for less than a thousandth."""
+    """The world with sessions cut where later rewards count below a thousandth of the first."""
     discounts = gamma ** np.arange(1, env.max_steps)
     return env._replace(max_steps=1 + int(np.sum(discounts >= 0.001)))
 
@@ -1097,6 +1097,7 @@ def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: 
     # because State.top depends on the cap.
     short = catalog._replace(env=shortened(place.env, config.gamma))
     agent = billp.NOVICE
+    # The place is that of the first seed. Each repeat meets its learners in another order.
     learners = envs.branch(run.seed, "learners").permutation(place.learners).tolist()
     for agent, _ in billp.train(catalog, learners, llm, run.seed, agent, config, pmap):
         pass                        # the last agent has learned from all batches

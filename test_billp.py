@@ -51,7 +51,8 @@ settings.load_profile("tests")
 # They change when a prompt, the stand-in or the films do, and with nothing else.
 
 GOLDEN_SCORES = [                       # length and return of the learning episodes 10 to 19
-    (6, 26), (17, 72), (31, 139), (5, 21), (6, 22), (23, 103), (39, 166), (24, 99), (25, 103), (7, 31)]
+    (6, 26), (17, 72), (31, 139), (5, 21), (6, 22), (23, 103), (39, 166), (24, 99), (25, 103),
+    (7, 31)]
 GOLDEN_TRIED = 254
 GOLDEN_SEED = 1913251582                # of Key(0, "learn", 3, 1, 2)
 GOLDEN_LENGTHS = {                      # steps that policies last in films: lowest, highest
