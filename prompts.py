@@ -597,7 +597,11 @@ def render_planner(lessons: Sequence[str], tastes: Tastes, lately: int) -> str:
     learned = LESSONS.format(lessons=bullets(lessons)) if lessons else ""
     recent = ", ".join(tastes.recent) or "none yet"
     offered = ", ".join(tastes.other[:OFFERED])
-    choice = CHOICE.format(other=offered) if offered else NO_CHOICE
+    choice = "What should come next?"               # in a world without categories
+    if offered:
+        choice = CHOICE.format(other=offered)
+    elif tastes.recent:
+        choice = NO_CHOICE
     return learned + PLANNER.format(lately=lately, recent=recent, choice=choice)
 
 
@@ -912,7 +916,7 @@ def gaps_between(shown: Sequence[Sequence[str]]) -> list[int]:
 
 
 def cause_of(titles: Sequence[str], gaps: Sequence[int]) -> tuple[str, int]:
-    """Why the user left at the last title, and how far apart similar items must be for that."""
+    """Why the user left at the last title, and how far apart similar items must be to avoid it."""
     *earlier, last = gaps
     harmless = min(earlier, default=9)              # the smallest gap at which the user stayed
     if last >= harmless:
@@ -936,7 +940,7 @@ def offline_reflector(text: str, seed: int) -> str:
         advised = max(advised, needed)
         why = f"The user left because {cause}"
         times_liked = [liked[tag] for tag in tags[-1]]
-        if cause.endswith("disappointed"):
+        if needed == 1:                             # the item disappointed
             warned = set(tags[-1]).difference(liked)
             if sum(times_liked) < 3 * len(times_liked):     # fewer than three on average
                 why += f": begin with the {MOST_LIKED} categories"

@@ -1075,7 +1075,9 @@ def test_the_category_tool_by_hand():
     assert "\nLessons from other sessions:\n- Rest\n" in prompts.render_planner(["Rest"], tastes, 2)
     nothing = prompts.category_tool([], [], 2)
     text = prompts.render_planner([], nothing, 2)
-    assert "steps: none yet.\n" in text and "Which one was shown longest ago?" in text
+    assert "steps: none yet.\nWhat should come next? " in text
+    all_shown = prompts.category_tool(["A [War]"], ["B [War]"], 2)
+    assert "Which one was shown longest ago?" in prompts.render_planner([], all_shown, 2)
     text = prompts.render_reflector("H [War]", tastes, left=True)
     assert "ended with H [War]." in text and "better: Drama, Comedy? " in text
     assert "The user left because" in text
