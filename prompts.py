@@ -619,8 +619,8 @@ BETTER = "which one of these categories would have been better: {other}"
 def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
     """The reflector's question after a session that ended with this item.
 
-    As for the planner the question is a choice: a small model that is asked for a rule of its own
-    tells one that fits every session.
+    The question is a choice, as for the planner. Asked for a rule of its own, a small model writes
+    one that fits every session.
     """
     offered = ", ".join(tastes.other[:OFFERED])
     better = BETTER.format(other=offered) if offered else "what would have been better"
@@ -939,9 +939,9 @@ def offline_reflector(text: str, seed: int) -> str:
         cause, needed = cause_of(titles, gaps)
         advised = max(advised, needed)
         why = f"The user left because {cause}"
-        times_liked = [liked[tag] for tag in tags[-1]]
         if needed == 1:                             # the item disappointed
             warned = set(tags[-1]).difference(liked)
+            times_liked = [liked[tag] for tag in tags[-1]]
             if sum(times_liked) < 3 * len(times_liked):     # fewer than three on average
                 why += f": begin with the {MOST_LIKED} categories"
     else:
@@ -1316,8 +1316,8 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
 
 # - requests until there is an answer
 
-# Called before each repeat of a request: pays for one more, or raises BudgetSpent. It is set by
-# `limited`, which wraps any LLM, for `persist`, which lies deep within one.
+# This is called before each repeat of a request. It pays for one more, or raises BudgetSpent.
+# `limited` sets it, which wraps any LLM. `persist` calls it, deep within an LLM of an endpoint.
 CHARGE = ContextVar("CHARGE", default=lambda: None)
 
 
