@@ -884,6 +884,15 @@ def test_the_pure_modules_are_pure(module, effects):
                 assert not isinstance(default, (ast.List, ast.Dict, ast.Set, ast.Call))
 
 
+def test_twins_with_one_line_are_shown_once():
+    twins = hand_world(titles=("Ant", "Ant", "Bat", "Ant"), years=(None,) * 4,
+                       belongs=np.array([[1, 0], [1, 0], [0, 1], [1, 0]], bool))
+    catalog = prompts.catalog(twins)
+    state = billp.opening(catalog, 0, Key(0, "learn", 0))
+    lines = [candidate.line for candidate in billp.shortlist(state, EMPTY, catalog, Config())]
+    assert lines == ["Bat [Beast]"]
+
+
 # ----------------------------------------------------------------------------------- language
 
 
@@ -1158,6 +1167,94 @@ def test_no_reply_forges_a_turn_or_a_message(replies):
     for ask in asks:
         assert len(ask.messages) == 2 + 2 * ask.key.attempt
         assert all(text.isprintable() for _, text in ask.messages[2:])
+
+
+TITLES = ("Sorry to Bother You", "I Can't Sleep", "Missing in Action 2: The Beginning",
+          "The Beginning", "28 Up")
+
+
+def titled(*titles):
+    """The films with other titles in front, without years."""
+    env = FILMS
+    count = len(titles)
+    years = (None,) * count + env.years[count:]
+    return prompts.catalog(env._replace(titles=titles + env.titles[count:], years=years))
+
+
+ODDLY_TITLED = titled(*TITLES)
+
+
+@pytest.mark.parametrize("title", TITLES)
+@pytest.mark.parametrize("form", ["Action 1: recommend {} (2018)", "Action 1: {}", "Action 2: {}",
+                                  "I would recommend {}.", "Thought 1: new. Action 1: recommend {}",
+                                  "Recommendation: {}", "Final Answer: {}", "I'd recommend {}"])
+def test_a_title_like_a_refusal_or_label_is_named(title, form):
+    text = prompts.parse_actor(form.format(title))
+    assert prompts.ground(text, ODDLY_TITLED) == (TITLES.index(title), True)
+
+
+@pytest.mark.parametrize("before", ["", "Try ", "You might ", "You might love "])
+def test_a_title_is_found_after_any_number_of_words(before):
+    item = FILMS.titles.index("Blade Runner")
+    assert prompts.ground(f"{before}Blade Runner tonight", CATALOG) == (item, True)
+
+
+@pytest.mark.parametrize("reply, item", [
+    ("1. 28 Up", 4), ("28. Up", 4), ("1. Sorry to Bother You", 0)])
+def test_a_number_belongs_to_the_title_first(reply, item):
+    assert prompts.ground(prompts.parse_actor(reply), ODDLY_TITLED) == (item, True)
+
+
+def test_a_query_compares_categories_as_item_lines_write_them():
+    line = prompts.item_line("Alien", None, ["Sci-Fi, Fantasy", "War [old]"])
+    tastes = prompts.category_tool([line], [line], 4)
+    texts = prompts.query("Sci-Fi, Fantasy or Drama", ["Sci-Fi, Fantasy", "Drama"], tastes)
+    assert texts == ["[Drama]"]         # the other one was shown lately
+
+
+def test_lines_have_years_where_titles_are_not_enough():
+    env = FILMS._replace(titles=("Emma", "Sabrina", "Sabrina") + FILMS.titles[3:],
+                         years=(2009, 1954, 1995) + FILMS.years[3:])
+    lines = prompts.catalog(env).lines
+    names = [line.partition(" [")[0] for line in lines[:3]]
+    assert names == ["Emma", "Sabrina (1954)", "Sabrina (1995)"]
+
+
+@pytest.mark.parametrize("reply", [
+    "Action 1: recommend **Sabrina** (1995)", 'Action 1: recommend "Sabrina" (1995)'])
+def test_the_year_behind_a_quoted_title_counts(reply):
+    env = FILMS._replace(titles=("Sabrina", "Sabrina") + FILMS.titles[2:],
+                         years=(1954, 1995) + FILMS.years[2:])
+    assert prompts.ground(prompts.parse_actor(reply), prompts.catalog(env)) == (1, True)
+
+
+@pytest.mark.parametrize("year, item", [(1953, 0), (1954, 1), (1955, 1), (1952, 0)])
+def test_the_exact_year_comes_before_one_that_is_near(year, item):
+    env = FILMS._replace(titles=("Sabrina", "Sabrina") + FILMS.titles[2:],
+                         years=(1953, 1954) + FILMS.years[2:])
+    assert prompts.ground(f"Sabrina ({year})", prompts.catalog(env)) == (item, True)
+
+
+def test_a_number_in_brackets_is_not_the_value():
+    assert prompts.parse_critic("Value (gamma = 0.5): 7.5") == 7.5
+
+
+WRAPPINGS = ("Free item: {}", "**{}**", '```json\n{{"item": "{}"}}\n```',
+             "Of course, here is one:\n\n{}",
+             "Action: recommend {} because it is unlike the last items", 'Action: recommend "{}"',
+             "1. {}\n2. {}")
+
+
+def test_wrapping_a_reply_changes_no_episode():
+    sessions = set()
+    for wrapping in WRAPPINGS:
+        def wrapped(ask):
+            text = prompts.offline(ask).text
+            title = text.removeprefix("Free item: ")
+            return Reply(wrapping.format(title, title) if ask.role == "actor" else text)
+        played = billp.evaluate(CATALOG, range(500, 504), NOVICE, wrapped, 0, "before")
+        sessions.add(tuple(step.act.value for trajectory in played for step in trajectory.steps))
+    assert len(sessions) == 1
 
 
 # -------------------------------------------------------------------------------------- world
@@ -1505,6 +1602,21 @@ def test_bad_or_malicious_files_are_refused(tmp_path, monkeypatch, name, content
         envs.released(tmp_path, "steam")
     assert "\n" not in str(error.value) and "authors" in str(error.value)
     assert not os.path.exists("evidence")
+
+
+def test_a_world_without_learners_teaches_nobody():
+    env = hand_world()._replace(learners=0)
+    sessions = list(envs.turns(env, 9, 3, np.random.default_rng(0)))
+    assert sum(len(state.user) for state, _ in sessions) == 0
+
+
+@pytest.mark.parametrize("order", [["a/x.csv", "b/x.csv"], ["b/x.csv", "a/x.csv"]])
+def test_the_data_file_does_not_depend_on_the_file_system(tmp_path, monkeypatch, order):
+    for name in order:
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(envs.Path, "rglob", lambda path, name: [path / file for file in order])
+    assert envs.find_file(tmp_path, ["x.csv"], "") == tmp_path / "a/x.csv"
 
 
 # ---------------------------------------------------------------------------------- endpoints
@@ -1892,6 +2004,52 @@ def test_embeddings_of_two_sizes_never_mix(tmp_path):
     resumed = prompts.recorded_embed(lambda texts: np.ones((1, 5), np.float32), log)
     assert len(resumed(["a"])[0]) == 3
     assert "{3, 5}" in failure(resumed, ["new"]) and len(log.known) == 1
+
+
+def test_a_wait_in_milliseconds_is_short():
+    assert prompts.asked_wait({}, "Please retry after 500 milliseconds") < 1000
+    assert prompts.asked_wait({}, "Please retry after 2 minutes") == 120
+
+
+@pytest.mark.parametrize("key", ["none", "message", "content", "ollama"])
+def test_a_dummy_key_stars_no_answer(key):
+    seen = client(completion(f"a {key} film"), key=key)
+    assert seen.ask(ASK).text == f"a {key} film"
+
+
+def test_half_a_character_is_sent_as_a_question_mark():
+    seen = client()
+    seen.ask(ASK._replace(messages=(("user", "Am\ud800lie"),)))
+    assert seen.bodies[0]["messages"][0]["content"] == "Am?lie"
+
+
+@pytest.mark.parametrize("name, value, secret", [
+    ("Authorization", "Bearer sk-abc", "sk-abc"), ("X-API-Key", "k3yk3y", "k3yk3y"),
+    ("Cookie", "id=1234", "id=1234")])
+def test_a_secret_header_is_starred_without_its_scheme(name, value, secret):
+    line = failure(client(response("401", f"wrong: {secret}"), headers={name: value}).ask, ASK)
+    assert secret not in line and "***" in line
+
+
+def test_a_key_of_digits_is_starred_in_texts_alone():
+    rows = {"data": [{"embedding": [0.123456, 0.5]}]}
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json=rows))
+    embed = prompts.embeddings("http://localhost:1", "m", "123456", transport=transport)
+    assert embed(["Heat"]).shape == (1, 2)
+    seen = client(completion("your key is 123456"), response("401", "wrong: 123456"), key="123456")
+    assert seen.ask(ASK).text == "your key is ***"
+    assert "wrong: ***" in failure(seen.ask, ASK)
+
+
+def test_a_title_in_a_plain_header_is_not_starred():
+    seen = client(completion("Inception"), headers={"X-Title": "Inception"})
+    assert seen.ask(ASK).text == "Inception"
+
+
+def test_a_users_own_authorization_is_sent_once():
+    seen = client(headers={"authorization": "Bearer mine"})
+    seen.ask(ASK)
+    assert seen.requests[0].headers.get_list("authorization") == ["Bearer mine"]
 
 
 # ------------------------------------------------------------------------------- command line
@@ -2312,188 +2470,6 @@ def test_models_are_compared_each_with_a_log_of_its_own(tmp_path):
     assert [row["series"] for row in before["rows"]] == ["m/1", "n"]
     assert all(row["figures"] == offline["figures"] for row in before["rows"])
     assert (tmp_path / "a" / "table6.png").stat().st_size > 5000
-
-
-# ------------------------------------------------- titles, labels and headers that look like others
-
-TITLES = ("Sorry to Bother You", "I Can't Sleep", "Missing in Action 2: The Beginning",
-          "The Beginning", "28 Up")
-
-
-def titled(*titles):
-    """The films with other titles in front, without years."""
-    env = FILMS
-    count = len(titles)
-    years = (None,) * count + env.years[count:]
-    return prompts.catalog(env._replace(titles=titles + env.titles[count:], years=years))
-
-
-ODD = titled(*TITLES)
-
-
-@pytest.mark.parametrize("title", TITLES)
-@pytest.mark.parametrize("form", ["Action 1: recommend {} (2018)", "Action 1: {}", "Action 2: {}",
-                                  "I would recommend {}.", "Thought 1: new. Action 1: recommend {}",
-                                  "Recommendation: {}", "Final Answer: {}", "I'd recommend {}"])
-def test_a_title_like_a_refusal_or_label_is_named(title, form):
-    text = prompts.parse_actor(form.format(title))
-    assert prompts.ground(text, ODD) == (TITLES.index(title), True)
-
-
-@pytest.mark.parametrize("before", ["", "Try ", "You might ", "You might love "])
-def test_a_title_is_found_after_any_number_of_words(before):
-    item = FILMS.titles.index("Blade Runner")
-    assert prompts.ground(f"{before}Blade Runner tonight", CATALOG) == (item, True)
-
-
-@pytest.mark.parametrize("reply, item", [
-    ("1. 28 Up", 4), ("28. Up", 4), ("1. Sorry to Bother You", 0)])
-def test_a_number_belongs_to_the_title_first(reply, item):
-    assert prompts.ground(prompts.parse_actor(reply), ODD) == (item, True)
-
-
-def test_a_query_compares_categories_as_item_lines_write_them():
-    line = prompts.item_line("Alien", None, ["Sci-Fi, Fantasy", "War [old]"])
-    tastes = prompts.category_tool([line], [line], 4)
-    texts = prompts.query("Sci-Fi, Fantasy or Drama", ["Sci-Fi, Fantasy", "Drama"], tastes)
-    assert texts == ["[Drama]"]         # the other one was shown lately
-
-
-def test_lines_have_years_where_titles_are_not_enough():
-    env = FILMS._replace(titles=("Emma", "Sabrina", "Sabrina") + FILMS.titles[3:],
-                         years=(2009, 1954, 1995) + FILMS.years[3:])
-    lines = prompts.catalog(env).lines
-    names = [line.partition(" [")[0] for line in lines[:3]]
-    assert names == ["Emma", "Sabrina (1954)", "Sabrina (1995)"]
-
-
-@pytest.mark.parametrize("reply", [
-    "Action 1: recommend **Sabrina** (1995)", 'Action 1: recommend "Sabrina" (1995)'])
-def test_the_year_behind_a_quoted_title_counts(reply):
-    env = FILMS._replace(titles=("Sabrina", "Sabrina") + FILMS.titles[2:],
-                         years=(1954, 1995) + FILMS.years[2:])
-    assert prompts.ground(prompts.parse_actor(reply), prompts.catalog(env)) == (1, True)
-
-
-@pytest.mark.parametrize("year, item", [(1953, 0), (1954, 1), (1955, 1), (1952, 0)])
-def test_the_exact_year_comes_before_one_that_is_near(year, item):
-    env = FILMS._replace(titles=("Sabrina", "Sabrina") + FILMS.titles[2:],
-                         years=(1953, 1954) + FILMS.years[2:])
-    assert prompts.ground(f"Sabrina ({year})", prompts.catalog(env)) == (item, True)
-
-
-def test_a_world_without_learners_teaches_nobody():
-    env = hand_world()._replace(learners=0)
-    sessions = list(envs.turns(env, 9, 3, np.random.default_rng(0)))
-    assert sum(len(state.user) for state, _ in sessions) == 0
-
-
-def test_a_number_in_brackets_is_not_the_value():
-    assert prompts.parse_critic("Value (gamma = 0.5): 7.5") == 7.5
-
-
-def test_a_wait_in_milliseconds_is_short():
-    assert prompts.asked_wait({}, "Please retry after 500 milliseconds") < 1000
-    assert prompts.asked_wait({}, "Please retry after 2 minutes") == 120
-
-
-@pytest.mark.parametrize("key", ["none", "message", "content", "ollama"])
-def test_a_dummy_key_stars_no_answer(key):
-    llm, _ = answering(f"a {key} film", key=key)
-    assert llm(HELLO).text == f"a {key} film"
-
-
-WRAPPINGS = ("Free item: {}", "**{}**", '```json\n{{"item": "{}"}}\n```',
-             "Of course, here is one:\n\n{}",
-             "Action: recommend {} because it is unlike the last items", 'Action: recommend "{}"',
-             "1. {}\n2. {}")
-
-
-def test_wrapping_a_reply_changes_no_episode():
-    sessions = set()
-    for wrapping in WRAPPINGS:
-        def wrapped(ask):
-            text = prompts.offline(ask).text
-            title = text.removeprefix("Free item: ")
-            return Reply(wrapping.format(title, title) if ask.role == "actor" else text)
-        played = billp.evaluate(CATALOG, range(500, 504), NOVICE, wrapped, 0, "before")
-        sessions.add(tuple(step.act.value for trajectory in played for step in trajectory.steps))
-    assert len(sessions) == 1
-
-
-def answering(content, status=200, **options):
-    """A client before a server with one answer, and the requests that it has sent."""
-    requests = []
-
-    def handle(request):
-        requests.append(request)
-        good = {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
-        bad = {"error": {"message": content}}
-        return httpx.Response(status, json=good if status == 200 else bad)
-    llm = prompts.openai("http://localhost:1", "m", transport=httpx.MockTransport(handle),
-                         notice=print, **options)
-    return llm, requests
-
-
-HELLO = Ask("actor", Key(0, "learn", 1), (("user", "Am\ud800lie"),))
-
-
-def test_half_a_character_is_sent_as_a_question_mark():
-    llm, requests = answering("hello")
-    assert llm(HELLO).text == "hello"
-    assert json.loads(requests[0].content)["messages"][0]["content"] == "Am?lie"
-
-
-@pytest.mark.parametrize("name, value, secret", [
-    ("Authorization", "Bearer sk-abc", "sk-abc"), ("X-API-Key", "k3yk3y", "k3yk3y"),
-    ("Cookie", "id=1234", "id=1234")])
-def test_a_secret_header_is_starred_without_its_scheme(name, value, secret):
-    llm, _ = answering(f"wrong: {secret}", 401, headers={name: value})
-    with pytest.raises(EndpointError) as caught:
-        llm(HELLO)
-    assert secret not in str(caught.value) and "***" in str(caught.value)
-
-
-def test_a_key_of_digits_is_starred_in_texts_alone():
-    rows = {"data": [{"embedding": [0.123456, 0.5]}]}
-    transport = httpx.MockTransport(lambda request: httpx.Response(200, json=rows))
-    embed = prompts.embeddings("http://localhost:1", "m", "123456", transport=transport)
-    assert embed(["Heat"]).shape == (1, 2)
-    llm, _ = answering("wrong: 123456", 401, key="123456")
-    with pytest.raises(EndpointError, match=r"wrong: \*\*\*"):
-        llm(HELLO)
-    llm, _ = answering("your key is 123456", key="123456")
-    assert llm(HELLO).text == "your key is ***"
-
-
-def test_a_title_in_a_plain_header_is_not_starred():
-    llm, _ = answering("Inception", headers={"X-Title": "Inception"})
-    assert llm(HELLO).text == "Inception"
-
-
-def test_a_users_own_authorization_is_sent_once():
-    llm, requests = answering("hello", key="sk-from-environment",
-                              headers={"authorization": "Bearer mine"})
-    llm(HELLO)
-    assert requests[0].headers.get_list("authorization") == ["Bearer mine"]
-
-
-@pytest.mark.parametrize("order", [["a/x.csv", "b/x.csv"], ["b/x.csv", "a/x.csv"]])
-def test_the_data_file_does_not_depend_on_the_file_system(tmp_path, monkeypatch, order):
-    for name in order:
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_text("")
-    monkeypatch.setattr(envs.Path, "rglob", lambda path, name: [path / file for file in order])
-    assert envs.find_file(tmp_path, ["x.csv"], "") == tmp_path / "a/x.csv"
-
-
-def test_twins_with_one_line_are_shown_once():
-    twins = hand_world(titles=("Ant", "Ant", "Bat", "Ant"), years=(None,) * 4,
-                       belongs=np.array([[1, 0], [1, 0], [0, 1], [1, 0]], bool))
-    catalog = prompts.catalog(twins)
-    state = billp.opening(catalog, 0, Key(0, "learn", 0))
-    lines = [candidate.line for candidate in billp.shortlist(state, EMPTY, catalog, Config())]
-    assert lines == ["Bat [Beast]"]
 
 
 # ------------------------------------------------- a real server and a real cluster (see .ci/run)
