@@ -178,17 +178,24 @@ def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
 
 # -------------------------------------------------------------------- the parts of a reply
 
-# in <think>, <|think|>, <seed:think> and <thinking effort="high">
-TAG = r"\|?(\w+:)?(think|thinking|thoughts?|reason|reasoning|analysis|scratchpad)\b[^<>]*"
-HIDDEN = (                          # what a model thinks aloud, cut in this order
-    r"^.*<\|channel\|>\s*final([^<]*<\|message\|>)?",      # gpt-oss: what precedes the answer
-    r"^analysis.*assistantfinal",   # gpt-oss behind a server that drops the marks
-    r"<\|channel\|>.*",             # gpt-oss: the reply ended before the answer
-    rf"<{TAG}>.*?</{TAG}>",         # Qwen, Magistral and many more: <think>...</think>
-    rf"^.*</{TAG}>",                # DeepSeek-R1: the opening tag is part of the prompt
-    rf"<{TAG}>.*",                  # any of these: the reply ended while the model was thinking
-    r"<\|\w+\|>",                   # any model: a mark such as <|im_end|>
-)
+# What models think aloud stands between such marks. In both patterns spaces and comments do not
+# count.
+THINKING = "(think|thinking|thoughts?|reason|reasoning|analysis|scratchpad)"
+OPENING = re.compile(rf"""(?isx)
+    <\|? (\w+:|begin_of_|start_)? {THINKING} \b [^<>]* >    # <think>, <thinking effort="high">
+    | [\[◁] think [\]▷]                 # Mistral, Kimi
+    | <\|channel>thought                # Gemma
+    | <\|channel\|> (?! \s*final)       # gpt-oss
+    | ^ analysis (?= .*assistantfinal)  # gpt-oss behind a server that drops the marks
+    """)
+ENDING = re.compile(rf"""(?isx)
+    <\|? (/ \|? (\w+:)? | end_ (of_)?) {THINKING} \b [^<>]* >
+    | [\[◁] /think [\]▷]
+    | <channel\|>
+    | <\|channel\|> \s*final ([^<]*<\|message\|>)?
+    | assistantfinal
+    """)
+MARK = r"<\|\w+\|>|</?[a-z_]+>"         # any other mark: <|im_end|>, <answer>, </s>
 
 
 def spoken(text: str) -> str:
@@ -197,9 +204,12 @@ def spoken(text: str) -> str:
     >>> spoken("<think>A comedy?</think> Alien"), spoken("A comedy?</think> Alien")
     ('Alien', 'Alien')
     """
-    for pattern in HIDDEN:
-        text = re.sub(pattern, "", text, flags=re.IGNORECASE | re.DOTALL)
-    return text.strip()
+    text = OPENING.sub("<think>", text)
+    text = ENDING.sub("</think>", text)
+    # whole, begun in the prompt, or cut off
+    for thinking in ("<think>.*?</think>", "^.*</think>", "<think>.*"):
+        text = re.sub(thinking, "", text, flags=re.DOTALL)
+    return re.sub(MARK, "\n", text).strip()
 
 
 LABELS = ("thought|next[ ]category|category|action|final[ ]answer|answer|recommendation"
@@ -218,7 +228,7 @@ IN_LINE = re.compile(rf"""(?imx)
       | (?=\baction[ ]\d+:[ ]recommend)  # "Comedy next Action 3: recommend ..."
     ) [ \t]*
     (?P<name> {LABELS} ) {GAP} \d*      # "Thought 3", "Final Answer", "item"
-    [ \t*_"')]{{0,9}} : [ \t*_"'`-]*    # then a colon
+    [ \t*_"')]{{0,9}} [:：] [ \t*_"'`-]*     # then a colon
     """)
 HEADING = re.compile(rf"""(?imx)        # "### Thought 3", alone in its line
     ^ [ \t*_\#>]* (?P<name> {LABELS} ) {GAP} \d* {GAP} $
@@ -259,13 +269,14 @@ def segment(text: str, labels: Sequence[str]) -> str:
 
 # A title may begin like a refusal, "Sorry, Wrong Number": so more of the sentence is needed.
 I_AM = "(i[ ]am|i[ ]?['’]?m)"
-REFUSAL = re.compile(rf"""(?ix) \W* (      # spaces and comments in this pattern do not count
-      ({I_AM} [ ] ((very|so)[ ])?)? sorry (\W*$ | \W+(but|i|that|as)\b)     # "I'm sorry, but"
+REFUSAL = re.compile(rf"""(?ix) \W* (unfortunately\W+)? (       # spaces and comments do not count
+      ({I_AM} [ ] (\w+[ ])?)? sorry (\W*$ | \W+(but|i|that|as)\b)           # "I'm sorry, but"
     | i[ ]apologi[sz]e\b
-    | as[ ]an[ ]ai\b
+    | as[ ]an?[ ](\w+[ ])?(ai|language[ ]model)\b
     | {I_AM} [ ] (unable|not[ ]able) [ ] to\b
+    | i [ ] (do[ ]not|don['’]?t) [ ] have [ ] (enough|access|any)\b
     | i [ ] (can(not|['’]?t|[ ]not)|won['’]?t)                              # "I can't help"
-      (\W*$ | [ ](help|assist|recommend|suggest|provide|comply|answer|fulfill?|choose)\b)
+      (\W*$ | [ ](help|assist|recommend|suggest|provide|comply|answer|fulfill?|choose|determine)\b)
     )""")
 
 
@@ -281,15 +292,17 @@ def refuses(text: str, labels: Sequence[str]) -> bool:
 def first_line(text: str) -> str:
     """The first line that says something, without the marks of lists, bold letters or code.
 
-    A line such as "Here is my thought:" counts only if there is no other.
+    A line such as "Here is my thought:" or "Sure!" counts only if there is no other.
     """
     lines = []
     for line in text.splitlines():
-        content = clean(line).strip(" *_`#>-\"{}")
+        content = re.sub("[*`]|__", "", clean(line)).strip(' _#>-•"{}')
+        if content.count('"') % 2:          # the other one has just gone, or was part of a label
+            content = content.replace('"', "")
         if content and not line.strip().startswith("```"):
             lines.append(content)
     for line in lines:
-        if not line.endswith(":"):
+        if not line.endswith((":", "!")):
             return line
     return lines[0] if lines else ""
 
@@ -307,7 +320,9 @@ def labelled(text: str, labels: Sequence[str]) -> str:
         return ""
     heads = heads_of(text)
     before = text[:heads[0].start] if heads else text
-    line = first_line(segment(text, labels)) or first_line(before)
+    part = segment(text, labels)
+    part = segment(part, labels) or part        # "Thought 3: Next category: Comedy"
+    line = first_line(part) or first_line(before)
     return "" if re.search(r"\b(CATEGORY|REASON)\b", line) else line
 
 
@@ -324,9 +339,10 @@ def item_part(text: str) -> str:
 
 # ------------------------------------------------------------------ catalogue and grounding
 
-ARTICLES = frozenset("the a an le la les l un une il lo el los las der die das".split())
+ARTICLES = frozenset("the a an le la les l un une il lo el los las der das".split())
 LONGEST = 16                        # words of a title that are compared
 YEAR = re.compile("(1[89]|20)[0-9]{2}")
+BOLD = r"\*\*[^*\n]+\*\*(\s*\(\d{4}\))?"
 EMPHASISED = r"\W*[\"“*](?P<title>[^\"”*]+)[\"”*]+\s*(?P<year>\(\d{4}\))?"
 
 
@@ -337,6 +353,7 @@ class Catalog(NamedTuple):
     lines: tuple[str, ...]              # [m]
     vectors: np.ndarray                 # float32 [m, d], embeddings of the lines
     names: dict[str, list[int]]         # the words of a title, in each spelling -> items
+    mains: dict[str, list[int]]         # the words before a subtitle -> items
 
 
 def words_of(text: str) -> list[str]:
@@ -349,17 +366,48 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", unaccented(plain))
 
 
+def named_by(words: Sequence[str]) -> str:
+    """The words as a key of `Catalog.names`."""
+    return " ".join(words[:LONGEST]).casefold()
+
+
 def spellings(title: str) -> set[str]:
-    """The word sequences that name a title: as it is, and with its article at the end or left out.
+    """The names of a title: as it is, and with its article at the end.
 
     >>> sorted(spellings("The Matrix"))
-    ['matrix', 'matrix the', 'the matrix']
+    ['matrix the', 'the matrix']
     """
-    words = [word.casefold() for word in words_of(title)][:LONGEST]
-    names = [words]
-    if words and words[0] in ARTICLES:
-        names += [words[1:], words[1:] + words[:1]]
-    return {" ".join(name) for name in names}
+    words = words_of(title)
+    names = {named_by(words)}
+    if words and words[0].casefold() in ARTICLES:
+        names.add(named_by(words[1:] + words[:1]))
+    return names
+
+
+def without_article(title: str) -> set[str]:
+    """The name of a title without its article."""
+    words = words_of(title)
+    return {named_by(words[1:])} if words and words[0].casefold() in ARTICLES else set()
+
+
+def without_subtitle(title: str) -> set[str]:
+    """The names of a title up to its subtitle or bracket.
+
+    >>> without_subtitle("Terminator 2: Judgment Day"), without_subtitle("Amélie (Le fabuleux)")
+    ({'terminator 2'}, {'amelie'})
+    """
+    main = re.split(r":| - | \(", title)[0]
+    return spellings(main) | without_article(main)
+
+
+def index(titles: Sequence[str], names_of: Callable, known: Collection[str] = ()) -> dict:
+    """Names -> the items so called. A name that is known already means its own items alone."""
+    found = {}
+    for item, title in enumerate(titles):
+        for name in names_of(title):
+            if name and name not in known:
+                found.setdefault(name, []).append(item)
+    return found
 
 
 def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
@@ -370,19 +418,19 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
     """
     check(env)
     lines = []
-    names = {}
     items_with = Counter(env.titles)
-    for item, (title, year, belongs) in enumerate(zip(env.titles, env.years, env.belongs)):
+    for title, year, belongs in zip(env.titles, env.years, env.belongs):
         # A year costs a model about six tokens. It stands only where titles alone are not enough.
         year_shown = year if items_with[title] > 1 else None
         lines.append(item_line(title, year_shown, compress(env.categories, belongs)))
-        for name in spellings(title):
-            names.setdefault(name, []).append(item)
+    names = index(env.titles, spellings)
+    names |= index(env.titles, without_article, names)
+    mains = index(env.titles, without_subtitle, names)
     vectors = embed(lines)
     lengths = np.vecdot(vectors, vectors).round(2)
     if lengths.tolist() != [1.0] * len(lines):
         raise ValueError("embed must give a row of length 1 for each text")
-    return Catalog(env, embed, tuple(lines), vectors, names)
+    return Catalog(env, embed, tuple(lines), vectors, names, mains)
 
 
 def of_year(items: Sequence[int], year: int, catalog: Catalog) -> list[int]:
@@ -397,25 +445,26 @@ def of_year(items: Sequence[int], year: int, catalog: Catalog) -> list[int]:
 def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], int]:
     """The items whose title the words begin with, and how many words it has with its year.
 
-    The longest title counts. The year may be left out or be one off. If the words begin with no
-    title, it is `[], 0`.
+    The longest title counts. Its year may be left out or be one off. Its subtitle may be left out
+    if nothing but the year follows. If the words begin with no title, it is `[], 0`.
     """
     for size in range(min(LONGEST, len(words)), 0, -1):
-        items = catalog.names.get(" ".join(words[:size]).casefold(), [])
-        if not items:
-            continue
+        name = named_by(words[:size])
         following = words[size] if size < len(words) else ""
-        if not YEAR.fullmatch(following):
-            return items, size
-        dated = of_year(items, int(following), catalog)
-        if dated:
-            return dated, size + 1
-        # The year is that of another item, as in "Alien 2009". A shorter title may fit.
+        has_year = YEAR.fullmatch(following) is not None
+        items = catalog.names.get(name, [])
+        if not items and size + has_year == len(words):
+            items = catalog.mains.get(name, [])
+        if has_year:
+            # With the year of another item, as in "Alien 2009", a shorter title may fit.
+            items = of_year(items, int(following), catalog)
+        if items:
+            return items, size + has_year
     return [], 0
 
 
 def titles_in_front(text: str, catalog: Catalog) -> list[int]:
-    """The items of lines that begin with a title, as in a list.
+    """The items of lines that begin with a title, as in a list, or end with one after a colon.
 
     - A title in quotes or bold letters ends with them: '"Up" is fun' names Up.
     - A number belongs to the title if there is such a title, "28 Up", or else to the list.
@@ -428,7 +477,8 @@ def titles_in_front(text: str, catalog: Catalog) -> list[int]:
             line = f"{emphasised['title']} {emphasised['year'] or ''}"
         title = line.partition("[")[0]
         unnumbered = re.sub(r"^\W*\d{1,2}\b", "", title)       # without its number in a list
-        for front in (title, unnumbered):
+        last = title.rpartition(": ")[2]                        # "The best one is: Up"
+        for front in (title, unnumbered, last):
             words = words_of(front)
             titled, size = leading_title(words, catalog)
             fills_line = len(words) == 1
@@ -455,13 +505,17 @@ def titles_within(text: str, catalog: Catalog) -> list[int]:
 
 
 def mentioned(text: str, catalog: Catalog) -> list[int]:
-    """The items that a text names, in order: those its lines begin with, or else those within it.
+    """The items that a text names, the likeliest first: in bold, in front of a line, anywhere else.
 
     Case, accents, marks, quotation, the place of an article and words after the title do not
-    matter.
+    matter. Titles in a reason count only if there are no others.
     """
     part = item_part(text)
-    return titles_in_front(part, catalog) or titles_within(part, catalog)
+    bold = "\n".join(match[0] for match in re.finditer(BOLD, part))
+    choice = re.split(r"(?i)\b(?:because|like|unlike|than)\b", part)[0]
+    items = titles_in_front(bold, catalog) + titles_in_front(part, catalog)
+    items += titles_within(choice, catalog)
+    return items or titles_within(part, catalog)
 
 
 def closest(texts: Sequence[str], catalog: Catalog, taken: Collection[int], k: int) -> list[int]:
@@ -630,6 +684,7 @@ def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
 
 def parse_reflector(text: str) -> str | Malformed:
     """The reflection, one line."""
+    text = re.sub(r"(?i)\s*\n[\s*_]*(?=better next time)", " ", text)        # two lines become one
     return labelled(text, REFLECTIONS) or Malformed("the reply held no line 'Reflection: ...'")
 
 
@@ -688,7 +743,9 @@ def named_in(text: str, tags: Sequence[str]) -> list[str]:
 
 
 # The rest of a sentence that says what to avoid.
-AVOIDED = r"(?i)\b(avoid|keep away from|without|not|no|never|instead of|rather than)\b[^.;]*"
+AVOIDED = (r"(?i)\b(avoid|keep away from|without|not|no|never)\b[^.;]*"
+           r"|\b(instead of|rather than)\b[^.;,]*")
+REASON = r"(?i)\b(?:because|since|as|due to)\b|\("
 
 
 def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
@@ -705,7 +762,7 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     ('[Comedy]', 'Avoid War')
     """
     wanted = re.sub(AVOIDED, " ", thought)
-    plan, _, _ = wanted.partition("because")
+    plan = re.split(REASON, wanted)[0]
     chosen = named_in(plan, tags) or named_in(wanted, tags)
     fresh = [tag for tag in chosen if tag not in recent]
     return in_brackets(fresh or chosen) if chosen else thought
@@ -736,7 +793,7 @@ def render_actor(n: int, thought: str, candidates: Sequence[Candidate]) -> str:
 def parse_actor(text: str) -> str | Malformed:
     """The part of a reply in which the item is named, at most 2,000 characters."""
     part = item_part(text)[:2000]
-    if not words_of(part) or refuses(text, ITEMS):
+    if not words_of(part) or words_of(part) == ["TITLE"] or refuses(text, ITEMS):
         return Malformed("the reply held no line 'Free item: ...'")
     return part
 
@@ -765,25 +822,34 @@ def render_critic(targets: Sequence[tuple[str, float]], as_before: float) -> str
     return CRITIC.format(targets=bullets(known), as_before=as_before, average=average)
 
 
-NUMBER = r"(-?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
-VALUE_NUMBER = re.compile(rf"""(?ix)    # spaces and comments in this pattern do not count
-    value [^:=\n]* (?: [:=] | \bis\b )  # "Value 4:", "value =", "the value of state 4 is"
-    (?: [\ \d.+*x×·/-]* [=≈] )?         # a sum and its sign: "4 + 0.5 * 5 ="
-    [^\d\n.,-]* {NUMBER}                # "about 7,5"
+NUMBER = r"(?P<number>-?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
+# Sums and their signs, up to the last: "4 + 0.5 * 5 = 4 + 2.5 ="
+SUMS = r"(?: (?: [\d\s.+*x×·/÷%$−-] | \\\w+ | \bof\b | V\b )* [=≈] )*"
+# In both patterns spaces and comments do not count.
+VALUE_LINE = re.compile(rf"""(?imx)
+    ^ [\W_]* ((final|estimated)[ ])? value\b [^:=：\n]* [:=：]      # "Value 4:", in front of its line
+    [\s*_]* {SUMS} [^\d\n]*? {NUMBER}                               # "about 7,5"
+    """)
+VALUE_SAID = re.compile(rf"""(?ix)
+    value\b [^:=：\n]* (?: [:=：] | \b(?:is|of|be|at)\b )           # "the value of state 4 is"
+    {SUMS} [^\d\n]*? {NUMBER}
     """)
 
 
 def parse_critic(text: str) -> float | Malformed:
-    """The number after "Value ...:", or else the first number, preferably outside parentheses.
+    """The number of the first line "Value ...:", or else of the last sentence on a value.
+
+    Or else the first number, preferably outside parentheses.
 
     >>> parse_critic("The value of 3 more films.\\nValue 4: 7.5"), parse_critic("(3 more) 7,5")
     (7.5, 7.5)
     """
-    outside = re.sub(r"\(.*?\)", " ", text)
-    for pattern, where in ((VALUE_NUMBER, outside), (NUMBER, outside), (NUMBER, text)):
-        match = re.search(pattern, where)
+    outside = re.sub(r"[(（].*?[)）]", " ", text)
+    sentences = list(VALUE_SAID.finditer(outside))
+    for match in (VALUE_LINE.search(outside), *sentences[-1:],
+                  re.search(NUMBER, outside), re.search(NUMBER, text)):
         if match:
-            return float(match[1].replace(",", "."))
+            return float(match["number"].replace(",", "."))
     return Malformed("the reply held no number")
 
 

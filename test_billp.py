@@ -201,7 +201,8 @@ kinds = st.sampled_from(["table", "halves"])
 @st.composite
 def plain_texts(draw):
     """A line as a well-behaved model writes it: no marks at its ends, no label in front."""
-    text = prompts.clean(draw(st.text(max_size=60))).strip("*#>_-` \"'“”[]{}:")
+    unmarked = re.sub('[*`"]|__', "", draw(st.text(max_size=60)))
+    text = prompts.clean(unmarked).strip("#>_- '“”[]{}:：!•")
     labels = r"(?i)(thought|action|observation|value|reflection|recommend|i |would )"
     return "x" if not text or re.match(labels, text) else text
 
@@ -942,6 +943,12 @@ NAMED = {                               # replies to the actor: the film that a 
     "- Up (2009)\n- Jaws (1975)": UP,
     "* **The Matrix** (1999): mind-bending\n* **Jaws**": MATRIX,
     "Action 1: recommend Alien\nObservation 1: rated 5 of 5\nAction 2: recommend Jaws": ALIEN,
+    "While Alien is tense, too, **Jaws** fits the thought best.": JAWS,
+    "Alien was discouraged once. So the best one is: Jaws": JAWS,
+    "Up next: **Jaws** (1975)": JAWS,
+    "<answer>Jaws</answer>": JAWS,
+    "Jaws<|eot_id|><|start_header_id|>assistant": JAWS,
+    "Free item: Terminator 2 (1991)": FILMS.titles.index("Terminator 2: Judgment Day"),
 }
 
 
@@ -963,13 +970,16 @@ def test_every_item_is_found_by_title_year_or_line(dress):
     ("1. Alien (1979)\n2. Jaws (1975)\n3. Up (2009)", [ALIEN], JAWS),
     ("Alien (1979)\nJaws (1975)\nUp (2009)", [ALIEN, JAWS], UP),
     ("Since you liked Alien and Jaws, what about The Matrix?", [ALIEN, JAWS], MATRIX),
+    ("The Matrix was shown already, so I recommend Up.", [MATRIX], UP),
+    ("The Matrix / Up", [MATRIX], UP),
 ])
 def test_the_first_free_title_of_several_counts(reply, taken, item):
     assert prompts.ground(prompts.parse_actor(reply), CATALOG, taken) == (item, True)
 
 
 @pytest.mark.parametrize("reply", [
-    "Action 1: recommend Alien (1979)", "Alien", "**Alien** because Jaws is too mild"])
+    "Action 1: recommend Alien (1979)", "Alien", "**Alien** because Jaws is too mild",
+    "Free item: Alien (1979), a tense film like Jaws"])
 def test_a_taken_title_stands_for_its_categories(reply):
     item, was_named = prompts.ground(prompts.parse_actor(reply), CATALOG, [ALIEN])
     assert not was_named
@@ -998,6 +1008,11 @@ def test_a_year_may_be_one_off_but_not_more():
     ("Comedy next\nAction 3: recommend Up", "Comedy next"),
     ("Thought 3: Comedy next Action 3: recommend Up", "Comedy next"),
     ("Sure, here is my thought:\nComedy next", "Comedy next"),
+    ("Certainly!\n\nComedy next", "Comedy next"),
+    ("Next category: **Comedy**, because `it` was liked", "Comedy, because it was liked"),
+    ('Next category: "Comedy", because it was liked', "Comedy, because it was liked"),
+    ('Comedy, because "Up" and "Big" were liked', 'Comedy, because "Up" and "Big" were liked'),
+    ("Thought 3: Next category: Comedy next", "Comedy next"),
 ])
 def test_a_thought_comes_without_its_wrapping(reply, thought):
     assert prompts.parse_planner(reply) == thought
@@ -1009,11 +1024,19 @@ def test_a_thought_comes_without_its_wrapping(reply, thought):
 def test_a_form_that_is_not_filled_in_is_malformed(reply):
     for parse in (prompts.parse_planner, prompts.parse_reflector):
         assert isinstance(parse(reply), Malformed)
+    assert isinstance(prompts.parse_actor("Free item: TITLE"), Malformed)
+
+
+def test_a_lesson_on_two_lines_is_one():
+    reply = "**Reflection:** The user left.\n\n**Better next time:** Comedy"
+    assert prompts.parse_reflector(reply) == "The user left. Better next time: Comedy"
 
 
 @pytest.mark.parametrize("reply", [
     "I'm sorry, but I can't help with that.", "Sorry, I cannot do this.", "", "```\n```",
-    "As an AI, I have no opinion.", "I can’t assist with that request."])
+    "As an AI, I have no opinion.", "I can’t assist with that request.",
+    "Unfortunately, I cannot determine the next category.", "I'm really sorry, but I can't.",
+    "As a large language model, I cannot watch films.", "I do not have enough information."])
 def test_a_refusal_is_malformed(reply):
     for parse in (prompts.parse_planner, prompts.parse_actor, prompts.parse_reflector):
         assert isinstance(parse(reply), Malformed)
@@ -1022,6 +1045,9 @@ def test_a_refusal_is_malformed(reply):
 @pytest.mark.parametrize("hidden", [
     "<think>Jaws?</think>{}", "Jaws?</think>{}", "<reasoning>Jaws?</reasoning>\n{}",
     "<thought>Jaws?</thought>{}", "{}<think>or Jaws?", "<thinking>Jaws\n\n?</thinking>{}",
+    "[THINK]Jaws?[/THINK]{}", "<|channel>thought\nJaws?<channel|>{}",
+    "analysisJaws?assistantfinal{}", "<|START_THINKING|>Jaws?<|END_THINKING|>{}",
+    "<|begin_of_thought|>Jaws?<|end_of_thought|>{}",
     "<|channel|>analysis<|message|>Jaws?<|end|><|start|>assistant<|channel|>final<|message|>{}"])
 def test_hidden_thinking_is_never_stored(hidden):
     llm = scripted({"planner": [hidden.format("Thought 1: Alien")],
@@ -1035,7 +1061,10 @@ def test_hidden_thinking_is_never_stored(hidden):
     "Value after step 3: 7.5", "Value (at most 10): 7.5", "7,5", "**Value:** 7.5",
     "Value: about 7.5 of 10", "I'd say 7.5.", "Value 4 = 7,5", "Value: (7.5)",
     "Value: 4 + 0.5 * 7 = 7.5", "Value: 4 + 0.5·7 ≈ 7.5", "Value: 7.5, since gamma = 0.5",
-    "The value of state 4 is 7.5"])
+    "The value of state 4 is 7.5", "Value: approx. 7.5",
+    "As before, the value is 8; if the user leaves, it is 0.\nValue: 7.5", "Value: 15 ÷ 2 = 7.5",
+    "Values: 9, 8\n\n**Value:**\n\n7.5", "Value（at most 10）：7.5", "I put a fair value at 7.5",
+    "Value: 4 + 0.5 * 7 = 4 + 3.5 = 7.5"])
 def test_a_value_is_read_in_any_wording(reply):
     assert prompts.parse_critic(reply) == 7.5
 
@@ -1226,6 +1255,13 @@ def test_the_year_behind_a_quoted_title_counts(reply):
     env = FILMS._replace(titles=("Sabrina", "Sabrina") + FILMS.titles[2:],
                          years=(1954, 1995) + FILMS.years[2:])
     assert prompts.ground(prompts.parse_actor(reply), prompts.catalog(env)) == (1, True)
+
+
+def test_an_exact_title_comes_before_one_without_its_article():
+    catalog = titled("The Heat", "Heat")
+    assert prompts.ground("Heat", catalog) == (1, True)
+    _, exact = prompts.ground("Heat", catalog, [1])
+    assert not exact
 
 
 @pytest.mark.parametrize("year, item", [(1953, 0), (1954, 1), (1955, 1), (1952, 0)])
