@@ -257,7 +257,7 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
     for attempt in range(config.retries + 1):
         key = state.key._replace(attempt=attempt)
         reply = llm(Ask(role, key, messages, config.reply_tokens, config.temperature))
-        text = prompts.spoken(reply.text)
+        text = prompts.spoken(reply.text or "")         # a client's content may be None
         value = parse(text)
         if not isinstance(value, Malformed):
             return Answer(value, str(value), malformed=attempt)

@@ -20,6 +20,7 @@ import ast
 import csv
 import html
 import json
+import os
 import pickle
 import re
 from contextlib import contextmanager
@@ -788,7 +789,7 @@ def find_file(folder: Path, names: Sequence[str], world: str) -> Path | None:
 @contextmanager
 def reading(path: Location, names: Sequence[str], advice: str, world: str = "") -> Iterator[Path]:
     """The file of `find_file`. If anything fails inside the block, BadData names the file."""
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))         # an unknown ~name stays as it is
     file = find_file(folder, names, world)
     if file is None:
         raise BadData(f"{folder}: no {' or '.join(names)} there or below; {advice}")
@@ -802,11 +803,11 @@ def reading(path: Location, names: Sequence[str], advice: str, world: str = "") 
 
 
 def encoding(file: Path) -> str:
-    """UTF-8, with or without a byte order mark, if the whole file is valid; otherwise latin-1."""
+    """UTF-8, with or without a byte order mark, if the whole file is valid; otherwise Windows'."""
     try:
         file.read_text("utf-8-sig")
     except UnicodeDecodeError:
-        return "latin-1"
+        return "cp1252"             # latin-1 with typographic quotes, dashes and trademarks
     return "utf-8-sig"
 
 
@@ -854,7 +855,7 @@ def read_rows(file: Path, needed: Sequence[str], parse: Callable) -> Iterator:
             header = HEADERS.get(file.name) or next(lines, [])
             places = columns(header, needed)
             for fields in lines:
-                if not any(fields):
+                if not "".join(fields).strip():
                     continue
                 fit = len(fields) == len(header)
                 demand(fit, f"{len(fields)} fields instead of {len(header)}")
@@ -930,8 +931,9 @@ def rescaled(ratings: Array) -> tuple[Array, str]:
     (array([1., 3., 5.]), ', mapped linearly from 0..100 onto 1..5')
     """
     low, high = ratings.min(), ratings.max()
-    if low >= 0.5 and high <= 5:
-        return ratings, ""
+    is_inside = low >= 0.5 and high <= 5
+    if is_inside:
+        return ratings, "" if low < high else f", all {low:g}: they tell nothing about tastes"
     demand(low < high, f"every rating is {low:g}")
     mapped = 1 + 4 * (ratings - low) / (high - low)
     return mapped, f", mapped linearly from {low:g}..{high:g} onto 1..5"

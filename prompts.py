@@ -1053,27 +1053,30 @@ ELSEWHERE = "use the address it names as --base-url"
 OTHER_MODEL = "try another --model"
 KINDS = (                           # the first kind whose signs fit counts
     Kind("credit", 1, "top up the account, then run the same command: it resumes",
-         r"402|(400|403|429) .*(insufficient_\w*(quota|balance|funds|credit)|billing_"
-         r"|credit balance|arrearage)"),
+         r"402|(400|403|429) .*(insufficient[\w ]*(quota|balance|funds|credit)|billing_"
+         r"|credit balance|arrearage|budget.{0,20}exceeded|exceeded.?budget"
+         r"|exceeded_current_quota)"),
     Kind("blocked", 1, "look at the prompt, or try another --model",
          r"finish_reason (content_filter|refusal|missing)"
          r"|(400|403|422) .*(content.?(filter|policy|exists.risk)|moderation|flagged|safety"
          r"|inappropriate|guardrail|guideline|prohibited)", is_reply=True),
-    Kind("broken off", 4, OTHER_MODEL, r"finish_reason error|(400|422) .*tool_use_failed",
+    Kind("broken off", 4, OTHER_MODEL,
+         r"finish_reason (error|insufficient)|(400|422) .*tool_use_failed",
          is_reply=True),
     Kind("overrun", 1, "raise --reply-tokens, or switch reasoning off by --extra-body",
          "finish_reason length", is_reply=True),
     Kind("nothing", 2, OTHER_MODEL, "finish_reason", is_reply=True),
-    Kind("context", 1, "allow the prompt fewer tokens: --titles, --transcript",
-         r"413|(400|422|500) .*(context.{0,20}(length|size|window|limit)|too many tokens"
+    Kind("context", 1, "allow fewer tokens: --titles, --transcript or --reply-tokens",
+         r"413|429 .*request too large"
+         r"|(400|422|500) .*(context.{0,20}(length|size|window|limit)|too many tokens"
          r"|(prompt|input|request).{0,40}(too (long|large)|exceed)|reduce the length"
-         r"|less than \d+ tokens)"),
+         r"|less than \d+ tokens|longer than the maximum)"),
     Kind("reply tokens", 1, "choose another --reply-tokens",
-         r"(400|422) (?=.*max_\w*tokens).*\b(too|reached|exceed|most|least|less|greater|maximum"
-         r"|minimum|range|limit)"),
+         r"(400|422) (?=.*max_\w*tokens).*\b(too|must|reached|exceed|most|least|less|greater"
+         r"|maximum|minimum|range|limit)"),
     Kind("key", 1, "check OPENAI_API_KEY, and whether it may use this model",
-         r"401|403|400 .*api.?key"),
-    Kind("address", 1, "check --base-url and --model", "404|405"),
+         r"401|403|400 .*(api.?key|authorization header)"),
+    Kind("address", 1, "check --base-url, --model and --embed-model", "404|405"),
     Kind("moved", 1, ELSEWHERE, "3.."),
     Kind("page", 2, "does --base-url lack its /v1?", "2.."),
     Kind("vectors", 2, "choose another --embed-model", "embeddings"),
@@ -1227,7 +1230,8 @@ def checked_headers(key: str, url: Any, headers: dict) -> dict:
 
 def secrets_of(key: str, url: Any, headers: dict) -> list[str]:
     """What must not be shown: the key, the values in the URL and those of secret headers."""
-    secrets = [key, *url.params.values()]
+    query = url.query.decode()
+    secrets = [key, *url.params.values(), *re.split("[&=]", query)]      # decoded and as they are
     for name, value in headers.items():
         if SECRET.search(name):
             secrets += [value, *value.split()]          # "Bearer sk-..." and "sk-..."
@@ -1502,7 +1506,7 @@ def heard(route: Route, ask: Ask, data: dict) -> Any:
         content = "".join(part.get("text", "") for part in content)
     text = spoken(starred(route, content))
     usage = usage_of(route, ask, data)
-    if text and finish not in ("error", "content_filter"):
+    if text and not re.match("error|insufficient|content_filter", str(finish)):
         return Reply(text, usage)
     label = "refusal" if refusal else finish
     reason = refusal or choice.get("error") or "and no text"

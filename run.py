@@ -16,10 +16,16 @@ Exit codes: 0 done, 2 a mistake that can be mended, 3 the budget is spent, 130 i
 """
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import signal
+
+if __name__ == "__main__":
+    # Ctrl-C while the libraries are loaded ends the command without a traceback.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import hashlib
+import json
+import re
 import sys
 import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
@@ -33,10 +39,6 @@ from pathlib import Path
 from threading import Event
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 from urllib.parse import quote
-
-if __name__ == "__main__":
-    # Ctrl-C while the libraries are loaded ends the command without a traceback.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")      # matrices are small: more threads only wait
 import numpy as np
@@ -187,7 +189,7 @@ def make_parser() -> Parser:
             elif kind is not str:
                 options = {"type": kind, "metavar": "N"}
             elif name in ("out", "load", "show"):
-                options = {"type": Path, "metavar": "DIR"}
+                options = {"type": lambda text: Path(os.path.expanduser(text)), "metavar": "DIR"}
             else:
                 options = {"choices": CHOICES.get(name), "metavar": name.upper()}
             if title == "method":
@@ -203,11 +205,13 @@ def check_values(args: Namespace) -> None:
         value = getattr(args, name)
         if type(value) in (int, float) and not low <= value <= high:
             raise UserError(f"{flag(name)} takes a number from {low} to {high}")
+        if value == "":             # often a variable of the shell that is not set
+            raise UserError(f"{flag(name)} is given without a value")
     for name in args.experiment:
         if name not in EXPERIMENTS:
             raise UserError(f"no experiment {name!r}; there are all, {', '.join(EXPERIMENTS)}")
     for header in args.header:
-        if "=" not in header:
+        if not re.match(r"[\w.-]+=", header):
             raise UserError("--header takes NAME=VALUE")
     try:
         extra = json.loads(args.extra_body)
@@ -259,9 +263,15 @@ ADDRESS = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
 def variable(*names: str) -> str:
     """The first of these environment variables that is set, or ""."""
     for name in names:
-        if os.environ.get(name):
-            return os.environ[name]
+        value = os.environ.get(name, "").strip()
+        if value:
+            return value
     return ""
+
+
+def parts(names: str) -> list[str]:
+    """A list as it is typed: "a, b"."""
+    return [name.strip() for name in names.split(",")]
 
 
 def models_of(args: Namespace) -> list[str]:
@@ -270,7 +280,7 @@ def models_of(args: Namespace) -> list[str]:
         return ["offline"]
     names = [args.model] if args.model else []
     if args.models:
-        names += args.models.split(",")
+        names += parts(args.models)
     if not names and variable("OPENAI_MODEL"):
         names = [variable("OPENAI_MODEL")]
     # A replay asks no endpoint, but its log is that of a real model.
@@ -303,7 +313,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     if args.experiment and "episodes" not in args.given:
         args.episodes = 100
     names = ",".join(EXPERIMENTS) if args.experiment == "all" else args.experiment
-    args.experiment = names.split(",") if names else []
+    args.experiment = parts(names) if names else []
     check_values(args)
     kind, _, folder = args.world.partition(":")
     if folder:                          # "csv:data" and "csv:./data/" are one world
@@ -591,14 +601,18 @@ def connect(args: Namespace, run: Settings, folder: Path, live: Live) -> tuple[L
     log = prompts.open_log(folder / "calls.jsonl", model_id, replay=args.replay)
     # From the inside: the endpoint, its budget, a count of what is asked for now, the log of
     # answers, a count of all of them.
-    llm = prompts.openai(url, run.model, extra=json.loads(args.extra_body), **options)
+    llm = prompts.offline           # a replay never asks it
+    if not args.replay:
+        llm = prompts.openai(url, run.model, extra=json.loads(args.extra_body), **options)
     llm = prompts.limited(llm, args.max_calls)
     llm = partial(noted, llm, live.stats, "asked")
     llm = prompts.recorded(llm, log)
     llm = partial(noted, llm, live.stats, "answers")
     embed = prompts.hashed_ngrams
     if run.embedding != "hashed_ngrams":
-        embed = prompts.recorded_embed(prompts.embeddings(url, run.embedding, **options), log)
+        if not args.replay:
+            embed = prompts.embeddings(url, run.embedding, **options)
+        embed = prompts.recorded_embed(embed, log)
     return llm, embed
 
 
@@ -977,10 +991,13 @@ def print_prompts(args: Namespace, phase: str, number: int) -> None:
 def show(args: Namespace) -> None:
     """Print one episode of a finished run, or its prompts."""
     episode = episode_of(args.show, args.pick)
-    if args.prompts:
-        print_prompts(args, episode["phase"], episode["episode"])
-    else:
-        print("\n".join(story(episode)))
+    try:
+        if args.prompts:
+            print_prompts(args, episode["phase"], episode["episode"])
+        else:
+            print("\n".join(story(episode)))
+    except (LookupError, TypeError):
+        raise UserError(f"{args.show} was made by another version of this program") from None
 
 
 # ------------------------------------------------------------------------------ experiments
@@ -1047,7 +1064,7 @@ def cells_of(args: Namespace, base: Settings, name: str) -> dict[Cell, list[Job]
     experiment = EXPERIMENTS[name]
     known = rows = experiment.rows.split() or args.models_asked
     if args.rows and experiment.rows:
-        rows = args.rows.split(",")
+        rows = parts(args.rows)
     cells = {}
     for series in rows:
         if series not in known:
@@ -1164,7 +1181,11 @@ def offline_pool(args: Namespace) -> Iterator[futures.Executor]:
         from distributed import Client
     except ImportError:
         raise UserError("--cluster needs dask: pip install -e '.[cluster]'") from None
-    with Client(args.cluster, timeout=10) as client:
+    try:
+        client = Client(args.cluster, timeout=10)
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"--cluster takes HOST:PORT of a scheduler: {error}") from None
+    with client:
         for module in ("envs", "prompts", "billp", "run"):
             client.upload_file(str(Path(__file__).with_name(f"{module}.py")))
         yield client.get_executor()

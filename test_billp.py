@@ -670,8 +670,9 @@ def test_a_method_asks_its_roles_and_writes_its_memories(method, roles, memories
     assert len({(ask.role, ask.key) for ask in asks}) == len(asks)
 
 
-def test_a_malformed_reply_is_asked_again():
-    llm, asks = noting(scripted({"planner": ["", "Thought: go on"]}))
+@pytest.mark.parametrize("reply", ["", None])
+def test_a_malformed_reply_is_asked_again(reply):
+    llm, asks = noting(scripted({"planner": [reply, "Thought: go on"]}))
     plan, _ = billp.planner(STATE, EMPTY, llm)
     assert (plan.value, plan.malformed, plan.fallback) == ("go on", 1, False)
     first, second = asks
@@ -1554,6 +1555,13 @@ def test_bad_ratings_are_refused_in_one_line(tmp_path, name, text, words):
     assert "\n" not in str(error.value) and "README" in str(error.value)
 
 
+def test_a_file_from_windows_keeps_its_typography(tmp_path):
+    text = "id,title\n1,Don’t Look Up – Portal™\n"
+    lay(tmp_path, {"x.csv": text.encode("cp1252")})
+    titles = envs.read_rows(tmp_path / "x.csv", ["item", "title"], lambda row: row["title"])
+    assert list(titles) == ["Don’t Look Up – Portal™"]
+
+
 def test_another_scale_is_told(tmp_path):
     """Item 0 is rated last, and items from 25 on are not liked: a history is the last 20 liked."""
     votes, items = "user,item,rating,time\n", "id,title,year\n"
@@ -1679,6 +1687,7 @@ BLOCKED = table("""
 200 | {"choices": [{"message": {"refusal": "I cannot"}}]} | I cannot | 1
 200 | {"choices": [{"finish_reason": "content_filter"}]} | content_filter | 1
 200 | {"choices": [{"message": {"content": "Act"}, "finish_reason": "content_filter"}]} | filter | 1
+200 | {"choices": [{"message": {"content": "A"}, "finish_reason": "content_filter: X"}]} | filter | 1
 200 | {"choices": [{"message": {"content": "<think>so"}, "finish_reason": "length"}]} | length | 1
 200 | {"choices": [{"message": {"content": "<think>so</think>"}}]} | no text | 2
 200 | {"choices": [{"message": {"content": "a"}, "finish_reason": "error"}]} | error | 4
@@ -1695,6 +1704,11 @@ ENDS = table("""
 400 | {"error": {"message": "max_tokens limit", "code": "context_length_exceeded"}} | | --titles | 1
 500 ; 413 | the request exceeds the available context size | | --titles --transcript | 1
 400 | max_tokens or model output limit was reached | | --reply-tokens | 1
+400 | max_tokens is too large: 9. This model's maximum context length is 8 | | --reply-tokens | 1
+422 | inputs + max_new_tokens must be <= 4096 | | --reply-tokens | 1
+429 | Insufficient balance ; ExceededBudget: 9 ; Budget has been exceeded | | top up | 1
+429 | Request too large (TPM): Limit 9, Requested 10 | | --transcript | 1
+400 | Missing or invalid Authorization header | | OPENAI_API_KEY | 1
 400 | max_tokens is too large: 9 ; the valid range of max_tokens is [1, 8] | | --reply-tokens | 1
 200 | {"error": {"message": "who?", "code": "401"}} | | 401 who? OPENAI_API_KEY | 1
 503 | down | x-should-retry: false | 503 down resumes | 1
@@ -2252,7 +2266,8 @@ BAD_INPUT = table(f"""
 --base-url x | --model
 --replay --model m | --replay
 --base-url x --model m --extra-body 1 | --extra-body
---base-url x --model m --header a | --header
+--base-url x --model m --header a ; --base-url x --model m --header api-key:{SECRET}= | --header
+--model= ; --experiment table5 --rows= | without a value
 --api-key={SECRET} | --api-key
 {SECRET} | every value needs its flag
 """)
