@@ -11,7 +11,7 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
     M_P, M_A, M_C  the memories of planner, actor and critic (an `Agent`)
     ask            one question to the model (prompts.Ask); its key seeds every random draw, so
                    that a run can be repeated
-    malformed      a reply that a parser cannot use; after some of them a role gives its fallback
+    malformed      a reply that a parser cannot use; if all attempts are, a role gives its fallback
 
 Recording (s, a) as encouraged makes it likelier that a is chosen in similar states. A
 policy-gradient step does the same to pi(a | s), by changing weights.
@@ -19,7 +19,7 @@ policy-gradient step does the same to pi(a | s), by changing weights.
 All functions are pure. The model comes in as the argument `llm`, the embedding with the catalogue.
 Parallelism comes in as the argument `pmap`: any function that works like the built-in `map` and
 keeps the order.
-Config, credit and memory need numpy alone. They can be copied into another project as one block.
+Config, credit and memory need only numpy. They can be copied into another project as one block.
 """
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Config(NamedTuple):
     k_experience: int = 200         # experiences recalled for the actor and counted for each item
     k_actions: int = 10             # items shown for their experience where there are no candidates
     k_values: int = 8               # values recalled for the critic, enough to average
-    # free items shown to the actor; 0: remembered ones alone, as in the paper
+    # free items shown to the actor; 0: only remembered ones, as in the paper
     candidates: int = 10
     lately: int = 4                 # steps the category tool looks back; as in the released code
     titles: int = 10                # items in a state's text and a prompt's list; as in the paper
@@ -121,7 +121,7 @@ class Record(NamedTuple):
 class Chunk(NamedTuple):
     """Records that lie together, oldest first, with the vectors they are found by."""
     records: tuple[Record, ...]
-    vectors: np.ndarray             # float64 [n, d], unit rows; row i embeds records[i].text
+    vectors: np.ndarray             # [n, d], unit rows; row i embeds records[i].text
 
 
 # A memory is a tuple of chunks, oldest first. Each chunk is at least twice as long as the next.
@@ -176,8 +176,9 @@ def nearest_first(distances: np.ndarray, count: int) -> Iterator[int]:
     """
     near = np.full(len(distances), True)
     if count < len(distances):
-        # quicker than sorting all
-        near = distances <= np.partition(distances, count - 1)[count - 1]
+        # quicker than sorting all: `limit` is the distance of the one at place `count`
+        limit = np.partition(distances, count - 1)[count - 1]
+        near = distances <= limit
     for group in (near, ~near):
         newest_first = np.flatnonzero(group)[::-1]
         # a stable sort keeps the newest first among equals
@@ -200,7 +201,7 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
         if distances[i] > tau or len(found) == k:
             break
         record = record_at(memory, i)
-        # of equals the newest came first
+        # same text and item, so same distance: the newest came first, and it stays
         found.setdefault((record.text, record.item), record)
     return tuple(found.values())
 
@@ -272,7 +273,7 @@ def likeness(a: str, b: str) -> float:
 
 
 def distinct(lessons: Iterable[str], k: int) -> tuple[str, ...]:
-    """The first k lessons, without near copies: texts with over 4 of 5 words of an earlier one."""
+    """The first k lessons, without those whose likeness to an earlier one is over 0.8."""
     chosen: list[str] = []
     for lesson in lessons:
         if len(chosen) == k:
@@ -301,7 +302,7 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
 
 
 def evidence(state: State, memory: Memory, config: Config) -> Counter:
-    """How often each pair (item line, verdict) is remembered in states similar to this one."""
+    """In how many of the most similar states each pair (item line, verdict) is remembered."""
     if not config.experience:
         return Counter()
     similar = recall(memory, state.vector, config.k_experience)
@@ -310,7 +311,10 @@ def evidence(state: State, memory: Memory, config: Config) -> Counter:
 
 def lines_to_show(state: State, remembered: Iterable[str], taken: Collection[int],
                   catalog: Catalog, config: Config) -> list[str]:
-    """Lines for the actor's list: the free items nearest to the thought, or those remembered."""
+    """Lines for the actor's list: the free items nearest to the thought, or those remembered.
+
+    Of those remembered some may be taken.
+    """
     if not config.candidates:
         in_catalog = set(catalog.lines)             # a loaded memory may come from another world
         return [line for line in remembered if line in in_catalog]
@@ -325,9 +329,9 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     """The free items that the actor is shown, each once, those with the best evidence first."""
     taken = () if config.repeats else state.taken
     counts = evidence(state, memory, config)        # (line, verdict) -> times
-    remembered = [line for line, _ in counts]
+    remembered = [line for line, _ in counts]       # twice if it has both verdicts
     lines = lines_to_show(state, remembered, taken, catalog, config)
-    # Lines are compared, too: a free item may share its line with a taken one.
+    # Lines are compared, too: remembered ones may be taken, and a free item may share its line.
     excluded = {catalog.lines[item] for item in taken}
     free = [line for line in dict.fromkeys(lines) if line not in excluded]
     listed = [Candidate(line, counts[line, 1], counts[line, 0]) for line in free]
@@ -373,8 +377,9 @@ def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> 
 
 
 def reflector(trajectory: Trajectory, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
-    """Macro level: a principle drawn from a finished episode, kept under its first state.
+    """Macro level: a principle drawn from a finished episode.
 
+    It is kept under the episode's first state, so that later sessions of similar users find it.
     Fallback: nothing is kept.
     """
     last = trajectory.last
@@ -460,7 +465,7 @@ def episode(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM,
 
     The agent is read and never changed.
     """
-    world = envs.reset(catalog.env, user)
+    env_state = envs.reset(catalog.env, user)
     state = opening(catalog, user, key, config)
     steps: list[Step] = []
     left = cut = False
@@ -470,7 +475,7 @@ def episode(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM,
             plan, _ = planner(state, agent.planner, llm, config)
         state = state._replace(thought=plan.value)
         act, _ = actor(state, agent.actor, llm, catalog, config)
-        world, reward, left, cut = envs.step(catalog.env, world, act.value)
+        env_state, reward, left, cut = envs.step(catalog.env, env_state, act.value)
         step = Step(state, plan, act, catalog.lines[act.value], float(reward))
         state = advance(state, catalog, step, bool(left), config)
         steps.append(step)
@@ -516,18 +521,18 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
         after_leaving = (0.0,) if trajectory.terminated else ()
         values = tuple(answer.value for answer in answers) + after_leaving
     targets, advantages = credit(trajectory, values, config.gamma)
-    lessons, tried, valued = EMPTY, EMPTY, EMPTY
+    m_p, m_a, m_c = EMPTY, EMPTY, EMPTY             # what this episode adds to the three memories
     for step, target, gain in zip(trajectory.steps, targets, advantages):
         state = step.state
         if config.experience:
-            tried = remember(tried, state.text, int(gain >= 0), state.vector, step.line)
+            m_a = remember(m_a, state.text, int(gain >= 0), state.vector, step.line)
         if asks_critic:
-            valued = remember(valued, state.text, target, state.vector, last_item(state))
+            m_c = remember(m_c, state.text, target, state.vector, last_item(state))
     if config.lessons != "none":
-        reflection, lessons = reflector(trajectory, EMPTY, llm, config)
+        reflection, m_p = reflector(trajectory, m_p, llm, config)
         answers += (reflection,)
     return trajectory._replace(values=values, advantages=tuple(advantages), answers=answers,
-                               gained=Agent(lessons, tried, valued))
+                               gained=Agent(m_p, m_a, m_c))
 
 
 def session(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM,

@@ -36,7 +36,8 @@ Rng = np.random.Generator
 Location = str | Path                   # of a folder of data files
 Function = Callable[..., Array]
 
-# independent random streams of one seed (4 is not used); the first three are for run.py
+# Independent random streams of one seed; the first three are for run.py. The numbers never change,
+# so that a seed goes on meaning the same users (4 was once in use).
 BRANCHES = {"learners": 0, "held-out users": 1, "policy": 2, "actor-critic": 3, "data": 5,
             "bandit": 6}
 
@@ -126,7 +127,8 @@ def reset(env: Env, user: Array) -> EnvState:
 def with_all(env: Env, state: EnvState) -> tuple[EnvState, Array]:
     """Sessions and items that broadcast to [B, m], to ask about all m items for each of B users.
 
-    The sessions get an axis of length 1: user and t are [B, 1], recent is [B, 1, W].
+    The sessions get an axis of length 1: user and t are [B, 1], recent is [B, 1, W]. So
+    `env.rate(sessions.user, items)` is [B, m].
     """
     sessions = EnvState(*[part[:, None] for part in state])
     return sessions, np.arange(len(env.titles))
@@ -149,7 +151,7 @@ def distance_to_recent(env: Env, state: EnvState, item: Array) -> Array:
 
 
 def leaves(env: Env, state: EnvState, item: Array, rating: Array) -> Array:
-    """bool [...]: whether each user leaves at an item that he or she would give this rating."""
+    """bool [...]: whether each user leaves, given the item and his or her rating of it."""
     too_similar = distance_to_recent(env, state, item) < env.beta
     disappointed = (rating < env.floor) & (state.t >= env.grace)
     return too_similar | disappointed
@@ -346,7 +348,10 @@ def mean_liked(rows: Array, env: Env, users: Array) -> Array:
 
 
 def affinity(env: Env, state: EnvState) -> Array:
-    """float [B, m]: the share of the history in a category, averaged over an item's categories."""
+    """float [B, m]: how much the user's history is like each item.
+
+    For each category of the item it is the share of the history in this category; then their mean.
+    """
     sizes = np.maximum(env.belongs.sum(1), 1)
     return mean_liked(env.belongs, env, state.user) @ env.belongs.T / sizes
 
@@ -375,7 +380,7 @@ def turns(env: Env, episodes: int, rounds: int, rng: Rng) -> Iterator[tuple[EnvS
     Learners take turns, in a random order, for the given number of episodes. With fewer episodes
     than rounds some rounds are empty.
     """
-    # resize repeats the order until it is long enough; an empty order would become zeros
+    # resize repeats the order until it is long enough. It would make zeros of an empty order.
     users = np.resize(rng.permutation(env.learners), episodes if env.learners else 0)
     for group in np.array_split(users, rounds):
         yield reset(env, group), unseen(env, group)
@@ -409,7 +414,7 @@ def learn_bandit(env: Env, episodes: int, seed: int = 0) -> Policy:
         while len(free) > 0:
             x = features(env, state)
             predicted = x @ np.linalg.solve(square, product)
-            # equal scores draw a random item
+            # scores of 0 are all equal, so `draw` takes a random item
             explores = rng.random((len(x), 1)) < 0.1
             item = draw(np.where(explores, 0, predicted), free, rng)
             state, reward, left, cut = step(env, state, item)
@@ -464,8 +469,9 @@ def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
     chance = np.exp(log_chance)
     entropy = -(chance * log_chance).sum(1, keepdims=True)
     picked = np.eye(len(items))[pick]           # [B, k]: 1 at the pick, 0 elsewhere
-    # d log_chance[pick] / d fit_j = [j is the pick] - chance_j
-    # d entropy / d fit_j = -chance_j * (log_chance_j + entropy)
+    # d chance_i / d fit_j = chance_i * ([i is j] - chance_j). From this follow
+    # d log_chance[pick] / d fit_j = [j is the pick] - chance_j and, as the entropy is the sum of
+    # -chance_i * log_chance_i, d entropy / d fit_j = -chance_j * (log_chance_j + entropy)
     slope_of_pick = picked - chance
     slope_of_entropy = -chance * (log_chance + entropy)
     slope = td_error[:, None] * slope_of_pick + ENTROPY * slope_of_entropy
@@ -491,15 +497,15 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5) -> Pol
     """
     rng = branch(seed, "actor-critic")
     m, d = env.vectors.shape
-    seen = 2 * d + 1        # the length of x
-    weights = Weights(np.zeros((seen, d)), np.zeros(m), np.zeros(seen))     # changed in place below
+    width = 2 * d + 1       # the length of x
+    weights = Weights(np.zeros((width, d)), np.zeros(m), np.zeros(width))
     squares = [np.full_like(weight, 1e-6) for weight in weights]
     # while it learns it chooses among a few items, which is quicker
     choices = min(m, max(64, m // 16))
     for state, free in turns(env, episodes, 200, rng):
         while len(free) > 0:
             x = observe(env, state)
-            # if none of these is free to a user, he or she gets any of them
+            # The same few for all sessions of this step. A user to whom none is free gets any.
             items = rng.choice(m, choices, replace=False)
             log_chance = log_chances(env, weights, x, items, free[:, items])
             # the Gumbel trick: the largest of log chance + Gumbel noise is a draw by the chances
@@ -511,7 +517,7 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5) -> Pol
             td_error = reward + gamma * future - x @ weights.value
             slopes = gradient(env, x, items, log_chance, pick, td_error)
             for weight, square, slope in zip(weights, squares, slopes):
-                square += slope ** 2
+                square += slope ** 2        # += changes the arrays in place
                 weight += 0.3 * slope / np.sqrt(square)
             free[np.arange(len(free)), item] = False
             stay = ~(left | cut)
@@ -702,7 +708,7 @@ def made_up(belongs: Array, users: int, rng: Rng) -> Array:
     """int8 [n, m]: ratings of films, given their categories; see `films`.
 
     The numbers are chosen so that taste matters: random items keep a user for 3 to 5 steps, and one
-    list shown to everybody for at most 32 of 50.
+    list for everybody keeps a user for at most 32 of 50.
     """
     m, c = belongs.shape
     # archetypes and appeal are the same for every seed
@@ -712,7 +718,7 @@ def made_up(belongs: Array, users: int, rng: Rng) -> Array:
 
     taste = archetypes[rng.integers(6, size=users)]
     taste = taste + 0.8 * rng.normal(size=taste.shape)
-    # the root keeps the spread of a sum of independent tastes the same for any number of categories
+    # A sum of k independent tastes spreads as the root of k. Dividing by the root undoes this.
     liking = taste @ (belongs / np.sqrt(belongs.sum(1, keepdims=True))).T
     noise = 0.5 * rng.normal(size=liking.shape)
     ratings = np.rint(3.8 + 2 * liking + 0.8 * appeal + noise)
@@ -735,8 +741,8 @@ def films(seed: int = 0, users: int = 1000) -> Env:
         years.append(int(year))
         tags.append([CODES[letter] for letter in letters])
     categories, belongs = labels(tags)
-    # Each category shared by two films adds log(1 / its frequency) to their dot product: films that
-    # share a rare one are nearer to each other. The root is multiplied by itself there.
+    # Films that share a rare category are nearer to each other. In their dot product the two roots
+    # multiply to log(1 / its frequency), before the rows are scaled to length 1.
     rarity = np.sqrt(np.log(len(titles) / belongs.sum(0)))
     vectors = unit(belongs * rarity).astype(np.float32)
     rng = np.random.default_rng(seed)
@@ -775,15 +781,17 @@ class BadData(ValueError):
 def find_file(folder: Path, names: Sequence[str], world: str) -> Path | None:
     """A file of one of these names in a folder or below it.
 
-    Of several it takes one in a folder named as the world, then the least deep, then by the order
-    of the names, then by path.
+    Of several it takes one in a folder named after the world, then the one in the fewest folders,
+    then by the order of the names, then by path.
     """
     files = []
     for name in names:
         files += folder.rglob(name)
-    files.sort(key=lambda file: (world not in file.parts, len(file.parts), names.index(file.name),
-                                 file))
-    return files[0] if files else None
+    def rank(file: Path) -> tuple:
+        folders = file.relative_to(folder).parts
+        return world not in folders, len(folders), names.index(file.name), file
+
+    return min(files, key=rank, default=None)
 
 
 @contextmanager
@@ -803,7 +811,7 @@ def reading(path: Location, names: Sequence[str], advice: str, world: str = "") 
 
 
 def encoding(file: Path) -> str:
-    """UTF-8, with or without a byte order mark, if the whole file is valid; otherwise Windows'."""
+    """UTF-8, with or without a byte order mark, if the whole file is valid; otherwise cp1252."""
     try:
         file.read_text("utf-8-sig")
     except UnicodeDecodeError:
@@ -879,7 +887,7 @@ def split_title(text: str) -> tuple[str, int | None]:
     (('Babylon 5', 1994), ('Say (now', None))
     """
     title, year = " ".join(text.split()), None
-    # after a title: a text that is only a year in parentheses is a title
+    # (?<=.): something must stand before the year, or else it is itself the title
     at_end = re.search(r"(?<=.) ?\((\d{4})([-–]\d*)?\)$", title)
     if at_end:
         title, year = title[:at_end.start()], int(at_end[1])
@@ -914,7 +922,7 @@ VOTE = [("user", int), ("item", int), ("rating", float), ("time", float)]
 
 
 def parse_vote(users: Numbers, items: Numbers, row: Row) -> tuple:
-    """The values of a VOTE, given the numbers of ids. It adds a new user to `users`."""
+    """One VOTE. `users` and `items` map ids to numbers. A new user is added to `users`."""
     rating = float(row["rating"])
     demand(np.isfinite(rating), f"the rating {rating} is not finite")
     demand(row["user"], "a rating without user")
@@ -931,9 +939,9 @@ def rescaled(ratings: Array) -> tuple[Array, str]:
     (array([1., 3., 5.]), ', mapped linearly from 0..100 onto 1..5')
     """
     low, high = ratings.min(), ratings.max()
-    is_inside = low >= 0.5 and high <= 5
-    if is_inside:
-        return ratings, "" if low < high else f", all {low:g}: they tell nothing about tastes"
+    if low >= 0.5 and high <= 5:
+        warning = f", all {low:g}: they tell nothing about tastes"
+        return ratings, warning if low == high else ""
     demand(low < high, f"every rating is {low:g}")
     mapped = 1 + 4 * (ratings - low) / (high - low)
     return mapped, f", mapped linearly from {low:g}..{high:g} onto 1..5"
@@ -953,9 +961,10 @@ def groups(keys: Array) -> list[Array]:
 def ridge(own: Array, other: Array, ratings: Array, fixed: Array, count: int) -> Array:
     """float32 [count, k + 1]: factors and bias of one side, while the other side is fixed.
 
-    Vote i is ratings[i], less the global offset, between own[i] and other[i]: a user and an item,
-    or an item and a user. `fixed` [m, k + 1] holds the factors and bias of the other side. The
-    penalty on a factor is 3 + a tenth of the number of votes of the row, that on the bias is 3.
+    Vote i, between own[i] and other[i], is ratings[i], with the global offset already subtracted.
+    `own` are users and `other` items, or the other way round. `fixed` [m, k + 1] holds the factors
+    and bias of the other side. The penalty on a factor is 3 + a tenth of the number of votes of the
+    row, that on the bias is 3.
     """
     # rating - the other's bias = [the other's factors, 1] @ [own factors, own bias]
     targets = ratings - fixed[other, -1]
@@ -1021,7 +1030,9 @@ def last_distinct(items: Sequence[int]) -> Array:
 
 
 def liked_items(votes: Array) -> list[Array]:
-    """Each user's history: the last 20 items rated 4 or more, or else the last 20 rated best.
+    """Each user's history: the last 20 items rated 4 or more.
+
+    Of a user without such an item it is the last 20 of his or her highest rating.
 
     Votes are in the order of time for each user, and every user from 0 on has one.
     """
@@ -1042,8 +1053,9 @@ def near_quantile(distance: Function, items: Array, rng: Rng) -> float:
 
 
 def fitted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int) -> Env:
-    """A world of n users whose ratings `als` predicts. `about` tells the error on a tenth held out.
+    """A world of n users whose ratings `als` predicts.
 
+    `about` states the error on a held-out tenth of the votes.
     Item vectors are item factors scaled to length 1; `beta` is the 0.2 quantile of their distances.
     """
     rng = branch(seed, "data")
@@ -1055,7 +1067,7 @@ def fitted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int) -> E
     # ordered by time.
     new_number = rng.permutation(n)
     votes["user"] = new_number[votes["user"]]
-    held_out = rng.permutation(size) < size // 10           # true at exactly a random tenth
+    held_out = rng.permutation(size) < size // 10           # true for a random tenth
     train, test = votes[~held_out], votes[held_out]
     model = als(train, n, m, rank=12)
     biases = als(train, n, m, rank=0)       # no factors: biases alone
@@ -1144,7 +1156,8 @@ def read_half(path: Location, world: str, half: str) -> tuple[Array, Array, list
 
     Ratings [users, m], distances [m, m], and of each user the titles seen, oldest first.
     """
-    # a block only names its file in errors: what it holds stays valid after it
+    # The blocks are there for the error messages alone. `content` has read the whole file, or has
+    # mapped it into memory, so ratings and distances stay valid after their block.
     with content(path, f"{world}_{half}.npy", world) as ratings:
         m = ratings.shape[1]
     with content(path, f"{half}_distance_mat.pickle", world) as apart:
@@ -1162,7 +1175,7 @@ def distance_by_half(learners: int, train: Array, test: Array, users: Array, a: 
 
 
 def released(path: Location, name: str) -> Env:
-    """The authors' world "steam" or "amazon", from their files wherever they lie below path.
+    """The authors' world "steam" or "amazon", from their files anywhere under path.
 
     Users of train.json learn, those of test.json do not. Only `a2c` sees the vectors, which are the
     genres as rows of length 1.

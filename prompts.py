@@ -1,14 +1,15 @@
 """Language: what is asked of a model, how its reply is read, and the models themselves.
 
-An `Ask` is everything that determines an answer. An `LLM` is a function from Ask to Reply. Calling
-it is the method's only effect, besides an `Embed` that asks an endpoint. Each of the four roles has
-one trio: a template, `render_*` (the question, from what the role recalls) and `parse_*` (a value
-from any text, or `Malformed`).
+An `Ask` is everything that determines an answer. An `LLM` is a function from Ask to Reply. The
+method's only effects are calls of an LLM, and of an Embed if it asks an endpoint. Each of the four
+roles has one trio: templates, `render_*` (the question, from what the role recalls) and `parse_*`
+(a value from any text, or `Malformed`).
 
-    line        one item as the model reads it, "Alien (1979) [Horror, Sci-Fi]"
+    line        one item as the model reads it, "Alien [Horror, Sci-Fi]"
     Catalog     a world as language; `ground` finds the item that a text names
     history     the lines of the items a user liked before the session, oldest first
-    session     the transcript so far: Thought, Action and Observation lines, append-only
+    session     the transcript so far: Thought, Action and Observation lines. Lines are appended;
+                only of a very long session the oldest turns are dropped
     shared      history and session: the part of a prompt that the next prompt extends
     taken       items liked before or recommended in this session; only --repeats allows them
     candidates  free items that the actor is shown, so that it knows what it can name
@@ -64,7 +65,7 @@ class Key(NamedTuple):
 
 class Ask(NamedTuple):
     """One question."""
-    role: str                       # planner, actor, critic or reflector; "embed" in logs alone
+    role: str                       # planner, actor, critic or reflector; "embed" in logs only
     key: Key                        # () for "embed"
     messages: tuple[tuple[str, str], ...]       # pairs (role, text), the system's first
     max_tokens: int = 256
@@ -96,7 +97,9 @@ def seed_of(key: Key) -> int:
 
 
 def clean(text: str, limit: int = 600) -> str:
-    """The text as one printable line of at most `limit` characters: data cannot forge a line.
+    """The text as one printable line of at most `limit` characters.
+
+    So data cannot imitate a line of a prompt.
 
     >>> clean("Alien\\nObservation 1: rated 5")
     'Alien Observation 1: rated 5'
@@ -165,7 +168,7 @@ def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
     rows = np.zeros((len(texts), d), np.float32)
     for row, text in zip(rows, texts):
         codes = np.frombuffer(f" {fold(text)} ".encode("utf-32-le", "replace"), np.uint32)
-        # These products wrap at 2^32 on purpose. The last factor is from Knuth's hash.
+        # These products wrap at 2^32 on purpose. The factor in `mixed` is from Knuth's hash.
         trigrams = (codes[:-2] * 31 * 31) + (codes[1:-1] * 31) + codes[2:]
         mixed = (trigrams * 2654435761) >> 16       # the upper 16 bits
         place, sign = mixed % d, 1.0 - 2.0 * (mixed >> 15)      # the sign is the highest bit
@@ -206,8 +209,9 @@ def spoken(text: str) -> str:
     """
     text = OPENING.sub("<think>", text)
     text = ENDING.sub("</think>", text)
-    # whole, begun in the prompt, or cut off
-    for thinking in ("<think>.*?</think>", "^.*</think>", "<think>.*"):
+    for thinking in ("<think>.*?</think>",      # whole
+                     "^.*</think>",             # the opening mark is part of the prompt
+                     "<think>.*"):              # the reply was cut off
         text = re.sub(thinking, "", text, flags=re.DOTALL)
     return re.sub(MARK, "\n", text).strip()
 
@@ -224,14 +228,15 @@ GAP = r"[ \t*_]{0,9}"
 # Labels may also be words of a sentence, "I like Action: it is fast". So they count only where they
 # begin something. In both patterns spaces and comments do not count.
 IN_LINE = re.compile(rf"""(?imx)
-    (?: ^ | [^\w\s,] | _               # where a line begins; "Comedy. Action: ..."; "**Action: ..."
+    (?: ^                           # where a line begins
+      | [^\w\s,] | _                # after a mark that is no comma: "Comedy. Action: ..."
       | (?=\baction[ ]\d+:[ ]recommend)  # "Comedy next Action 3: recommend ..."
     ) [ \t]*
     (?P<name> {LABELS} ) {GAP} \d*      # "Thought 3", "Final Answer", "item"
     [ \t*_"')]{{0,9}} [:：] [ \t*_"'`-]*     # then a colon
     """)
-HEADING = re.compile(rf"""(?imx)        # "### Thought 3", alone in its line
-    ^ [ \t*_\#>]* (?P<name> {LABELS} ) {GAP} \d* {GAP} $
+HEADING = re.compile(rf"""(?imx)        # "### Thought 3", alone in its line, not the word "Action"
+    ^ (?= [ \t]* [*_\#>] | .*\d) [ \t*_\#>]* (?P<name> {LABELS} ) {GAP} \d* {GAP} $
     """)
 
 
@@ -270,7 +275,8 @@ def segment(text: str, labels: Sequence[str]) -> str:
 # A title may begin like a refusal, "Sorry, Wrong Number": so more of the sentence is needed.
 I_AM = "(i[ ]am|i[ ]?['’]?m)"
 REFUSAL = re.compile(rf"""(?ix) \W* (unfortunately\W+)? (       # spaces and comments do not count
-      ({I_AM} [ ] (\w+[ ])?)? sorry (\W*$ | \W+(but|i|that|as)\b)           # "I'm sorry, but"
+      ({I_AM} [ ] (\w+[ ])?)? sorry                                         # "I'm sorry, but"
+      (\W*$ | \W+(but|that|as)\b | \W+i(['’]m|[ ](am|can|could|do|won)))
     | i[ ]apologi[sz]e\b
     | as[ ]an?[ ](\w+[ ])?(ai|language[ ]model)\b
     | {I_AM} [ ] (unable|not[ ]able) [ ] to\b
@@ -297,8 +303,9 @@ def first_line(text: str) -> str:
     lines = []
     for line in text.splitlines():
         content = re.sub("[*`]|__", "", clean(line)).strip(' _#>-•"{}')
-        if content.count('"') % 2:          # the other one has just gone, or was part of a label
+        if content.count('"') % 2:          # its partner was stripped above, or with a label
             content = content.replace('"', "")
+        content = clean(content)            # no two spaces where a mark was
         if content and not line.strip().startswith("```"):
             lines.append(content)
     for line in lines:
@@ -310,8 +317,8 @@ def first_line(text: str) -> str:
 def labelled(text: str, labels: Sequence[str]) -> str:
     """The first line after one of these labels, or else the first line before all labels.
 
-    It is "" if there is no such line, if it only repeats the form of the line asked for, or if the
-    reply is a refusal.
+    It is "" if there is no such line, if it still holds a placeholder of the form asked for, or if
+    the reply is a refusal.
 
     >>> labelled("Thought 3: a comedy\\nAction 3: Up", THOUGHTS), labelled("Action: x", THOUGHTS)
     ('a comedy', '')
@@ -321,7 +328,8 @@ def labelled(text: str, labels: Sequence[str]) -> str:
     heads = heads_of(text)
     before = text[:heads[0].start] if heads else text
     part = segment(text, labels)
-    part = segment(part, labels) or part        # "Thought 3: Next category: Comedy"
+    # a label within the text of another: "Thought 3: Next category: Comedy"
+    part = segment(part, labels) or part
     line = first_line(part) or first_line(before)
     return "" if re.search(r"\b(CATEGORY|REASON)\b", line) else line
 
@@ -401,7 +409,7 @@ def without_subtitle(title: str) -> set[str]:
 
 
 def index(titles: Sequence[str], names_of: Callable, known: Collection[str] = ()) -> dict:
-    """Names -> the items so called. A name that is known already means its own items alone."""
+    """Names -> the items so called. Names in `known` are left out."""
     found = {}
     for item, title in enumerate(titles):
         for name in names_of(title):
@@ -423,9 +431,9 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
         # A year costs a model about six tokens. It stands only where titles alone are not enough.
         year_shown = year if items_with[title] > 1 else None
         lines.append(item_line(title, year_shown, compress(env.categories, belongs)))
-    names = index(env.titles, spellings)
-    names |= index(env.titles, without_article, names)
-    mains = index(env.titles, without_subtitle, names)
+    exact = index(env.titles, spellings)
+    names = exact | index(env.titles, without_article, known=exact)
+    mains = index(env.titles, without_subtitle, known=names)
     vectors = embed(lines)
     lengths = np.vecdot(vectors, vectors).round(2)
     if lengths.tolist() != [1.0] * len(lines):
@@ -453,10 +461,11 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
         following = words[size] if size < len(words) else ""
         has_year = YEAR.fullmatch(following) is not None
         items = catalog.names.get(name, [])
-        if not items and size + has_year == len(words):
+        fills_line = size + has_year == len(words)
+        if not items and fills_line:
             items = catalog.mains.get(name, [])
         if has_year:
-            # With the year of another item, as in "Alien 2009", a shorter title may fit.
+            # No items are left if the year is another's, as in "Alien 2009": try fewer words.
             items = of_year(items, int(following), catalog)
         if items:
             return items, size + has_year
@@ -482,7 +491,7 @@ def titles_in_front(text: str, catalog: Catalog) -> list[int]:
             words = words_of(front)
             titled, size = leading_title(words, catalog)
             fills_line = len(words) == 1
-            has_more = size > 1                 # a second word, or the year
+            has_more = size > 1                 # a second word, or the year, which counts as one
             if titled and (fills_line or has_more):
                 items += titled
                 break
@@ -498,7 +507,7 @@ def titles_within(text: str, catalog: Catalog) -> list[int]:
     items = []
     while words:
         titled, size = leading_title(words, catalog)
-        if size > 1 or not words[0].islower():
+        if titled and (size > 1 or not words[0].islower()):
             items += titled
         words = words[max(size, 1):]
     return items
@@ -512,9 +521,9 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     """
     part = item_part(text)
     bold = "\n".join(match[0] for match in re.finditer(BOLD, part))
-    choice = re.split(r"(?i)\b(?:because|like|unlike|than)\b", part)[0]
+    before_reason = re.split(r"\b(?:[Bb]ecause|like|unlike|than)\b", part)[0]
     items = titles_in_front(bold, catalog) + titles_in_front(part, catalog)
-    items += titles_within(choice, catalog)
+    items += titles_within(before_reason, catalog)
     return items or titles_within(part, catalog)
 
 
@@ -542,9 +551,9 @@ def nearest(text: str, catalog: Catalog, taken: Collection[int]) -> int:
 def ground(text: str, catalog: Catalog, exclude: Collection[int] = ()) -> tuple[int, bool]:
     """The item that a text stands for, and whether the text names it.
 
-    It is the first item named that is not in `exclude`, or else the nearest one. A text that names
-    only excluded items stands for one with the categories of the first, not for one that is spelled
-    alike. The item is not in `exclude`, unless all items are.
+    It is the first item named that is not in `exclude`. If all items named are excluded, it is an
+    item with the categories of the first. If none is named, it is the item nearest to the text. It
+    is not in `exclude`, unless all items are.
     """
     items = mentioned(text, catalog)
     for item in items:
@@ -608,7 +617,7 @@ def complaint(text: str, malformed: Malformed) -> tuple[tuple[str, str], ...]:
 # ------------------------------------------------------------------- planner and reflector
 
 # The lines asked for are not those of the session. A small model that is asked for "Thought 5: ..."
-# or "Action 5: recommend ..." is apt to copy thought 4 or action 4.
+# or "Action 5: recommend ..." tends to copy thought 4 or action 4.
 
 LESSONS = """
 Lessons from other sessions:
@@ -621,8 +630,8 @@ Next category: CATEGORY, because REASON"""
 # A small model chooses best if the categories stand in the question itself.
 CHOICE = "Which one of the other categories should come next: {other}?"
 NO_CHOICE = "All categories liked before were shown. Which one was shown longest ago?"
-# Categories that the planner chooses among. A small model hardly heeds their order, so only the
-# most liked are offered.
+# Categories that the planner chooses among. A small model mostly ignores their order, so only
+# the most liked are offered.
 OFFERED = 5
 
 
@@ -704,7 +713,7 @@ VERDICT = ("discouraged", "encouraged")         # v_n = 0 and v_n = 1
 class Candidate(NamedTuple):
     """An item that the actor is shown."""
     line: str
-    encouraged: int = 0             # how often it was encouraged in similar situations
+    encouraged: int = 0             # in how many similar situations it was encouraged
     discouraged: int = 0
 
 
@@ -743,7 +752,7 @@ def named_in(text: str, tags: Sequence[str]) -> list[str]:
 
 
 # The rest of a sentence that says what to avoid.
-AVOIDED = (r"(?i)\b(avoid|keep away from|without|not|no|never)\b[^.;]*"
+AVOIDED = (r"(?i)\b(avoid|keep away from|without|not|no|never)\b((?! but )[^.;])*"
            r"|\b(instead of|rather than)\b[^.;,]*")
 REASON = r"(?i)\b(?:because|since|as|due to)\b|\("
 
@@ -751,8 +760,9 @@ REASON = r"(?i)\b(?:because|since|as|due to)\b|\("
 def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     """The categories that a thought asks for, as in item lines, or else the thought itself.
 
-    Those to avoid do not count. Those in its reason count only if there are none before it, and
-    those shown lately only if there are no others.
+    - Those to avoid do not count.
+    - Those in its reason count only if there are none before it.
+    - Those shown lately count only if there are no others.
 
     >>> wish_of("Comedy, because War was liked", ["Comedy", "War"], [])
     '[Comedy]'
@@ -771,8 +781,8 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
 def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
     """What candidates are retrieved by: what the thought asks for, and categories not shown lately.
 
-    `closest` adds the texts up. Without a thought the texts are all that was liked, and the part
-    of it that was not shown lately. So that part counts twice.
+    `closest` adds the texts up. Without a thought the first text is all that was liked. What was
+    not shown lately is then in both texts, and weighs double.
     """
     wish = in_brackets(tastes.liked)
     if thought:
@@ -823,7 +833,7 @@ def render_critic(targets: Sequence[tuple[str, float]], as_before: float) -> str
 
 
 NUMBER = r"(?P<number>-?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
-# Sums and their signs, up to the last: "4 + 0.5 * 5 = 4 + 2.5 ="
+# A calculation up to its last sign, "4 + 0.5 * 5 = 4 + 2.5 =", is skipped.
 SUMS = r"(?: (?: [\d\s.+*x×·/÷%$−-] | \\\w+ | \bof\b | V\b )* [=≈] )*"
 # In both patterns spaces and comments do not count.
 VALUE_LINE = re.compile(rf"""(?imx)
@@ -920,7 +930,7 @@ def offline_planner(text: str, seed: int) -> str:
     warned = set(tags_in(question, AVOID)).difference(tags_in(history, LIKED))
     unwanted = set(warned)
     newest_first = shown_in(session)[::-1]
-    for _, tags in newest_first[:apart - 1]:
+    for _, tags in newest_first[:apart - 1]:        # shown fewer than `apart` steps ago
         unwanted.update(tags)
     other = tags_in(question, OTHER) or ["anything"]        # no item is of this category
     options = [tag for tag in other if tag not in unwanted] or other
@@ -985,7 +995,7 @@ def cause_of(titles: Sequence[str], gaps: Sequence[int]) -> tuple[str, int]:
     """Why the user left at the last title, and how far apart similar items must be to avoid it."""
     *earlier, last = gaps
     harmless = min(earlier, default=9)              # the smallest gap at which the user stayed
-    if last >= harmless:
+    if last >= harmless:                            # so likeness is not the cause
         return f"{titles[-1]} disappointed", 1
     cause = f"{titles[-1]} came {steps(last)} after {titles[-1 - last]}, which is similar"
     return cause, last + 1
@@ -998,7 +1008,7 @@ def offline_reflector(text: str, seed: int) -> str:
     # If the last step was very long, its action may have been cut off.
     titles, tags = zip(*(shown_in(session) or [("it", ())]))
     gaps = gaps_between(tags)
-    # A gap that did no harm is enough, even if the thoughts asked for more.
+    # what the thoughts asked for, but not more than a gap that did no harm
     advised = min(apart_in(session), *gaps[:-1], 9)
     warned = set()
     if "the user left" in question:                 # the template itself has "The user left"
@@ -1036,7 +1046,8 @@ def offline(ask: Ask) -> Reply:
 # Endpoints over HTTP, the log of a run and its budget: the only effects of this module.
 # A request without a usable answer is a value, a Fault. Its label is the HTTP status, the name of
 # an exception or the finish_reason. The label, a server's advice and the body decide its Kind. The
-# Kind says how often such a request is sent, and what the user can do after that.
+# Kind says how often such a request is sent, and what the user can do after that. A Kind's signs
+# are matched with a text such as '429 true {"error": {"message": "Rate limit"}}'.
 
 
 class Kind(NamedTuple):
@@ -1072,7 +1083,7 @@ KINDS = (                           # the first kind whose signs fit counts
          r"|(prompt|input|request).{0,40}(too (long|large)|exceed)|reduce the length"
          r"|less than \d+ tokens|longer than the maximum)"),
     Kind("reply tokens", 1, "choose another --reply-tokens",
-         r"(400|422) (?=.*max_\w*tokens).*\b(too|must|reached|exceed|most|least|less|greater"
+         r"(400|422) (?=.*max_\w*tokens).*\b(too|must be|reached|exceed|most|least|less|greater"
          r"|maximum|minimum|range|limit)"),
     Kind("key", 1, "check OPENAI_API_KEY, and whether it may use this model",
          r"401|403|400 .*(api.?key|authorization header)"),
@@ -1098,7 +1109,8 @@ INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
 SECRET = re.compile("(?i)auth|key|cookie|token|secret|password")
 LONGEST_WAIT = 120.0                # seconds; a server that asks for more ends the run
 # (?!illi): the m of "20 milliseconds" is not minutes
-DURATION = r"(?i)(retryDelay|again in|retry in|retry after|wait)\W*(\d+\.?\d*) ?(ms|[smhd](?!illi))"
+PERIOD = r"(\d+\.?\d*) ?(ms|[smhd](?!illi))"
+DURATION = rf"(?i)(retryDelay|again in|retry in|retry after|wait)\W*(({PERIOD})+)"      # "1m59s"
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 LOOPBACK = re.compile(r"(([\w-]+\.)*localhost|127\.[\d.]+|0\.0\.0\.0|\[?::1)(?![\w.-])")
 MISSHAPEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -1181,9 +1193,11 @@ def failed(route: Route, got: Fault) -> EndpointError:
 
 
 def address(base_url: str, path: str) -> Any:
-    """The URL of a route. The base URL may lack its scheme or its /v1, or name a route already.
+    """The URL of a route. The base URL may lack its scheme, or name a route already.
 
-    localhost:80 -> http://localhost:80/v1/embeddings, a.example -> https://a.example/v1/embeddings,
+    If it has no path, /v1 is added.
+    localhost:8080 -> http://localhost:8080/v1/embeddings
+    a.example -> https://a.example/v1/embeddings
     https://a.example/chat/completions -> https://a.example/embeddings
     """
     import httpx
@@ -1235,7 +1249,7 @@ def secrets_of(key: str, url: Any, headers: dict) -> list[str]:
     for name, value in headers.items():
         if SECRET.search(name):
             secrets += [value, *value.split()]          # "Bearer sk-..." and "sk-..."
-    # "none", "EMPTY" or "message" are no secrets, and may stand in answers.
+    # Shorter ones are ordinary words, such as "none", EMPTY or "message", and may stand in answers.
     return [text for text in secrets if len(text) >= (16 if text.isalpha() else 6)]
 
 
@@ -1276,6 +1290,8 @@ def fields(value: Any) -> dict:
 def asked_wait(headers: Any, text: str) -> float:
     """Seconds that a server asks us to wait, in its headers or else in the body; 0 if it does not.
 
+    A date in the past gives a negative number.
+
     >>> asked_wait({}, "Rate limit reached. Please try again in 20s.")
     20.0
     """
@@ -1284,17 +1300,21 @@ def asked_wait(headers: Any, text: str) -> float:
         return parsedate_to_datetime(after).timestamp() - time.time()
     except MISSHAPEN:
         pass                        # no date
-    hints = []
+    hints = []                      # the headers as text
     for name, unit in (("retry-after-ms", "ms"), ("retry-after", "s")):
         if name in headers:
             hints.append(f"wait {headers[name]}{unit}")
     # One text, so that one pattern reads them all. The first duration counts.
     duration = re.search(DURATION, ", ".join([*hints, text]))
-    return float(duration[2]) * SECONDS[duration[3].lower()] if duration else 0.0
+    wait = 0.0
+    if duration:
+        for number, unit in re.findall(PERIOD, duration[2], re.IGNORECASE):
+            wait += float(number) * SECONDS[unit.lower()]
+    return wait
 
 
 def decoded(text: str) -> dict:
-    """The JSON object in a body. An event stream is joined to one: some servers stream unasked."""
+    """The JSON object in a body. Some servers stream unasked: pieces are joined to one object."""
     if not re.match(r"\s*(data:|event:|:)", text):          # a line of comment begins with :
         return json.loads(text)
     pieces = [json.loads(line) for line in re.findall(r"(?m)^data:\s*({.*)", text)]
@@ -1313,14 +1333,15 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
     import httpx
     count(route.stats, "requests")
     deadline = time.monotonic() + route.http.timeout.read
-    # Half of a split character, as a model may send it, has no UTF-8: "?" is sent in its place.
+    # Half of a split character, which a model may send, cannot be encoded: "?" is sent instead.
     content = json.dumps(body, ensure_ascii=False).encode(errors="replace")
     raw = b""
     try:
         with route.http.stream("POST", route.url, content=content) as response:
             for part in response.iter_bytes():
                 raw += part
-                # Blank lines that keep a connection alive start httpx's own clock again.
+                # httpx starts its clock again at each byte, also at those of blank lines that keep
+                # a connection alive. So there is a deadline of our own.
                 if time.monotonic() > deadline:
                     return fault(route, "ReadTimeout", "the answer trickled in")
     except (httpx.HTTPError, UnicodeError) as error:
@@ -1360,7 +1381,7 @@ def status_of(response: Any, data: dict) -> str:
     With a success the real status is in the body, or else it is 500.
     """
     status = str(response.status_code)
-    # The success stays if the body is unreadable, and so has no data. Its kind is "page".
+    # An unreadable body, which has no data, keeps its success. Its kind is "page".
     if not response.is_success or not data:
         return status
     code = str(fields(data.get("error")).get("code") or data.get("code"))
@@ -1386,8 +1407,9 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
 
 # - requests until there is an answer
 
-# This is called before each repeat of a request. It pays for one more, or raises BudgetSpent.
-# `limited` sets it, which wraps any LLM. `persist` calls it, deep within an LLM of an endpoint.
+# `limited`, which wraps any LLM, pays for the first request of an ask and sets CHARGE. `persist`,
+# deep within an LLM of an endpoint, calls CHARGE before each further request. It pays for one more,
+# or raises BudgetSpent.
 CHARGE = ContextVar("CHARGE", default=lambda: None)
 
 
@@ -1395,16 +1417,15 @@ def limited(llm: LLM, max_calls: int) -> LLM:
     """The same model, which sends at most `max_calls` chat requests, repeats included.
 
     A run asks counted(noted(recorded(noted(limited(openai))))); `counted` and `noted` of run.py
-    count. Replies from the log never come here: they are free. The first request of an ask is
-    counted here. `persist` calls CHARGE before each further one.
+    count. Replies from the log never come here: they are free.
     """
     asked = Counter()
 
     def charge() -> None:
         with LOCK:
             if asked["requests"] >= max_calls:
-                raise BudgetSpent(f"the {max_calls} calls allowed are used up: raise --max-calls "
-                                  "and run the same command: it resumes")
+                raise BudgetSpent(f"the {max_calls} calls that --max-calls allows are used up: run "
+                                  "the same command again: it resumes")
             asked["requests"] += 1
 
     def answer(ask: Ask) -> Reply:
@@ -1463,7 +1484,7 @@ def persist(route: Route, body: dict, read: Callable) -> Any:
         got = send_once(route, sent, read)
         if not isinstance(got, Fault):
             return got
-        is_adapted = adapt(route, sent, got)
+        is_adapted = adapt(route, sent, got)        # at most once for each name in INSTEAD
         tried[got.kind] += 1
         if tried[got.kind] >= got.kind.tries and not is_adapted:
             return got
@@ -1562,7 +1583,7 @@ def vectors(route: Route, expected: int, data: dict) -> Any:
     # An index of 0 is often left out. Where all are, the order counts: the sort is stable.
     entries = sorted(data["data"], key=lambda entry: entry.get("index") or 0)
     rows = [entry["embedding"] for entry in entries]
-    if isinstance(rows[0], str):                # base64, although numbers were asked for
+    if rows and isinstance(rows[0], str):       # base64, although numbers were asked for
         rows = [unpacked(row) for row in rows]
     matrix = np.array(rows, np.float32)
     norms = np.linalg.norm(matrix, axis=-1, keepdims=True)
@@ -1575,7 +1596,7 @@ def vectors(route: Route, expected: int, data: dict) -> Any:
 def embeddings(base_url: str, model: str, key: str | None = None, **options: Any) -> Embed:
     """An embedding behind an OpenAI-compatible endpoint. The options are those of `connect`."""
     route = connect(base_url, "embeddings", key, **options)
-    batch = 64                      # texts a request, at most
+    batch = 64                      # texts per request, at most
 
     def answer(texts: Sequence[str]) -> np.ndarray:
         nonlocal batch
@@ -1588,7 +1609,7 @@ def embeddings(base_url: str, model: str, key: str | None = None, **options: Any
             if not isinstance(got, Fault):
                 rows.extend(got)
             elif len(part) > 1 and got.kind.name in ("request", "context"):
-                batch = len(part) // 2      # it may have been too much for one request
+                batch = len(part) // 2      # too much for one request; so it stays from now on
             else:
                 raise failed(route, got)
         return np.array(rows)

@@ -86,17 +86,17 @@ FLAGS = {                               # of each group: flags and what they do
         "workers": "episodes at once (default: 1 offline, else a batch); "
                    "in offline experiments: runs at once (default: all cores)",
         "out": "run directory (default: one of its own under runs/)",
-        "load": "go on from the memories of another run, with learners not yet met",
+        "load": "go on from the memories of another run; in its world, with learners not yet met",
     },
     "look at a finished run": {
         "show": "print one episode of this run directory",
-        "pick": "which one: before, learn or after and its number from 0, as after:3",
+        "pick": "which one: before, learn or after and its number from 0, such as after:3",
         "prompts": "print the prompts of the episode and their replies",
     },
     "experiments": {
-        "experiment": "one or more, as table3,fig5, or all",
-        "rows": "only these rows, as react,billp",
-        "models": "the models that table6 compares, as a,b",
+        "experiment": "one or more, such as table3,fig5, or all",
+        "rows": "only these rows, such as react,billp",
+        "models": "the models that table6 compares, such as a,b",
         "seeds": "seeds of an experiment, from --seed on (default 5)",
         "cluster": "address of a dask.distributed scheduler for offline runs",
     },
@@ -107,7 +107,7 @@ FLAGS = {                               # of each group: flags and what they do
         "extra_body": "a JSON object: more fields for each chat request",
         "header": "one more request header, as NAME=VALUE",
         "timeout": "seconds for one answer (default 300)",
-        "max_calls": "stop cleanly after so many chat requests to each model",
+        "max_calls": "stop cleanly after this many chat requests to each model",
         "replay": "answer from the run's log alone",
     },
     "method": {
@@ -134,7 +134,7 @@ FLAGS = {                               # of each group: flags and what they do
         "window": "items that a user remembers; the paper's W",
         "beta": "an item nearer than this to one of them is too similar",
         "floor": "a rating below this disappoints",
-        "grace": "steps at the start that may disappoint",
+        "grace": "first steps at which a low rating is forgiven",
         "max_steps": "the cap at which an episode is cut",
     },
 }
@@ -147,6 +147,7 @@ RANGES = {                              # of numbers; the others may be 0 to MAN
     "timeout": (0.001, 10**6), "gamma": (0, 1), "lately": (1, 1000), "titles": (1, 1000),
     "batch": (1, MANY), "transcript": (1000, MANY), "temperature": (0, 2),
     "reply_tokens": (1, MANY), "retries": (0, 100), "window": (1, 1000), "max_steps": (1, 10**5)}
+SWITCHES = ("thoughts", "lessons", "experience", "baseline")           # what METHODS sets
 CHOICES = {"method": METHODS, "lessons": ("none", "latest", "nearest")}
 DEFAULTS = {                            # of flags that are no field of Config or of the rule
     "episodes": 50, "users": 50, "method": "billp", "world": "films", "seed": 0, "seeds": 5,
@@ -172,6 +173,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def directory(text: str) -> Path:
+    """The path of a directory as it is typed."""
+    if not text:
+        raise ValueError("no directory")
+    return Path(os.path.expanduser(text))
+
+
 def make_parser() -> Parser:
     """All flags. One that is not given is None. A value has the type of its default."""
     parser = Parser("run.py", allow_abbrev=False, epilog=EXAMPLES,
@@ -181,7 +189,7 @@ def make_parser() -> Parser:
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title, NOTES.get(title))
         for name, text in flags.items():
-            kind = type(defaults.get(name, ""))
+            kind = type(defaults.get(name, ""))         # without a default: a text
             if kind is bool:
                 options = {"action": BooleanOptionalAction}
             elif kind is tuple:
@@ -189,7 +197,7 @@ def make_parser() -> Parser:
             elif kind is not str:
                 options = {"type": kind, "metavar": "N"}
             elif name in ("out", "load", "show"):
-                options = {"type": lambda text: Path(os.path.expanduser(text)), "metavar": "DIR"}
+                options = {"type": directory, "metavar": "DIR"}
             else:
                 options = {"choices": CHOICES.get(name), "metavar": name.upper()}
             if title == "method":
@@ -205,7 +213,7 @@ def check_values(args: Namespace) -> None:
         value = getattr(args, name)
         if type(value) in (int, float) and not low <= value <= high:
             raise UserError(f"{flag(name)} takes a number from {low} to {high}")
-        if value == "":             # often a variable of the shell that is not set
+        if value in ("", []):       # often a variable of the shell that is not set
             raise UserError(f"{flag(name)} is given without a value")
     for name in args.experiment:
         if name not in EXPERIMENTS:
@@ -222,23 +230,24 @@ def check_values(args: Namespace) -> None:
 
 
 def idle_beside_experiments(args: Namespace) -> list[tuple[Iterable[str], str]]:
-    """The part of `idle_flags` that depends on the experiment."""
+    """The pairs of `idle_flags` that depend on the experiment."""
     if not args.experiment:
         return [(FLAGS["experiments"], "without --experiment")]
-    idle = [(("method", "load"), "beside --experiment")]
-    # Names of flags, such as "window". A flag is idle only if every experiment asked for varies it.
+    # each row has its own method, which sets these switches
+    idle = [(("method", "load", *SWITCHES), "beside --experiment")]
     varied = {EXPERIMENTS[name].varied for name in args.experiment}
     if "model" not in varied:
         idle.append((["models"], "without --experiment table6"))
     if varied == {"model"}:
         idle.append((["rows"], "on table6: its rows are --models"))
+    # only if all experiments asked for vary the same flag
     if varied == {"window"} or varied == {"episodes"}:
         idle.append((varied, "here: the experiment varies it"))
     return idle
 
 
 def idle_flags(args: Namespace) -> list[tuple[Iterable[str], str]]:
-    """Pairs: flags that would have no effect, given or not, and the end of the message."""
+    """Pairs (flags, reason): for this reason these flags have no effect, if they are given."""
     of_show = FLAGS["look at a finished run"].keys()
     if args.show:
         return [(args.given - of_show, "beside --show")]
@@ -303,8 +312,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     """The flags, checked, with defaults filled in. UserError for a mistake."""
     args, unknown = make_parser().parse_known_args(argv)
     if unknown:                         # words without a dash are not shown: one may be a key
-        names = [word.partition("=")[0] for word in unknown if word.startswith("-")]
-        what = f"unknown flag {names[0]}" if names else "every value needs its flag, as in --seed 1"
+        typed = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        what = f"unknown flag {typed[0]}" if typed else "every value needs its flag, as in --seed 1"
         raise UserError(f"{what}; --help lists the flags")
     args.given = {name for name, value in vars(args).items() if value is not None}
     for name, default in DEFAULTS.items():
@@ -312,15 +321,15 @@ def parse(argv: Sequence[str] | None) -> Namespace:
             setattr(args, name, default)
     if args.experiment and "episodes" not in args.given:
         args.episodes = 100
-    names = ",".join(EXPERIMENTS) if args.experiment == "all" else args.experiment
-    args.experiment = parts(names) if names else []
+    asked = ",".join(EXPERIMENTS) if args.experiment == "all" else args.experiment
+    args.experiment = parts(asked) if asked else []
     check_values(args)
     kind, _, folder = args.world.partition(":")
     if folder:                          # "csv:data" and "csv:./data/" are one world
         args.world = f"{kind}:{os.path.normpath(folder)}"
     args.models_asked = [] if args.show else models_of(args)
-    for names, reason in idle_flags(args):
-        idle = sorted(args.given.intersection(names))
+    for flags, reason in idle_flags(args):
+        idle = sorted(args.given.intersection(flags))
         if idle:
             raise UserError(f"{flag(idle[0])} has no effect {reason}")
     return args
@@ -354,12 +363,11 @@ def given_of(args: Namespace, names: Iterable[str]) -> Json:
 
 def embedding_of(args: Namespace) -> str:
     """The embedding that the flags or the environment name."""
-    name = args.embed_model
-    if not name and args.models_asked != ["offline"]:
-        name = variable("OPENAI_EMBED_MODEL")
-    if name and "offline" in args.models_asked:
+    if "offline" not in args.models_asked:
+        return args.embed_model or variable("OPENAI_EMBED_MODEL") or "hashed_ngrams"
+    if args.embed_model:
         raise UserError("the stand-in takes no embedding model")
-    return name or "hashed_ngrams"
+    return "hashed_ngrams"
 
 
 def learns(run: Settings) -> bool:
@@ -525,8 +533,9 @@ def learners_met(saved: Json, world: str, seed: int) -> int:
     """
     if (saved["world"], saved["seed"]) == (world, seed):
         return saved["met"]
-    # In films another seed makes other people. In steam and amazon the files tell who is held out.
-    # In csv and movielens the seed draws it, and two folders may hold the same data.
+    # In films another seed makes other users. In steam and amazon the files tell who is held out.
+    # So no held-out user was met. In csv and movielens the seed draws who is held out, and two
+    # folders may hold the same data.
     kinds = {name.partition(":")[0] for name in (world, saved["world"])}
     if kinds <= {"csv", "movielens"} and seed != saved["seed"]:
         raise UserError(f"--load: this memory may know users that --seed {seed} holds out; "
@@ -551,7 +560,7 @@ def agent_of(saved: Json, embed: Embed) -> Agent:
 class Live(NamedTuple):
     """What is known of a command's calls at any moment, however it ends. Threads share it."""
     counts: dict[str, Counter]  # of each role: calls, and the tokens that the server counts
-    stats: Json                 # of endpoints: requests, retries, answers in all and asked for now
+    stats: Json                 # of endpoints: requests, retries, answers, asked (not in the log)
     failures: list[Exception]   # of calls that failed for good
     stop: Event                 # set when no further call shall begin
 
@@ -620,7 +629,8 @@ def connect(args: Namespace, run: Settings, folder: Path, live: Live) -> tuple[L
 def parallel(pool: futures.Executor, stop: Event) -> Iterator[Callable]:
     """The pool's map. After an error no further call begins: `counted` refuses it.
 
-    Ctrl-C ends at once. After any other error answers on their way are waited for, and logged.
+    Ctrl-C ends at once. Any other error waits for the requests already sent, so that their answers
+    are logged.
     """
     try:
         yield pool.map
@@ -705,7 +715,7 @@ def perform(run: Settings, place: Place, agent: Agent, llm: LLM, embed: Embed, p
         if phase == "learn":
             batches = billp.train(catalog, place.learners, llm, run.seed, agent, config, pmap,
                                   run.first)
-            for agent, batch in batches:
+            for agent, batch in batches:        # the last agent is evaluated
                 played += batch
         else:
             played = billp.evaluate(catalog, place.held_out, agent, llm, run.seed, phase, config,
@@ -758,8 +768,8 @@ def summarise(run: Settings, outcome: Outcome, live: Live, began: float) -> Json
     lengths = [len(session.items) for session in outcome.sessions.get("learn", [])]
     size = run.config["batch"]
     batches = [lengths[start:start + size] for start in range(0, len(lengths), size)]
-    before = after = scores_of(outcome.sessions["before"])
-    difference = None
+    before = scores_of(outcome.sessions["before"])
+    after, difference = before, None
     if "after" in outcome.sessions:
         after = scores_of(outcome.sessions["after"])
         difference = envs.metrics(after, before)
@@ -859,7 +869,7 @@ def report(summary: Json, about: str, lessons: Sequence[str], live: Live) -> lis
     lines = [heading.format_map(summary)]
     if about:
         lines.append(f"world     {about}")
-    # where nothing was learned, "after" is a copy of "before"
+    # without learning episodes "after" is a copy of "before"
     phases = ("before", "after", "difference") if summary["difference"] else ("before",)
     table = figures_table({phase: summary[phase] for phase in phases})
     lines += [f"model     {model}", "", *grid(table), ""]
@@ -914,7 +924,9 @@ def step_rows(step: Json) -> list[tuple[str, str]]:
     rows.append(("thought", step["thought"]))
     for fields in step["listed"]:
         rows.append(("listed", prompts.render_candidate(prompts.Candidate(*fields))))
-    why = "" if step["exact"] else "in its place: no free title was named"
+    why = ""
+    if not step["exact"]:
+        why = "in its place: no free title was named" if step["said"] else "no reply could be read"
     rows += [("said", step["said"]), ("item", step["item"]), ("", why)]
     return [*rows, ("reward", f"{step['reward']:g}")]
 
@@ -969,7 +981,9 @@ def print_prompts(args: Namespace, phase: str, number: int) -> None:
     the asks of this episode are caught.
     """
     config = read_object(args.show / "config.json")
-    if config.keys() != set(Settings._fields) or config["load"]:
+    is_of_this_version = (config.keys() == set(Settings._fields)
+                          and config["config"].keys() == set(Config._fields))
+    if not is_of_this_version or config["load"]:
         raise UserError(f"{args.show} was started by --load, --experiment or another version: "
                         "its prompts cannot be made again")
     run = Settings(**config)
@@ -991,13 +1005,14 @@ def print_prompts(args: Namespace, phase: str, number: int) -> None:
 def show(args: Namespace) -> None:
     """Print one episode of a finished run, or its prompts."""
     episode = episode_of(args.show, args.pick)
+    if args.prompts:
+        print_prompts(args, episode["phase"], episode["episode"])
+        return
     try:
-        if args.prompts:
-            print_prompts(args, episode["phase"], episode["episode"])
-        else:
-            print("\n".join(story(episode)))
+        lines = story(episode)
     except (LookupError, TypeError):
         raise UserError(f"{args.show} was made by another version of this program") from None
+    print("\n".join(lines))
 
 
 # ------------------------------------------------------------------------------ experiments
@@ -1022,7 +1037,8 @@ EXPERIMENTS = {
     "fig3": Experiment("Popularity of what is recommended", "billp a2c:10000", measure="shares",
                        axis="popularity of items, by quintile", label="share of recommendations"),
     "fig4": Experiment("The critic's estimate and one return", "billp", "episodes", (10, 50, 100),
-                       "errors", "learning episodes", "mean squared error of the value"),
+                       measure="errors", axis="learning episodes",
+                       label="mean squared error of the value"),
     "fig5": Experiment("How many items a user remembers", "react a2c reflexion billp", "window",
                        (1, 2, 4, 6, 8), axis="window W (items that a user remembers)"),
     "table6": Experiment("Language models", "", "model"),
@@ -1053,7 +1069,6 @@ def settings_of(base: Settings, experiment: Experiment, series: str, x: int | No
         run = run._replace(episodes=x)
     if budget:
         run = run._replace(episodes=int(budget))
-    # Here the row overrides flags, so that it is what its name says. In one run flags override it.
     config = base.config | billp.METHODS.get(method, {})
     run = run._replace(method=method, config=config)
     return run if learns(run) else run._replace(episodes=0)
@@ -1062,7 +1077,8 @@ def settings_of(base: Settings, experiment: Experiment, series: str, x: int | No
 def cells_of(args: Namespace, base: Settings, name: str) -> dict[Cell, list[Job]]:
     """A job for each seed in each cell."""
     experiment = EXPERIMENTS[name]
-    known = rows = experiment.rows.split() or args.models_asked
+    known = experiment.rows.split() or args.models_asked
+    rows = known
     if args.rows and experiment.rows:
         rows = parts(args.rows)
     cells = {}
@@ -1114,7 +1130,7 @@ def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: 
     # because State.top depends on the cap.
     short = catalog._replace(env=shortened(place.env, config.gamma))
     agent = billp.NOVICE
-    # The place is that of the first seed. Each repeat meets its learners in another order.
+    # The place is that of the job's seed. Each repeat meets its learners in another order.
     learners = envs.branch(run.seed, "learners").permutation(place.learners).tolist()
     for agent, _ in billp.train(catalog, learners, llm, run.seed, agent, config, pmap):
         pass                        # the last agent has learned from all batches
@@ -1286,10 +1302,10 @@ def limit_of(rows: Sequence[Row]) -> float:
 
 
 def plot_bars(axes: Any, rows: Sequence[Row]) -> None:
-    """Horizontal bars with intervals. One far longer than those of methods with language is cut."""
+    """Horizontal bars with intervals. A bar much longer than those of language methods is cut."""
     methods = [row for row in rows if row.series in billp.METHODS]
     # methods with language fill most of the width, however far the oracle is
-    limit = min(limit_of(rows), 1.3 * limit_of(methods or rows))
+    limit = min(limit_of(rows), 1.3 * limit_of(methods or rows))        # table6 has no methods
     for place, row in enumerate(reversed(rows)):
         [mean], [low], [high] = drawn([row])
         axes.barh(place, mean, xerr=[[mean - low], [high - mean]], color=colour_of(row.series),
@@ -1375,7 +1391,8 @@ def experiments(args: Namespace, live: Live) -> None:
             jobs += [job for job in needed if job not in jobs]
     jobs.sort(key=lambda job: -job.run.episodes)    # so no core waits long for another at the end
     flags = {name: getattr(args, name) for name in ("experiment", "seeds", "models", "rows")}
-    # Too few users are found before anything is written. The first of these jobs needs the most.
+    # Too few users are found before anything is written. The first of these jobs needs the most
+    # learners; policies may meet the same ones again.
     language_jobs = [job for job in jobs if job.run.method in billp.METHODS]
     build_place((language_jobs or jobs)[0].run)
     folder = run_directory(args, base._asdict() | flags)
