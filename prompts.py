@@ -472,22 +472,33 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     return [], 0
 
 
-def titles_in_front(text: str, catalog: Catalog) -> list[int]:
-    """The items of lines that begin with a title, as in a list, or end with one after a colon.
+def fronts(line: str) -> tuple[str, str, str]:
+    """The parts of a line that may begin with a title.
 
-    - A title in quotes or bold letters ends with them: '"Up" is fun' names Up.
-    - A number belongs to the title if there is such a title, "28 Up", or else to the list.
+    They are the whole, the whole without its number in a list, and what stands after a colon. A
+    title in quotes or bold letters ends with them: '"Up" is fun' holds only "Up".
+
+    >>> fronts("1. The best one: Up [Children]")
+    ('1. The best one: Up ', '. The best one: Up ', 'Up ')
+    """
+    emphasised = re.match(EMPHASISED, line)
+    if emphasised:
+        line = f"{emphasised['title']} {emphasised['year'] or ''}"
+    title = line.partition("[")[0]
+    unnumbered = re.sub(r"^\W*\d{1,2}\b", "", title)
+    after_colon = title.rpartition(": ")[2]
+    return title, unnumbered, after_colon
+
+
+def titles_in_front(text: str, catalog: Catalog) -> list[int]:
+    """The items of lines that begin with a title, or end with one after a colon.
+
+    - A number belongs to the title if there is such a title, "28 Up", or else to a list.
     - A title of one word fills its line or has its year: "Up", "Up (2009) is fun", not "Up to now".
     """
     items = []
     for line in text.splitlines():
-        emphasised = re.match(EMPHASISED, line)
-        if emphasised:
-            line = f"{emphasised['title']} {emphasised['year'] or ''}"
-        title = line.partition("[")[0]
-        unnumbered = re.sub(r"^\W*\d{1,2}\b", "", title)       # without its number in a list
-        last = title.rpartition(": ")[2]                        # "The best one is: Up"
-        for front in (title, unnumbered, last):
+        for front in fronts(line):
             words = words_of(front)
             titled, size = leading_title(words, catalog)
             fills_line = len(words) == 1

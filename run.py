@@ -284,8 +284,13 @@ def parts(names: str) -> list[str]:
 
 
 def models_of(args: Namespace) -> list[str]:
-    """The models that the flags or the environment name, the main one first."""
-    if args.method in envs.POLICIES:        # asks none
+    """The models that the flags or the environment name, the main one first.
+
+    - A policy asks none, and counts as offline.
+    - Without a name and without an endpoint it is the stand-in.
+    - Otherwise both are needed. A key can stand for the endpoint: it is then OpenAI's.
+    """
+    if args.method in envs.POLICIES:
         return ["offline"]
     names = [args.model] if args.model else []
     if args.models:
@@ -294,7 +299,7 @@ def models_of(args: Namespace) -> list[str]:
         names = [variable("OPENAI_MODEL")]
     # A replay asks no endpoint, but its log is that of a real model.
     has_endpoint = bool(args.base_url or args.replay or variable(*ADDRESS))
-    has_key = bool(variable("OPENAI_API_KEY"))      # it is enough for OpenAI's own address
+    has_key = bool(variable("OPENAI_API_KEY"))
     if not names and not has_endpoint:
         if has_key:                 # many people have one in their environment
             say("OPENAI_API_KEY is set without a model: the stand-in answers")

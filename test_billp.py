@@ -1009,7 +1009,7 @@ def test_a_year_may_be_one_off_but_not_more():
     ("Comedy next\nAction 3: recommend Up", "Comedy next"),
     ("Thought 3: Comedy next Action 3: recommend Up", "Comedy next"),
     ("Sure, here is my thought:\nComedy next", "Comedy next"),
-    ("Certainly!\n\nComedy next", "Comedy next"),
+    ("Certainly!\n\nComedy next", "Comedy next"), ("Action", "Action"),
     ("Next category: **Comedy**, because `it` was liked", "Comedy, because it was liked"),
     ('Next category: "Comedy", because it was liked', "Comedy, because it was liked"),
     ('Comedy, because "Up" and "Big" were liked', 'Comedy, because "Up" and "Big" were liked'),
