@@ -947,6 +947,7 @@ NAMED = {                               # replies to the actor: the film that a 
     "While Alien is tense, too, **Jaws** fits the thought best.": JAWS,
     "Alien was discouraged once. So the best one is: Jaws": JAWS,
     "Up next: **Jaws** (1975)": JAWS,
+    "up to now all was tame, so Jaws it is": JAWS,
     "<answer>Jaws</answer>": JAWS,
     "Jaws<|eot_id|><|start_header_id|>assistant": JAWS,
     "Free item: Terminator 2 (1991)": FILMS.titles.index("Terminator 2: Judgment Day"),
