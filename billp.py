@@ -39,7 +39,7 @@ from prompts import LLM, Ask, Candidate, Catalog, Key, Malformed
 
 
 class Config(NamedTuple):
-    """Every number and switch of the method, each with its reason. run.py makes them flags."""
+    """The numbers and switches of the method. run.py makes them flags."""
     thoughts: bool = True           # the planner is asked for a thought t_n before each action
     lessons: str = "nearest"        # which reflections the planner reads: none, latest or nearest
     experience: bool = True         # M_A and M_C are written and recalled
@@ -219,7 +219,7 @@ class State(NamedTuple):
     text: str                       # the last `titles` lines, liked or shown, to search memories by
     vector: np.ndarray              # float32 [d], the embedding of the text
     taken: tuple[int, ...]          # items liked before or recommended in this session
-    top: float                      # the largest possible value: 5 at every step, discounted
+    top: float                      # the largest possible value of s_1: 5 at each step, discounted
     thought: str = ""               # t_n, once the planner has spoken; for the actor alone
 
 

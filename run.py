@@ -139,7 +139,7 @@ FLAGS = {                               # of each group: flags and what they do
     },
 }
 NOTES = {
-    "method": "if omitted, the value of --method's row is used; Config gives the reasons",
+    "method": "if omitted, the value of --method's row is used",
     "rule of leaving": "if omitted, the world's own value is used"}
 MANY = 10**9                            # more than anybody asks for
 RANGES = {                              # of numbers; the others may be 0 to MANY
@@ -632,7 +632,7 @@ def connect(args: Namespace, run: Settings, folder: Path, live: Live) -> tuple[L
 
 @contextmanager
 def parallel(pool: futures.Executor, stop: Event) -> Iterator[Callable]:
-    """The pool's map. After an error no further call begins: `counted` refuses it.
+    """The pool's map. After an error in a thread no further call begins: `counted` refuses it.
 
     Ctrl-C ends at once. Any other error waits for the requests already sent, so that their answers
     are logged.
