@@ -331,7 +331,8 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     counts = evidence(state, memory, config)        # (line, verdict) -> times
     remembered = [line for line, _ in counts]       # twice if it has both verdicts
     lines = lines_to_show(state, remembered, taken, catalog, config)
-    # Lines are compared, too: remembered ones may be taken, and a free item may share its line.
+    # Lines are compared, too: remembered ones may be taken, and a free item may have the line of a
+    # taken one.
     excluded = {catalog.lines[item] for item in taken}
     free = [line for line in dict.fromkeys(lines) if line not in excluded]
     listed = [Candidate(line, counts[line, 1], counts[line, 0]) for line in free]

@@ -892,7 +892,7 @@ def split_title(text: str) -> tuple[str, int | None]:
     if at_end:
         title, year = title[:at_end.start()], int(at_end[1])
     title = re.sub(ARTICLE, r"\2 \1", title)
-    return title.replace("L' ", "L'"), year         # this article takes no space
+    return re.sub("^L' ", "L'", title), year        # this article takes no space
 
 
 def parse_entry(items: Numbers, row: Row) -> tuple:

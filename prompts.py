@@ -306,7 +306,7 @@ def first_line(text: str) -> str:
         if content.count('"') % 2:          # its partner was stripped above, or with a label
             content = content.replace('"', "")
         content = clean(content)            # no two spaces where a mark was
-        if content and not line.strip().startswith("```"):
+        if content and not re.fullmatch(r"\s*```\w*\s*", line):
             lines.append(content)
     for line in lines:
         if not line.endswith((":", "!")):
@@ -491,7 +491,7 @@ def fronts(line: str) -> tuple[str, str, str]:
 
 
 def titles_in_front(text: str, catalog: Catalog) -> list[int]:
-    """The items of lines that begin with a title, or end with one after a colon.
+    """The items of lines that begin with a title, or have one after a colon.
 
     - A number belongs to the title if there is such a title, "28 Up", or else to a list.
     - A title of one word fills its line or has its year: "Up", "Up (2009) is fun", not "Up to now".
@@ -562,9 +562,9 @@ def nearest(text: str, catalog: Catalog, taken: Collection[int]) -> int:
 def ground(text: str, catalog: Catalog, exclude: Collection[int] = ()) -> tuple[int, bool]:
     """The item that a text stands for, and whether the text names it.
 
-    It is the first item named that is not in `exclude`. If all items named are excluded, it is an
-    item with the categories of the first. If none is named, it is the item nearest to the text. It
-    is not in `exclude`, unless all items are.
+    It is the first item named that is not in `exclude`. If all items named are excluded, it is
+    the item nearest to the categories of the first. If none is named, it is the item nearest to the
+    text. It is not in `exclude`, unless all items are.
     """
     items = mentioned(text, catalog)
     for item in items:
@@ -591,11 +591,16 @@ def shared(history: Sequence[str], transcript: str) -> str:
 
 
 def bounded(transcript: str, limit: int) -> str:
-    """The newest whole turns of a transcript, at most `limit` characters: no context overflows."""
+    """The newest whole turns of a transcript: at most `limit` characters, but at least one turn.
+
+    So no context overflows.
+    """
     if len(transcript) <= limit:
         return transcript
-    # The cut may fall inside a turn. The rest of that turn, up to its Observation line, is dropped.
-    return re.sub(r"(?s)^.*?\nObservation [^\n]*\n", "", transcript[-limit:], count=1)
+    turns = re.findall(r"(?s).+?\nObservation [^\n]*\n", transcript)
+    while len(turns) > 1 and sum(map(len, turns)) > limit:
+        turns.pop(0)
+    return "".join(turns)
 
 
 def turn(n: int, thought: str, line: str, reward: float, left: bool, asked: str = "") -> str:
@@ -671,7 +676,7 @@ def render_planner(lessons: Sequence[str], tastes: Tastes, lately: int) -> str:
     learned = LESSONS.format(lessons=bullets(lessons)) if lessons else ""
     recent = ", ".join(tastes.recent) or "none yet"
     offered = ", ".join(tastes.other[:OFFERED])
-    choice = "What should come next?"               # in a world without categories
+    choice = "What should come next?"               # nothing with a category was liked or shown
     if offered:
         choice = CHOICE.format(other=offered)
     elif tastes.recent:
@@ -792,8 +797,8 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
 def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
     """What candidates are retrieved by: what the thought asks for, and categories not shown lately.
 
-    `closest` adds the texts up. Without a thought the first text is all that was liked. What was
-    not shown lately is then in both texts, and weighs double.
+    `closest` adds the texts up. Without a thought the first text is all that was liked, and the
+    second the part of it that was not shown lately. So this part weighs double.
     """
     wish = in_brackets(tastes.liked)
     if thought:
@@ -849,7 +854,7 @@ SUMS = r"(?: (?: [\d\s.+*x×·/÷%$−-] | \\\w+ | \bof\b | V\b )* [=≈] )*"
 # In both patterns spaces and comments do not count.
 VALUE_LINE = re.compile(rf"""(?imx)
     ^ [\W_]* ((final|estimated)[ ])? value\b [^:=：\n]* [:=：]      # "Value 4:", in front of its line
-    [\s*_]* {SUMS} [^\d\n]*? {NUMBER}                               # "about 7,5"
+    {SUMS} ([\s*_]* | [^\d\n]*?) {NUMBER}            # in the next line, or after words: "about 7,5"
     """)
 VALUE_SAID = re.compile(rf"""(?ix)
     value\b [^:=：\n]* (?: [:=：] | \b(?:is|of|be|at)\b )           # "the value of state 4 is"
@@ -867,7 +872,7 @@ def parse_critic(text: str) -> float | Malformed:
     """
     outside = re.sub(r"[(（].*?[)）]", " ", text)
     sentences = list(VALUE_SAID.finditer(outside))
-    for match in (VALUE_LINE.search(outside), *sentences[-1:],
+    for match in (VALUE_LINE.search(outside), *sentences[-1:], VALUE_LINE.search(text),
                   re.search(NUMBER, outside), re.search(NUMBER, text)):
         if match:
             return float(match["number"].replace(",", "."))
@@ -949,7 +954,7 @@ def offline_planner(text: str, seed: int) -> str:
         options = options[:1]       # the tool names the most liked first
     target = pick(options, text, seed)
     keep_away = ", ".join(sorted(unwanted - {target})) or "nothing"
-    # the actor reads this sentence by PLAN, later planners and the reflector by AVOID and APART
+    # the actor reads this sentence by PLAN, the reflector by APART
     return (f"Next category: {target}, because similar items go {steps(apart)} apart."
             f"{spelled_avoid(warned)} Keep away from {keep_away}.")
 
@@ -1419,7 +1424,7 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
 # - requests until there is an answer
 
 # `limited`, which wraps any LLM, pays for the first request of an ask and sets CHARGE. `persist`,
-# deep within an LLM of an endpoint, calls CHARGE before each further request. It pays for one more,
+# deep within an LLM of an endpoint, calls CHARGE before each further request. CHARGE pays for it,
 # or raises BudgetSpent.
 CHARGE = ContextVar("CHARGE", default=lambda: None)
 

@@ -69,7 +69,8 @@ ROLES = ("planner", "actor", "critic", "reflector")
 def say(text: str) -> None:
     """Print a message to stderr; a closed stream is ignored."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        if sys.stderr:
+            print(text, file=sys.stderr, flush=True)
     except OSError:
         pass
 
@@ -1386,7 +1387,7 @@ def publish(name: str, base: Settings, cells: dict[Cell, Array], folder: Path) -
 
 
 def experiments(args: Namespace, live: Live) -> None:
-    """Perform the experiments asked for. A run that two of them need is performed once."""
+    """Perform the experiments asked for. A job that two of them need is performed once."""
     began = time.perf_counter()
     base = settings(args)
     tables = {name: cells_of(args, base, name) for name in args.experiment}

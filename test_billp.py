@@ -1011,6 +1011,7 @@ def test_a_year_may_be_one_off_but_not_more():
     ("Thought 3: Comedy next Action 3: recommend Up", "Comedy next"),
     ("Sure, here is my thought:\nComedy next", "Comedy next"),
     ("Certainly!\n\nComedy next", "Comedy next"), ("Action", "Action"),
+    ("```Comedy next```", "Comedy next"),
     ("Next category: **Comedy**, because `it` was liked", "Comedy, because it was liked"),
     ('Next category: "Comedy", because it was liked', "Comedy, because it was liked"),
     ('Comedy, because "Up" and "Big" were liked', 'Comedy, because "Up" and "Big" were liked'),
@@ -1064,6 +1065,7 @@ def test_hidden_thinking_is_never_stored(hidden):
     "Value: about 7.5 of 10", "I'd say 7.5.", "Value 4 = 7,5", "Value: (7.5)",
     "Value: 4 + 0.5 * 7 = 7.5", "Value: 4 + 0.5·7 ≈ 7.5", "Value: 7.5, since gamma = 0.5",
     "The value of state 4 is 7.5", "Value: approx. 7.5",
+    "Value: (7.5)\nThat is 4 steps.",
     "As before, the value is 8; if the user leaves, it is 0.\nValue: 7.5", "Value: 15 ÷ 2 = 7.5",
     "Values: 9, 8\n\n**Value:**\n\n7.5", "Value（at most 10）：7.5", "I put a fair value at 7.5",
     "Value: 4 + 0.5 * 7 = 4 + 3.5 = 7.5"])
@@ -1156,8 +1158,8 @@ def test_a_bounded_session_is_its_newest_whole_turns(n, limit):
     turns = [prompts.turn(i, "t" * 80, "X [A]", 5, False) for i in range(n)]
     session = "".join(turns)
     kept = prompts.bounded(session, limit)
-    assert len(kept) <= limit and kept in ["".join(turns[i:]) for i in range(n)]
-    assert kept == session or len(kept) > limit / 2 - 200
+    fitting = ["".join(turns[i:]) for i in range(n) if len("".join(turns[i:])) <= limit]
+    assert kept == fitting[0]
 
 
 def rendered(title, category, reply):
