@@ -1260,8 +1260,9 @@ def checked_headers(key: str, url: Any, headers: dict) -> dict:
 
 def secrets_of(key: str, url: Any, headers: dict) -> list[str]:
     """What must not be shown: the key, the values in the URL and those of secret headers."""
-    query = url.query.decode()
-    secrets = [key, *url.params.values(), *re.split("[&=]", query)]      # decoded and as they are
+    secrets = [key, *url.params.values()]
+    for pair in url.query.decode().split("&"):
+        secrets.append(pair.partition("=")[2])          # as it stands in the URL
     for name, value in headers.items():
         if SECRET.search(name):
             secrets += [value, *value.split()]          # "Bearer sk-..." and "sk-..."

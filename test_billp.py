@@ -1910,11 +1910,12 @@ def test_a_damaged_key_or_header_is_refused_unseen(mark):
     assert client(key=f" {SECRET}\r\n").ask(ASK) == GOOD
 
 
-@pytest.mark.parametrize("secret", [SECRET, f"Bearer {SECRET}", "h3ader-value", "url-key-42"])
+@pytest.mark.parametrize("secret", [SECRET, f"Bearer {SECRET}", "h3ader-value", "url/key-42",
+                                    "url%2Fkey-42"])
 @pytest.mark.parametrize("status", ["200", "400", "401", "500", "ConnectError", "302"])
 def test_no_secret_is_in_errors_and_notices(secret, status):
     act = response(status, f"<p>{secret}", f"Location: http://{secret.split()[-1]}/")
-    seen = client(*[act] * 9, base="localhost?k=url-key-42", headers={"X-Token": "h3ader-value"})
+    seen = client(*[act] * 9, base="localhost?k=url%2Fkey-42", headers={"X-Token": "h3ader-value"})
     assert secret not in failure(seen.ask, ASK) + "".join(seen.notices)
 
 
