@@ -1690,7 +1690,7 @@ BLOCKED = table("""
 200 | {"choices": [{"message": {"refusal": "I cannot"}}]} | I cannot | 1
 200 | {"choices": [{"finish_reason": "content_filter"}]} | content_filter | 1
 200 | {"choices": [{"message": {"content": "Act"}, "finish_reason": "content_filter"}]} | filter | 1
-200 | {"choices": [{"message": {"content": "A"}, "finish_reason": "content_filter: X"}]} | filter | 1
+200 | {"choices": [{"message": {"content": "A"}, "finish_reason": "content_filter:X"}]} | filter | 1
 200 | {"choices": [{"message": {"content": "<think>so"}, "finish_reason": "length"}]} | length | 1
 200 | {"choices": [{"message": {"content": "<think>so</think>"}}]} | no text | 2
 200 | {"choices": [{"message": {"content": "a"}, "finish_reason": "error"}]} | error | 4
