@@ -11,7 +11,7 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
     M_P, M_A, M_C  the memories of planner, actor and critic (an `Agent`)
     ask            one question to the model (prompts.Ask); its key seeds every random draw, so
                    that a run can be repeated
-    malformed      a reply that a parser cannot use; if all attempts are, a role gives its fallback
+    malformed      a reply that a parser cannot use; after the last retry a role gives its fallback
 
 Recording (s, a) as encouraged makes it likelier that a is chosen in similar states. A
 policy-gradient step does the same to pi(a | s), by changing weights.
@@ -302,7 +302,7 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
 
 
 def evidence(state: State, memory: Memory, config: Config) -> Counter:
-    """In how many of the most similar states each pair (item line, verdict) is remembered."""
+    """Each pair (item line, verdict) -> the number of most similar states that remember it."""
     if not config.experience:
         return Counter()
     similar = recall(memory, state.vector, config.k_experience)
@@ -313,7 +313,7 @@ def lines_to_show(state: State, remembered: Iterable[str], taken: Collection[int
                   catalog: Catalog, config: Config) -> list[str]:
     """Lines for the actor's list: the free items nearest to the thought, or those remembered.
 
-    Of those remembered some may be taken.
+    Some of those remembered may be taken.
     """
     if not config.candidates:
         in_catalog = set(catalog.lines)             # a loaded memory may come from another world
@@ -329,7 +329,7 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     """The free items that the actor is shown, each once, those with the best evidence first."""
     taken = () if config.repeats else state.taken
     counts = evidence(state, memory, config)        # (line, verdict) -> times
-    remembered = [line for line, _ in counts]       # twice if it has both verdicts
+    remembered = [line for line, _ in counts]       # a line comes twice if it has both verdicts
     lines = lines_to_show(state, remembered, taken, catalog, config)
     # Lines are compared, too: remembered ones may be taken, and a free item may have the line of a
     # taken one.

@@ -350,7 +350,7 @@ def mean_liked(rows: Array, env: Env, users: Array) -> Array:
 def affinity(env: Env, state: EnvState) -> Array:
     """float [B, m]: how much the user's history is like each item.
 
-    For each category of the item it is the share of the history in this category; then their mean.
+    It is the mean, over the item's categories, of the share of the history in that category.
     """
     sizes = np.maximum(env.belongs.sum(1), 1)
     return mean_liked(env.belongs, env, state.user) @ env.belongs.T / sizes

@@ -379,23 +379,27 @@ def named_by(words: Sequence[str]) -> str:
     return " ".join(words[:LONGEST]).casefold()
 
 
+def split_article(title: str) -> tuple[list[str], list[str]]:
+    """The article of a title, [] if it has none, and its other words."""
+    words = words_of(title)
+    size = 1 if words and words[0].casefold() in ARTICLES else 0
+    return words[:size], words[size:]
+
+
 def spellings(title: str) -> set[str]:
     """The names of a title: as it is, and with its article at the end.
 
     >>> sorted(spellings("The Matrix"))
     ['matrix the', 'the matrix']
     """
-    words = words_of(title)
-    names = {named_by(words)}
-    if words and words[0].casefold() in ARTICLES:
-        names.add(named_by(words[1:] + words[:1]))
-    return names
+    article, others = split_article(title)
+    return {named_by(article + others), named_by(others + article)}
 
 
 def without_article(title: str) -> set[str]:
     """The name of a title without its article."""
-    words = words_of(title)
-    return {named_by(words[1:])} if words and words[0].casefold() in ARTICLES else set()
+    _, others = split_article(title)
+    return {named_by(others)}
 
 
 def without_subtitle(title: str) -> set[str]:
@@ -528,7 +532,7 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     """The items that a text names, the likeliest first: in bold, in front of a line, anywhere else.
 
     Case, accents, marks, quotation, the place of an article and words after the title do not
-    matter. Titles in a reason count only if there are no others.
+    matter. Titles in a reason count only if they are bold, or if there are no others.
     """
     part = item_part(text)
     bold = "\n".join(match[0] for match in re.finditer(BOLD, part))

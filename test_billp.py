@@ -2060,9 +2060,10 @@ def test_embeddings_of_two_sizes_never_mix(tmp_path):
     assert "{3, 5}" in failure(resumed, ["new"]) and len(log.known) == 1
 
 
-def test_a_wait_in_milliseconds_is_short():
+def test_a_wait_is_read_in_any_unit():
     assert prompts.asked_wait({}, "Please retry after 500 milliseconds") < 1000
     assert prompts.asked_wait({}, "Please retry after 2 minutes") == 120
+    assert prompts.asked_wait({}, "Please try again in 1m59.5s.") == 119.5
 
 
 @pytest.mark.parametrize("key", ["none", "message", "content", "ollama"])
