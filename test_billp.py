@@ -1160,6 +1160,7 @@ def test_a_bounded_session_is_its_newest_whole_turns(n, limit):
     kept = prompts.bounded(session, limit)
     fitting = ["".join(turns[i:]) for i in range(n) if len("".join(turns[i:])) <= limit]
     assert kept == fitting[0]
+    assert prompts.bounded(session + turns[0], 9) == turns[0]       # at least one turn
 
 
 def rendered(title, category, reply):
