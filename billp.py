@@ -326,7 +326,11 @@ def lines_to_show(state: State, remembered: Iterable[str], taken: Collection[int
 
 def shortlist(state: State, memory: Memory, catalog: Catalog,
               config: Config) -> tuple[Candidate, ...]:
-    """The free items that the actor is shown, each once, those with the best evidence first."""
+    """The free items that the actor is shown, each once, the most promising first.
+
+    Items without a category shown lately come first. Within both groups the evidence decides. It
+    does not decide alone: a small model would then too often repeat a category.
+    """
     taken = () if config.repeats else state.taken
     counts = evidence(state, memory, config)        # (line, verdict) -> times
     remembered = [line for line, _ in counts]       # a line comes twice if it has both verdicts
@@ -336,8 +340,14 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     excluded = {catalog.lines[item] for item in taken}
     free = [line for line in dict.fromkeys(lines) if line not in excluded]
     listed = [Candidate(line, counts[line, 1], counts[line, 0]) for line in free]
+    recent = set(prompts.category_tool(state.history, state.shown, config.lately).recent)
+
+    def rank(candidate: Candidate) -> tuple[bool, float]:
+        is_new = recent.isdisjoint(prompts.line_tags(candidate.line))
+        return is_new, prompts.chance(candidate)
+
     # The sort is stable: among equals the nearest stays first.
-    listed.sort(key=prompts.chance, reverse=True)
+    listed.sort(key=rank, reverse=True)
     limit = config.candidates or config.k_actions
     return tuple(listed[:limit])
 

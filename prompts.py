@@ -652,7 +652,7 @@ CHOICE = "Which one of the other categories should come next: {other}?"
 NO_CHOICE = "All categories liked before were shown. Which one was shown longest ago?"
 # Categories that the planner chooses among. A small model mostly ignores their order, so only
 # the most liked are offered.
-OFFERED = 5
+OFFERED = 3
 
 
 class Tastes(NamedTuple):
