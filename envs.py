@@ -130,8 +130,7 @@ def with_all(env: Env, state: EnvState) -> tuple[EnvState, Array]:
     The sessions get an axis of length 1: user and t are [B, 1], recent is [B, 1, W]. So
     `env.rate(sessions.user, items)` is [B, m].
     """
-    sessions = EnvState(*[part[:, None] for part in state])
-    return sessions, np.arange(len(env.titles))
+    return sessions_at(state, np.s_[:, None]), np.arange(len(env.titles))
 
 
 def distance_to_recent(env: Env, state: EnvState, item: Array) -> Array:

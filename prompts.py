@@ -379,47 +379,34 @@ def named_by(words: Sequence[str]) -> str:
     return " ".join(words[:LONGEST]).casefold()
 
 
-def split_article(title: str) -> tuple[list[str], list[str]]:
-    """The article of a title, [] if it has none, and its other words."""
+def spellings(title: str) -> list[str]:
+    """The names of a title: as it is, with its article at the end, and without it.
+
+    >>> spellings("The Matrix")
+    ['the matrix', 'matrix the', 'matrix']
+    """
     words = words_of(title)
     size = 1 if words and words[0].casefold() in ARTICLES else 0
-    return words[:size], words[size:]
+    article, others = words[:size], words[size:]
+    return [named_by(article + others), named_by(others + article), named_by(others)]
 
 
-def spellings(title: str) -> set[str]:
-    """The names of a title: as it is, and with its article at the end.
+def main_title(title: str) -> str:
+    """A title up to its subtitle or bracket.
 
-    >>> sorted(spellings("The Matrix"))
-    ['matrix the', 'the matrix']
+    >>> main_title("Terminator 2: Judgment Day"), main_title("Amélie (Le fabuleux)")
+    ('Terminator 2', 'Amélie')
     """
-    article, others = split_article(title)
-    return {named_by(article + others), named_by(others + article)}
+    return re.split(r":| - | \(", title)[0]
 
 
-def without_article(title: str) -> set[str]:
-    """The name of a title without its article."""
-    _, others = split_article(title)
-    return {named_by(others)}
-
-
-def without_subtitle(title: str) -> set[str]:
-    """The names of a title up to its subtitle or bracket.
-
-    >>> without_subtitle("Terminator 2: Judgment Day"), without_subtitle("Amélie (Le fabuleux)")
-    ({'terminator 2'}, {'amelie'})
-    """
-    main = re.split(r":| - | \(", title)[0]
-    return spellings(main) | without_article(main)
-
-
-def index(titles: Sequence[str], names_of: Callable, known: Collection[str] = ()) -> dict:
-    """Names -> the items so called. Names in `known` are left out."""
-    found = {}
-    for item, title in enumerate(titles):
-        for name in names_of(title):
-            if name and name not in known:
-                found.setdefault(name, []).append(item)
-    return found
+def index(names_of_items: Iterable[Sequence[str]]) -> dict[str, list[int]]:
+    """Names -> the items so called, given the names of each item in turn."""
+    items_of: dict[str, list[int]] = {}
+    for item, names in enumerate(names_of_items):
+        for name in set(names) - {""}:
+            items_of.setdefault(name, []).append(item)
+    return items_of
 
 
 def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
@@ -435,14 +422,16 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
         # A year costs a model about six tokens. It stands only where titles alone are not enough.
         year_shown = year if items_with[title] > 1 else None
         lines.append(item_line(title, year_shown, compress(env.categories, belongs)))
-    exact = index(env.titles, spellings)
-    names = exact | index(env.titles, without_article, known=exact)
-    mains = index(env.titles, without_subtitle, known=names)
+    names = [spellings(title) for title in env.titles]
+    whole = index(names_of_item[:2] for names_of_item in names)
+    # A whole title comes before one without its article. On the right of | it replaces it.
+    by_name = index(names) | whole
+    by_main = index(spellings(main_title(title)) for title in env.titles)
     vectors = embed(lines)
     lengths = np.vecdot(vectors, vectors).round(2)
     if lengths.tolist() != [1.0] * len(lines):
         raise ValueError("embed must give a row of length 1 for each text")
-    return Catalog(env, embed, tuple(lines), vectors, names, mains)
+    return Catalog(env, embed, tuple(lines), vectors, by_name, by_main)
 
 
 def of_year(items: Sequence[int], year: int, catalog: Catalog) -> list[int]:
@@ -1159,10 +1148,10 @@ class Route:
     http: Any                       # httpx.Client; threads share it
     url: Any                        # httpx.URL
     secrets: list[str]
-    extra: dict                     # the user's own fields of each request
-    sleep: Callable                 # seconds -> true when the run was told to stop
-    notice: Callable                # takes a line for the user
-    stats: dict                     # gathers requests, retries, empty, system_fingerprint
+    extra: dict = field(default_factory=dict)       # the user's own fields of each request
+    sleep: Callable = time.sleep    # seconds -> true when the run was told to stop
+    notice: Callable = warnings.warn                # takes a line for the user
+    stats: dict = field(default_factory=dict)       # requests, retries, empty, system_fingerprint
     refused: set = field(default_factory=set)       # names in INSTEAD
     topics: set = field(default_factory=set)        # of which the user was told
 
@@ -1236,10 +1225,8 @@ def address(base_url: str, path: str) -> Any:
     has_form = re.fullmatch("(?i)https?://[^@]+", base)
     if not (has_form and url.host and (url.port or 0) < 65536):
         raise malformed
-    base_path = url.path.strip("/") or "v1"
-    root = re.sub("(^|/)(chat/completions|embeddings)$", "", base_path)
-    route = f"/{root}/{path}" if root else f"/{path}"
-    return url.copy_with(path=route)
+    root = re.sub("/(chat/completions|embeddings)$", "", url.path.rstrip("/") or "/v1")
+    return url.copy_with(path=f"{root}/{path}")
 
 
 def checked_headers(key: str, url: Any, headers: dict) -> dict:
@@ -1275,12 +1262,11 @@ def secrets_of(key: str, url: Any, headers: dict) -> list[str]:
 
 
 def connect(base_url: str, path: str, key: str | None = None, *, timeout: float = 300.0,
-            extra: dict | None = None, headers: dict | None = None, sleep: Callable = time.sleep,
-            notice: Callable = warnings.warn, stats: dict | None = None,
-            transport: Any = None) -> Route:
+            headers: dict | None = None, transport: Any = None, **options: Any) -> Route:
     """A client for one route of an endpoint; EndpointError where the user's settings cannot work.
 
-    `timeout` is in seconds, for one request. `transport` replaces the network in tests.
+    `timeout` is in seconds, for one request. `transport` replaces the network in tests. The other
+    options are the fields of Route that have a default: extra, sleep, notice, stats.
     """
     import httpx
     key = (key or "").strip()
@@ -1296,8 +1282,7 @@ def connect(base_url: str, path: str, key: str | None = None, *, timeout: float 
     except (ImportError, ValueError, OSError, httpx.InvalidURL):
         raise EndpointError("no client can be made: check HTTP_PROXY, HTTPS_PROXY, ALL_PROXY "
                             "(socks needs httpx[socks]) and SSL_CERT_FILE") from None
-    stats = {} if stats is None else stats
-    return Route(client, url, secrets_of(key, url, sent), extra or {}, sleep, notice, stats)
+    return Route(client, url, secrets_of(key, url, sent), **options)
 
 
 # - one request
@@ -1316,17 +1301,13 @@ def asked_wait(headers: Any, text: str) -> float:
     >>> asked_wait({}, "Rate limit reached. Please try again in 20s.")
     20.0
     """
-    after = headers.get("retry-after", "")
+    after, milliseconds = headers.get("retry-after", ""), headers.get("retry-after-ms", "")
     try:
         return parsedate_to_datetime(after).timestamp() - time.time()
     except MISSHAPEN:
         pass                        # no date
-    hints = []                      # the headers as text
-    for name, unit in (("retry-after-ms", "ms"), ("retry-after", "s")):
-        if name in headers:
-            hints.append(f"wait {headers[name]}{unit}")
-    # One text, so that one pattern reads them all. The first duration counts.
-    duration = re.search(DURATION, ", ".join([*hints, text]))
+    # One text, so that one pattern reads all. The first duration counts; "wait s" is none.
+    duration = re.search(DURATION, f"wait {milliseconds}ms, wait {after}s, {text}")
     wait = 0.0
     if duration:
         for number, unit in re.findall(PERIOD, duration[2], re.IGNORECASE):
@@ -1396,19 +1377,6 @@ def redirected(route: Route, response: Any) -> Fault:
     return got
 
 
-def status_of(response: Any, data: dict) -> str:
-    """The HTTP status of a response that is no answer.
-
-    With a success the real status is in the body, or else it is 500.
-    """
-    status = str(response.status_code)
-    # An unreadable body, which has no data, keeps its success. Its kind is "page".
-    if not response.is_success or not data:
-        return status
-    code = str(fields(data.get("error")).get("code") or data.get("code"))
-    return code if re.fullmatch("[45][0-9][0-9]", code) else "500"
-
-
 def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     """The Fault in a response that is no answer.
 
@@ -1416,13 +1384,18 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     or nothing.
     """
     error = fields(data.get("error")) or data           # some servers put its fields at the top
+    status = str(response.status_code)
+    # An unreadable body, which has no data, keeps its success. Its kind is "page".
+    if response.is_success and data:
+        code = str(error.get("code"))           # the real status
+        status = code if re.fullmatch("[45][0-9][0-9]", code) else "500"
     wait = asked_wait(response.headers, text)
     advice = response.headers.get("x-should-retry", "")
     if wait > LONGEST_WAIT:
         advice = "false"
     message = error.get("message") or text or "an empty body"
     more = error.get("metadata") or ""          # what the provider behind OpenRouter says
-    got = fault(route, status_of(response, data), f"{message} {more}", f"{advice} {text[:5000]}")
+    got = fault(route, status, f"{message} {more}", f"{advice} {text[:5000]}")
     return got._replace(wait=wait)
 
 
@@ -1437,8 +1410,8 @@ CHARGE = ContextVar("CHARGE", default=lambda: None)
 def limited(llm: LLM, max_calls: int) -> LLM:
     """The same model, which sends at most `max_calls` chat requests, repeats included.
 
-    A run asks counted(noted(recorded(noted(limited(openai))))); `counted` and `noted` of run.py
-    count. Replies from the log never come here: they are free.
+    A run asks counted(recorded(noted(limited(openai)))); `counted` and `noted` of run.py count.
+    Replies from the log never come here: they are free.
     """
     asked = Counter()
 
@@ -1644,36 +1617,25 @@ class Log(NamedTuple):
     """The calls of a run: each reply under the hash of its ask."""
     model_id: Any                   # JSON: what shapes a reply besides the ask
     known: dict[str, Reply]
-    file: Any                       # None where only replay is allowed
+    path: Path
 
 
-def open_log(path: str | Path, model_id: Any, *, replay: bool = False) -> Log:
-    """Read a log or begin one. A log of another model is refused.
-
-    Of two replies to one ask the first counts.
-    """
+def open_log(path: str | Path, model_id: Any) -> Log:
+    """Read a log; there may be none yet. Of two replies to one ask the first counts."""
     path = Path(path)
-    header = json.dumps({"log": 1, "model": model_id}).encode() + b"\n"
     content = path.read_bytes() if path.exists() else b""
-    if (content or replay) and not content.startswith(header):
-        raise EndpointError(f"{path} is no log of this model and configuration: use the flags it "
-                            "was begun with, or another --out")
-    known = {}
-    for line in content.splitlines()[1:]:
+    known: dict[str, Reply] = {}
+    for line in content.splitlines():
         try:
             record = json.loads(line)
             reply = Reply(record["text"], Usage(*record["usage"]), record.get("reason", ""))
             known.setdefault(record["ask"], reply)
         except MISSHAPEN:
             continue                # a kill tore the line: its ask is asked again
-    file = None
-    if not replay:
-        file = path.open("ab", buffering=0)
-        if not content:
-            file.write(header)
-        elif not content.endswith(b"\n"):
-            file.write(b"\n")       # after a torn line
-    return Log(model_id, known, file)
+    if content and not content.endswith(b"\n"):
+        with path.open("ab") as file:
+            file.write(b"\n")       # the next line shall not be joined to a torn one
+    return Log(model_id, known, path)
 
 
 def hash_of(log: Log, ask: Ask) -> str:
@@ -1681,59 +1643,50 @@ def hash_of(log: Log, ask: Ask) -> str:
     return hashlib.sha256(json.dumps([log.model_id, ask]).encode()).hexdigest()
 
 
-def reply_to(log: Log, ask: Ask) -> Reply | None:
-    """The logged reply, None if there is none yet. A miss ends a replay."""
-    reply = log.known.get(hash_of(log, ask))
-    if reply is None and log.file is None:
-        raise EndpointError(f"the log has no answer for {ask.role} {list(ask.key)}: run without "
-                            "--replay, or with the flags it was recorded with")
-    return reply
-
-
 def keep(log: Log, ask: Ask, reply: Reply) -> Reply:
     """Append a reply to the log. If two threads asked the same, both get the first reply."""
     name = hash_of(log, ask)
     record = {"ask": name, "role": ask.role, "key": ask.key} | reply._asdict()
-    line = json.dumps(record).encode() + b"\n"      # one write: a kill tears one line at most
     with LOCK:
         if name not in log.known:
-            log.file.write(line)
+            with log.path.open("ab") as file:
+                file.write(json.dumps(record).encode() + b"\n")     # a kill tears one line at most
         return log.known.setdefault(name, reply)
 
 
 def recorded(llm: LLM, log: Log) -> LLM:
     """The same model, answering from the log where it can: cache, resume and replay in one."""
     def answer(ask: Ask) -> Reply:
-        return reply_to(log, ask) or keep(log, ask, llm(ask))       # a Reply is always true
+        return log.known.get(hash_of(log, ask)) or keep(log, ask, llm(ask))     # a Reply is true
     return answer
+
+
+def unlogged(asked: Any) -> Any:
+    """The model or the embedding of a replay, which is asked only what the log lacks."""
+    raise EndpointError(f"the log lacks an answer to {clean(str(asked), 60)}: run without "
+                        "--replay, or with the flags it was recorded with")
 
 
 def recorded_embed(embed: Embed, log: Log) -> Embed:
     """The same embedding, asked once for each text; its rows are logged to the bit."""
     sizes = set()
 
-    def checked(row: np.ndarray) -> np.ndarray:
-        sizes.add(len(row))
-        if len(sizes) > 1:
+    def answer(texts: Sequence[str]) -> np.ndarray:
+        asks = {text: Ask("embed", (), (("text", text),)) for text in texts}
+        rows = {}
+        for text, ask in asks.items():
+            reply = log.known.get(hash_of(log, ask))
+            if reply:
+                rows[text] = unpacked(reply.text)
+        missing = [text for text in asks if text not in rows]
+        if missing:
+            rows |= zip(missing, embed(missing), strict=True)
+        sizes.update(map(len, rows.values()))
+        if len(sizes) > 1:              # before they are logged: a logged row is permanent
             raise EndpointError(f"embeddings of sizes {sizes} do not mix: keep to the model "
                                 "this run began with, or use another --out")
-        return row
-
-    def ask_for(text: str) -> Ask:
-        return Ask("embed", (), (("text", text),))
-
-    def answer(texts: Sequence[str]) -> np.ndarray:
-        missing = []
-        for text in dict.fromkeys(texts):       # each once
-            if reply_to(log, ask_for(text)) is None:
-                missing.append(text)
-        fresh = embed(missing) if missing else ()
-        for text, row in zip(missing, fresh, strict=True):
-            packed = base64.b64encode(checked(row))     # checked first: a logged row is permanent
-            keep(log, ask_for(text), Reply(packed.decode()))
-        rows = []
-        for text in texts:
-            reply = reply_to(log, ask_for(text))
-            rows.append(checked(unpacked(reply.text)))
-        return np.array(rows)
+        for text in missing:
+            packed = base64.b64encode(rows[text]).decode()
+            rows[text] = unpacked(keep(log, asks[text], Reply(packed)).text)
+        return np.array([rows[text] for text in texts])
     return answer

@@ -239,8 +239,8 @@ def idle_beside_experiments(args: Namespace) -> list[tuple[Iterable[str], str]]:
     varied = {EXPERIMENTS[name].varied for name in args.experiment}
     if "model" not in varied:
         idle.append((["models"], "without --experiment table6"))
-    if varied == {"model"}:
-        idle.append((["rows"], "on table6: its rows are --models"))
+    if args.models:
+        idle.append((["model"], "beside --models"))
     # only if all experiments asked for vary the same flag
     if varied == {"window"} or varied == {"episodes"}:
         idle.append((varied, "here: the experiment varies it"))
@@ -293,25 +293,20 @@ def models_of(args: Namespace) -> list[str]:
     """
     if args.method in envs.POLICIES:
         return ["offline"]
-    names = [args.model] if args.model else []
-    if args.models:
-        names += parts(args.models)
-    if not names and variable("OPENAI_MODEL"):
-        names = [variable("OPENAI_MODEL")]
+    names = parts(args.models or args.model or variable("OPENAI_MODEL"))
     # A replay asks no endpoint, but its log is that of a real model.
     has_endpoint = bool(args.base_url or args.replay or variable(*ADDRESS))
     has_key = bool(variable("OPENAI_API_KEY"))
-    if not names and not has_endpoint:
+    if names == ["offline"]:
+        return names
+    if names == [""] and not has_endpoint:
         if has_key:                 # many people have one in their environment
             say("OPENAI_API_KEY is set without a model: the stand-in answers")
         return ["offline"]
-    if set(names) == {"offline"}:
-        return ["offline"]
-    has_names = bool(names) and "" not in names
-    if not has_names or not (has_endpoint or has_key):
+    if "" in names or not (has_endpoint or has_key):
         raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
                         "or give --base-url and --model; --model offline is the stand-in")
-    return list(dict.fromkeys(names))
+    return names
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
@@ -566,7 +561,7 @@ def agent_of(saved: Json, embed: Embed) -> Agent:
 class Live(NamedTuple):
     """What is known of a command's calls at any moment, however it ends. Threads share it."""
     counts: dict[str, Counter]  # of each role: calls, and the tokens that the server counts
-    stats: Json                 # of endpoints: requests, retries, answers, asked (not in the log)
+    stats: Json                 # of endpoints: requests, retries, asked (not in the log)
     failures: list[Exception]   # of calls that failed for good
     stop: Event                 # set when no further call shall begin
 
@@ -596,10 +591,10 @@ def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
     return reply
 
 
-def noted(llm: LLM, stats: Json, name: str, ask: Ask) -> Reply:
-    """The model's reply. It adds 1 to `stats[name]`."""
+def noted(llm: LLM, stats: Json, ask: Ask) -> Reply:
+    """The model's reply. It adds 1 to `stats["asked"]`."""
     reply = llm(ask)
-    prompts.count(stats, name)
+    prompts.count(stats, "asked")
     return reply
 
 
@@ -613,22 +608,19 @@ def connect(args: Namespace, run: Settings, folder: Path, live: Live) -> tuple[L
                "notice": say, "sleep": live.stop.wait, "stats": live.stats}
     folder.mkdir(exist_ok=True)
     model_id = [run.model, run.embedding, run.extra]
-    log = prompts.open_log(folder / "calls.jsonl", model_id, replay=args.replay)
-    # From the inside: the endpoint, its budget, a count of what is asked for now, the log of
-    # answers, a count of all of them.
-    llm = prompts.offline           # a replay never asks it
+    log = prompts.open_log(folder / "calls.jsonl", model_id)
+    # From the inside: the endpoint, its budget, a count of what is asked for now, the log.
+    llm = prompts.unlogged
     if not args.replay:
         llm = prompts.openai(url, run.model, extra=json.loads(args.extra_body), **options)
     llm = prompts.limited(llm, args.max_calls)
-    llm = partial(noted, llm, live.stats, "asked")
-    llm = prompts.recorded(llm, log)
-    llm = partial(noted, llm, live.stats, "answers")
-    embed = prompts.hashed_ngrams
-    if run.embedding != "hashed_ngrams":
-        if not args.replay:
-            embed = prompts.embeddings(url, run.embedding, **options)
-        embed = prompts.recorded_embed(embed, log)
-    return llm, embed
+    llm = prompts.recorded(partial(noted, llm, live.stats), log)
+    if run.embedding == "hashed_ngrams":
+        return llm, prompts.hashed_ngrams
+    embed = prompts.unlogged
+    if not args.replay:
+        embed = prompts.embeddings(url, run.embedding, **options)
+    return llm, prompts.recorded_embed(embed, log)
 
 
 @contextmanager
@@ -731,23 +723,6 @@ def perform(run: Settings, place: Place, agent: Agent, llm: LLM, embed: Embed, p
     return Outcome(sessions, everything, agent)
 
 
-def cost(trajectories: Sequence[Trajectory], counts: dict[str, Counter], stats: Json,
-         began: float) -> Json:
-    """What a run cost: replies that were of no use, calls and tokens, seconds."""
-    answers, exact = [], []
-    for trajectory in trajectories:
-        answers += trajectory.answers
-        for step in trajectory.steps:
-            answers += [step.plan, step.act]
-            exact.append(step.act.exact)
-    return {"malformed": sum(answer.malformed for answer in answers),
-            "fallbacks": sum(answer.fallback for answer in answers),
-            "ungrounded": round(1 - float(np.mean(exact or [True])), 4),
-            "calls": counts,
-            "endpoint": deepcopy(stats),        # of the whole command so far
-            "seconds": round(time.perf_counter() - began, 2)}
-
-
 def describe(env: envs.Env, trajectory: Trajectory) -> Json:
     """One episode as a line of episodes.jsonl: all that --show needs."""
     steps = []
@@ -775,18 +750,24 @@ def summarise(run: Settings, outcome: Outcome, live: Live, began: float) -> Json
     size = run.config["batch"]
     batches = [lengths[start:start + size] for start in range(0, len(lengths), size)]
     before = scores_of(outcome.sessions["before"])
-    after, difference = before, None
-    if "after" in outcome.sessions:
-        after = scores_of(outcome.sessions["after"])
-        difference = envs.metrics(after, before)
-    summary = run._asdict()
-    rule = summary.pop("rule")
-    summary["config"] = summary["config"] | rule
-    return summary | {
+    after = scores_of(outcome.sessions.get("after", outcome.sessions["before"]))
+    answers, exact = [], []
+    for trajectory in outcome.trajectories:
+        answers += trajectory.answers
+        for step in trajectory.steps:
+            answers += [step.plan, step.act]
+            exact.append(step.act.exact)
+    return run._asdict() | {
+        "config": run.config | run.rule,
         "learning": [float(np.mean(batch)) for batch in batches],
-        "before": envs.metrics(before), "after": envs.metrics(after), "difference": difference,
+        "before": envs.metrics(before), "after": envs.metrics(after),
+        "difference": envs.metrics(after, before) if run.episodes else None,
         "reflections": len(billp.records(outcome.agent.planner)),
-        **cost(outcome.trajectories, live.counts, live.stats, began)}
+        "malformed": sum(answer.malformed for answer in answers),
+        "fallbacks": sum(answer.fallback for answer in answers),
+        "ungrounded": round(1 - float(np.mean(exact or [True])), 4),
+        "calls": live.counts, "endpoint": live.stats,
+        "seconds": round(time.perf_counter() - began, 2)}
 
 
 def interval(figure: Sequence[float]) -> str:
@@ -852,8 +833,8 @@ def ledger(live: Live) -> list[str]:
     lines = grid(counts_table(counts))
     if stats:
         asked, requests = stats.get("asked", 0), stats.get("requests", 0)
-        # "answers" are counted outside the log, "asked" inside. After Ctrl-C one may be on its way.
-        known = max(stats.get("answers", 0) - asked, 0)
+        answers = sum(row["calls"] for row in counts.values())
+        known = max(answers - asked, 0)     # after Ctrl-C an answer may not be counted yet
         retries = sum(stats.get("retries", {}).values())
         system = stats.get("system_fingerprint", "not named")
         lines.append(f"answers   {known} from the log, {asked} asked for now")
@@ -1027,9 +1008,9 @@ def show(args: Namespace) -> None:
 class Experiment(NamedTuple):
     """A table or figure of the paper; `curve` is ours."""
     title: str
-    rows: str                           # methods, or method:episodes; table6 has --models instead
+    rows: str                           # methods, or method:episodes
     varied: str = ""                    # the flag that differs between its cells, if there is one
-    values: Sequence[int | None] = (None,)      # of that flag, on the x axis
+    values: Sequence[int | None] = (None,)      # of that flag; table6 takes them from --models
     measure: str = "scores"             # what is measured: scores, shares or errors
     axis: str = ""                      # the name of the x axis; without one, bars are drawn
     label: str = "reward of an episode"         # the name of the axis of values
@@ -1047,7 +1028,7 @@ EXPERIMENTS = {
                        label="mean squared error of the value"),
     "fig5": Experiment("How many items a user remembers", "react a2c reflexion billp", "window",
                        (1, 2, 4, 6, 8), axis="window W (items that a user remembers)"),
-    "table6": Experiment("Language models", "", "model"),
+    "table6": Experiment("Language models", "billp", "model"),
     "curve": Experiment("Learning curve", "common-sense bandit a2c billp", "episodes",
                         (0, 10, 20, 50, 100, 200), axis="learning episodes"),
 }
@@ -1059,40 +1040,33 @@ class Job(NamedTuple):
     measure: str
 
 
-Cell = tuple[str, int | None]       # the method or model, and the place on the x axis, if any
+Cell = tuple[str, Any]              # the method, and the value of the flag that is varied, if any
 
 
-def settings_of(base: Settings, experiment: Experiment, series: str, x: int | None) -> Settings:
+def settings_of(base: Settings, varied: str, series: str, x: Any) -> Settings:
     """The settings of a cell's runs, which differ in their seed only."""
-    run = base
     method, _, budget = series.partition(":")
-    if experiment.varied == "model":        # a colon in a model's name is no budget
-        method, budget = base.method, ""
-        run = run._replace(model=series)
-    if experiment.varied == "window":
+    run = base._replace(method=method, config=base.config | billp.METHODS.get(method, {}))
+    if varied == "window":
         run = run._replace(rule=base.rule | {"window": x})
-    if experiment.varied == "episodes":
-        run = run._replace(episodes=x)
+    elif varied:                    # episodes or model, which are fields
+        run = run._replace(**{varied: x})
     if budget:
         run = run._replace(episodes=int(budget))
-    config = base.config | billp.METHODS.get(method, {})
-    run = run._replace(method=method, config=config)
     return run if learns(run) else run._replace(episodes=0)
 
 
 def cells_of(args: Namespace, base: Settings, name: str) -> dict[Cell, list[Job]]:
     """A job for each seed in each cell."""
     experiment = EXPERIMENTS[name]
-    known = experiment.rows.split() or args.models_asked
-    rows = known
-    if args.rows and experiment.rows:
-        rows = parts(args.rows)
+    known = experiment.rows.split()
+    values = args.models_asked if experiment.varied == "model" else experiment.values
     cells = {}
-    for series in rows:
+    for series in parts(args.rows) if args.rows else known:
         if series not in known:
             raise UserError(f"--rows {series}: {name} has no such row, only {' '.join(known)}")
-        for x in experiment.values:
-            run = settings_of(base, experiment, series, x)
+        for x in values:
+            run = settings_of(base, experiment.varied, series, x)
             seeds = range(base.seed, base.seed + args.seeds)
             jobs = [Job(run._replace(seed=seed), experiment.measure) for seed in seeds]
             cells[series, x] = jobs
@@ -1105,22 +1079,7 @@ def shares(env: envs.Env, sessions: Sequence[Session]) -> list[list[int]]:
     m = len(order)
     quintile = np.empty_like(order)
     quintile[order] = np.arange(m) * 5 // m
-    rows = []
-    for session in sessions:
-        counts = np.bincount(quintile[session.items], minlength=5)
-        rows.append(counts.tolist())
-    return rows
-
-
-def shortened(env: envs.Env, gamma: float) -> envs.Env:
-    """The world with sessions cut where later rewards count below a thousandth of the first."""
-    discounts = gamma ** np.arange(1, env.max_steps)
-    return env._replace(max_steps=1 + int(np.sum(discounts >= 0.001)))
-
-
-def return_of(trajectory: Trajectory, gamma: float) -> float:
-    """The discounted return of an episode."""
-    return billp.discounted_return([step.reward for step in trajectory.steps], gamma)
+    return [np.bincount(quintile[session.items], minlength=5).tolist() for session in sessions]
 
 
 def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Callable,
@@ -1132,19 +1091,19 @@ def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: 
     """
     config = Config(**run.config)
     catalog = prompts.catalog(place.env, embed)
-    # Returns are played in a shorter world, which saves steps. The critic is asked in the full one,
-    # because State.top depends on the cap.
-    short = catalog._replace(env=shortened(place.env, config.gamma))
-    agent = billp.NOVICE
     # The place is that of the job's seed. Each repeat meets its learners in another order.
     learners = envs.branch(run.seed, "learners").permutation(place.learners).tolist()
-    for agent, _ in billp.train(catalog, learners, llm, run.seed, agent, config, pmap):
-        pass                        # the last agent has learned from all batches
+    place = place._replace(learners=learners)
+    agent = perform(run, place, billp.NOVICE, llm, embed, pmap, ("learn",)).agent
     errors = []
     for i, user in enumerate(users):
-        played = billp.evaluate(short, [user] * (draws + 1), agent, llm, run.seed, "continue",
+        played = billp.evaluate(catalog, [user] * (draws + 1), agent, llm, run.seed, "continue",
                                 config, pmap)
-        one_return, *others = [return_of(trajectory, config.gamma) for trajectory in played]
+        returns = []
+        for trajectory in played:
+            rewards = [step.reward for step in trajectory.steps]
+            returns.append(billp.discounted_return(rewards, config.gamma))
+        one_return, *others = returns
         reference = np.mean(others)
         state = billp.opening(catalog, user, Key(run.seed, "value", i), config)
         answer, _ = billp.critic(state, agent.critic, llm, config)
@@ -1233,7 +1192,7 @@ def do_jobs(args: Namespace, jobs: Sequence[Job], folder: Path, live: Live) -> I
 class Row(NamedTuple):
     """One row of a table, or one point of a picture. Intervals are [mean, low, high], 95 %."""
     series: str
-    x: int | None
+    x: Any                              # int, or the name of a model, or None
     figures: dict[str, list[float]]     # a picture shows the last one
     gain: list[float] | None = None     # R_traj minus that of billp, paired by user
 
@@ -1244,7 +1203,7 @@ def share_of(counts: Array) -> Array:
     return sums / np.maximum(sums.sum(-1, keepdims=True), 1)
 
 
-def rows_of(series: str, x: int | None, samples: dict[Cell, Array], measure: str) -> list[Row]:
+def rows_of(series: str, x: Any, samples: dict[Cell, Array], measure: str) -> list[Row]:
     """The rows of one cell. `samples` holds an array of each cell: [seeds, users or states, k]."""
     own = samples[series, x]
     if measure == "shares":
@@ -1269,9 +1228,9 @@ def comparison(gain: list[float]) -> str:
     return "lower" if high < 0 else "not significant"
 
 
-def label_of(series: str, x: int | None) -> str:
-    """The name of a cell in tables."""
-    return series if x is None else f"{series}, {x}"
+def label_of(row: Row) -> str:
+    """The name of a row in tables and pictures."""
+    return row.series if row.x is None else f"{row.series}, {row.x}"
 
 
 def gains_table(rows: Sequence[Row]) -> Table:
@@ -1279,8 +1238,7 @@ def gains_table(rows: Sequence[Row]) -> Table:
     table = [["", "R_traj minus billp's [95 %]", ""]]
     for row in rows:
         if row.gain:
-            label = label_of(row.series, row.x)
-            table.append([label, interval(row.gain), comparison(row.gain)])
+            table.append([label_of(row), interval(row.gain), comparison(row.gain)])
     return table
 
 
@@ -1309,18 +1267,14 @@ def limit_of(rows: Sequence[Row]) -> float:
 
 def plot_bars(axes: Any, rows: Sequence[Row]) -> None:
     """Horizontal bars with intervals. A bar much longer than those of language methods is cut."""
-    methods = [row for row in rows if row.series in billp.METHODS]
+    means, lows, highs = drawn(rows)
+    names = [f"{label_of(row)}: {mean:.0f}" for row, mean in zip(rows, means)]
+    colours = [colour_of(row.series) for row in rows]
+    axes.barh(names, means, xerr=[means - lows, highs - means], color=colours, capsize=3)
+    axes.invert_yaxis()                 # the first row at the top
     # methods with language fill most of the width, however far the oracle is
-    limit = min(limit_of(rows), 1.3 * limit_of(methods or rows))        # table6 has no methods
-    for place, row in enumerate(reversed(rows)):
-        [mean], [low], [high] = drawn([row])
-        axes.barh(place, mean, xerr=[[mean - low], [high - mean]], color=colour_of(row.series),
-                  capsize=3)
-        if mean > limit:
-            axes.text(limit * 0.99, place, f"{mean:.0f} (cut)", ha="right", va="center",
-                      color="white")
-    axes.set_yticks(range(len(rows)), [row.series for row in reversed(rows)])
-    axes.set_xlim(0, limit)
+    methods = [row for row in rows if row.series in billp.METHODS]
+    axes.set_xlim(0, min(limit_of(rows), 1.3 * limit_of(methods or rows)))
 
 
 def plot_lines(axes: Any, rows: Sequence[Row]) -> None:
@@ -1336,7 +1290,7 @@ def plot_lines(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def plot(experiment: Experiment, heading: str, rows: Sequence[Row], path: Path) -> None:
-    """Draw an experiment: lines over its x axis, or else bars. The file is whole or not there."""
+    """Draw an experiment: lines over its x axis, or else bars."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -1354,9 +1308,7 @@ def plot(experiment: Experiment, heading: str, rows: Sequence[Row], path: Path) 
         axes.set(xlabel=label)
     axes.grid(alpha=0.3)
     figure.suptitle(f"{experiment.title}\n{heading}", fontsize=8, parse_math=False)
-    draft = path.with_suffix(".part.png")
-    figure.savefig(draft)
-    os.replace(draft, path)
+    figure.savefig(path)
 
 
 def publish(name: str, base: Settings, cells: dict[Cell, Array], folder: Path) -> None:
@@ -1364,7 +1316,7 @@ def publish(name: str, base: Settings, cells: dict[Cell, Array], folder: Path) -
     experiment = EXPERIMENTS[name]
     models = [base.model]
     if experiment.varied == "model":
-        models = [series for series, _ in cells]
+        models = [model for _, model in cells]
     texts = [STAND_IN if model == "offline" else model for model in models]
     rows, raw = [], []
     for series, x in cells:
@@ -1379,7 +1331,7 @@ def publish(name: str, base: Settings, cells: dict[Cell, Array], folder: Path) -
     write(folder / f"{name}.json", dumps(content) + "\n")
     plot(experiment, heading, rows, folder / f"{name}.png")
     print(heading)
-    figures = {label_of(row.series, row.x): row.figures for row in rows}
+    figures = {label_of(row): row.figures for row in rows}
     for table in (figures_table(figures), gains_table(rows)):
         if len(table) > 1:
             print("\n".join(["", *grid(table)]))
