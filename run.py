@@ -1082,6 +1082,12 @@ def shares(env: envs.Env, sessions: Sequence[Session]) -> list[list[int]]:
     return [np.bincount(quintile[session.items], minlength=5).tolist() for session in sessions]
 
 
+def shortened(env: envs.Env, gamma: float) -> envs.Env:
+    """The world with sessions cut where later rewards count below a thousandth of the first."""
+    discounts = gamma ** np.arange(1, env.max_steps)
+    return env._replace(max_steps=1 + int(np.sum(discounts >= 0.001)))
+
+
 def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Callable,
                      users: Sequence[int], draws: int) -> list[list[float]]:
     """[users, 2]: after one learning run, the error of one return, then of the critic's V.
@@ -1091,13 +1097,16 @@ def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: 
     """
     config = Config(**run.config)
     catalog = prompts.catalog(place.env, embed)
+    # Returns are played in a shorter world, which takes half the time. The critic is asked in the
+    # full one, because State.top depends on the cap.
+    short = catalog._replace(env=shortened(place.env, config.gamma))
     # The place is that of the job's seed. Each repeat meets its learners in another order.
     learners = envs.branch(run.seed, "learners").permutation(place.learners).tolist()
     place = place._replace(learners=learners)
     agent = perform(run, place, billp.NOVICE, llm, embed, pmap, ("learn",)).agent
     errors = []
     for i, user in enumerate(users):
-        played = billp.evaluate(catalog, [user] * (draws + 1), agent, llm, run.seed, "continue",
+        played = billp.evaluate(short, [user] * (draws + 1), agent, llm, run.seed, "continue",
                                 config, pmap)
         returns = []
         for trajectory in played:
