@@ -273,7 +273,7 @@ def likeness(a: str, b: str) -> float:
 
 
 def distinct(lessons: Iterable[str], k: int) -> tuple[str, ...]:
-    """The first k lessons, without those whose likeness to an earlier one is over 0.8."""
+    """Up to k lessons in their order. One whose likeness to a chosen one is over 0.8 is skipped."""
     chosen: list[str] = []
     for lesson in lessons:
         if len(chosen) == k:
@@ -302,7 +302,7 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
 
 
 def evidence(state: State, memory: Memory, config: Config) -> Counter:
-    """Each pair (item line, verdict) -> the number of most similar states that remember it."""
+    """Counts of (item line, verdict) among the `k_experience` nearest records of M_A."""
     if not config.experience:
         return Counter()
     similar = recall(memory, state.vector, config.k_experience)
@@ -379,7 +379,7 @@ def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> 
     recalled = recall(memory, state.vector, config.k_values)
     targets = tuple((record.item, record.content) for record in recalled)
     rating = fmean(state.ratings or [3.0])          # at first the middle of the scale
-    as_before = state.top * rating / 5              # state.top has a rating of 5 at every step
+    as_before = state.top * rating / 5              # state.top has a rating of 5 at each step
     question = prompts.render_critic(targets, as_before)
     expected = fmean([target for _, target in targets] or [as_before])
     answer = consult(llm, "critic", state, question, prompts.parse_critic, config, expected)

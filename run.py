@@ -140,7 +140,7 @@ FLAGS = {                               # of each group: flags and what they do
     },
 }
 NOTES = {
-    "method": "if omitted, the value of --method's row is used",
+    "method": "the row of --method may set other defaults for the first four",
     "rule of leaving": "if omitted, the world's own value is used"}
 MANY = 10**9                            # more than anybody asks for
 RANGES = {                              # of numbers; the others may be 0 to MANY
@@ -241,7 +241,7 @@ def idle_beside_experiments(args: Namespace) -> list[tuple[Iterable[str], str]]:
         idle.append((["models"], "without --experiment table6"))
     if args.models:
         idle.append((["model"], "beside --models"))
-    # only if all experiments asked for vary the same flag
+    # Only if all experiments vary the same flag. Beside fig4, fig5 still uses --episodes.
     if varied == {"window"} or varied == {"episodes"}:
         idle.append((varied, "here: the experiment varies it"))
     return idle
@@ -424,6 +424,7 @@ def build_place(run: Settings) -> Place:
     UserError if there are too few of them. Policies meet the same learners again and again.
     """
     env = load_world(run.world, run.seed)._replace(**run.rule)
+    # The first env.learners users learn, the others are held out.
     learners = envs.branch(run.seed, "learners").permutation(env.learners)
     others = len(env.histories) - env.learners
     held_out = envs.branch(run.seed, "held-out users").permutation(others) + env.learners
@@ -561,7 +562,7 @@ def agent_of(saved: Json, embed: Embed) -> Agent:
 class Live(NamedTuple):
     """What is known of a command's calls at any moment, however it ends. Threads share it."""
     counts: dict[str, Counter]  # of each role: calls, and the tokens that the server counts
-    stats: Json                 # of endpoints: requests, retries, asked (not in the log)
+    stats: Json                 # of endpoints: asked (not in the log), and what a Route counts
     failures: list[Exception]   # of calls that failed for good
     stop: Event                 # set when no further call shall begin
 
@@ -881,7 +882,7 @@ def one_run(args: Namespace, live: Live) -> None:
     began = time.perf_counter()
     run = settings(args)
     if run.episodes and not learns(run):
-        say(f"{run.method} learns nothing: --episodes 0 saves its learning episodes")
+        say(f"{run.method} learns nothing: --episodes 0 skips its learning episodes")
     place = build_place(run)
     folder = run_directory(args, run._asdict())
     llm, embed = connect(args, run, folder, live)
@@ -1010,7 +1011,7 @@ class Experiment(NamedTuple):
     title: str
     rows: str                           # methods, or method:episodes
     varied: str = ""                    # the flag that differs between its cells, if there is one
-    values: Sequence[int | None] = (None,)      # of that flag; table6 takes them from --models
+    values: Sequence[int | None] = (None,)      # of that flag; table6 takes the models asked for
     measure: str = "scores"             # what is measured: scores, shares or errors
     axis: str = ""                      # the name of the x axis; without one, bars are drawn
     label: str = "reward of an episode"         # the name of the axis of values
@@ -1333,8 +1334,9 @@ def publish(name: str, base: Settings, cells: dict[Cell, Array], folder: Path) -
         raw.append({"series": series, "x": x, "samples": cells[series, x].tolist()})
     any_cell = next(iter(cells.values()))
     last = base.seed + len(any_cell) - 1            # the first axis of a cell is its seeds
+    units = "states" if experiment.measure == "errors" else "held-out users"
     heading = (f"{name} on {base.world}, seeds {base.seed} to {last}, "
-               f"{base.users} held-out users each\nmodel {', '.join(texts)}")
+               f"{any_cell.shape[1]} {units} each\nmodel {', '.join(texts)}")
     content = {"experiment": name, "settings": base._asdict(),
                "rows": [row._asdict() for row in rows], "cells": raw}
     write(folder / f"{name}.json", dumps(content) + "\n")

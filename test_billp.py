@@ -1023,7 +1023,8 @@ def test_a_year_may_be_one_off_but_not_more():
     ("Comedy next\nAction 3: recommend Up", "Comedy next"),
     ("Thought 3: Comedy next Action 3: recommend Up", "Comedy next"),
     ("Sure, here is my thought:\nComedy next", "Comedy next"),
-    ("Certainly!\n\nComedy next", "Comedy next"), ("Action", "Action"),
+    ("Certainly!\n\nComedy next", "Comedy next"), ("Action", "Action"), ("**Action**", "Action"),
+    ("Next category: Comedy!\nIt is fun.", "Comedy!"), ("Next category:\n**Action**", "Action"),
     ("```Comedy next```", "Comedy next"),
     ("Next category: **Comedy**, because `it` was liked", "Comedy, because it was liked"),
     ('Next category: "Comedy", because it was liked', "Comedy, because it was liked"),
@@ -2078,6 +2079,7 @@ def test_a_wait_is_read_in_any_unit():
     assert prompts.asked_wait({}, "Please retry after 500 milliseconds") < 1000
     assert prompts.asked_wait({}, "Please retry after 2 minutes") == 120
     assert prompts.asked_wait({}, "Please try again in 1m59.5s.") == 119.5
+    assert prompts.asked_wait({}, "Please wait 5 more seconds") == 0
 
 
 @pytest.mark.parametrize("key", ["none", "message", "content", "ollama"])
