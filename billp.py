@@ -533,10 +533,10 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
         values = tuple(answer.value for answer in answers) + after_leaving
     targets, advantages = credit(trajectory, values, config.gamma)
     m_p, m_a, m_c = EMPTY, EMPTY, EMPTY             # what this episode adds to the three memories
-    for step, target, gain in zip(trajectory.steps, targets, advantages):
+    for step, target, a in zip(trajectory.steps, targets, advantages):
         state = step.state
         if config.experience:
-            m_a = remember(m_a, state.text, int(gain >= 0), state.vector, step.line)
+            m_a = remember(m_a, state.text, int(a >= 0), state.vector, step.line)
         if asks_critic:
             m_c = remember(m_c, state.text, target, state.vector, last_item(state))
     if config.lessons != "none":

@@ -950,10 +950,10 @@ def offline_planner(text: str, seed: int) -> str:
     options = [tag for tag in other if tag not in unwanted] or other
     if MOST_LIKED in question:
         options = options[:1]       # the tool names the most liked first
-    target = pick(options, text, seed)
-    keep_away = ", ".join(sorted(unwanted - {target})) or "nothing"
+    category = pick(options, text, seed)
+    keep_away = ", ".join(sorted(unwanted - {category})) or "nothing"
     # the actor reads this sentence by PLAN, the reflector by APART
-    return (f"Next category: {target}, because similar items go {steps(apart)} apart."
+    return (f"Next category: {category}, because similar items go {steps(apart)} apart."
             f"{spelled_avoid(warned)} Keep away from {keep_away}.")
 
 
@@ -961,12 +961,12 @@ def offline_actor(text: str, seed: int) -> str:
     """The item of the list that fits the plan best; among equals the most encouraged, then any."""
     _, _, question = parts_of(text)
     plan = re.search(PLAN, question)
-    target, keep_away = plan.groups() if plan else ("", "")
+    category, keep_away = plan.groups() if plan else ("", "")
     titles = {}                     # rank -> titles
     for title, categories, encouraged, discouraged in re.findall(LISTED, question):
         tags = set(split_tags(categories))
         evidence = chance(Candidate(title, int(encouraged or 0), int(discouraged or 0)))
-        rank = (tags.isdisjoint(split_tags(keep_away)), target in tags, evidence)
+        rank = (tags.isdisjoint(split_tags(keep_away)), category in tags, evidence)
         titles.setdefault(rank, []).append(title)
     if not titles:
         return "Free item: anything"
@@ -1374,11 +1374,11 @@ def redirected(route: Route, response: Any) -> Fault:
     Safe is the same host, and no step from https to http. Status 301 to 303 would turn the POST
     into a GET.
     """
-    target = response.next_request.url
-    got = fault(route, str(response.status_code), f"redirects to {without_query(target)}")
-    is_as_safe = target.scheme in (route.url.scheme, "https")
-    if target.netloc == route.url.netloc and is_as_safe and response.status_code > 303:
-        route.url = target
+    there = response.next_request.url
+    got = fault(route, str(response.status_code), f"redirects to {without_query(there)}")
+    is_as_safe = there.scheme in (route.url.scheme, "https")
+    if there.netloc == route.url.netloc and is_as_safe and response.status_code > 303:
+        route.url = there
         return got._replace(kind=FOLLOWED)
     return got
 
@@ -1670,7 +1670,8 @@ def recorded(llm: LLM, log: Log) -> LLM:
 
 def unlogged(asked: Any) -> Any:
     """The model or the embedding of a replay, which is asked only what the log lacks."""
-    raise EndpointError(f"the log lacks an answer to {clean(str(asked), 60)}: run without "
+    name = [asked.role, *asked.key] if isinstance(asked, Ask) else asked
+    raise EndpointError(f"the log lacks an answer to {clean(str(name), 60)}: run without "
                         "--replay, or with the flags it was recorded with")
 
 

@@ -293,7 +293,9 @@ def models_of(args: Namespace) -> list[str]:
     """
     if args.method in envs.POLICIES:
         return ["offline"]
-    names = parts(args.models or args.model or variable("OPENAI_MODEL"))
+    names = [args.model or variable("OPENAI_MODEL")]        # one name may hold commas
+    if args.models:
+        names = parts(args.models)
     # A replay asks no endpoint, but its log is that of a real model.
     has_endpoint = bool(args.base_url or args.replay or variable(*ADDRESS))
     has_key = bool(variable("OPENAI_API_KEY"))
@@ -599,7 +601,7 @@ def noted(llm: LLM, stats: Json, ask: Ask) -> Reply:
     return reply
 
 
-def connect(args: Namespace, run: Settings, folder: Path, live: Live) -> tuple[LLM, Embed]:
+def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tuple[LLM, Embed]:
     """The model and the embedding of a run. Those of an endpoint are recorded in the folder."""
     if run.model == "offline":
         return prompts.offline, prompts.hashed_ngrams
@@ -885,7 +887,7 @@ def one_run(args: Namespace, live: Live) -> None:
         say(f"{run.method} learns nothing: --episodes 0 skips its learning episodes")
     place = build_place(run)
     folder = run_directory(args, run._asdict())
-    llm, embed = connect(args, run, folder, live)
+    llm, embed = open_model(args, run, folder, live)
     agent = billp.NOVICE
     if args.load:
         agent = agent_of(read_memory(args.load, run.embedding), embed)
@@ -926,9 +928,9 @@ def story(episode: Json) -> list[str]:
     for n, step in enumerate(episode["steps"]):
         rows = step_rows(step)
         if episode["advantages"]:
-            value, gain = episode["values"][n], episode["advantages"][n]
-            remembered = prompts.VERDICT[gain >= 0]
-            rows.append(("value", f"{value:.2f}, advantage {gain:+.2f}: {remembered}"))
+            value, advantage = episode["values"][n], episode["advantages"][n]
+            remembered = prompts.VERDICT[advantage >= 0]
+            rows.append(("value", f"{value:.2f}, advantage {advantage:+.2f}: {remembered}"))
         lines += ["", f"step {n + 1}"]
         lines += [f"    {label:12}{text}" for label, text in rows if text]
     left = episode["left"]
@@ -976,7 +978,7 @@ def print_prompts(args: Namespace, phase: str, number: int) -> None:
                         "its prompts cannot be made again")
     run = Settings(**config)
     args.replay = True                  # no endpoint is asked
-    llm, embed = connect(args, run, args.show, new_live())
+    llm, embed = open_model(args, run, args.show, new_live())
 
     def printing(ask: Ask) -> Reply:
         reply = llm(ask)
@@ -1194,7 +1196,7 @@ def do_jobs(args: Namespace, jobs: Sequence[Job], folder: Path, live: Live) -> I
         for job in jobs:
             name = job.run.model
             if name not in models:
-                models[name] = connect(args, job.run, folder / quote(name, safe=""), live)
+                models[name] = open_model(args, job.run, folder / quote(name, safe=""), live)
             llm, embed = models[name]
             yield measure_job(job, partial(counted, llm, live), embed, pmap)
 
