@@ -1198,7 +1198,9 @@ def do_jobs(args: Namespace, jobs: Sequence[Job], folder: Path, live: Live) -> I
             if name not in models:
                 models[name] = open_model(args, job.run, folder / quote(name, safe=""), live)
             llm, embed = models[name]
-            yield measure_job(job, partial(counted, llm, live), embed, pmap)
+            # A real model takes hours. The 200 continuations of fig4 are no phase of a run.
+            job_map = pmap if job.measure == "errors" else watched(pmap, job.run)
+            yield measure_job(job, partial(counted, llm, live), embed, job_map)
 
 
 class Row(NamedTuple):
