@@ -612,6 +612,7 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
     folder.mkdir(exist_ok=True)
     model_id = [run.model, run.embedding, run.extra]
     log = prompts.open_log(folder / "calls.jsonl", model_id)
+    live.stats.setdefault("asked", 0)
     # From the inside: the endpoint, its budget, a count of what is asked for now, the log.
     llm = prompts.unlogged
     if not args.replay:
