@@ -616,6 +616,14 @@ def test_candidates_are_the_free_items_nearest_the_thought():
     assert (ranked[0].encouraged, ranked[-1].discouraged) == (1, 1)
 
 
+@given(junk | st.sampled_from([FILMS.titles[item] for item in STATE.taken]))
+def test_a_listed_item_replaces_what_is_not_available(text):
+    """A small model likes to repeat the last item. The nearest of all items would be too similar."""
+    act, _ = billp.actor(STATE, EMPTY, scripted({"actor": [text]}), CATALOG)
+    lines = [candidate.line for candidate in act.recalled]
+    assert act.exact or CATALOG.lines[act.value] in lines
+
+
 def test_without_candidates_experience_is_shown_and_nothing_else():
     """Neither a taken item nor one of another world is shown."""
     config = Config(candidates=0, k_actions=2)
