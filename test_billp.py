@@ -618,7 +618,7 @@ def test_candidates_are_the_free_items_nearest_the_thought():
 
 @given(junk | st.sampled_from([FILMS.titles[item] for item in STATE.taken]))
 def test_a_listed_item_replaces_what_is_not_available(text):
-    """A small model likes to repeat the last item. The nearest of all items would be too similar."""
+    """A small model repeats recent items. The nearest of all items would be too similar."""
     act, _ = billp.actor(STATE, EMPTY, scripted({"actor": [text]}), CATALOG)
     lines = [candidate.line for candidate in act.recalled]
     assert act.exact or CATALOG.lines[act.value] in lines
