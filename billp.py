@@ -356,9 +356,10 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
           config: Config = DEFAULT) -> Output:
     """Micro level: the item a_n, given the thought, free items and the evidence for them.
 
-    If the reply names no free item, the listed one nearest to what was asked for is taken. The
-    nearest of all would often be too similar: a small model likes to repeat the last item.
-    Fallback: the first item listed in the prompt, or else the free item nearest to the state.
+    If the reply names no free item, the candidate nearest to what was asked for is taken. The
+    nearest of all would often be too similar, because a small model repeats recent items. Without
+    candidates it is the nearest of all, as in the paper. Fallback: the first item listed in the
+    prompt, or else the free item nearest to the state.
     """
     listed = shortlist(state, memory, catalog, config)
     question = prompts.render_actor(state.key.step + 1, state.thought, listed)
@@ -369,7 +370,7 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
         item, exact = prompts.nearest(text, catalog, taken), False
     else:
         item, exact = prompts.ground(answer.value, catalog, taken)
-        if listed and not exact:
+        if config.candidates and not exact:
             lines = [candidate.line for candidate in listed]
             unlisted = [other for other, line in enumerate(catalog.lines) if line not in lines]
             item, _ = prompts.ground(answer.value, catalog, unlisted)

@@ -761,8 +761,10 @@ def summarise(run: Settings, outcome: Outcome, live: Live, began: float) -> Json
         for step in trajectory.steps:
             answers += [step.plan, step.act]
             exact.append(step.act.exact)
-    return run._asdict() | {
-        "config": run.config | run.rule,
+    content_of_run = run._asdict()
+    rule = content_of_run.pop("rule")
+    return content_of_run | {
+        "config": run.config | rule,
         "learning": [float(np.mean(batch)) for batch in batches],
         "before": envs.metrics(before), "after": envs.metrics(after),
         "difference": envs.metrics(after, before) if run.episodes else None,

@@ -624,6 +624,12 @@ def test_a_listed_item_replaces_what_is_not_available(text):
     assert act.exact or CATALOG.lines[act.value] in lines
 
 
+def test_without_candidates_the_nearest_of_all_replaces_it():
+    memory, llm = nearby((1, CATALOG.lines[ALIEN])), scripted({"actor": ["a musical"]})
+    act, _ = billp.actor(STATE, memory, llm, CATALOG, Config(candidates=0))
+    assert not act.exact and "Musical" in CATALOG.lines[act.value]
+
+
 def test_without_candidates_experience_is_shown_and_nothing_else():
     """Neither a taken item nor one of another world is shown."""
     config = Config(candidates=0, k_actions=2)
@@ -2075,6 +2081,15 @@ def test_embeddings_are_recorded_once_and_replay_to_the_bit(tmp_path):
     assert replay(["a", "bb", "a", "ccc"]).tobytes() == vectors.tobytes()
 
 
+def test_of_two_embeddings_of_a_text_the_first_counts(tmp_path):
+    """Two threads ask at once, and the endpoint answers each with other numbers."""
+    log, both = prompts.open_log(tmp_path / "log", "m"), threading.Barrier(2)
+    rows = prompts.recorded_embed(lambda texts: np.full((1, 3), both.wait(), "f4"), log)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(rows, [["a"], ["a"]])
+    assert first.tobytes() == second.tobytes()
+
+
 def test_embeddings_of_two_sizes_never_mix(tmp_path):
     log = prompts.open_log(tmp_path / "log", "m")
     prompts.recorded_embed(lambda texts: np.ones((1, 3), np.float32), log)(["a"])
@@ -2144,7 +2159,7 @@ def test_workers_and_a_second_run_change_no_file(workers, finished, tmp_path):
 def test_the_summary_tells_what_the_episodes_hold(finished):
     summary, rows = summary_in(finished), episodes_in(finished)
     assert summary.keys() == set(
-        "world method model embedding seed episodes users first load extra config rule learning"
+        "world method model embedding seed episodes users first load extra config learning"
         " before after difference reflections malformed fallbacks ungrounded calls endpoint"
         " seconds".split())
     assert [row["phase"] for row in rows] == ["before"] * 3 + ["learn"] * 4 + ["after"] * 3
@@ -2292,6 +2307,7 @@ BAD_INPUT = table(f"""
 --experiment table9 | table9
 --experiment table5 --rows act | only billp-no-macro
 --experiment table6 --models m,n | --base-url
+--experiment table6 --models m,n --model o --base-url x | has no effect
 --base-url x | --model
 --replay --model m | --replay
 --base-url x --model m --extra-body 1 | --extra-body
