@@ -27,7 +27,7 @@ from collections import Counter
 from functools import partial, reduce
 from math import fsum
 from statistics import fmean
-from typing import Any, Callable, Collection, Iterable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
@@ -42,7 +42,7 @@ class Config(NamedTuple):
     """The numbers and switches of the method. run.py makes them flags."""
     thoughts: bool = True           # the planner is asked for a thought t_n before each action
     lessons: str = "nearest"        # which reflections the planner reads: none, latest or nearest
-    experience: bool = True         # M_A and M_C are written and recalled
+    experience: bool = True         # M_A, and with a baseline M_C, are written and recalled
     baseline: bool = True           # the critic's V(s) counts; otherwise V = 0, all is encouraged
     gamma: float = 0.5              # discount of later rewards; the paper's gamma
     k_lessons: int = 2              # reflections recalled; the paper's K
@@ -252,13 +252,16 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
     After a malformed reply the model is told what was wrong and asked again, at most
     `config.retries` times. Then the fallback answers.
     """
+    # without its oldest turns if it is too long
     transcript = prompts.bounded(state.transcript, config.transcript)
+    # History and session come first, the same for all roles, then the question of this role.
     prompt = prompts.shared(state.history, transcript) + question
     messages = (("system", prompts.SYSTEM), ("user", prompt))
     for attempt in range(config.retries + 1):
         key = state.key._replace(attempt=attempt)
         reply = llm(Ask(role, key, messages, config.reply_tokens, config.temperature))
-        text = prompts.spoken(reply.text or "")         # a client's content may be None
+        # without <think>...</think>; a client's content may be None
+        text = prompts.spoken(reply.text or "")
         value = parse(text)
         if not isinstance(value, Malformed):
             return Answer(value, str(value), malformed=attempt)
@@ -290,7 +293,7 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
     """
     recalled: tuple[Record, ...] = ()
     if config.lessons == "nearest":
-        # some to spare for `distinct`
+        # four times k: some to spare for `distinct`
         recalled = recall(memory, state.vector, 4 * config.k_lessons)
     if config.lessons == "latest":
         recalled = records(memory)[::-1]
@@ -309,41 +312,36 @@ def evidence(state: State, memory: Memory, config: Config) -> Counter:
     return Counter((record.item, record.content) for record in similar)
 
 
-def lines_to_show(state: State, remembered: Iterable[str], taken: Collection[int],
-                  catalog: Catalog, config: Config) -> list[str]:
-    """Lines for the actor's list: the free items nearest to the thought, or those remembered.
-
-    Some of those remembered may be taken.
-    """
-    if not config.candidates:
-        in_catalog = set(catalog.lines)             # a loaded memory may come from another world
-        return [line for line in remembered if line in in_catalog]
-    tastes = prompts.category_tool(state.history, state.shown, config.lately)
-    texts = prompts.query(state.thought, catalog.env.categories, tastes)
-    items = prompts.closest(texts, catalog, taken, config.candidates)
-    return [catalog.lines[item] for item in items]
-
-
 def shortlist(state: State, memory: Memory, catalog: Catalog,
               config: Config) -> tuple[Candidate, ...]:
     """The free items that the actor is shown, each once, the most promising first.
 
-    Items without a category shown lately come first. Within both groups the evidence decides. It
-    does not decide alone: a small model would then too often repeat a category.
+    They are the items nearest to the thought, or with `candidates` 0 those remembered. Items
+    without a category shown lately come first. Within both groups the evidence decides. It does
+    not decide alone: a small model would then too often repeat a category.
     """
     taken = () if config.repeats else state.taken
     counts = evidence(state, memory, config)        # (line, verdict) -> times
-    remembered = [line for line, _ in counts]       # a line comes twice if it has both verdicts
-    lines = lines_to_show(state, remembered, taken, catalog, config)
-    # Lines are compared, too: remembered ones may be taken, and a free item may have the line of a
-    # taken one.
-    excluded = {catalog.lines[item] for item in taken}
-    free = [line for line in dict.fromkeys(lines) if line not in excluded]
-    listed = [Candidate(line, counts[line, 1], counts[line, 0]) for line in free]
-    recent = set(prompts.category_tool(state.history, state.shown, config.lately).recent)
+    tastes = prompts.category_tool(state.history, state.shown, config.lately)
+    if config.candidates:
+        # Such as ["[War]", "[Comedy, Drama]"]: what the thought asks for, and what else was liked
+        # and not shown lately.
+        texts = prompts.query(state.thought, catalog.env.categories, tastes)
+        items = prompts.closest(texts, catalog, taken, config.candidates)
+        lines = [catalog.lines[item] for item in items]
+    else:
+        in_catalog = set(catalog.lines)             # a loaded memory may come from another world
+        lines = [line for line, _ in counts if line in in_catalog]
+    # A remembered item may be taken, and a free item may have the line of a taken one.
+    taken_lines = {catalog.lines[item] for item in taken}
+    # A line comes twice if it has both verdicts.
+    free = [line for line in dict.fromkeys(lines) if line not in taken_lines]
+    listed = []
+    for line in free:
+        listed.append(Candidate(line, encouraged=counts[line, 1], discouraged=counts[line, 0]))
 
     def rank(candidate: Candidate) -> tuple[bool, float]:
-        is_new = recent.isdisjoint(prompts.line_tags(candidate.line))
+        is_new = set(tastes.recent).isdisjoint(prompts.line_tags(candidate.line))
         return is_new, prompts.chance(candidate)
 
     # The sort is stable: among equals the nearest stays first.
@@ -356,10 +354,9 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
           config: Config = DEFAULT) -> Output:
     """Micro level: the item a_n, given the thought, free items and the evidence for them.
 
-    If the reply names no free item, the candidate nearest to what was asked for is taken. The
-    nearest of all would often be too similar, because a small model repeats recent items. Without
-    candidates it is the nearest of all, as in the paper. Fallback: the first item listed in the
-    prompt, or else the free item nearest to the state.
+    If the reply names no free item, the listed item nearest to the reply is taken. With
+    `candidates` 0 it is the nearest of all free items, as in the paper. Fallback: the first item
+    listed in the prompt, or else the free item nearest to the state.
     """
     listed = shortlist(state, memory, catalog, config)
     question = prompts.render_actor(state.key.step + 1, state.thought, listed)
@@ -370,9 +367,11 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
         item, exact = prompts.nearest(text, catalog, taken), False
     else:
         item, exact = prompts.ground(answer.value, catalog, taken)
-        if config.candidates and not exact:
-            lines = [candidate.line for candidate in listed]
-            unlisted = [other for other, line in enumerate(catalog.lines) if line not in lines]
+        if not exact and config.candidates and listed:
+            # A small model repeats recent items. The free item nearest to one of them would often
+            # be too similar. So all items that are not listed are excluded, too.
+            listed_lines = {candidate.line for candidate in listed}
+            unlisted = [i for i, line in enumerate(catalog.lines) if line not in listed_lines]
             item, _ = prompts.ground(answer.value, catalog, unlisted)
     return answer._replace(value=item, recalled=listed, exact=exact), memory
 

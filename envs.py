@@ -374,10 +374,11 @@ def common_sense(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
 
 
 def turns(env: Env, episodes: int, rounds: int, rng: Rng) -> Iterator[tuple[EnvState, Array]]:
-    """The new sessions of each round, and what is free in them.
+    """Episodes in rounds: yields the new sessions of each round, and what is free in them.
 
-    Learners take turns, in a random order, for the given number of episodes. With fewer episodes
-    than rounds some rounds are empty.
+    The sessions of a round are played side by side, one round after the other. Learners are taken
+    in a random order, again and again until there are enough. With fewer episodes than rounds some
+    rounds are empty.
     """
     # resize repeats the order until it is long enough. It would make zeros of an empty order.
     users = np.resize(rng.permutation(env.learners), episodes if env.learners else 0)
@@ -524,8 +525,10 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5) -> Pol
     return partial(a2c, weights)
 
 
-POLICIES = ("random", "popular", "greedy", "varied", "common-sense", "one-list", "bandit", "a2c",
-            "oracle")
+# Some policies are ready. The others are made for a world.
+READY = {"random": random, "greedy": greedy, "varied": varied, "common-sense": common_sense,
+         "oracle": oracle}
+POLICIES = (*READY, "popular", "one-list", "bandit", "a2c")
 
 
 def policy_named(name: str, env: Env, episodes: int = 0, seed: int = 0,
@@ -534,17 +537,15 @@ def policy_named(name: str, env: Env, episodes: int = 0, seed: int = 0,
 
     Only bandit and a2c learn, from the given number of episodes. Only a2c has a discount gamma.
     """
-    if name == "bandit":
-        return learn_bandit(env, episodes, seed)
-    if name == "a2c":
-        return learn_a2c(env, episodes, seed, gamma)
     if name == "popular":
         return partial(popular, popularity(env))
     if name == "one-list":
         return partial(one_list, popularity(env))
-    ready = {"random": random, "greedy": greedy, "varied": varied, "common-sense": common_sense,
-             "oracle": oracle}
-    return ready[name]
+    if name == "bandit":
+        return learn_bandit(env, episodes, seed)
+    if name == "a2c":
+        return learn_a2c(env, episodes, seed, gamma)
+    return READY[name]
 
 
 # ------------------------------------------------------------------------------------ metrics
@@ -591,7 +592,8 @@ def bootstrap(figure: Function, samples: Sequence[Array], draws: int) -> Array:
     resampled = []
     for sample in samples:
         of_draws = sample[0][drawn]                 # [draws, N, k]
-        resampled.append(of_draws[:, None])         # [draws, 1, N, k]: each draw has one seed
+        # [draws, 1, N, k], because a figure averages over an axis of seeds, too
+        resampled.append(of_draws[:, None])
     return np.quantile(figure(*resampled), [0.025, 0.975], axis=0)
 
 
@@ -939,8 +941,9 @@ def rescaled(ratings: Array) -> tuple[Array, str]:
     """
     low, high = ratings.min(), ratings.max()
     if low >= 0.5 and high <= 5:
-        warning = f", all {low:g}: they tell nothing about tastes"
-        return ratings, warning if low == high else ""
+        if low == high:
+            return ratings, f", all {low:g}: they tell nothing about tastes"
+        return ratings, ""
     demand(low < high, f"every rating is {low:g}")
     mapped = 1 + 4 * (ratings - low) / (high - low)
     return mapped, f", mapped linearly from {low:g}..{high:g} onto 1..5"
@@ -960,10 +963,11 @@ def groups(keys: Array) -> list[Array]:
 def ridge(own: Array, other: Array, ratings: Array, fixed: Array, count: int) -> Array:
     """float32 [count, k + 1]: factors and bias of one side, while the other side is fixed.
 
+    `als` calls it with users as the own side and items as the other, then the other way round.
     Vote i, between own[i] and other[i], is ratings[i], with the global offset already subtracted.
-    `own` are users and `other` items, or the other way round. `fixed` [m, k + 1] holds the factors
-    and bias of the other side. The penalty on a factor is 3 + a tenth of the number of votes of the
-    row, that on the bias is 3.
+    The own side has `count` rows. `fixed` holds a row [k + 1], factors and bias, for each of the
+    other side. The penalty on a factor is 3 + a tenth of the number of votes of the row, that on
+    the bias is 3.
     """
     # rating - the other's bias = [the other's factors, 1] @ [own factors, own bias]
     targets = ratings - fixed[other, -1]

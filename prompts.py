@@ -38,6 +38,7 @@ from pathlib import Path
 from statistics import fmean
 from threading import Lock
 from typing import Any, Callable, Collection, Iterable, NamedTuple, Sequence
+from urllib.parse import unquote_plus
 from zlib import crc32
 
 import numpy as np
@@ -159,7 +160,7 @@ def unaccented(text: str) -> str:
 
 
 def fold(text: str) -> str:
-    """The text without case and accents: how it is embedded."""
+    """The text without case and accents: how `hashed_ngrams` reads it."""
     return unaccented(text.casefold())
 
 
@@ -226,7 +227,7 @@ REFLECTIONS = ("reflection", "lesson")
 TURNS = ("thought", "next category", "action", "free item", "final answer", "observation")
 GAP = r"[ \t*_]{0,9}"
 # Labels may also be words of a sentence, "I like Action: it is fast". So they count only where they
-# begin something. In both patterns spaces and comments do not count.
+# begin something. In both patterns below spaces and comments do not count.
 IN_LINE = re.compile(rf"""(?imx)
     (?: ^                           # where a line begins
       | [^\w\s,] | _                # after a mark that is no comma: "Comedy. Action: ..."
@@ -235,7 +236,9 @@ IN_LINE = re.compile(rf"""(?imx)
     (?P<name> {LABELS} ) {GAP} \d*      # "Thought 3", "Final Answer", "item"
     [ \t*_"')]{{0,9}} [:：] [ \t*_"'`-]*     # then a colon
     """)
-HEADING = re.compile(rf"""(?imx)        # "### Thought 3", alone in its line, not the word "Action"
+# A label without a colon, alone in its line. It needs a mark or a number, as in "**Action**" or
+# "Action 3", because the plain word "Action" is an answer: the category.
+HEADING = re.compile(rf"""(?imx)
     ^ (?= [ \t]* [*_\#>] | .*\d) [ \t*_\#>]* (?P<name> {LABELS} ) {GAP} \d* {GAP} $
     (?= \s* \S )                   # with text below: "**Action**" at the end is the category
     """)
@@ -284,7 +287,8 @@ REFUSAL = re.compile(rf"""(?ix) \W* (unfortunately\W+)? (       # spaces and com
     | {I_AM} [ ] (unable|not[ ]able) [ ] to\b
     | i [ ] (do[ ]not|don['’]?t) [ ] have [ ] (enough|access|any)\b
     | i [ ] (can(not|['’]?t|[ ]not)|won['’]?t)                              # "I can't help"
-      (\W*$ | [ ](help|assist|recommend|suggest|provide|comply|answer|fulfill?|choose|determine)\b)
+      (\W*$ | [ ](help(?![ ]but)|assist|recommend|suggest|provide|comply|answer|fulfill?|choose
+              |determine)\b)
     )""")
 
 
@@ -297,20 +301,26 @@ def refuses(text: str, labels: Sequence[str]) -> bool:
     return REFUSAL.match(segment(text, labels) or text) is not None
 
 
+def unmarked(line: str) -> str:
+    """A line without the marks of lists, headings, bold letters, code or JSON.
+
+    >>> unmarked('- **"Up"** is fun'), unmarked('"Up" is fun')
+    ('Up is fun', 'Up is fun')
+    """
+    content = re.sub("[*`]|__", "", clean(line)).strip(' _#>-•"{}')
+    if content.count('"') % 2:          # the other one was stripped here, or with a label
+        content = content.replace('"', "")
+    return clean(content)               # no two spaces where a mark was
+
+
 def first_line(text: str, preamble: str = ":!") -> str:
-    """The first line that says something, without the marks of lists, bold letters or code.
+    """The first line that says something, without marks; "" if there is none.
 
     A line that ends in a character of `preamble`, such as "Here is my thought:" or "Sure!", counts
     only if there is no other.
     """
-    lines = []
-    for line in text.splitlines():
-        content = re.sub("[*`]|__", "", clean(line)).strip(' _#>-•"{}')
-        if content.count('"') % 2:          # its partner was stripped above, or with a label
-            content = content.replace('"', "")
-        content = clean(content)            # no two spaces where a mark was
-        if content and not re.fullmatch(r"\s*```\w*\s*", line):
-            lines.append(content)
+    text = re.sub(r"(?m)^\s*```\w*\s*$", "", text)         # the fences of code
+    lines = [content for content in map(unmarked, text.splitlines()) if content]
     for line in lines:
         if line[-1] not in preamble:
             return line
@@ -331,8 +341,8 @@ def labelled(text: str, labels: Sequence[str]) -> str:
     heads = heads_of(text)
     before = text[:heads[0].start] if heads else text
     part = segment(text, labels)
-    # In "Thought 3: Next category: Comedy" the first label takes the colon before the second. So
-    # the second counts only now, where it begins the text.
+    # "Thought 3: Next category: Comedy": the second label was not found, because the first one has
+    # used up the colon before it. In `part` it stands at the beginning, so it is found now.
     part = segment(part, labels) or part
     # After a label "Comedy!" is an answer.
     line = first_line(part, preamble=":") or first_line(before)
@@ -427,10 +437,13 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
         # A year costs a model about six tokens. It stands only where titles alone are not enough.
         year_shown = year if items_with[title] > 1 else None
         lines.append(item_line(title, year_shown, compress(env.categories, belongs)))
-    names = [spellings(title) for title in env.titles]
-    whole = index(names_of_item[:2] for names_of_item in names)
-    # A whole title comes before one without its article. On the right of | it replaces it.
-    by_name = index(names) | whole
+    whole, without_article = [], []
+    for title in env.titles:
+        as_it_is, inverted, bare = spellings(title)
+        whole.append([as_it_is, inverted])
+        without_article.append([bare])
+    # "heat" is Heat, not The Heat, if there are both: the right side of | replaces the left one.
+    by_name = index(without_article) | index(whole)
     by_main = index(spellings(main_title(title)) for title in env.titles)
     vectors = embed(lines)
     lengths = np.vecdot(vectors, vectors).round(2)
@@ -449,7 +462,7 @@ def of_year(items: Sequence[int], year: int, catalog: Catalog) -> list[int]:
 
 
 def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], int]:
-    """The items whose title the words begin with, and how many words it has with its year.
+    """The items whose title the words begin with, and how many words title and year take.
 
     The longest title counts. Its year may be left out or be one off. Its subtitle may be left out
     if nothing but the year follows. If the words begin with no title, it is `[], 0`.
@@ -457,24 +470,33 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     for size in range(min(LONGEST, len(words)), 0, -1):
         name = named_by(words[:size])
         following = words[size] if size < len(words) else ""
-        has_year = YEAR.fullmatch(following) is not None
+        year_words = 1 if YEAR.fullmatch(following) else 0
+        nothing_follows = size + year_words == len(words)
         items = catalog.names.get(name, [])
-        fills_line = size + has_year == len(words)
-        if not items and fills_line:
+        if not items and nothing_follows:
             items = catalog.mains.get(name, [])
-        if has_year:
+        if year_words:
             # No items are left if the year is another's, as in "Alien 2009": try fewer words.
             items = of_year(items, int(following), catalog)
         if items:
-            return items, size + has_year
+            return items, size + year_words
     return [], 0
+
+
+def before_reason(text: str) -> str:
+    """The text up to the words that begin a reason or a comparison.
+
+    >>> before_reason("Up, because I liked Alien"), before_reason("I'd like Up")
+    ('Up, ', "I'd like Up")
+    """
+    return re.split(r"\b(?:[Bb]ecause|Reason:|(?<!d )like|unlike|than)(?!\w)", text)[0]
 
 
 def fronts(line: str) -> tuple[str, str, str]:
     """The parts of a line that may begin with a title.
 
-    They are the whole, the whole without its number in a list, and what stands after a colon. A
-    title in quotes or bold letters ends with them: '"Up" is fun' holds only "Up".
+    They are the whole, the whole without its number in a list, and what stands after a colon, but
+    not in a reason. A title in quotes or bold letters ends with them: '"Up" is fun' gives "Up".
 
     >>> fronts("1. The best one: Up [Children]")
     ('1. The best one: Up ', '. The best one: Up ', 'Up ')
@@ -484,7 +506,7 @@ def fronts(line: str) -> tuple[str, str, str]:
         line = f"{emphasised['title']} {emphasised['year'] or ''}"
     title = line.partition("[")[0]
     unnumbered = re.sub(r"^\W*\d{1,2}\b", "", title)
-    after_colon = title.rpartition(": ")[2]
+    after_colon = before_reason(title).rpartition(": ")[2]
     return title, unnumbered, after_colon
 
 
@@ -498,10 +520,8 @@ def titles_in_front(text: str, catalog: Catalog) -> list[int]:
     for line in text.splitlines():
         for front in fronts(line):
             words = words_of(front)
-            titled, size = leading_title(words, catalog)
-            fills_line = len(words) == 1
-            has_more = size > 1                 # a second word, or the year, which counts as one
-            if titled and (fills_line or has_more):
+            titled, words_used = leading_title(words, catalog)
+            if titled and (len(words) == 1 or words_used > 1):
                 items += titled
                 break
     return items
@@ -515,10 +535,10 @@ def titles_within(text: str, catalog: Catalog) -> list[int]:
     words = words_of(text)
     items = []
     while words:
-        titled, size = leading_title(words, catalog)
-        if titled and (size > 1 or not words[0].islower()):
+        titled, words_used = leading_title(words, catalog)
+        if titled and (words_used > 1 or not words[0].islower()):
             items += titled
-        words = words[max(size, 1):]
+        words = words[max(words_used, 1):]
     return items
 
 
@@ -530,9 +550,8 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     """
     part = item_part(text)
     bold = "\n".join(match[0] for match in re.finditer(BOLD, part))
-    before_reason = re.split(r"\b(?:[Bb]ecause|like|unlike|than)\b", part)[0]
     items = titles_in_front(bold, catalog) + titles_in_front(part, catalog)
-    items += titles_within(before_reason, catalog)
+    items += titles_within(before_reason(part), catalog)
     return items or titles_within(part, catalog)
 
 
@@ -589,10 +608,7 @@ def shared(history: Sequence[str], transcript: str) -> str:
 
 
 def bounded(transcript: str, limit: int) -> str:
-    """The newest whole turns of a transcript: at most `limit` characters, but at least one turn.
-
-    So no context overflows.
-    """
+    """The newest whole turns of a transcript: at most `limit` characters, but at least one turn."""
     if len(transcript) <= limit:
         return transcript
     turns = re.findall(r"(?s).+?\nObservation [^\n]*\n", transcript)
@@ -618,7 +634,8 @@ def turn(n: int, thought: str, line: str, reward: float, left: bool, asked: str 
 
 def bullets(lines: Sequence[str]) -> str:
     """The lines as a list, each made one clean line; "- none yet" if there are none."""
-    return "\n".join(f"- {clean(line)}" for line in lines) or "- none yet"
+    # An item line with many categories is long, and its evidence stands at its end.
+    return "\n".join(f"- {clean(line, 3000)}" for line in lines) or "- none yet"
 
 
 def complaint(text: str, malformed: Malformed) -> tuple[tuple[str, str], ...]:
@@ -847,12 +864,12 @@ def render_critic(targets: Sequence[tuple[str, float]], as_before: float) -> str
     return CRITIC.format(targets=bullets(known), as_before=as_before, average=average)
 
 
-NUMBER = r"(?P<number>-?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
+NUMBER = r"(?P<number>[-−]?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
 # A calculation up to its last sign, "4 + 0.5 * 5 = 4 + 2.5 =", is skipped.
-SUMS = r"(?: (?: [\d\s.+*x×·/÷%$−-] | \\\w+ | \bof\b | V\b )* [=≈] )*"
+SUMS = r"(?: (?: [\d\s.+*x×·/÷%$−-] | \\[a-z]+(?![a-z]) | \bof\b | V\b )* [=≈] )*"
 # In both patterns spaces and comments do not count.
 VALUE_LINE = re.compile(rf"""(?imx)
-    ^ [\W_]* ((final|estimated)[ ])? value\b [^:=：\n]* [:=：]      # "Value 4:", in front of its line
+    ^ [\W_]* ((final|estimated)[ ])? value\b [^:=：\n]* [:=：]     # "Value 4:" begins its line
     {SUMS} ([\s*_]* | [^\d\n]*?) {NUMBER}            # in the next line, or after words: "about 7,5"
     """)
 VALUE_SAID = re.compile(rf"""(?ix)
@@ -864,17 +881,22 @@ VALUE_SAID = re.compile(rf"""(?ix)
 def parse_critic(text: str) -> float | Malformed:
     """The number of the first line "Value ...:", or else of the last sentence on a value.
 
-    Or else the first number, preferably outside parentheses.
+    Or else it is the first number, preferably outside parentheses.
 
     >>> parse_critic("The value of 3 more films.\\nValue 4: 7.5"), parse_critic("(3 more) 7,5")
     (7.5, 7.5)
     """
     outside = re.sub(r"[(（].*?[)）]", " ", text)
     sentences = list(VALUE_SAID.finditer(outside))
-    for match in (VALUE_LINE.search(outside), *sentences[-1:], VALUE_LINE.search(text),
-                  re.search(NUMBER, outside), re.search(NUMBER, text)):
+    last_sentence = sentences[-1] if sentences else None
+    attempts = (VALUE_LINE.search(outside),         # "Value: 7"
+                last_sentence,                      # "the value of this state is 7"
+                VALUE_LINE.search(text),            # "Value: (7)"
+                re.search(NUMBER, outside),
+                re.search(NUMBER, text))
+    for match in attempts:
         if match:
-            return float(match["number"].replace(",", "."))
+            return float(match["number"].replace("−", "-").replace(",", "."))
     return Malformed("the reply held no number")
 
 
@@ -1006,37 +1028,34 @@ def gaps_between(shown: Sequence[Sequence[str]]) -> list[int]:
     return gaps
 
 
-def cause_of(titles: Sequence[str], gaps: Sequence[int]) -> tuple[str, int]:
-    """Why the user left at the last title, and how far apart similar items must be to avoid it."""
+def came_too_soon(gaps: Sequence[int]) -> bool:
+    """Whether the last gap is smaller than all at which the user stayed."""
     *earlier, last = gaps
-    harmless = min(earlier, default=9)              # the smallest gap at which the user stayed
-    if last >= harmless:                            # so likeness is not the cause
-        return f"{titles[-1]} disappointed", 1
-    cause = f"{titles[-1]} came {steps(last)} after {titles[-1 - last]}, which is similar"
-    return cause, last + 1
+    return last < min(earlier, default=9)
 
 
 def offline_reflector(text: str, seed: int) -> str:
     """Reads off why the user left: similar items too close together, or a disappointment."""
     history, session, question = parts_of(text)
     liked = Counter(tags_in(history, LIKED))
-    # If the last step was very long, its action may have been cut off.
-    titles, tags = zip(*(shown_in(session) or [("it", ())]))
+    titles, tags = zip(*shown_in(session))
     gaps = gaps_between(tags)
     # what the thoughts asked for, but not more than a gap that did no harm
     advised = min(apart_in(session), *gaps[:-1], 9)
     warned = set()
-    if "the user left" in question:                 # the template itself has "The user left"
-        cause, needed = cause_of(titles, gaps)
-        advised = max(advised, needed)
-        why = f"The user left because {cause}"
-        if needed == 1:                             # the item disappointed
-            warned = set(tags[-1]).difference(liked)
-            times_liked = [liked[tag] for tag in tags[-1]]
-            if sum(times_liked) < 3 * len(times_liked):     # fewer than three on average
-                why += f": begin with the {MOST_LIKED} categories"
-    else:
+    if "the user left" not in question:             # the template itself has "The user left"
         why = f"The user stayed for all {steps(len(titles))}"
+    elif came_too_soon(gaps):
+        last = gaps[-1]
+        advised = max(advised, last + 1)
+        why = (f"The user left because {titles[-1]} came {steps(last)} after {titles[-1 - last]}, "
+               "which is similar")
+    else:
+        why = f"The user left because {titles[-1]} disappointed"
+        warned = set(tags[-1]).difference(liked)
+        times_liked = [liked[tag] for tag in tags[-1]]
+        if sum(times_liked) < 3 * len(times_liked):         # fewer than three on average
+            why += f": begin with the {MOST_LIKED} categories"
     fans = ", ".join(tag for tag, _ in liked.most_common(3))
     return (f"Reflection: {why}. Keep similar items {steps(advised)} apart "
             f"for those who like {fans}.{spelled_avoid(warned)}")
@@ -1181,16 +1200,20 @@ def tell(route: Route, topic: str, text: str) -> None:
         route.notice(f"{without_query(route.url)}: {text}")
 
 
-def count(counts: dict, name: str) -> None:
-    """Add 1 to a count that threads share."""
+def count(stats: dict, name: str, reason: str = "") -> None:
+    """Add 1 to stats[name], or with a reason to stats[name][reason]. Threads share the stats."""
     with LOCK:
-        counts[name] = counts.get(name, 0) + 1
+        counts, entry = stats, name
+        if reason:
+            counts, entry = stats.setdefault(name, {}), reason
+        counts[entry] = counts.get(entry, 0) + 1
 
 
 def fault(route: Route, label: str, shown: str, searched: str = "") -> Fault:
-    """The Fault with this label. `shown` is for the user.
+    """The Fault with this label. `shown` is the message for the user.
 
-    KINDS is matched with the label and `searched`, which is by default the same text.
+    `searched` is the text that KINDS is matched with, after the label. By default it is `shown`.
+    `judged` passes the whole body, because signs may stand outside the message.
     """
     reason = clean(starred(route, f"{label} {shown}"), 300)
     text = f"{label} {searched or shown}"
@@ -1257,9 +1280,11 @@ def checked_headers(key: str, url: Any, headers: dict) -> dict:
 
 def secrets_of(key: str, url: Any, headers: dict) -> list[str]:
     """What must not be shown: the key, the values in the URL and those of secret headers."""
-    secrets = [key, *url.params.values()]
+    secrets = [key]
     for pair in url.query.decode().split("&"):
-        secrets.append(pair.partition("=")[2])          # as it stands in the URL
+        name, _, value = pair.partition("=")
+        if name != "api-version":                       # Azure's date may stand in answers
+            secrets += [value, unquote_plus(value)]     # as it stands in the URL, and as it is
     for name, value in headers.items():
         if SECRET.search(name):
             secrets += [value, *value.split()]          # "Bearer sk-..." and "sk-..."
@@ -1299,6 +1324,11 @@ def fields(value: Any) -> dict:
     return value if isinstance(value, dict) else {}
 
 
+def is_number(text: str) -> bool:
+    """Whether a text is a number such as "20" or "0.5"."""
+    return re.fullmatch(r"\d+\.?\d*", text) is not None
+
+
 def asked_wait(headers: Any, text: str) -> float:
     """Seconds that a server asks us to wait, in its headers or else in the body; 0 if it does not.
 
@@ -1312,9 +1342,11 @@ def asked_wait(headers: Any, text: str) -> float:
         return parsedate_to_datetime(after).timestamp() - time.time()
     except MISSHAPEN:
         pass                        # no date
-    # The headers are put into words, so that one pattern reads them and the text. The first
-    # duration counts. A header that is missing gives "wait s", which is none.
-    duration = re.search(DURATION, f"wait {milliseconds}ms, wait {after}s, {text}")
+    if is_number(milliseconds):
+        return float(milliseconds) / 1000
+    if is_number(after):
+        return float(after)
+    duration = re.search(DURATION, text)
     wait = 0.0
     if duration:
         for number, unit in re.findall(PERIOD, duration[2], re.IGNORECASE):
@@ -1391,10 +1423,8 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     or nothing.
     """
     error = fields(data.get("error")) or data           # some servers put its fields at the top
-    status = str(response.status_code)
-    # A success with an error inside: its code is the real status. Without data the body was
-    # unreadable. Then the status stays 200, and the kind is "page".
-    if response.is_success and data:
+    status = str(response.status_code)          # 200 without a usable body is the kind "page"
+    if response.is_success and data:            # the body holds an error: its code is the status
         code = str(error.get("code"))
         status = code if re.fullmatch("[45][0-9][0-9]", code) else "500"
     wait = asked_wait(response.headers, text)
@@ -1409,9 +1439,10 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
 
 # - requests until there is an answer
 
-# `limited`, which wraps any LLM, pays for the first request of an ask and sets CHARGE. `persist`,
-# deep within an LLM of an endpoint, calls CHARGE before each further request. CHARGE pays for it,
-# or raises BudgetSpent.
+# How each request is paid for, where one ask may need several:
+# 1. `limited`, which wraps any LLM, pays for the first request and leaves `charge` in CHARGE.
+# 2. `persist`, deep within an LLM of an endpoint and in the same thread, calls CHARGE before each
+#    further request. It pays, or raises BudgetSpent.
 CHARGE = ContextVar("CHARGE", default=lambda: None)
 
 
@@ -1468,7 +1499,10 @@ def adapt(route: Route, sent: dict, got: Fault) -> bool:
 
 
 def pause(route: Route, got: Fault, faults: int) -> None:
-    """Wait as the server asks. The least wait of 0.4 s doubles with each fault, up to 8 s."""
+    """Wait as the server asks, but at least half a second, doubled with each fault, up to 8 s.
+
+    A quarter of it is random, so that threads do not all come back at once.
+    """
     backoff = min(0.5 * 2 ** (faults - 1), 8.0) * random.uniform(0.75, 1.0)
     wait = max(got.wait, backoff)
     if wait > 5:
@@ -1491,7 +1525,7 @@ def persist(route: Route, body: dict, read: Callable) -> Any:
         if tried[got.kind] >= got.kind.tries and not is_adapted:
             return got
         charge()                    # the first request has been paid for by `limited`
-        count(route.stats.setdefault("retries", {}), got.kind.name)
+        count(route.stats, "retries", got.kind.name)
         if not is_adapted:
             pause(route, got, tried.total())
 
@@ -1519,7 +1553,8 @@ def heard(route: Route, ask: Ask, data: dict) -> Any:
     """
     if data.get("system_fingerprint"):
         system = starred(route, str(data["system_fingerprint"]))
-        route.stats["system_fingerprint"] = clean(system, 200)
+        with LOCK:
+            route.stats["system_fingerprint"] = clean(system, 200)
     choice = data["choices"][0] if data["choices"] else {"finish_reason": "missing"}
     finish = choice.get("finish_reason")
     message = fields(choice.get("message"))
@@ -1564,7 +1599,7 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
         if not got.kind.is_reply:
             raise failed(route, got)
         silent += 1
-        count(route.stats.setdefault("empty", {}), got.reason)
+        count(route.stats, "empty", got.reason)
         if silent >= 10 and not has_spoken:         # some setting must be wrong
             raise failed(route, got)
         tell(route, "empty", f"an empty reply, because {got.reason}; {got.kind.cure}")
@@ -1670,7 +1705,10 @@ def recorded(llm: LLM, log: Log) -> LLM:
 
 
 def unlogged(asked: Any) -> Any:
-    """The model or the embedding of a replay: an EndpointError, as the log lacks what is asked."""
+    """Stands for the model and for the embedding in a replay. `asked` is an Ask or a list of texts.
+
+    It is reached only if the log lacks an answer, and raises an EndpointError.
+    """
     name = [asked.role, *asked.key] if isinstance(asked, Ask) else asked
     raise EndpointError(f"the log lacks an answer to {clean(str(name), 60)}: run without "
                         "--replay, or with the flags it was recorded with")
@@ -1696,6 +1734,7 @@ def recorded_embed(embed: Embed, log: Log) -> Embed:
                                 "this run began with, or use another --out")
         for text in missing:
             packed = base64.b64encode(rows[text]).decode()
-            rows[text] = unpacked(keep(log, asks[text], Reply(packed)).text)
+            first = keep(log, asks[text], Reply(packed))        # another thread may have been first
+            rows[text] = unpacked(first.text)
         return np.array([rows[text] for text in texts])
     return answer

@@ -87,7 +87,8 @@ FLAGS = {                               # of each group: flags and what they do
         "workers": "episodes at once (default: 1 offline, else a batch); "
                    "in offline experiments: runs at once (default: all cores)",
         "out": "run directory (default: one of its own under runs/)",
-        "load": "go on from the memories of another run; in its world, with learners not yet met",
+        "load": "go on from the memories of another run; in its world and seed, with learners not "
+                "yet met",
     },
     "look at a finished run": {
         "show": "print one episode of this run directory",
@@ -214,8 +215,6 @@ def check_values(args: Namespace) -> None:
         value = getattr(args, name)
         if type(value) in (int, float) and not low <= value <= high:
             raise UserError(f"{flag(name)} takes a number from {low} to {high}")
-        if value in ("", []):       # often a variable of the shell that is not set
-            raise UserError(f"{flag(name)} is given without a value")
     for name in args.experiment:
         if name not in EXPERIMENTS:
             raise UserError(f"no experiment {name!r}; there are all, {', '.join(EXPERIMENTS)}")
@@ -231,7 +230,7 @@ def check_values(args: Namespace) -> None:
 
 
 def idle_beside_experiments(args: Namespace) -> list[tuple[Iterable[str], str]]:
-    """The pairs of `idle_flags` that depend on the experiment."""
+    """Pairs (flags, why they have no effect) that depend on --experiment, for `idle_flags`."""
     if not args.experiment:
         return [(FLAGS["experiments"], "without --experiment")]
     # each row has its own method, which sets these switches
@@ -241,9 +240,9 @@ def idle_beside_experiments(args: Namespace) -> list[tuple[Iterable[str], str]]:
         idle.append((["models"], "without --experiment table6"))
     if args.models:
         idle.append((["model"], "beside --models"))
-    # Only if all experiments vary the same flag. Beside fig4, fig5 still uses --episodes.
-    if varied == {"window"} or varied == {"episodes"}:
-        idle.append((varied, "here: the experiment varies it"))
+    for name in ("window", "episodes"):
+        if varied == {name}:        # All experiments vary it. Beside fig4, fig5 uses --episodes.
+            idle.append(([name], "here: the experiment varies it"))
     return idle
 
 
@@ -324,8 +323,12 @@ def parse(argv: Sequence[str] | None) -> Namespace:
             setattr(args, name, default)
     if args.experiment and "episodes" not in args.given:
         args.episodes = 100
-    asked = ",".join(EXPERIMENTS) if args.experiment == "all" else args.experiment
-    args.experiment = parts(asked) if asked else []
+    for name in sorted(args.given):
+        if getattr(args, name) in ("", []):     # often a variable of the shell that is not set
+            raise UserError(f"{flag(name)} is given without a value")
+    args.experiment = parts(args.experiment) if args.experiment else []
+    if "all" in args.experiment:
+        args.experiment = list(EXPERIMENTS)
     check_values(args)
     kind, _, folder = args.world.partition(":")
     if folder:                          # "csv:data" and "csv:./data/" are one world
@@ -359,6 +362,12 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
+def digest_of_extra(text: str) -> str:
+    """A digest of --extra-body, the same for all ways to write it; "" for an empty one."""
+    extra = json.loads(text)
+    return digest(dumps(extra, sort_keys=True)) if extra else ""
+
+
 def given_of(args: Namespace, names: Iterable[str]) -> Json:
     """The values of the flags among `names` that were given."""
     return {name: getattr(args, name) for name in names if name in args.given}
@@ -366,11 +375,11 @@ def given_of(args: Namespace, names: Iterable[str]) -> Json:
 
 def embedding_of(args: Namespace) -> str:
     """The embedding that the flags or the environment name."""
-    if "offline" not in args.models_asked:
-        return args.embed_model or variable("OPENAI_EMBED_MODEL") or "hashed_ngrams"
-    if args.embed_model:
-        raise UserError("the stand-in takes no embedding model")
-    return "hashed_ngrams"
+    if "offline" in args.models_asked:      # alone, or compared with endpoints in table6
+        if args.embed_model:
+            raise UserError("the stand-in takes no embedding model")
+        return "hashed_ngrams"
+    return args.embed_model or variable("OPENAI_EMBED_MODEL") or "hashed_ngrams"
 
 
 def learns(run: Settings) -> bool:
@@ -393,7 +402,7 @@ def settings(args: Namespace) -> Settings:
     return Settings(
         world=args.world, method=args.method, model=args.models_asked[0], embedding=embedding,
         seed=args.seed, episodes=args.episodes, users=args.users, first=first, load=load,
-        extra=digest(args.extra_body) if args.extra_body != "{}" else "",
+        extra=digest_of_extra(args.extra_body),
         config=config | given_of(args, Config._fields), rule=given_of(args, envs.RULE))
 
 
@@ -479,7 +488,8 @@ def run_directory(args: Namespace, config: Json) -> Path:
         raise UserError(f"{path} holds a run of another configuration ({', '.join(changed)}); "
                         "choose another --out")
     if not earlier:
-        if path.exists() and any(path.iterdir()):
+        # a kill within `write` leaves a file .part
+        if path.exists() and any(file.suffix != ".part" for file in path.iterdir()):
             raise UserError(f"{path} is not empty and holds no run; choose another --out")
         if args.replay:
             raise UserError(f"{path} holds no run to replay: run without --replay, or give its "
@@ -537,11 +547,11 @@ def learners_met(saved: Json, world: str, seed: int) -> int:
     """
     if (saved["world"], saved["seed"]) == (world, seed):
         return saved["met"]
-    # In films another seed makes other users. In steam and amazon the files tell who is held out.
-    # So no held-out user was met. In csv and movielens the seed draws who is held out, and two
-    # folders may hold the same data.
-    kinds = {name.partition(":")[0] for name in (world, saved["world"])}
-    if kinds <= {"csv", "movielens"} and seed != saved["seed"]:
+    # May the memory know a user who is held out now? In films another seed makes other users. In
+    # steam and amazon the files tell who is held out. In csv and movielens the seed draws it, and
+    # two folders may hold the same data.
+    both_drawn = all(name.startswith(("csv:", "movielens:")) for name in (world, saved["world"]))
+    if both_drawn and seed != saved["seed"]:
         raise UserError(f"--load: this memory may know users that --seed {seed} holds out; "
                         f"use its own --seed {saved['seed']}")
     return 0
@@ -564,7 +574,7 @@ def agent_of(saved: Json, embed: Embed) -> Agent:
 class Live(NamedTuple):
     """What is known of a command's calls at any moment, however it ends. Threads share it."""
     counts: dict[str, Counter]  # of each role: calls, and the tokens that the server counts
-    stats: Json                 # of endpoints: asked (not in the log), and what a Route counts
+    stats: Json                 # asked: answers that were not in the log; what a Route counts
     failures: list[Exception]   # of calls that failed for good
     stop: Event                 # set when no further call shall begin
 
@@ -1106,7 +1116,8 @@ def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: 
     # Returns are played in a shorter world, which takes half the time. The critic is asked in the
     # full one, because State.top depends on the cap.
     short = catalog._replace(env=shortened(place.env, config.gamma))
-    # The place is that of the job's seed. Each repeat meets its learners in another order.
+    # `place` has the seed of the job, so every repeat has the same world and users. `run.seed` is
+    # that of the repeat: it changes the order of the learners and all draws.
     learners = envs.branch(run.seed, "learners").permutation(place.learners).tolist()
     place = place._replace(learners=learners)
     agent = perform(run, place, billp.NOVICE, llm, embed, pmap, ("learn",)).agent
@@ -1201,7 +1212,8 @@ def do_jobs(args: Namespace, jobs: Sequence[Job], folder: Path, live: Live) -> I
             if name not in models:
                 models[name] = open_model(args, job.run, folder / quote(name, safe=""), live)
             llm, embed = models[name]
-            # A real model takes hours. The 200 continuations of fig4 are no phase of a run.
+            # `watched` counts the episodes of a phase. The sessions that fig4 plays from one state
+            # are no phase of a run.
             job_map = pmap if job.measure == "errors" else watched(pmap, job.run)
             yield measure_job(job, partial(counted, llm, live), embed, job_map)
 

@@ -920,6 +920,16 @@ def test_twins_with_one_line_are_shown_once():
     state = billp.opening(catalog, 0, Key(0, "learn", 0))
     lines = [candidate.line for candidate in billp.shortlist(state, EMPTY, catalog, Config())]
     assert lines == ["Bat [Beast]"]
+    # The twin is not listed, but it is the only free item.
+    full = state._replace(taken=(1, 2, 3))
+    act, _ = billp.actor(full, EMPTY, scripted({"actor": ["Bat"]}), catalog)
+    assert act.recalled == () and act.value == 0
+
+
+def test_the_evidence_stands_behind_the_longest_line():
+    line = prompts.item_line("t" * 200, 1999, (f"category {n:030}" for n in range(60)))
+    question = prompts.render_actor(1, "", [Candidate(line, encouraged=2)])
+    assert f"\n- {line} encouraged 2\n" in question
 
 
 # ----------------------------------------------------------------------------------- language
@@ -978,6 +988,9 @@ NAMED = {                               # replies to the actor: the film that a 
     "<answer>Jaws</answer>": JAWS,
     "Jaws<|eot_id|><|start_header_id|>assistant": JAWS,
     "Free item: Terminator 2 (1991)": FILMS.titles.index("Terminator 2: Judgment Day"),
+    "Free item: Up, because it is like the best of them: Alien": UP,
+    "Free item: Up\nReason: Alien was liked": UP,
+    "I can't help but recommend Alien": ALIEN,
 }
 
 
@@ -1001,6 +1014,7 @@ def test_every_item_is_found_by_title_year_or_line(dress):
     ("Since you liked Alien and Jaws, what about The Matrix?", [ALIEN, JAWS], MATRIX),
     ("The Matrix was shown already, so I recommend Up.", [MATRIX], UP),
     ("The Matrix / Up", [MATRIX], UP),
+    ("Action 1: recommend Alien: tense, like Up", [], ALIEN),
 ])
 def test_the_first_free_title_of_several_counts(reply, taken, item):
     assert prompts.ground(prompts.parse_actor(reply), CATALOG, taken) == (item, True)
@@ -1008,7 +1022,8 @@ def test_the_first_free_title_of_several_counts(reply, taken, item):
 
 @pytest.mark.parametrize("reply", [
     "Action 1: recommend Alien (1979)", "Alien", "**Alien** because Jaws is too mild",
-    "Free item: Alien (1979), a tense film like Jaws"])
+    "Free item: Alien (1979), a tense film like Jaws", "I'd like Alien, because Jaws was tense",
+    "Free item: Alien\nReason: Jaws was liked"])
 def test_a_taken_title_stands_for_its_categories(reply):
     item, was_named = prompts.ground(prompts.parse_actor(reply), CATALOG, [ALIEN])
     assert not was_named
@@ -1096,9 +1111,23 @@ def test_hidden_thinking_is_never_stored(hidden):
     "Value: (7.5)\nThat is 4 steps.",
     "As before, the value is 8; if the user leaves, it is 0.\nValue: 7.5", "Value: 15 ÷ 2 = 7.5",
     "Values: 9, 8\n\n**Value:**\n\n7.5", "Value（at most 10）：7.5", "I put a fair value at 7.5",
-    "Value: 4 + 0.5 * 7 = 4 + 3.5 = 7.5"])
+    "Value: 4 + 0.5 * 7 = 4 + 3.5 = 7.5", r"Value: \frac12 \cdot 15 = 7.5"])
 def test_a_value_is_read_in_any_wording(reply):
     assert prompts.parse_critic(reply) == 7.5
+
+
+def test_a_minus_may_be_a_typographic_one():
+    assert prompts.parse_critic("Value: −3") == -3
+
+
+@pytest.mark.parametrize("piece", [
+    r"\a1", r"\frac12", "4 + ", "= ", "of V ", "1,", "value: ", "(", "*"])
+def test_a_reply_that_repeats_itself_is_read_quickly(piece):
+    """A small model in a loop must not keep a pattern busy for ever."""
+    start = time.process_time()
+    for parse in (prompts.parse_critic, prompts.parse_actor, prompts.parse_planner):
+        parse(prompts.spoken("Value: " + 300 * piece))
+    assert time.process_time() - start < 2
 
 
 @given(junk | st.sampled_from(FILMS.titles), st.sets(st.integers(0, 199), max_size=198))
@@ -2361,8 +2390,19 @@ def test_a_key_alone_asks_no_endpoint(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_one_folder_is_one_world():
+def test_spellings_of_one_setting_are_one_run():
     assert settings_of("--world csv:./data/").world == "csv:data"
+    endpoint_flags = "--base-url x --model m --extra-body"
+    bare = settings_of("--base-url x --model m")
+    assert settings_of(f"{endpoint_flags} {{}}") == bare
+    both = [settings_of(f"{endpoint_flags} {text}") for text in ('{"a":1,"b":2}', '{"b":2,"a":1}')]
+    assert both[0] == both[1] != bare
+    assert run.parse(["--experiment", "all,fig5"]).experiment == list(run.EXPERIMENTS)
+
+
+def test_a_kill_within_a_write_leaves_a_usable_directory(tmp_path):
+    (tmp_path / "config.json.1.part").write_text("{")
+    succeed("--method", "random", "--episodes", 0, "--users", 1, "--out", tmp_path)
 
 
 def test_a_run_without_learning_has_one_row(tmp_path):
