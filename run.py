@@ -1362,10 +1362,10 @@ def publish(name: str, base: Settings, cells: dict[Cell, Array], folder: Path) -
     plot(experiment, heading, rows, folder / f"{name}.png")
     print(heading)
     figures = {label_of(row): row.figures for row in rows}
-    for table in (figures_table(figures), gains_table(rows)):
-        if len(table) > 1:
-            print("\n".join(["", *grid(table)]))
-    print()
+    print("\n".join(["", *grid(figures_table(figures)), ""]))
+    gains = grid(gains_table(rows))
+    if gains:
+        print("\n".join([*gains, ""]))
 
 
 def experiments(args: Namespace, live: Live) -> None:
