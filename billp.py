@@ -47,7 +47,7 @@ class Config(NamedTuple):
     gamma: float = 0.5              # discount of later rewards; the paper's gamma
     k_lessons: int = 2              # reflections recalled; the paper's K
     k_experience: int = 200         # experiences recalled for the actor and counted for each item
-    k_actions: int = 10             # items shown for their experience where there are no candidates
+    k_actions: int = 10             # remembered items shown to the actor if candidates is 0
     k_values: int = 8               # values recalled for the critic, enough to average
     # free items shown to the actor; 0: only remembered ones, as in the paper
     candidates: int = 10
@@ -316,9 +316,10 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
               config: Config) -> tuple[Candidate, ...]:
     """The free items that the actor is shown, each once, the most promising first.
 
-    They are the items nearest to the thought, or with `candidates` 0 those remembered. Items
-    without a category shown lately come first. Within both groups the evidence decides. It does
-    not decide alone: a small model would then too often repeat a category.
+    They are the items nearest to the thought, or without one to the liked categories, or with
+    `candidates` 0 those remembered. Items without a category shown lately come first. Within both
+    groups the evidence decides. It does not decide alone: a small model would then too often repeat
+    a category.
     """
     taken = () if config.repeats else state.taken
     counts = evidence(state, memory, config)        # (line, verdict) -> times
@@ -354,9 +355,9 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
           config: Config = DEFAULT) -> Output:
     """Micro level: the item a_n, given the thought, free items and the evidence for them.
 
-    If the reply names no free item, the listed item nearest to the reply is taken. With
-    `candidates` 0 it is the nearest of all free items, as in the paper. Fallback: the first item
-    listed in the prompt, or else the free item nearest to the state.
+    If the reply names no free item, the listed item nearest to it is recommended. Without a list,
+    or with `candidates` 0 as in the paper, it is the nearest of all free items. Fallback: the first
+    item listed in the prompt, or else the free item nearest to the state.
     """
     listed = shortlist(state, memory, catalog, config)
     question = prompts.render_actor(state.key.step + 1, state.thought, listed)
@@ -372,6 +373,7 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
             # be too similar. So all items that are not listed are excluded, too.
             listed_lines = {candidate.line for candidate in listed}
             unlisted = [i for i, line in enumerate(catalog.lines) if line not in listed_lines]
+            # still not exact: a listed item that was named would have been found above
             item, _ = prompts.ground(answer.value, catalog, unlisted)
     return answer._replace(value=item, recalled=listed, exact=exact), memory
 
@@ -433,7 +435,7 @@ class Trajectory(NamedTuple):
 
 
 def score(trajectory: Trajectory) -> tuple[int, float]:
-    """Length and return of an episode. The leaving step counts in neither."""
+    """Length and undiscounted return of an episode. The leaving step counts in neither."""
     length = len(trajectory.steps) - trajectory.terminated
     return length, fsum(step.reward for step in trajectory.steps)
 

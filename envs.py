@@ -386,6 +386,13 @@ def turns(env: Env, episodes: int, rounds: int, rng: Rng) -> Iterator[tuple[EnvS
         yield reset(env, group), unseen(env, group)
 
 
+def remaining(state: EnvState, free: Array, item: Array, over: Array) -> tuple[EnvState, Array]:
+    """The sessions that go on, and what is free in them once the items were recommended."""
+    still_free = free.copy()
+    still_free[np.arange(len(free)), item] = False
+    return sessions_at(state, ~over), still_free[~over]
+
+
 def features(env: Env, state: EnvState) -> Array:
     """float [B, m, 4]: distance to the nearest of the last W, overlap, affinity, 1."""
     sessions, every = with_all(env, state)
@@ -421,9 +428,7 @@ def learn_bandit(env: Env, episodes: int, seed: int = 0) -> Policy:
             chosen = x[np.arange(len(x)), item]
             square += chosen.T @ chosen
             product += reward @ chosen
-            free[np.arange(len(free)), item] = False
-            stay = ~(left | cut)
-            state, free = sessions_at(state, stay), free[stay]
+            state, free = remaining(state, free, item, left | cut)
     return partial(bandit, np.linalg.solve(square, product))
 
 
@@ -519,9 +524,7 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5) -> Pol
             for weight, square, slope in zip(weights, squares, slopes):
                 square += slope ** 2        # += changes the arrays in place
                 weight += 0.3 * slope / np.sqrt(square)
-            free[np.arange(len(free)), item] = False
-            stay = ~(left | cut)
-            state, free = sessions_at(state, stay), free[stay]
+            state, free = remaining(state, free, item, left | cut)
     return partial(a2c, weights)
 
 
@@ -570,7 +573,7 @@ def gains(after: Array, before: Array) -> Array:
     return totals(after) - totals(before)
 
 
-# 0.975 quantiles of Student's t for 1, 2, ... degrees of freedom; the last serves for more.
+# 0.975 quantiles of Student's t for 1, 2, ... degrees of freedom; the last one for more, too.
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
@@ -782,8 +785,8 @@ class BadData(ValueError):
 def find_file(folder: Path, names: Sequence[str], world: str) -> Path | None:
     """A file of one of these names in a folder or below it.
 
-    Of several it takes one in a folder named after the world, then the one in the fewest folders,
-    then by the order of the names, then by path.
+    Of several it takes one in a folder named after the world, then the one least deep, then by the
+    order of the names, then by path.
     """
     files = []
     for name in names:
@@ -821,7 +824,7 @@ def encoding(file: Path) -> str:
 
 
 def columns(header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
-    """The places of the columns in a header, by any alias, case and punctuation.
+    """The places of the columns in a header, under any alias; case and punctuation do not matter.
 
     It raises a ValueError if a needed column is missing.
 
@@ -950,7 +953,7 @@ def rescaled(ratings: Array) -> tuple[Array, str]:
 
 
 def groups(keys: Array) -> list[Array]:
-    """For each distinct key, from the least on, the indices at which it stands.
+    """For each distinct key, in increasing order, the indices at which it stands.
 
     >>> groups(np.array([7, 5, 7]))
     [array([1]), array([0, 2])]

@@ -8,7 +8,7 @@ roles has one trio: templates, `render_*` (the question, from what the role reca
     line        one item as the model reads it, "Alien [Horror, Sci-Fi]"
     Catalog     a world as language; `ground` finds the item that a text names
     history     the lines of the last items a user liked before the session, oldest first
-    session     the transcript so far: Thought, Action, Note and Observation lines. Lines are
+    session     the transcript so far: Thought, Note, Action and Observation lines. Lines are
                 appended; only of a very long session the oldest turns are dropped
     shared      history and session: the part of a prompt that the next prompt extends
     taken       items liked before or recommended in this session; only --repeats allows them
@@ -205,6 +205,8 @@ MARK = r"<\|\w+\|>|</?[a-z_]+>"         # any other mark: <|im_end|>, <answer>, 
 def spoken(text: str) -> str:
     """A reply without the model's hidden thinking, whether or not its marks are complete.
 
+    It comes without other marks and blank lines, of which a long run would keep some patterns busy.
+
     >>> spoken("<think>A comedy?</think> Alien"), spoken("A comedy?</think> Alien")
     ('Alien', 'Alien')
     """
@@ -214,7 +216,8 @@ def spoken(text: str) -> str:
                      "^.*</think>",             # the opening mark is part of the prompt
                      "<think>.*"):              # the reply was cut off
         text = re.sub(thinking, "", text, flags=re.DOTALL)
-    return re.sub(MARK, "\n", text).strip()
+    lines = [line.strip() for line in re.sub(MARK, "\n", text).splitlines()]
+    return "\n".join(line for line in lines if line)
 
 
 LABELS = ("thought|next[ ]category|category|action|final[ ]answer|answer|recommendation"
@@ -327,6 +330,17 @@ def first_line(text: str, preamble: str = ":!") -> str:
     return lines[0] if lines else ""
 
 
+def after_labels(text: str, labels: Sequence[str]) -> str:
+    """The text after the first of these labels, or after the second if it follows at once.
+
+    A label counts at the start of a line or after a mark, see IN_LINE. In "Thought 3: Next
+    category: Comedy" the mark before the second label belongs to the first. In the part after the
+    first label it starts the line.
+    """
+    part = segment(text, labels)
+    return segment(part, labels) or part
+
+
 def labelled(text: str, labels: Sequence[str]) -> str:
     """The first line after one of these labels, or else the first line before all labels.
 
@@ -340,12 +354,8 @@ def labelled(text: str, labels: Sequence[str]) -> str:
         return ""
     heads = heads_of(text)
     before = text[:heads[0].start] if heads else text
-    part = segment(text, labels)
-    # "Thought 3: Next category: Comedy": the second label was not found, because the first one has
-    # used up the colon before it. In `part` it stands at the beginning, so it is found now.
-    part = segment(part, labels) or part
     # After a label "Comedy!" is an answer.
-    line = first_line(part, preamble=":") or first_line(before)
+    line = first_line(after_labels(text, labels), preamble=":") or first_line(before)
     return "" if re.search(r"\b(CATEGORY|REASON)\b", line) else line
 
 
@@ -784,8 +794,8 @@ def named_in(text: str, tags: Sequence[str]) -> list[str]:
 
 
 # The rest of a sentence that says what to avoid.
-AVOIDED = (r"(?i)\b(avoid|keep away from|without|not|no|never)\b((?! but )[^.;])*"
-           r"|\b(instead of|rather than)\b[^.;,]*")
+AVOIDED = (r"(?i)\b(avoid(ing)?|keep away from|without|nothing like|not|no|never|don['’]?t"
+           r"|anything but)\b((?! but )[^.;])*|\b(instead of|rather than)\b[^.;,]*")
 REASON = r"(?i)\b(?:because|since|as|due to)\b|\("
 
 
@@ -835,7 +845,7 @@ def render_actor(n: int, thought: str, candidates: Sequence[Candidate]) -> str:
 def parse_actor(text: str) -> str | Malformed:
     """The part of a reply in which the item is named, at most 2,000 characters."""
     part = item_part(text)[:2000]
-    if not words_of(part) or words_of(part) == ["TITLE"] or refuses(text, ITEMS):
+    if words_of(part) in ([], ["TITLE"]) or refuses(text, ITEMS):
         return Malformed("the reply held no line 'Free item: ...'")
     return part
 
@@ -865,16 +875,21 @@ def render_critic(targets: Sequence[tuple[str, float]], as_before: float) -> str
 
 
 NUMBER = r"(?P<number>[-−]?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
-# A calculation up to its last sign, "4 + 0.5 * 5 = 4 + 2.5 =", is skipped.
-SUMS = r"(?: (?: [\d\s.+*x×·/÷%$−-] | \\[a-z]+(?![a-z]) | \bof\b | V\b )* [=≈] )*"
+# A calculation up to its last sign, "4 + 0.5 * 5 = 4 + 2.5 =", is skipped. A part without an
+# operator is none: in "7.5 = 4 + 3.5" the first number counts.
+SUMS = r"""(?:
+    (?= [^=≈\n]* (?: [+*x×·/÷%−\\-] | \bof\b ) )
+    (?: [\d\s.+*x×·/÷%$−-] | \\[a-z]+(?![a-z]) | \bof\b | V\b )* [=≈]
+    )*"""
 # In both patterns spaces and comments do not count.
 VALUE_LINE = re.compile(rf"""(?imx)
     ^ [\W_]* ((final|estimated)[ ])? value\b [^:=：\n]* [:=：]     # "Value 4:" begins its line
     {SUMS} ([\s*_]* | [^\d\n]*?) {NUMBER}            # in the next line, or after words: "about 7,5"
     """)
 VALUE_SAID = re.compile(rf"""(?ix)
-    value\b [^:=：\n]* (?: [:=：] | \b(?:is|of|be|at)\b )           # "the value of state 4 is"
-    {SUMS} [^\d\n]*? {NUMBER}
+    value\b (?: (?!value\b) [^:=：\n] )*            # up to the next "value", or it would be slow
+    (?: [:=：] | \b(?:is|of|be|at)\b )              # "the value of state 4 is"
+    {SUMS} (?: (?!value\b) [^\d\n] )*? {NUMBER}
     """)
 
 
@@ -946,7 +961,7 @@ def apart_in(text: str) -> int:
 
 
 def steps(count: int) -> str:
-    """A number of steps in words: "1 step", "2 steps"."""
+    """A number with its noun: "1 step", "2 steps"."""
     return f"{count} step" if count == 1 else f"{count} steps"
 
 
@@ -1030,8 +1045,8 @@ def gaps_between(shown: Sequence[Sequence[str]]) -> list[int]:
 
 def came_too_soon(gaps: Sequence[int]) -> bool:
     """Whether the last gap is smaller than all at which the user stayed."""
-    *earlier, last = gaps
-    return last < min(earlier, default=9)
+    *harmless, last = gaps
+    return last < min(harmless, default=9)
 
 
 def offline_reflector(text: str, seed: int) -> str:
@@ -1040,13 +1055,13 @@ def offline_reflector(text: str, seed: int) -> str:
     liked = Counter(tags_in(history, LIKED))
     titles, tags = zip(*shown_in(session))
     gaps = gaps_between(tags)
+    *harmless, last = gaps
     # what the thoughts asked for, but not more than a gap that did no harm
-    advised = min(apart_in(session), *gaps[:-1], 9)
+    advised = min(apart_in(session), min(harmless, default=9))
     warned = set()
     if "the user left" not in question:             # the template itself has "The user left"
         why = f"The user stayed for all {steps(len(titles))}"
     elif came_too_soon(gaps):
-        last = gaps[-1]
         advised = max(advised, last + 1)
         why = (f"The user left because {titles[-1]} came {steps(last)} after {titles[-1 - last]}, "
                "which is similar")
@@ -1104,7 +1119,7 @@ KINDS = (                           # the first kind whose signs fit counts
     Kind("blocked", 1, "look at the prompt, or try another --model",
          r"finish_reason (content_filter|refusal|missing)"
          r"|(400|403|422) .*(content.?(filter|policy|exists.risk)|moderation|flagged|safety"
-         r"|inappropriate|guardrail|guideline|prohibited)", is_reply=True),
+         r"|inappropriate|guardrail|guideline|prohibited.?content)", is_reply=True),
     Kind("broken off", 4, OTHER_MODEL,
          r"finish_reason (error|insufficient)|(400|422) .*tool_use_failed",
          is_reply=True),
@@ -1289,7 +1304,9 @@ def secrets_of(key: str, url: Any, headers: dict) -> list[str]:
         if SECRET.search(name):
             secrets += [value, *value.split()]          # "Bearer sk-..." and "sk-..."
     # Shorter ones are ordinary words, such as "none", EMPTY or "message", and may stand in answers.
-    return [text for text in secrets if len(text) >= (16 if text.isalpha() else 6)]
+    long_enough = [text for text in secrets if len(text) >= (16 if text.isalpha() else 6)]
+    # One may be part of another: the longest is starred first.
+    return sorted(long_enough, key=len, reverse=True)
 
 
 def connect(base_url: str, path: str, key: str | None = None, *, timeout: float = 300.0,
@@ -1362,11 +1379,12 @@ def decoded(text: str) -> dict:
     last, content = {}, ""
     for piece in pieces:
         for choice in piece.get("choices") or ():
-            content += fields(choice.get("delta")).get("content") or ""
+            delta = fields(choice.get("delta"))
+            content += delta.get("content") or ""
             last = choice
     # The last choice holds the finish_reason, the last piece the usage or the error.
-    choice = {**last, "message": {"content": content}}
-    return {**pieces[-1], "choices": [choice]}
+    joined = {**last, "message": {"content": content}}
+    return {**pieces[-1], "choices": [joined]}
 
 
 def send_once(route: Route, body: dict, read: Callable) -> Any:
@@ -1419,8 +1437,8 @@ def redirected(route: Route, response: Any) -> Fault:
 def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     """The Fault in a response that is no answer.
 
-    KINDS is searched for "STATUS ADVICE BODY". The advice is the header x-should-retry: true, false
-    or nothing.
+    KINDS is matched with "STATUS ADVICE BODY". The advice is the header x-should-retry: true, false
+    or nothing, so that two spaces follow each other.
     """
     error = fields(data.get("error")) or data           # some servers put its fields at the top
     status = str(response.status_code)          # 200 without a usable body is the kind "page"
@@ -1452,14 +1470,15 @@ def limited(llm: LLM, max_calls: int) -> LLM:
     A run asks counted(recorded(noted(limited(openai)))); `counted` and `noted` of run.py count.
     Replies from the log never come here: they are free.
     """
-    asked = Counter()
+    sent = 0
 
     def charge() -> None:
+        nonlocal sent
         with LOCK:
-            if asked["requests"] >= max_calls:
+            if sent >= max_calls:
                 raise BudgetSpent(f"the {max_calls} calls that --max-calls allows are used up: run "
                                   "the same command again: it resumes")
-            asked["requests"] += 1
+            sent += 1
 
     def answer(ask: Ask) -> Reply:
         charge()
@@ -1499,12 +1518,12 @@ def adapt(route: Route, sent: dict, got: Fault) -> bool:
 
 
 def pause(route: Route, got: Fault, faults: int) -> None:
-    """Wait as the server asks, but at least half a second, doubled with each fault, up to 8 s.
+    """Wait as the server asks, but at least 0.5 s, doubled with each fault, up to 8 s.
 
-    A quarter of it is random, so that threads do not all come back at once.
+    Up to a quarter of that is taken off at random, so that threads do not all come back at once.
     """
     backoff = min(0.5 * 2 ** (faults - 1), 8.0) * random.uniform(0.75, 1.0)
-    wait = max(got.wait, backoff)
+    wait = max(min(got.wait, LONGEST_WAIT), backoff)
     if wait > 5:
         tell(route, "wait", f"{got.reason}; waiting {wait:.0f} s, perhaps again and again")
     if route.sleep(wait):
@@ -1533,16 +1552,21 @@ def persist(route: Route, body: dict, read: Callable) -> Any:
 # - chat
 
 
+def token_count(value: Any) -> int | None:
+    """The value if it is a whole number, else None."""
+    return value if isinstance(value, int) else None
+
+
 def usage_of(route: Route, ask: Ask, data: dict) -> Usage:
-    """The tokens that a server counts. The user is told if it seems to cut prompts."""
+    """The tokens that a server counts. The user is told if the server seems to cut prompts."""
     counts = fields(data.get("usage"))
-    prompt = counts.get("prompt_tokens")
-    cached = fields(counts.get("prompt_tokens_details")).get("cached_tokens")
+    prompt = token_count(counts.get("prompt_tokens"))
+    cached = token_count(fields(counts.get("prompt_tokens_details")).get("cached_tokens"))
     sent = len(str(ask.messages))
     if prompt and sent > 8 * prompt + 1000:
         tell(route, "cut", f"counts {prompt} tokens in a prompt of {sent} characters: it may "
                            "cut prompts silently (Ollama: raise num_ctx)")
-    return Usage(prompt, cached, counts.get("completion_tokens"))
+    return Usage(prompt, cached, token_count(counts.get("completion_tokens")))
 
 
 def heard(route: Route, ask: Ask, data: dict) -> Any:
@@ -1639,7 +1663,7 @@ def embeddings(base_url: str, model: str, key: str | None = None, **options: Any
         nonlocal batch
         rows = []
         while len(rows) < len(texts):
-            part = texts[len(rows):][:batch]
+            part = texts[len(rows):len(rows) + batch]
             body = {"model": model, "encoding_format": "float",
                     "input": [text or " " for text in part]}        # some refuse an empty text
             got = persist(route, body, lambda data: vectors(route, len(part), data))

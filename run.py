@@ -120,7 +120,7 @@ FLAGS = {                               # of each group: flags and what they do
         "gamma": "discount of later rewards; the paper's gamma",
         "k_lessons": "reflections recalled; the paper's K",
         "k_experience": "experiences recalled for the actor, counted for each item",
-        "k_actions": "items shown for their experience if --candidates is 0",
+        "k_actions": "remembered items shown to the actor if --candidates is 0",
         "k_values": "values recalled for the critic",
         "candidates": "free items shown to the actor; 0: only remembered ones, as in the paper",
         "lately": "how many steps back the category tool looks",
@@ -241,7 +241,8 @@ def idle_beside_experiments(args: Namespace) -> list[tuple[Iterable[str], str]]:
     if args.models:
         idle.append((["model"], "beside --models"))
     for name in ("window", "episodes"):
-        if varied == {name}:        # All experiments vary it. Beside fig4, fig5 uses --episodes.
+        # Only if every experiment varies it: in fig4,fig5 the runs of fig5 still use --episodes.
+        if varied == {name}:
             idle.append(([name], "here: the experiment varies it"))
     return idle
 
@@ -532,7 +533,7 @@ def read_memory(path: Path, embedding: str) -> Json:
             saved[role] = [read_record(role, row) for row in saved[role]]
         for name, kind in (("embedding", str), ("world", str), ("seed", int), ("met", int)):
             saved[name] = kind(saved[name])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):
         raise UserError(f"{file} is no memory.json of this program: --load takes the directory of "
                         "a finished run") from None
     if saved["embedding"] != embedding:
@@ -639,7 +640,7 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
 
 @contextmanager
 def parallel(pool: futures.Executor, stop: Event) -> Iterator[Callable]:
-    """The pool's map. After an error in a thread no further call begins: `counted` refuses it.
+    """The pool's map. After an error no further call begins: `counted` refuses it.
 
     Ctrl-C ends at once. Any other error waits for the requests already sent, so that their answers
     are logged.
@@ -750,7 +751,7 @@ def describe(env: envs.Env, trajectory: Trajectory) -> Json:
         left = prompts.clean(envs.why_left(env, trajectory.user, items))
     key, gained = trajectory.last.key, trajectory.gained
     values, advantages = trajectory.values, trajectory.advantages
-    if gained.actor == billp.EMPTY:     # nothing was credited: no experience, or no learning
+    if not gained.actor:                # nothing was credited: no experience, or no learning
         values = advantages = ()
     return {"phase": key.phase, "episode": key.episode, "user": trajectory.user,
             "history": trajectory.last.history, "steps": steps, "left": left,
@@ -1007,15 +1008,15 @@ def print_prompts(args: Namespace, phase: str, number: int) -> None:
 
 def show(args: Namespace) -> None:
     """Print one episode of a finished run, or its prompts."""
-    episode = episode_of(args.show, args.pick)
-    if args.prompts:
-        print_prompts(args, episode["phase"], episode["episode"])
-        return
     try:
+        episode = episode_of(args.show, args.pick)
         lines = story(episode)
     except (LookupError, TypeError):
         raise UserError(f"{args.show} was made by another version of this program") from None
-    print("\n".join(lines))
+    if args.prompts:
+        print_prompts(args, episode["phase"], episode["episode"])
+    else:
+        print("\n".join(lines))
 
 
 # ------------------------------------------------------------------------------ experiments
@@ -1116,10 +1117,6 @@ def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: 
     # Returns are played in a shorter world, which takes half the time. The critic is asked in the
     # full one, because State.top depends on the cap.
     short = catalog._replace(env=shortened(place.env, config.gamma))
-    # `place` has the seed of the job, so every repeat has the same world and users. `run.seed` is
-    # that of the repeat: it changes the order of the learners and all draws.
-    learners = envs.branch(run.seed, "learners").permutation(place.learners).tolist()
-    place = place._replace(learners=learners)
     agent = perform(run, place, billp.NOVICE, llm, embed, pmap, ("learn",)).agent
     errors = []
     for i, user in enumerate(users):
@@ -1149,7 +1146,10 @@ def critic_errors(
     for repeat in range(repeats):
         # far apart: seed 0 uses 1000, 2000, ..., seed 1 uses 1001, 2001, ...
         again = run._replace(seed=run.seed + 1000 * (repeat + 1))
-        errors.append(errors_of_values(again, place, llm, embed, pmap, users, draws))
+        # the same world and users, but the learners in another order
+        learners = envs.branch(again.seed, "learners").permutation(place.learners).tolist()
+        again_place = place._replace(learners=learners)
+        errors.append(errors_of_values(again, again_place, llm, embed, pmap, users, draws))
     bias, variance = np.mean(errors, 0), np.var(errors, 0)              # [states, 2]
     figures = np.stack([bias, variance, bias ** 2 + variance], -1)      # [states, 2, 3]
     return figures.reshape(len(users), 6).tolist()

@@ -1110,6 +1110,7 @@ def test_hidden_thinking_is_never_stored(hidden):
     "The value of state 4 is 7.5", "Value: approx. 7.5",
     "Value: (7.5)\nThat is 4 steps.",
     "As before, the value is 8; if the user leaves, it is 0.\nValue: 7.5", "Value: 15 ÷ 2 = 7.5",
+    "Value: 7.5 = 4 + 3.5",
     "Values: 9, 8\n\n**Value:**\n\n7.5", "Value（at most 10）：7.5", "I put a fair value at 7.5",
     "Value: 4 + 0.5 * 7 = 4 + 3.5 = 7.5", r"Value: \frac12 \cdot 15 = 7.5"])
 def test_a_value_is_read_in_any_wording(reply):
@@ -1121,12 +1122,14 @@ def test_a_minus_may_be_a_typographic_one():
 
 
 @pytest.mark.parametrize("piece", [
-    r"\a1", r"\frac12", "4 + ", "= ", "of V ", "1,", "value: ", "(", "*"])
+    r"\a1", r"\frac12", "4 + ", "= ", "of V ", "1,", "value: ", "value of the ", "(", "*", "<br>",
+    "\n", " ", "<think>", "\n*", "Reflection: "])
 def test_a_reply_that_repeats_itself_is_read_quickly(piece):
     """A small model in a loop must not keep a pattern busy for ever."""
     start = time.process_time()
-    for parse in (prompts.parse_critic, prompts.parse_actor, prompts.parse_planner):
-        parse(prompts.spoken("Value: " + 300 * piece))
+    for parse in (prompts.parse_planner, prompts.parse_actor, prompts.parse_critic,
+                  prompts.parse_reflector):
+        parse(prompts.spoken(f"Value: {500 * piece} better"))
     assert time.process_time() - start < 2
 
 
@@ -1191,6 +1194,8 @@ def test_the_category_tool_by_hand():
     ("Drama next, not Sci-Fi. Keep away from: War, Sci-Fi.", ["[Drama]", "[Drama]"]),
     ("Sci-Fi, because Drama comes next", ["[Sci-Fi]", "[Drama]"]),
     ("This one, because Sci-Fi is missing", ["[Sci-Fi]", "[Drama]"]),
+    ("Sci-Fi, don't repeat Drama", ["[Sci-Fi]", "[Drama]"]),
+    ("Sci-Fi, avoiding Drama", ["[Sci-Fi]", "[Drama]"]),
     ("warm beasts", ["warm beasts", "[Drama]"])])
 def test_candidates_are_retrieved_by_the_categories_of_the_thought(thought, texts):
     tastes = prompts.Tastes(("War",), ("Drama",), {"Drama": 2, "War": 1})
@@ -2315,7 +2320,7 @@ FOLDER = {                                  # what lies in the folder of the tes
     "verdict.json": memory_file(actor=[["state", "item", 2]]),
     "lesson.json": memory_file(planner=[["state", "", 1]]),
     "target.json": memory_file(critic=[["state", "item", float("inf")]]),
-    "met.json": memory_file(met="many"),
+    "met.json": memory_file(met=float("inf")),
 }
 
 
