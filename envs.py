@@ -464,6 +464,11 @@ def log_chances(env: Env, weights: Weights, x: Array, items: Array, free: Array)
     return fit - np.logaddexp.reduce(fit, 1, keepdims=True)
 
 
+def td_errors(reward: Array, gamma: float, value: Array, next_value: Array, left: Array) -> Array:
+    """float [B]: the advantage of `billp.py`, for B sessions. A user who left has no future."""
+    return reward + gamma * next_value * ~left - value
+
+
 def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
              td_error: Array) -> Weights:
     """The uphill slopes of what the weights maximize, summed over B sessions.
@@ -517,9 +522,8 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5) -> Pol
             pick = np.argmax(log_chance + rng.gumbel(size=log_chance.shape), 1)
             item = items[pick]
             state, reward, left, cut = step(env, state, item)
-            # a user who left has no future
-            future = ~left * (observe(env, state) @ weights.value)
-            td_error = reward + gamma * future - x @ weights.value
+            next_value = observe(env, state) @ weights.value
+            td_error = td_errors(reward, gamma, x @ weights.value, next_value, left)
             slopes = gradient(env, x, items, log_chance, pick, td_error)
             for weight, square, slope in zip(weights, squares, slopes):
                 square += slope ** 2        # += changes the arrays in place

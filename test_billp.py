@@ -1498,6 +1498,12 @@ def test_bandit_and_actor_critic_learn(learn, factor):
     assert trained > factor * max(lengths(envs.random).mean(), untrained)
 
 
+@given(numbers, gammas, numbers, numbers, st.booleans())
+def test_a2c_has_the_advantage_of_the_method(reward, gamma, value, next_value, left):
+    td_error = envs.td_errors(reward, gamma, value, next_value, np.array([left]))
+    assert td_error == pytest.approx(billp.advantage(reward, gamma, value, next_value, left))
+
+
 @settings(max_examples=30)
 @given(seeds)
 def test_the_actor_critic_climbs_its_gradient(seed):
