@@ -619,12 +619,11 @@ def shared(history: Sequence[str], transcript: str) -> str:
 
 def bounded(transcript: str, limit: int) -> str:
     """The newest whole turns of a transcript: at most `limit` characters, but at least one turn."""
-    if len(transcript) <= limit:
-        return transcript
-    turns = re.findall(r"(?s).+?\nObservation [^\n]*\n", transcript)
-    while len(turns) > 1 and sum(map(len, turns)) > limit:
-        turns.pop(0)
-    return "".join(turns)
+    ends = [match.end() for match in re.finditer(r"(?m)^Observation .*\n", transcript)]
+    for start in [0, *ends[:-1]]:           # where turns begin
+        if len(transcript) - start <= limit:
+            break
+    return transcript[start:]
 
 
 def turn(n: int, thought: str, line: str, reward: float, left: bool, asked: str = "") -> str:

@@ -711,10 +711,11 @@ def test_a_malformed_reply_is_asked_again(reply):
 def test_an_ask_carries_the_configured_numbers():
     llm, asks = noting(prompts.offline)
     config = Config(reply_tokens=77, temperature=0.3, transcript=1000)
-    billp.planner(STATE._replace(transcript="a line\n" * 9999), EMPTY, llm, config)
+    turn = prompts.turn(1, "", "a line", 5, False)
+    billp.planner(STATE._replace(transcript=9999 * turn), EMPTY, llm, config)
     [ask] = asks
     assert (ask.key, ask.max_tokens, ask.temperature) == (STATE.key, 77, 0.3)
-    assert ask.messages[1][1].count("a line\n") <= 1000 / 7
+    assert ask.messages[1][1].count(turn) == 1000 // len(turn)
 
 
 def test_an_unreadable_actor_takes_the_first_item_shown():
