@@ -316,17 +316,17 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
               config: Config) -> tuple[Candidate, ...]:
     """The free items that the actor is shown, each once, the most promising first.
 
-    They are the items nearest to the thought, or without one to the liked categories, or with
-    `candidates` 0 those remembered. Items without a category shown lately come first. Within both
-    groups the evidence decides. It does not decide alone: a small model would then too often repeat
-    a category.
+    They are nearest to the thought. Without a thought they are nearest to the liked categories.
+    With `candidates` 0 they are the remembered ones. Items without a category shown lately come
+    first. Within both groups the evidence decides. It does not decide alone: a small model would
+    then too often repeat a category.
     """
     taken = () if config.repeats else state.taken
     counts = evidence(state, memory, config)        # (line, verdict) -> times
     tastes = prompts.category_tool(state.history, state.shown, config.lately)
     if config.candidates:
-        # Such as ["[War]", "[Comedy, Drama]"]: what the thought asks for, and what else was liked
-        # and not shown lately.
+        # Such as ["[War]", "[Comedy, Drama]"]: what the thought asks for; what was liked and not
+        # shown lately.
         texts = prompts.query(state.thought, catalog.env.categories, tastes)
         items = prompts.closest(texts, catalog, taken, config.candidates)
         lines = [catalog.lines[item] for item in items]
@@ -335,7 +335,7 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
         lines = [line for line, _ in counts if line in in_catalog]
     # A remembered item may be taken, and a free item may have the line of a taken one.
     taken_lines = {catalog.lines[item] for item in taken}
-    # A line comes twice if it has both verdicts.
+    # A line comes twice if it has both verdicts, or if two items share it.
     free = [line for line in dict.fromkeys(lines) if line not in taken_lines]
     listed = []
     for line in free:

@@ -376,9 +376,9 @@ def common_sense(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
 def turns(env: Env, episodes: int, rounds: int, rng: Rng) -> Iterator[tuple[EnvState, Array]]:
     """Episodes in rounds: yields the new sessions of each round, and what is free in them.
 
-    The sessions of a round are played side by side, one round after the other. Learners are taken
-    in a random order, again and again until there are enough. With fewer episodes than rounds some
-    rounds are empty.
+    The sessions of a round are played side by side. The rounds follow one another. Learners are
+    taken in a random order, again and again until there are enough. With fewer episodes than rounds
+    some rounds are empty.
     """
     # resize repeats the order until it is long enough. It would make zeros of an empty order.
     users = np.resize(rng.permutation(env.learners), episodes if env.learners else 0)
@@ -388,9 +388,10 @@ def turns(env: Env, episodes: int, rounds: int, rng: Rng) -> Iterator[tuple[EnvS
 
 def remaining(state: EnvState, free: Array, item: Array, over: Array) -> tuple[EnvState, Array]:
     """The sessions that go on, and what is free in them once the items were recommended."""
-    still_free = free.copy()
-    still_free[np.arange(len(free)), item] = False
-    return sessions_at(state, ~over), still_free[~over]
+    on = ~over
+    still_free = free[on]               # a copy
+    still_free[np.arange(len(still_free)), item[on]] = False
+    return sessions_at(state, on), still_free
 
 
 def features(env: Env, state: EnvState) -> Array:
@@ -789,7 +790,7 @@ class BadData(ValueError):
 def find_file(folder: Path, names: Sequence[str], world: str) -> Path | None:
     """A file of one of these names in a folder or below it.
 
-    Of several it takes one in a folder named after the world, then the one least deep, then by the
+    Of several it takes one in a folder named after the world, then the least deep one, then by the
     order of the names, then by path.
     """
     files = []

@@ -205,7 +205,8 @@ MARK = r"<\|\w+\|>|</?[a-z_]+>"         # any other mark: <|im_end|>, <answer>, 
 def spoken(text: str) -> str:
     """A reply without the model's hidden thinking, whether or not its marks are complete.
 
-    It comes without other marks and blank lines, of which a long run would keep some patterns busy.
+    Other marks, blank lines and spaces around lines are dropped, too. A long run of them would keep
+    some patterns busy.
 
     >>> spoken("<think>A comedy?</think> Alien"), spoken("A comedy?</think> Alien")
     ('Alien', 'Alien')
@@ -290,8 +291,8 @@ REFUSAL = re.compile(rf"""(?ix) \W* (unfortunately\W+)? (       # spaces and com
     | {I_AM} [ ] (unable|not[ ]able) [ ] to\b
     | i [ ] (do[ ]not|don['’]?t) [ ] have [ ] (enough|access|any)\b
     | i [ ] (can(not|['’]?t|[ ]not)|won['’]?t)                              # "I can't help"
-      (\W*$ | [ ](help(?![ ]but)|assist|recommend|suggest|provide|comply|answer|fulfill?|choose
-              |determine)\b)
+      (\W*$ | [ ](help(?![ ]but[ ](recommend|suggest|choose|pick))|assist|recommend|suggest
+              |provide|comply|answer|fulfill?|choose|determine)\b)
     )""")
 
 
@@ -499,14 +500,16 @@ def before_reason(text: str) -> str:
     >>> before_reason("Up, because I liked Alien"), before_reason("I'd like Up")
     ('Up, ', "I'd like Up")
     """
-    return re.split(r"\b(?:[Bb]ecause|Reason:|(?<!d )like|unlike|than)(?!\w)", text)[0]
+    reason = r"[Bb]ecause|[Rr]eason[\s*_]*:|(?<!['’]d )(?<!would )like|unlike|than"
+    return re.split(rf"(?<![\w-])(?:{reason})(?![\w-])", text)[0]
 
 
 def fronts(line: str) -> tuple[str, str, str]:
     """The parts of a line that may begin with a title.
 
-    They are the whole, the whole without its number in a list, and what stands after a colon, but
-    not in a reason. A title in quotes or bold letters ends with them: '"Up" is fun' gives "Up".
+    They are the whole, the whole without its number in a list, and what stands after a colon. Of
+    the last a reason is cut off; without a colon it is all before the reason. A title in quotes or
+    bold letters ends with them: '"Up" is fun' gives "Up".
 
     >>> fronts("1. The best one: Up [Children]")
     ('1. The best one: Up ', '. The best one: Up ', 'Up ')
@@ -524,7 +527,8 @@ def titles_in_front(text: str, catalog: Catalog) -> list[int]:
     """The items of lines that begin with a title, or have one after a colon.
 
     - A number belongs to the title if there is such a title, "28 Up", or else to a list.
-    - A title of one word fills its line or has its year: "Up", "Up (2009) is fun", not "Up to now".
+    - A title of one word fills its line up to a reason, or has its year: "Up, because it is fun",
+      "Up (2009) is fun", not "Up to now".
     """
     items = []
     for line in text.splitlines():
@@ -562,7 +566,10 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     bold = "\n".join(match[0] for match in re.finditer(BOLD, part))
     items = titles_in_front(bold, catalog) + titles_in_front(part, catalog)
     items += titles_within(before_reason(part), catalog)
-    return items or titles_within(part, catalog)
+    if items:
+        return items
+    after_colon = part.rpartition(": ")[2]          # "Something like Alien: Up"
+    return titles_in_front(after_colon, catalog) + titles_within(part, catalog)
 
 
 def closest(texts: Sequence[str], catalog: Catalog, taken: Collection[int], k: int) -> list[int]:
@@ -620,10 +627,9 @@ def shared(history: Sequence[str], transcript: str) -> str:
 def bounded(transcript: str, limit: int) -> str:
     """The newest whole turns of a transcript: at most `limit` characters, but at least one turn."""
     ends = [match.end() for match in re.finditer(r"(?m)^Observation .*\n", transcript)]
-    for start in [0, *ends[:-1]]:           # where turns begin
-        if len(transcript) - start <= limit:
-            break
-    return transcript[start:]
+    starts = [0, *ends[:-1]]                # where turns begin
+    fitting = [start for start in starts if len(transcript) - start <= limit]
+    return transcript[min(fitting, default=starts[-1]):]
 
 
 def turn(n: int, thought: str, line: str, reward: float, left: bool, asked: str = "") -> str:
@@ -792,9 +798,10 @@ def named_in(text: str, tags: Sequence[str]) -> list[str]:
     return [tag for tag in tags if spaced(tag) in words]
 
 
-# The rest of a sentence that says what to avoid.
-AVOIDED = (r"(?i)\b(avoid(ing)?|keep away from|without|nothing like|not|no|never|don['’]?t"
-           r"|anything but)\b((?! but )[^.;])*|\b(instead of|rather than)\b[^.;,]*")
+# What to avoid: the rest of the sentence, or only up to the next comma.
+AVOIDED = (r"(?i)\b(avoid(ing)?|keep away from|without|not|no|never)\b((?! but )[^.;])*"
+           r"|\b(instead of|rather than|anything but|nothing like|(do|does|should)n['’]?t)\b"
+           r"[^.;,]*")
 REASON = r"(?i)\b(?:because|since|as|due to)\b|\("
 
 
@@ -874,20 +881,20 @@ def render_critic(targets: Sequence[tuple[str, float]], as_before: float) -> str
 
 
 NUMBER = r"(?P<number>[-−]?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
-# A calculation up to its last sign, "4 + 0.5 * 5 = 4 + 2.5 =", is skipped. A part without an
-# operator is none: in "7.5 = 4 + 3.5" the first number counts.
+# A calculation up to its last sign, "V = 4 + 0.5 * 5 = 4 + 2.5 =", is skipped. A number alone
+# before the first sign is the value: "7.5 = 4 + 3.5".
 SUMS = r"""(?:
-    (?= [^=≈\n]* (?: [+*x×·/÷%−\\-] | \bof\b ) )
-    (?: [\d\s.+*x×·/÷%$−-] | \\[a-z]+(?![a-z]) | \bof\b | V\b )* [=≈]
+    (?! [\s*_$]* [-−]?[\d.,]+ [\s*_$%]* [=≈] )
+    (?: [\d\s.+*x×·/÷%$−-] | \\[a-z]+(?![a-z]) | \bof\b | V(\(s\))? )* [=≈]
     )*"""
 # In both patterns spaces and comments do not count.
 VALUE_LINE = re.compile(rf"""(?imx)
-    ^ [\W_]* ((final|estimated)[ ])? value\b [^:=：\n]* [:=：]     # "Value 4:" begins its line
+    ^ [\W_]* ((final|estimated)[ ])? value\b [^:=：\n]* [:=：]   # "Value 4:" begins its line
     {SUMS} ([\s*_]* | [^\d\n]*?) {NUMBER}            # in the next line, or after words: "about 7,5"
     """)
 VALUE_SAID = re.compile(rf"""(?ix)
     value\b (?: (?!value\b) [^:=：\n] )*            # up to the next "value", or it would be slow
-    (?: [:=：] | \b(?:is|of|be|at)\b )              # "the value of state 4 is"
+    (?: [:=：] | \b(?:is|of|be|at)\b | (?<=value) , )       # "the value of state 4 is"
     {SUMS} (?: (?!value\b) [^\d\n] )*? {NUMBER}
     """)
 
@@ -1042,25 +1049,19 @@ def gaps_between(shown: Sequence[Sequence[str]]) -> list[int]:
     return gaps
 
 
-def came_too_soon(gaps: Sequence[int]) -> bool:
-    """Whether the last gap is smaller than all at which the user stayed."""
-    *harmless, last = gaps
-    return last < min(harmless, default=9)
-
-
 def offline_reflector(text: str, seed: int) -> str:
     """Reads off why the user left: similar items too close together, or a disappointment."""
     history, session, question = parts_of(text)
     liked = Counter(tags_in(history, LIKED))
     titles, tags = zip(*shown_in(session))
-    gaps = gaps_between(tags)
-    *harmless, last = gaps
+    *earlier, last = gaps_between(tags)
+    harmless = min(earlier, default=9)              # the smallest gap at which the user stayed
     # what the thoughts asked for, but not more than a gap that did no harm
-    advised = min(apart_in(session), min(harmless, default=9))
+    advised = min(apart_in(session), harmless)
     warned = set()
     if "the user left" not in question:             # the template itself has "The user left"
         why = f"The user stayed for all {steps(len(titles))}"
-    elif came_too_soon(gaps):
+    elif last < harmless:                           # too similar to an item shown lately
         advised = max(advised, last + 1)
         why = (f"The user left because {titles[-1]} came {steps(last)} after {titles[-1 - last]}, "
                "which is similar")
@@ -1118,7 +1119,8 @@ KINDS = (                           # the first kind whose signs fit counts
     Kind("blocked", 1, "look at the prompt, or try another --model",
          r"finish_reason (content_filter|refusal|missing)"
          r"|(400|403|422) .*(content.?(filter|policy|exists.risk)|moderation|flagged|safety"
-         r"|inappropriate|guardrail|guideline|prohibited.?content)", is_reply=True),
+         r"|inappropriate|guardrail|guideline|prohibited.?(content|word|topic|input))",
+         is_reply=True),
     Kind("broken off", 4, OTHER_MODEL,
          r"finish_reason (error|insufficient)|(400|422) .*tool_use_failed",
          is_reply=True),
@@ -1155,7 +1157,7 @@ INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
            "temperature": None, "seed": None, "encoding_format": None}
 # Headers whose values are secrets: Authorization, X-API-Key, Cookie, X-Auth-Token ...
 SECRET = re.compile("(?i)auth|key|cookie|token|secret|password")
-LONGEST_WAIT = 120.0                # seconds; a server that asks for more ends the run
+LONGEST_WAIT = 120.0                # seconds; after 408, 409, 429, 5xx a longer wait ends the run
 # The m of "20 milliseconds" or "5 more seconds" is not minutes.
 PERIOD = r"(\d+\.?\d*) ?(ms|[smhd](?!illi|ore|onth))"
 DURATION = rf"(?i)(retryDelay|again in|retry in|retry after|wait)\W*(({PERIOD})+)"      # "1m59s"
@@ -1217,17 +1219,16 @@ def tell(route: Route, topic: str, text: str) -> None:
 def count(stats: dict, name: str, reason: str = "") -> None:
     """Add 1 to stats[name], or with a reason to stats[name][reason]. Threads share the stats."""
     with LOCK:
-        counts, entry = stats, name
-        if reason:
-            counts, entry = stats.setdefault(name, {}), reason
+        counts = stats.setdefault(name, {}) if reason else stats
+        entry = reason or name
         counts[entry] = counts.get(entry, 0) + 1
 
 
 def fault(route: Route, label: str, shown: str, searched: str = "") -> Fault:
     """The Fault with this label. `shown` is the message for the user.
 
-    `searched` is the text that KINDS is matched with, after the label. By default it is `shown`.
-    `judged` passes the whole body, because signs may stand outside the message.
+    `searched` is what KINDS is matched with, after the label; by default `shown`. `judged` passes
+    the body, because signs may stand outside the message.
     """
     reason = clean(starred(route, f"{label} {shown}"), 300)
     text = f"{label} {searched or shown}"
@@ -1353,7 +1354,8 @@ def asked_wait(headers: Any, text: str) -> float:
     >>> asked_wait({}, "Rate limit reached. Please try again in 20s.")
     20.0
     """
-    after, milliseconds = headers.get("retry-after", ""), headers.get("retry-after-ms", "")
+    after = headers.get("retry-after", "").removesuffix("s")
+    milliseconds = headers.get("retry-after-ms", "").removesuffix("ms")
     try:
         return parsedate_to_datetime(after).timestamp() - time.time()
     except MISSHAPEN:
@@ -1437,7 +1439,7 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     """The Fault in a response that is no answer.
 
     KINDS is matched with "STATUS ADVICE BODY". The advice is the header x-should-retry: true, false
-    or nothing, so that two spaces follow each other.
+    or nothing. After nothing two spaces follow each other. It is false if the wait is too long.
     """
     error = fields(data.get("error")) or data           # some servers put its fields at the top
     status = str(response.status_code)          # 200 without a usable body is the kind "page"
@@ -1517,9 +1519,10 @@ def adapt(route: Route, sent: dict, got: Fault) -> bool:
 
 
 def pause(route: Route, got: Fault, faults: int) -> None:
-    """Wait as the server asks, but at least 0.5 s, doubled with each fault, up to 8 s.
+    """Wait as long as the server asks, at most LONGEST_WAIT, and never less than our own wait.
 
-    Up to a quarter of that is taken off at random, so that threads do not all come back at once.
+    Ours is 0.5 s after the first fault. It doubles with each fault, up to 8 s. Up to a quarter of
+    it is taken off at random, so that threads do not all come back at once.
     """
     backoff = min(0.5 * 2 ** (faults - 1), 8.0) * random.uniform(0.75, 1.0)
     wait = max(min(got.wait, LONGEST_WAIT), backoff)
@@ -1553,7 +1556,7 @@ def persist(route: Route, body: dict, read: Callable) -> Any:
 
 def token_count(value: Any) -> int | None:
     """The value if it is a whole number, else None."""
-    return value if isinstance(value, int) else None
+    return value if type(value) is int else None
 
 
 def usage_of(route: Route, ask: Ask, data: dict) -> Usage:

@@ -87,8 +87,8 @@ FLAGS = {                               # of each group: flags and what they do
         "workers": "episodes at once (default: 1 offline, else a batch); "
                    "in offline experiments: runs at once (default: all cores)",
         "out": "run directory (default: one of its own under runs/)",
-        "load": "go on from the memories of another run; in its world and seed, with learners not "
-                "yet met",
+        "load": "go on from the memories of another run; with its world and seed, learners already "
+                "met are skipped",
     },
     "look at a finished run": {
         "show": "print one episode of this run directory",
@@ -216,7 +216,7 @@ def check_values(args: Namespace) -> None:
         if type(value) in (int, float) and not low <= value <= high:
             raise UserError(f"{flag(name)} takes a number from {low} to {high}")
     for name in args.experiment:
-        if name not in EXPERIMENTS:
+        if name not in (*EXPERIMENTS, "all"):
             raise UserError(f"no experiment {name!r}; there are all, {', '.join(EXPERIMENTS)}")
     for header in args.header:
         if not re.match(r"[\w.-]+=", header):
@@ -240,10 +240,9 @@ def idle_beside_experiments(args: Namespace) -> list[tuple[Iterable[str], str]]:
         idle.append((["models"], "without --experiment table6"))
     if args.models:
         idle.append((["model"], "beside --models"))
-    for name in ("window", "episodes"):
-        # Only if every experiment varies it: in fig4,fig5 the runs of fig5 still use --episodes.
-        if varied == {name}:
-            idle.append(([name], "here: the experiment varies it"))
+    # Only if every experiment varies it: in fig4,fig5 the runs of fig5 still use --episodes.
+    if varied in ({"window"}, {"episodes"}):
+        idle.append((varied, "here: the experiment varies it"))
     return idle
 
 
@@ -328,9 +327,9 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         if getattr(args, name) in ("", []):     # often a variable of the shell that is not set
             raise UserError(f"{flag(name)} is given without a value")
     args.experiment = parts(args.experiment) if args.experiment else []
+    check_values(args)
     if "all" in args.experiment:
         args.experiment = list(EXPERIMENTS)
-    check_values(args)
     kind, _, folder = args.world.partition(":")
     if folder:                          # "csv:data" and "csv:./data/" are one world
         args.world = f"{kind}:{os.path.normpath(folder)}"
@@ -376,7 +375,7 @@ def given_of(args: Namespace, names: Iterable[str]) -> Json:
 
 def embedding_of(args: Namespace) -> str:
     """The embedding that the flags or the environment name."""
-    if "offline" in args.models_asked:      # alone, or compared with endpoints in table6
+    if "offline" in args.models_asked:      # the stand-in, perhaps beside endpoints, or a policy
         if args.embed_model:
             raise UserError("the stand-in takes no embedding model")
         return "hashed_ngrams"
@@ -489,8 +488,8 @@ def run_directory(args: Namespace, config: Json) -> Path:
         raise UserError(f"{path} holds a run of another configuration ({', '.join(changed)}); "
                         "choose another --out")
     if not earlier:
-        # a kill within `write` leaves a file .part
-        if path.exists() and any(file.suffix != ".part" for file in path.iterdir()):
+        # a kill within `write` leaves a draft
+        if path.exists() and not all(file.match("config.json.*.part") for file in path.iterdir()):
             raise UserError(f"{path} is not empty and holds no run; choose another --out")
         if args.replay:
             raise UserError(f"{path} holds no run to replay: run without --replay, or give its "
@@ -549,8 +548,8 @@ def learners_met(saved: Json, world: str, seed: int) -> int:
     if (saved["world"], saved["seed"]) == (world, seed):
         return saved["met"]
     # May the memory know a user who is held out now? In films another seed makes other users. In
-    # steam and amazon the files tell who is held out. In csv and movielens the seed draws it, and
-    # two folders may hold the same data.
+    # steam and amazon the files tell who is held out. In csv and movielens the seed draws who is
+    # held out, and two folders may hold the same data.
     both_drawn = all(name.startswith(("csv:", "movielens:")) for name in (world, saved["world"]))
     if both_drawn and seed != saved["seed"]:
         raise UserError(f"--load: this memory may know users that --seed {seed} holds out; "
@@ -1010,7 +1009,7 @@ def show(args: Namespace) -> None:
     """Print one episode of a finished run, or its prompts."""
     try:
         episode = episode_of(args.show, args.pick)
-        lines = story(episode)
+        lines = story(episode)          # also a check that this version can read the episode
     except (LookupError, TypeError):
         raise UserError(f"{args.show} was made by another version of this program") from None
     if args.prompts:

@@ -990,7 +990,9 @@ NAMED = {                               # replies to the actor: the film that a 
     "Jaws<|eot_id|><|start_header_id|>assistant": JAWS,
     "Free item: Terminator 2 (1991)": FILMS.titles.index("Terminator 2: Judgment Day"),
     "Free item: Up, because it is like the best of them: Alien": UP,
-    "Free item: Up\nReason: Alien was liked": UP,
+    "Free item: Up\nReason: Alien was liked": UP, "Free item: Up\n**Reason**: like Alien": UP,
+    "Something like Alien: Up": UP, "Rather than Alien, I choose: Up": UP,
+    "Since you like Alien, my pick: Up": UP, "Alien-like tension: Up": UP,
     "I can't help but recommend Alien": ALIEN,
 }
 
@@ -1024,6 +1026,7 @@ def test_the_first_free_title_of_several_counts(reply, taken, item):
 @pytest.mark.parametrize("reply", [
     "Action 1: recommend Alien (1979)", "Alien", "**Alien** because Jaws is too mild",
     "Free item: Alien (1979), a tense film like Jaws", "I'd like Alien, because Jaws was tense",
+    "Free item: Alien, tense and like Jaws",
     "Free item: Alien\nReason: Jaws was liked"])
 def test_a_taken_title_stands_for_its_categories(reply):
     item, was_named = prompts.ground(prompts.parse_actor(reply), CATALOG, [ALIEN])
@@ -1111,7 +1114,9 @@ def test_hidden_thinking_is_never_stored(hidden):
     "The value of state 4 is 7.5", "Value: approx. 7.5",
     "Value: (7.5)\nThat is 4 steps.",
     "As before, the value is 8; if the user leaves, it is 0.\nValue: 7.5", "Value: 15 ÷ 2 = 7.5",
-    "Value: 7.5 = 4 + 3.5",
+    "Value: 7.5 = 4 + 3.5", "**Value:** 7.5 = 4 + 3.5", "Value:\n4 + 3.5 = 7.5",
+    "Value: V = 4 + 0.5 * 7 = 7.5", "Value: V(s) = 4 + 3.5 = 7.5", "Value: = 4 + 3.5 = 7.5",
+    "Value of 4 steps is a fair value, 7.5",
     "Values: 9, 8\n\n**Value:**\n\n7.5", "Value（at most 10）：7.5", "I put a fair value at 7.5",
     "Value: 4 + 0.5 * 7 = 4 + 3.5 = 7.5", r"Value: \frac12 \cdot 15 = 7.5"])
 def test_a_value_is_read_in_any_wording(reply):
@@ -1119,7 +1124,7 @@ def test_a_value_is_read_in_any_wording(reply):
 
 
 def test_a_minus_may_be_a_typographic_one():
-    assert prompts.parse_critic("Value: −3") == -3
+    assert prompts.parse_critic("Value: −3") == prompts.parse_critic("Value: -3 = 4 - 7") == -3
 
 
 @pytest.mark.parametrize("piece", [
@@ -1197,6 +1202,8 @@ def test_the_category_tool_by_hand():
     ("This one, because Sci-Fi is missing", ["[Sci-Fi]", "[Drama]"]),
     ("Sci-Fi, don't repeat Drama", ["[Sci-Fi]", "[Drama]"]),
     ("Sci-Fi, avoiding Drama", ["[Sci-Fi]", "[Drama]"]),
+    ("Don't repeat War, choose Sci-Fi", ["[Sci-Fi]", "[Drama]"]),
+    ("Anything but Drama, perhaps Sci-Fi", ["[Sci-Fi]", "[Drama]"]),
     ("warm beasts", ["warm beasts", "[Drama]"])])
 def test_candidates_are_retrieved_by_the_categories_of_the_thought(thought, texts):
     tastes = prompts.Tastes(("War",), ("Drama",), {"Drama": 2, "War": 1})
