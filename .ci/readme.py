@@ -49,7 +49,7 @@ for before, language, content in blocks:
     elif language == "text" and not before.strip():
         assert without_seconds(printed) == without_seconds(content), f"printed now:\n{printed}"
         count += 1
-    elif language == "text" and "--prompts" in before:
+    elif language == "text" and "--show RUN" in before:
         flags = re.search(r"--show RUN (--pick \S+ --prompts)", before)[1]
         run = re.search(r"^run +(\S+)", printed, re.M)[1]
         shown = shell(f"{python} run.py --show {run} {flags}")
