@@ -312,14 +312,21 @@ def evidence(state: State, memory: Memory, config: Config) -> Counter:
     return Counter((record.item, record.content) for record in similar)
 
 
+def promise(candidate: Candidate, recent: Sequence[str]) -> tuple[bool, float]:
+    """How promising an item is: first whether it has no category shown lately, then the evidence.
+
+    The evidence does not decide alone: a small model would then too often repeat a category.
+    """
+    is_new = set(recent).isdisjoint(prompts.line_tags(candidate.line))
+    return is_new, prompts.chance(candidate)
+
+
 def shortlist(state: State, memory: Memory, catalog: Catalog,
               config: Config) -> tuple[Candidate, ...]:
     """The free items that the actor is shown, each once, the most promising first.
 
     They are nearest to the thought. Without a thought they are nearest to the liked categories.
-    With `candidates` 0 they are the remembered ones. Items without a category shown lately come
-    first. Within both groups the evidence decides. It does not decide alone: a small model would
-    then too often repeat a category.
+    With `candidates` 0 they are the remembered ones.
     """
     taken = () if config.repeats else state.taken
     counts = evidence(state, memory, config)        # (line, verdict) -> times
@@ -340,13 +347,8 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     listed = []
     for line in free:
         listed.append(Candidate(line, encouraged=counts[line, 1], discouraged=counts[line, 0]))
-
-    def rank(candidate: Candidate) -> tuple[bool, float]:
-        is_new = set(tastes.recent).isdisjoint(prompts.line_tags(candidate.line))
-        return is_new, prompts.chance(candidate)
-
     # The sort is stable: among equals the nearest stays first.
-    listed.sort(key=rank, reverse=True)
+    listed.sort(key=lambda candidate: promise(candidate, tastes.recent), reverse=True)
     limit = config.candidates or config.k_actions
     return tuple(listed[:limit])
 

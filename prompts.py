@@ -1159,7 +1159,7 @@ INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
 SECRET = re.compile("(?i)auth|key|cookie|token|secret|password")
 LONGEST_WAIT = 120.0                # seconds; after 408, 409, 429, 5xx a longer wait ends the run
 # The m of "20 milliseconds" or "5 more seconds" is not minutes.
-PERIOD = r"(\d+\.?\d*) ?(ms|[smhd](?!illi|ore|onth))"
+PERIOD = r"(\d+(?:\.\d*)?) ?(ms|[smhd](?!illi|ore|onth))"
 DURATION = rf"(?i)(retryDelay|again in|retry in|retry after|wait)\W*(({PERIOD})+)"      # "1m59s"
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 LOOPBACK = re.compile(r"(([\w-]+\.)*localhost|127\.[\d.]+|0\.0\.0\.0|\[?::1)(?![\w.-])")
@@ -1343,7 +1343,7 @@ def fields(value: Any) -> dict:
 
 def is_number(text: str) -> bool:
     """Whether a text is a number such as "20" or "0.5"."""
-    return re.fullmatch(r"\d+\.?\d*", text) is not None
+    return re.fullmatch(r"\d+(\.\d*)?", text) is not None
 
 
 def asked_wait(headers: Any, text: str) -> float:

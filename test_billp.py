@@ -1817,6 +1817,23 @@ PARTS = [{"type": "thinking", "thinking": "so"}, {"type": "text", "text": "hel"}
          {"type": "output_text", "text": "lo"}]
 
 
+def test_the_longest_secret_is_starred_first():
+    headers = {"x-api-key": "sk-123456-extra"}
+    secrets = prompts.secrets_of("sk-123456", httpx.URL("https://a.example/v1"), headers)
+    assert secrets[0] == "sk-123456-extra" and "sk-123456" in secrets
+
+
+def test_a_wait_is_bounded_whatever_a_server_asks():
+    waits = []
+    route = prompts.Route(None, "", [], sleep=waits.append, notice=str)
+    prompts.pause(route, prompts.Fault(prompts.KINDS[-1], "", wait=1e12), 1)
+    assert waits == [prompts.LONGEST_WAIT]
+
+
+def test_a_token_count_is_a_whole_number():
+    assert [prompts.token_count(value) for value in (5, "5", 5.5, True)] == [5, None, None, None]
+
+
 @pytest.mark.parametrize("row", SURVIVED)
 def test_a_single_fault_is_survived(row):
     seen = client(response(*row))
