@@ -1135,8 +1135,8 @@ def test_a_reply_that_repeats_itself_is_read_quickly(piece):
     start = time.process_time()
     for parse in (prompts.parse_planner, prompts.parse_actor, prompts.parse_critic,
                   prompts.parse_reflector):
-        parse(prompts.spoken(f"Value: {500 * piece} better"))
-    assert time.process_time() - start < 2
+        parse(prompts.spoken(f"Value: {1500 * piece} better"))
+    assert time.process_time() - start < 5
 
 
 @given(junk | st.sampled_from(FILMS.titles), st.sets(st.integers(0, 199), max_size=198))
