@@ -9,12 +9,12 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
     V(s), A(s, a)  the critic's value of a state; the advantage r + gamma V(s') - V(s)
     verdict v_n    what the actor remembers of an action: 1 encouraged if A >= 0, else 0 discouraged
     M_P, M_A, M_C  the memories of planner, actor and critic (an `Agent`)
-    ask            one question to the model (prompts.Ask); its key seeds every random draw, so
+    ask            one question to the model (prompts.Ask); its key is the seed of the answer, so
                    that a run can be repeated
     malformed      a reply that a parser cannot use; after the last retry a role gives its fallback
 
 Recording (s, a) as encouraged makes it likelier that a is chosen in similar states. A
-policy-gradient step does the same to pi(a | s), by changing weights.
+policy-gradient step also raises pi(a | s), by changing weights and in proportion to A.
 
 All functions are pure. The model comes in as the argument `llm`, the embedding with the catalogue.
 Parallelism comes in as the argument `pmap`: any function that works like the built-in `map` and
@@ -41,7 +41,8 @@ from prompts import LLM, Ask, Candidate, Catalog, Key, Malformed
 class Config(NamedTuple):
     """The numbers and switches of the method. run.py makes them flags."""
     thoughts: bool = True           # the planner is asked for a thought t_n before each action
-    lessons: str = "nearest"        # which reflections the planner reads: none, latest or nearest
+    # which reflections the planner reads: none, latest or nearest; with none no one writes any
+    lessons: str = "nearest"
     experience: bool = True         # M_A, and with a baseline M_C, are written and recalled
     baseline: bool = True           # the critic's V(s) counts; otherwise V = 0, all is encouraged
     gamma: float = 0.5              # discount of later rewards; the paper's gamma
@@ -49,7 +50,7 @@ class Config(NamedTuple):
     k_experience: int = 200         # experiences recalled for the actor and counted for each item
     k_actions: int = 10             # remembered items shown to the actor if candidates is 0
     k_values: int = 8               # values recalled for the critic, enough to average
-    # free items shown to the actor; 0: only remembered ones, as in the paper
+    # free items to choose from; 0: the actor may name any and sees remembered ones, as in the paper
     candidates: int = 10
     lately: int = 4                 # steps the category tool looks back; as in the released code
     titles: int = 10                # items in a state's text and a prompt's list; as in the paper
@@ -219,7 +220,7 @@ class State(NamedTuple):
     text: str                       # the last `titles` lines, liked or shown, to search memories by
     vector: np.ndarray              # float32 [d], the embedding of the text
     taken: tuple[int, ...]          # items liked before or recommended in this session
-    top: float                      # the largest possible value of s_1: 5 at each step, discounted
+    top: float                      # the largest return of a session; the critic's V stays below
     thought: str = ""               # t_n, once the planner has spoken; for the actor alone
 
 
@@ -325,8 +326,8 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
               config: Config) -> tuple[Candidate, ...]:
     """The free items that the actor is shown, each once, the most promising first.
 
-    They are nearest to the thought. Without a thought they are nearest to the liked categories.
-    With `candidates` 0 they are the remembered ones.
+    They are nearest to what the thought asks for, or else to the liked categories; both times also
+    to liked categories not shown lately. With `candidates` 0 they are the remembered ones.
     """
     taken = () if config.repeats else state.taken
     counts = evidence(state, memory, config)        # (line, verdict) -> times
@@ -357,12 +358,14 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
           config: Config = DEFAULT) -> Output:
     """Micro level: the item a_n, given the thought, free items and the evidence for them.
 
-    If the reply names no free item, the listed item nearest to it is recommended. Without a list,
-    or with `candidates` 0 as in the paper, it is the nearest of all free items. Fallback: the first
-    item listed in the prompt, or else the free item nearest to the state.
+    If the reply names no free item, the listed item nearest to it is recommended (see
+    `prompts.ground`). Without a list, or with `candidates` 0 as in the paper, it is the nearest of
+    all free items. Fallback: the first item listed in the prompt, or else the free item nearest to
+    the state.
     """
     listed = shortlist(state, memory, catalog, config)
-    question = prompts.render_actor(state.key.step + 1, state.thought, listed)
+    form = prompts.ACTOR if config.candidates else prompts.OPEN_ACTOR
+    question = prompts.render_actor(state.key.step + 1, state.thought, listed, form)
     answer = consult(llm, "actor", state, question, prompts.parse_actor, config, "")
     taken = () if config.repeats else state.taken
     if answer.fallback:
@@ -534,12 +537,10 @@ def credit(trajectory: Trajectory, values: Sequence[float],
 def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAULT) -> Trajectory:
     """The episode with what it teaches: three small memories, not yet merged into the agent's."""
     asks_critic = config.experience and config.baseline
-    answers: tuple[Answer, ...] = ()
-    values = (0.0,) * (len(trajectory.steps) + 1)
-    if asks_critic:
-        answers = appraise(trajectory, agent, llm, config)
-        after_leaving = (0.0,) if trajectory.terminated else ()
-        values = tuple(answer.value for answer in answers) + after_leaving
+    answers = appraise(trajectory, agent, llm, config) if asks_critic else ()
+    values = tuple(answer.value for answer in answers)
+    # V is 0 once the user left, and everywhere if no critic is asked
+    values += (0.0,) * (len(trajectory.steps) + 1 - len(values))
     targets, advantages = credit(trajectory, values, config.gamma)
     m_p, m_a, m_c = EMPTY, EMPTY, EMPTY             # what this episode adds to the three memories
     for step, target, a in zip(trajectory.steps, targets, advantages):

@@ -16,7 +16,7 @@ roles has one trio: templates, `render_*` (the question, from what the role reca
 
 Prompts grow at the end: first what is fixed for the run, then the history, then the session, then
 what only this question needs. A server that caches prefixes recomputes little.
-Left out on purpose: streaming, tool calls, JSON modes, token counting.
+Left out on purpose: streaming (streamed answers are read), tool calls, JSON modes, token counting.
 """
 from __future__ import annotations
 
@@ -512,13 +512,13 @@ def fronts(line: str) -> tuple[str, str, str]:
     bold letters ends with them: '"Up" is fun' gives "Up".
 
     >>> fronts("1. The best one: Up [Children]")
-    ('1. The best one: Up ', '. The best one: Up ', 'Up ')
+    ('1. The best one: Up ', 'The best one: Up ', 'Up ')
     """
     emphasised = re.match(EMPHASISED, line)
     if emphasised:
         line = f"{emphasised['title']} {emphasised['year'] or ''}"
     title = line.partition("[")[0]
-    unnumbered = re.sub(r"^\W*\d{1,2}\b", "", title)
+    unnumbered = re.sub(r"^\W*\d{1,2}\b\W*", "", title)
     after_colon = before_reason(title).rpartition(": ")[2]
     return title, unnumbered, after_colon
 
@@ -753,6 +753,14 @@ Free items:
 
 Which of these free items fits {aim} best? Copy its title. Reply with one line:
 Free item: TITLE"""
+# without a list to choose from, as in the paper
+OPEN_ACTOR = """\
+{thought}
+Free items that were recommended in similar situations:
+{items}
+
+Which item fits {aim} best: one of these, or another that was not seen before? Reply with one line:
+Free item: TITLE"""
 
 VERDICT = ("discouraged", "encouraged")         # v_n = 0 and v_n = 1
 
@@ -827,7 +835,7 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
 
 
 def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
-    """What candidates are retrieved by: what the thought asks for, and categories not shown lately.
+    """What candidates are retrieved by: the thought's wish, and liked categories not shown lately.
 
     `closest` adds the texts up. Without a thought the first text is all that was liked, and the
     second the part of it that was not shown lately. So this part weighs double.
@@ -839,13 +847,16 @@ def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
     return [wish, *others]
 
 
-def render_actor(n: int, thought: str, candidates: Sequence[Candidate]) -> str:
-    """The actor's question at step n (from 1): the thought, then the items to choose from."""
+def render_actor(n: int, thought: str, candidates: Sequence[Candidate], form: str = ACTOR) -> str:
+    """The actor's question at step n (from 1): the thought, then the items to choose from.
+
+    `form` is ACTOR or OPEN_ACTOR.
+    """
     thought = clean(thought, 300)
     plan = f"Thought {n}: {thought}" if thought else ""
     items = bullets([render_candidate(candidate) for candidate in candidates])
     aim = "the thought" if thought else "the session"
-    return ACTOR.format(thought=plan, items=items, aim=aim)
+    return form.format(thought=plan, items=items, aim=aim)
 
 
 def parse_actor(text: str) -> str | Malformed:
@@ -1144,7 +1155,7 @@ KINDS = (                           # the first kind whose signs fit counts
     Kind("too late", 1, RESUME, "(408|409|429|5..) false"),     # told not to retry, or to wait long
     Kind("busy", 17, RESUME, "429|503"),        # the waits come to 75 s and more
     Kind("odd", 7, RESUME, "4.. true"),         # advised to retry
-    Kind("request", 1, "mend the request: --model, --extra-body or --header",
+    Kind("request", 1, "correct the request: --model, --extra-body or --header",
          "4(?!08|09)..|501|LocalProtocolError"),
     Kind("no server", 3, "start the server, or check --base-url, the proxy and SSL_CERT_FILE",
          r"ConnectError|ConnectTimeout|ProxyError|Unicode\w*Error"),
@@ -1203,7 +1214,7 @@ def without_query(url: Any) -> str:
 
 
 def starred(route: Route, text: str) -> str:
-    """The text with *** for every secret."""
+    """The text with *** for every secret that is long enough, see `secrets_of`."""
     for secret in route.secrets:
         text = text.replace(secret, "***")
     return text
@@ -1258,7 +1269,7 @@ def address(base_url: str, path: str) -> Any:
     if "://" not in base:
         scheme = "http" if LOOPBACK.match(base) else "https"
         base = f"{scheme}://{base}"
-    malformed = EndpointError("the base URL is no address: write it as http://localhost:8080/v1, "
+    malformed = EndpointError("the base URL is not a valid address: write it as http://localhost:8080/v1, "
                               "and a login as --header Authorization=...")
     try:
         url = httpx.URL(base)
@@ -1304,7 +1315,7 @@ def secrets_of(key: str, url: Any, headers: dict) -> list[str]:
         if SECRET.search(name):
             secrets += [value, *value.split()]          # "Bearer sk-..." and "sk-..."
     # Shorter ones are ordinary words, such as "none", EMPTY or "message", and may stand in answers.
-    long_enough = [text for text in secrets if len(text) >= (16 if text.isalpha() else 6)]
+    long_enough = [text for text in secrets if len(text) >= (12 if text.isalpha() else 6)]
     # One may be part of another: the longest is starred first.
     return sorted(long_enough, key=len, reverse=True)
 
@@ -1403,7 +1414,7 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
                 # httpx starts its clock again at each byte, also at those of blank lines that keep
                 # a connection alive. So there is a deadline of our own.
                 if time.monotonic() > deadline:
-                    return fault(route, "ReadTimeout", "the answer trickled in")
+                    return fault(route, "ReadTimeout", "the answer took longer than --timeout")
     except (httpx.HTTPError, UnicodeError) as error:
         return fault(route, type(error).__name__, str(error))
     if response.next_request:
@@ -1527,7 +1538,7 @@ def pause(route: Route, got: Fault, faults: int) -> None:
     backoff = min(0.5 * 2 ** (faults - 1), 8.0) * random.uniform(0.75, 1.0)
     wait = max(min(got.wait, LONGEST_WAIT), backoff)
     if wait > 5:
-        tell(route, "wait", f"{got.reason}; waiting {wait:.0f} s, perhaps again and again")
+        tell(route, "wait", f"{got.reason}; waiting {wait:.0f} s")
     if route.sleep(wait):
         raise EndpointError("stopped")
 
@@ -1726,7 +1737,8 @@ def keep(log: Log, ask: Ask, reply: Reply) -> Reply:
 def recorded(llm: LLM, log: Log) -> LLM:
     """The same model, answering from the log where it can: cache, resume and replay in one."""
     def answer(ask: Ask) -> Reply:
-        return log.known.get(hash_of(log, ask)) or keep(log, ask, llm(ask))     # a Reply is true
+        known = log.known.get(hash_of(log, ask))
+        return keep(log, ask, llm(ask)) if known is None else known
     return answer
 
 

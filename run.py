@@ -84,7 +84,7 @@ FLAGS = {                               # of each group: flags and what they do
         "episodes": "learning episodes (default 50; 100 in experiments)",
         "users": "held-out users to evaluate on (default 50)",
         "seed": "names every random draw (default 0)",
-        "workers": "episodes at once (default: 1 offline, else a batch); "
+        "workers": "sessions played at once (default: 1 offline, else a batch); "
                    "in offline experiments: runs at once (default: all cores)",
         "out": "run directory (default: one of its own under runs/)",
         "load": "go on from the memories of another run; with its world and seed, learners already "
@@ -99,7 +99,7 @@ FLAGS = {                               # of each group: flags and what they do
         "experiment": "one or more, such as table3,fig5, or all",
         "rows": "only these rows, such as react,billp",
         "models": "the models that table6 compares, such as a,b",
-        "seeds": "seeds of an experiment, from --seed on (default 5)",
+        "seeds": "number of seeds: --seed, --seed + 1, ... (default 5)",
         "cluster": "address of a dask.distributed scheduler for offline runs",
     },
     "a real model": {
@@ -114,7 +114,7 @@ FLAGS = {                               # of each group: flags and what they do
     },
     "method": {
         "thoughts": "ask the planner for a thought before each action",
-        "lessons": "reflections to read: none, latest or nearest",
+        "lessons": "reflections to read: none (and write none), latest or nearest",
         "experience": "write and recall the memories of actor and critic",
         "baseline": "use the critic's V(s); without it every action is encouraged",
         "gamma": "discount of later rewards; the paper's gamma",
@@ -122,7 +122,7 @@ FLAGS = {                               # of each group: flags and what they do
         "k_experience": "experiences recalled for the actor, counted for each item",
         "k_actions": "remembered items shown to the actor if --candidates is 0",
         "k_values": "values recalled for the critic",
-        "candidates": "free items shown to the actor; 0: only remembered ones, as in the paper",
+        "candidates": "free items to choose from; 0: the actor may name any, as in the paper",
         "lately": "how many steps back the category tool looks",
         "titles": "items in a state's text and in a prompt's list",
         "batch": "episodes between two updates of the memories",
@@ -141,7 +141,8 @@ FLAGS = {                               # of each group: flags and what they do
     },
 }
 NOTES = {
-    "method": "the row of --method may set other defaults for the first four",
+    "method": "--method sets --thoughts, --lessons, --experience and --baseline; these flags "
+              "override it",
     "rule of leaving": "if omitted, the world's own value is used"}
 MANY = 10**9                            # more than anybody asks for
 RANGES = {                              # of numbers; the others may be 0 to MANY
@@ -483,7 +484,7 @@ def run_directory(args: Namespace, config: Json) -> Path:
     name = f"{kind}-{label}-seed{args.seed}-{digest(dumps(config))[:6]}"
     path = args.out or Path("runs", name)
     earlier = read_object(path / "config.json")
-    changed = [name for name in {**earlier, **config} if earlier.get(name) != config.get(name)]
+    changed = [field for field in {**earlier, **config} if earlier.get(field) != config.get(field)]
     if earlier and changed:
         raise UserError(f"{path} holds a run of another configuration ({', '.join(changed)}); "
                         "choose another --out")
@@ -1138,7 +1139,8 @@ def critic_errors(
         states: int = 2, draws: int = 200) -> list[list[float]]:
     """[states, 6]: bias, variance and mean squared error of one return, then of the critic's V.
 
-    Errors are taken over `repeats` learning runs that differ in their random draws.
+    Errors are taken over `repeats` learning runs that differ in their random draws. The variance
+    divides by `repeats`, so that it and the squared bias add up to the mean squared error.
     """
     users = place.held_out[:states]
     errors = []
@@ -1384,8 +1386,7 @@ def experiments(args: Namespace, live: Live) -> None:
     build_place((language_jobs or jobs)[0].run)
     folder = run_directory(args, base._asdict() | flags)
     results = []
-    for samples in do_jobs(args, jobs, folder, live):
-        run = jobs[len(results)].run
+    for samples, (run, _) in zip(do_jobs(args, jobs, folder, live), jobs):
         results.append(samples)
         say(f"{len(results)} of {len(jobs)} runs: {run.method}, {run.episodes} episodes, "
             f"seed {run.seed}")

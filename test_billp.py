@@ -177,7 +177,7 @@ def play(catalog, replies, **options):
 
 def listed(ask):
     """The items that an actor's prompt lists: pairs of a line and its evidence."""
-    text = ask.messages[1][1].partition("\nFree items:\n")[2].partition("\n\n")[0]
+    text = re.search(r"(?s)\nFree items[^\n]*:\n(.*?)\n\n", ask.messages[1][1])[1]
     return re.findall(r"(?m)^- (.*?\])(.*)$", text)
 
 
@@ -640,6 +640,9 @@ def test_without_candidates_experience_is_shown_and_nothing_else():
     act, _ = billp.actor(STATE, memory, llm, CATALOG, config)
     assert act.recalled == (Candidate(c, 1, 0), Candidate(b, 1, 0))
     assert listed(asks[0]) == [(c, " encouraged 1"), (b, " encouraged 1")]
+    # Without a list the model may name any item; with one it chooses.
+    billp.actor(STATE, memory, llm, CATALOG)
+    assert ["or another" in ask.messages[1][1] for ask in asks] == [True, False]
 
 
 def test_no_prompt_lists_an_item_twice_or_a_taken_one():
