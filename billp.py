@@ -163,10 +163,11 @@ def records(memory: Memory) -> tuple[Record, ...]:
 
 def record_at(memory: Memory, i: int) -> Record:
     """The i-th oldest record."""
+    start = 0
     for chunk in memory:
-        if i < len(chunk.records):
-            return chunk.records[i]
-        i -= len(chunk.records)
+        if i < start + len(chunk.records):
+            return chunk.records[i - start]
+        start += len(chunk.records)
     raise IndexError("a memory has no record of this number")
 
 

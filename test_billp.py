@@ -887,18 +887,35 @@ EFFECTS = re.compile(
     r"|(os|sys|time|datetime|threading|subprocess|socket|httpx|random)\."
     r"|np\.random\.(?!default_rng\([^)]|SeedSequence\([^)])"
     r"|.*\.(read|write)_(text|bytes)\(")
+# methods that change what they are called on, as in "rows.append(1)" or "rows[0].sort()"
+CHANGES = re.compile(
+    r"(\w+)[^(]*\.(append|extend|insert|remove|pop|popitem|clear|update|sort|reverse|add|discard"
+    r"|setdefault|fill|put|resize)\(|next\((\w+)")
 STATEMENTS = (ast.Global, ast.Nonlocal, ast.Delete, ast.Import, ast.ImportFrom)
 
 
 def is_impure(node, parameters):
     """Whether a part of a function changes a parameter, or reads or changes the world."""
+    text = ast.unparse(node)
     if isinstance(node, ast.Call):
-        return bool(EFFECTS.match(ast.unparse(node)))
+        change = CHANGES.match(text)
+        changed = change and (change[1] or change[3])
+        return bool(EFFECTS.match(text)) or changed in parameters
+    if isinstance(node, ast.AugAssign):
+        return re.match(r"\w+", text)[0] in parameters
     if isinstance(node, ast.Attribute):
         return isinstance(node.ctx, ast.Store)
     if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
-        return re.match(r"\w*", ast.unparse(node))[0] in parameters
+        return re.match(r"\w*", text)[0] in parameters
     return isinstance(node, STATEMENTS)
+
+
+@pytest.mark.parametrize("body", [
+    "rows.append(1)", "rows[0].sort()", "next(rows)", "rows += [1]", "rows[0] = 1", "rows.x = 1",
+    "print(rows)", "time.sleep(1)", "global rows"])
+def test_the_check_of_purity_finds_changes(body):
+    parts = ast.walk(ast.parse(f"def f(rows):\n    {body}"))
+    assert any(is_impure(part, {"rows"}) for part in parts)
 
 
 @pytest.mark.parametrize("module, effects", [
