@@ -1,7 +1,7 @@
-"""Runs what the README shows, in its order: shell blocks here, Python blocks in a folder with the five files alone.
+"""Runs what the README shows, in its order: shell blocks here, Python blocks in a folder with the four modules alone.
 
 A text block right behind a shell block must be what the command prints, except for seconds. The text block under
-"A prompt and its reply" must stand in what `--prompts` prints. Doctests are run by pytest's neighbour, doctest.
+"A prompt and its reply" must stand in what `--prompts` prints. `.ci/run` runs the doctests of the README.
 """
 import os
 import pathlib
