@@ -184,17 +184,22 @@ def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
 
 # What models think aloud stands between such marks. In both patterns spaces and comments do not
 # count.
-THINKING = "(think|thinking|thoughts?|reason|reasoning|analysis|scratchpad)"
+THINKING = r"(\w+[:_])? (think|thinking|thoughts?|reason|reasoning|analysis|scratchpad) (_\w+)?"
 OPENING = re.compile(rf"""(?isx)
-    <\|? (\w+:|begin_of_|start_)? {THINKING} \b [^<>]* >    # <think>, <thinking effort="high">
-    | [\[◁] think [\]▷]                 # Mistral, Kimi
+    <\|? (?!end_) {THINKING} \b [^<>]* >        # <think>, <chain_of_thought>, <thinking n="1">
+    | [\[◁] think(ing)? [\]▷]           # Mistral, Kimi
+    | <unused94>                        # MedGemma
+    | ^ \s* here[ ]is[ ]my[ ]thought[ ]process:         # Granite
     | <\|channel>thought                # Gemma
     | <\|channel\|> (?! \s*final)       # gpt-oss
     | ^ analysis (?= .*assistantfinal)  # gpt-oss behind a server that drops the marks
     """)
 ENDING = re.compile(rf"""(?isx)
-    <\|? (/ \|? (\w+:)? | end_ (of_)?) {THINKING} \b [^<>]* >
-    | [\[◁] /think [\]▷]
+    <\|? (/ \|? | end_ (of_)?) {THINKING} \b [^<>]* >
+    | [\[◁] /think(ing)? [\]▷]
+    | <unused95>
+    | here[ ]is[ ]my[ ]response:
+    | \[begin[ ]final[ ]response\]      # Apriel
     | <channel\|>
     | <\|channel\|> \s*final ([^<]*<\|message\|>)?
     | assistantfinal
@@ -268,12 +273,13 @@ def segment(text: str, labels: Sequence[str]) -> str:
     """The text after the first of these labels with text behind it. It ends at the next turn.
 
     It is "" if there is no such label. Models often play several turns in one reply: only the first
-    counts.
+    counts. The same label again is no new turn, but the next line of a list.
     """
     heads = heads_of(text)
     for i, head in enumerate(heads):
         if head.name in labels:
-            next_turns = [later.start for later in heads[i + 1:] if later.name in TURNS]
+            others = [later for later in heads[i + 1:] if later.name != head.name]
+            next_turns = [later.start for later in others if later.name in TURNS]
             end = next_turns[0] if next_turns else len(text)
             content = text[head.end:end].strip()
             if content:
@@ -284,15 +290,17 @@ def segment(text: str, labels: Sequence[str]) -> str:
 # A title may begin like a refusal, "Sorry, Wrong Number": so more of the sentence is needed.
 I_AM = "(i[ ]am|i[ ]?['’]?m)"
 REFUSAL = re.compile(rf"""(?ix) \W* (unfortunately\W+)? (       # spaces and comments do not count
-      ({I_AM} [ ] (\w+[ ])?)? sorry                                         # "I'm sorry, but"
+      ({I_AM} [ ] (\w+[ ])?)? sorry    # "I'm sorry, but"
       (\W*$ | \W+(but|that|as)\b | \W+i(['’]m|[ ](am|can|could|do|won)))
-    | i[ ]apologi[sz]e\b
-    | as[ ]an?[ ](\w+[ ])?(ai|language[ ]model)\b
-    | {I_AM} [ ] (unable|not[ ]able) [ ] to\b
+    | (i[ ]apologi[sz]e | my[ ]apologies | i[ ]must[ ]decline)\b
+    | (as | {I_AM}([ ](just|only))?) [ ]an?[ ](\w+[ ])?(ai|language[ ]model)\b
+    | ({I_AM}[ ])? (unable|not[ ]able|not[ ]programmed) [ ] to\b
+    | {I_AM} [ ] not [ ] comfortable\b
     | i [ ] (do[ ]not|don['’]?t) [ ] have [ ] (enough|access|any)\b
-    | i [ ] (can(not|['’]?t|[ ]not)|won['’]?t)                              # "I can't help"
+    | ({I_AM}[ ]afraid[ ](that[ ])?)? i [ ] (can(not|['’]?t|[ ]not)|won['’]?t)
       (\W*$ | [ ](help(?![ ]but[ ](recommend|suggest|choose|pick))|assist|recommend|suggest
-              |provide|comply|answer|fulfill?|choose|determine)\b)
+              |provide|comply|answer|fulfill?|choose|determine|create|generate|engage|discuss
+              |share|continue|do[ ](that|this|so))\b)                           # "I can't help"
     )""")
 
 
@@ -311,7 +319,8 @@ def unmarked(line: str) -> str:
     >>> unmarked('- **"Up"** is fun'), unmarked('"Up" is fun')
     ('Up is fun', 'Up is fun')
     """
-    content = re.sub("[*`]|__", "", clean(line)).strip(' _#>-•"{}')
+    line = re.sub(r'",\s*"\w+":\s*"', ", ", clean(line))           # two fields of JSON
+    content = re.sub("[*`]|__", "", line).strip(' _#>-•"{}')
     if content.count('"') % 2:          # the other one was stripped here, or with a label
         content = content.replace('"', "")
     return clean(content)               # no two spaces where a mark was
@@ -477,6 +486,7 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
 
     The longest title counts. Its year may be left out or be one off. Its subtitle may be left out
     if nothing but the year follows. If the words begin with no title, it is `[], 0`.
+    If they begin with a title and another film's year, there are no items.
     """
     for size in range(min(LONGEST, len(words)), 0, -1):
         name = named_by(words[:size])
@@ -486,9 +496,10 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
         items = catalog.names.get(name, [])
         if not items and nothing_follows:
             items = catalog.mains.get(name, [])
-        if year_words:
-            # No items are left if the year is another's, as in "Alien 2009": try fewer words.
+        if items and year_words:
             items = of_year(items, int(following), catalog)
+            if not items:               # "Alien 2009": another film of this title
+                return [], size
         if items:
             return items, size + year_words
     return [], 0
@@ -547,17 +558,22 @@ def titles_within(text: str, catalog: Catalog) -> list[int]:
     A title of one word needs a capital or a digit: "Try Up", "Try 9", not "it is set up well".
     """
     words = words_of(text)
+    years = re.findall(r"\S ?\((\d{4})\)", text)       # "Ali (2001)" does not name the film 2001
     items = []
     while words:
         titled, words_used = leading_title(words, catalog)
         if titled and (words_used > 1 or not words[0].islower()):
             items += titled
         words = words[max(words_used, 1):]
+        if words and words[0] in years:
+            words = words[1:]
     return items
 
 
 def mentioned(text: str, catalog: Catalog) -> list[int]:
-    """The items that a text names, the likeliest first: in bold, in front of a line, anywhere else.
+    """The items that a text names, the likeliest first.
+
+    They stand in bold, in front of a line, behind a word such as "recommend", or anywhere else.
 
     Case, accents, marks, quotation, the place of an article and words after the title do not
     matter. Titles in a reason count only if they are bold, or if there are no others.
@@ -565,6 +581,9 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     part = item_part(text)
     bold = "\n".join(match[0] for match in re.finditer(BOLD, part))
     items = titles_in_front(bold, catalog) + titles_in_front(part, catalog)
+    _, *choices = re.split(r"(?i)\b(?:recommend|suggest|choose|pick|go with)\b", part)
+    for choice in choices[-1:]:                 # "I considered Jaws, but I recommend Alien"
+        items += titles_within(before_reason(choice), catalog)
     items += titles_within(before_reason(part), catalog)
     if items:
         return items
@@ -918,12 +937,15 @@ def parse_critic(text: str) -> float | Malformed:
     >>> parse_critic("The value of 3 more films.\\nValue 4: 7.5"), parse_critic("(3 more) 7,5")
     (7.5, 7.5)
     """
+    text = re.sub(r"(?i)\b(out of|of a maximum of|at most) [\d.]+", " ", text)       # the scale
     outside = re.sub(r"[(（].*?[)）]", " ", text)
     sentences = list(VALUE_SAID.finditer(outside))
     last_sentence = sentences[-1] if sentences else None
     attempts = (VALUE_LINE.search(outside),         # "Value: 7"
                 last_sentence,                      # "the value of this state is 7"
                 VALUE_LINE.search(text),            # "Value: (7)"
+                re.search(rf"(?i)\banswer\b[^\d\n]*?{NUMBER}", outside),
+                re.search(rf"(?m)^[\s*_$]*{NUMBER}[\s*_$.]*$", outside),        # alone in its line
                 re.search(NUMBER, outside),
                 re.search(NUMBER, text))
     for match in attempts:
@@ -1116,7 +1138,8 @@ class Kind(NamedTuple):
     tries: int                      # how often such a request is sent in all
     cure: str                       # what the user can do after the last one
     signs: str                      # a regular expression for "LABEL ADVICE BODY", see `judged`
-    is_reply: bool = False          # the ask counts as answered, so that the run can finish
+    patience: int = 1               # asks in a row that end the run; until then each counts as
+                                    # answered, without a text
 
 
 RESUME = "wait, then run the same command: it resumes"
@@ -1124,31 +1147,35 @@ ELSEWHERE = "use the address it names as --base-url"
 OTHER_MODEL = "try another --model"
 KINDS = (                           # the first kind whose signs fit counts
     Kind("credit", 1, "top up the account, then run the same command: it resumes",
-         r"402|(400|403|429) .*(insufficient[\w ]*(quota|balance|funds|credit)|billing_"
+         r"402|(400|403|429|500) .*(insufficient[\w ]*(quota|balance|funds|credit)|billing_"
          r"|credit balance|arrearage|budget.{0,20}exceeded|exceeded.?budget"
          r"|exceeded_current_quota)"),
     Kind("blocked", 1, "look at the prompt, or try another --model",
-         r"finish_reason (content_filter|refusal|missing)"
-         r"|(400|403|422) .*(content.?(filter|policy|exists.risk)|moderation|flagged|safety"
+         r"finish_reason (content_filter|refusal)"
+         r"|(400|403|422) .*(content.?(filter|policy|exists.risk)|moderation|flagged|safety(?!_)"
          r"|inappropriate|guardrail|guideline|prohibited.?(content|word|topic|input))",
-         is_reply=True),
+         patience=100),                 # one user's history may be blocked at every step
     Kind("broken off", 4, OTHER_MODEL,
-         r"finish_reason (error|insufficient)|(400|422) .*tool_use_failed",
-         is_reply=True),
+         r"finish_reason ((network_)?error|abort|insufficient|missing)"
+         r"|(400|422) .*tool_use_failed",
+         patience=100),
     Kind("overrun", 1, "raise --reply-tokens, or switch reasoning off by --extra-body",
-         "finish_reason length", is_reply=True),
-    Kind("nothing", 2, OTHER_MODEL, "finish_reason", is_reply=True),
+         "finish_reason length", patience=20),
+    Kind("nothing", 2, OTHER_MODEL, "finish_reason", patience=100),
     Kind("context", 1, "allow fewer tokens: --titles, --transcript or --reply-tokens",
          r"413|429 .*request too large"
          r"|(400|422|500) .*(context.{0,20}(length|size|window|limit)|too many tokens"
-         r"|(prompt|input|request).{0,40}(too (long|large)|exceed)|reduce the length"
-         r"|less than \d+ tokens|longer than the maximum)"),
+         r"|(prompt|input|request).{0,40}too (long|large)|reduce the length"
+         r"|less than \d+ tokens|longer than the maximum)"
+         # a 500 that says "exceeded" is often a time or a number of requests
+         r"|(400|422) .*((prompt|input|request).{0,40}exceed|input_too_large|prompt length"
+         r"|max_new_tokens\W{0,3}must be|input length should)"),
     Kind("reply tokens", 1, "choose another --reply-tokens",
          r"(400|422) (?=.*max_\w*tokens).*\b(too|must be|reached|exceed|most|least|less|greater"
          r"|maximum|minimum|range|limit)"),
     Kind("key", 1, "check OPENAI_API_KEY, and whether it may use this model",
          r"401|403|400 .*(api.?key|authorization header)"),
-    Kind("address", 1, "check --base-url, --model and --embed-model", "404|405"),
+    Kind("address", 1, "check --base-url, --model and --embed-model", "404|405|500 .*unexpected endpoint"),
     Kind("moved", 1, ELSEWHERE, "3.."),
     Kind("page", 2, "does --base-url lack its /v1?", "2.."),
     Kind("vectors", 2, "choose another --embed-model", "embeddings"),
@@ -1203,7 +1230,7 @@ class Route:
     extra: dict = field(default_factory=dict)       # the user's own fields of each request
     sleep: Callable = time.sleep    # seconds -> true when the run was told to stop
     notice: Callable = warnings.warn                # takes a line for the user
-    stats: dict = field(default_factory=dict)       # requests, retries, empty, system_fingerprint
+    stats: dict = field(default_factory=dict)       # requests, retries, system_fingerprint
     refused: set = field(default_factory=set)       # names in INSTEAD
     topics: set = field(default_factory=set)        # of which the user was told
 
@@ -1273,12 +1300,13 @@ def address(base_url: str, path: str) -> Any:
                               "and a login as --header Authorization=...")
     try:
         url = httpx.URL(base)
-    except httpx.InvalidURL:
+        host = url.host
+    except (httpx.InvalidURL, UnicodeError):
         raise malformed from None
     # A login in an address is refused: a / or a ? in a password would end the host part, and the
     # rest would be shown.
     has_form = re.fullmatch("(?i)https?://[^@]+", base)
-    if not (has_form and url.host and (url.port or 0) < 65536):
+    if not (has_form and host and (url.port or 0) < 65536):
         raise malformed
     root = re.sub("/(chat/completions|embeddings)$", "", url.path.rstrip("/") or "/v1")
     return url.copy_with(path=f"{root}/{path}")
@@ -1314,6 +1342,9 @@ def secrets_of(key: str, url: Any, headers: dict) -> list[str]:
     for name, value in headers.items():
         if SECRET.search(name):
             secrets += [value, *value.split()]          # "Bearer sk-..." and "sk-..."
+    for secret in tuple(secrets):
+        escaped = json.dumps(secret)[1:-1]              # as it stands in a JSON body
+        secrets += [escaped, escaped.replace("/", r"\/")]
     # Shorter ones are ordinary words, such as "none", EMPTY or "message", and may stand in answers.
     long_enough = [text for text in secrets if len(text) >= (12 if text.isalpha() else 6)]
     # One may be part of another: the longest is starred first.
@@ -1337,10 +1368,12 @@ def connect(base_url: str, path: str, key: str | None = None, *, timeout: float 
             timeout=httpx.Timeout(timeout, connect=10),
             limits=httpx.Limits(),                          # no limit to connections
             trust_env=not LOOPBACK.match(url.host),         # a proxy cannot reach this machine
+            # reads SSL_CERT_FILE, also for this machine
+            verify=httpx.create_ssl_context() if url.scheme == "https" else True,
             transport=transport)
     except (ImportError, ValueError, OSError, httpx.InvalidURL):
         raise EndpointError("no client can be made: check HTTP_PROXY, HTTPS_PROXY, ALL_PROXY "
-                            "(socks needs httpx[socks]) and SSL_CERT_FILE") from None
+                            "(socks needs httpx[socks]), NO_PROXY and SSL_CERT_FILE") from None
     return Route(client, url, secrets_of(key, url, sent), **options)
 
 
@@ -1385,7 +1418,7 @@ def asked_wait(headers: Any, text: str) -> float:
 
 def decoded(text: str) -> dict:
     """The JSON object in a body. Some servers stream unasked: pieces are joined to one object."""
-    if not re.match(r"\s*(data:|event:|:)", text):          # a line of comment begins with :
+    if not re.match(r"\s*(data|event|id|retry)?:", text):       # a line of comment begins with :
         return json.loads(text)
     pieces = [json.loads(line) for line in re.findall(r"(?m)^data:\s*({.*)", text)]
     last, content = {}, ""
@@ -1462,7 +1495,8 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     if wait > LONGEST_WAIT:
         advice = "false"
     message = error.get("message") or text or "an empty body"
-    more = error.get("metadata") or ""          # what the provider behind OpenRouter says
+    # what the provider behind OpenRouter says; the name of a refused parameter; a gateway's cause
+    more = error.get("metadata") or error.get("param") or error.get("cause") or ""
     got = fault(route, status, f"{message} {more}", f"{advice} {text[:5000]}")
     return got._replace(wait=wait)
 
@@ -1576,7 +1610,7 @@ def usage_of(route: Route, ask: Ask, data: dict) -> Usage:
     prompt = token_count(counts.get("prompt_tokens"))
     cached = token_count(fields(counts.get("prompt_tokens_details")).get("cached_tokens"))
     sent = len(str(ask.messages))
-    if prompt and sent > 8 * prompt + 1000:
+    if prompt and sent > 5 * prompt + 1000:         # a token of such text has about 4 characters
         tell(route, "cut", f"counts {prompt} tokens in a prompt of {sent} characters: it may "
                            "cut prompts silently (Ollama: raise num_ctx)")
     return Usage(prompt, cached, token_count(counts.get("completion_tokens")))
@@ -1592,16 +1626,21 @@ def heard(route: Route, ask: Ask, data: dict) -> Any:
         system = starred(route, str(data["system_fingerprint"]))
         with LOCK:
             route.stats["system_fingerprint"] = clean(system, 200)
-    choice = data["choices"][0] if data["choices"] else {"finish_reason": "missing"}
+    if data["choices"]:
+        choice = data["choices"][0]
+    else:                           # what else the body says, without what differs each time
+        said = {name: data[name] for name in data.keys() - {"id", "created", "usage"}}
+        choice = {"finish_reason": "missing", "error": json.dumps(said, sort_keys=True)}
     finish = choice.get("finish_reason")
     message = fields(choice.get("message"))
     refusal = message.get("refusal")
     content = message.get("content") or ""
     if isinstance(content, list):               # of parts
-        content = "".join(part.get("text", "") for part in content)
+        content = "".join(part.get("text") or "" for part in content)
     text = spoken(starred(route, content))
     usage = usage_of(route, ask, data)
-    if text and not re.match("error|insufficient|content_filter", str(finish)):
+    broken_off = re.match("(network_)?error|abort|insufficient|content_filter", str(finish))
+    if text and not broken_off and not choice.get("error"):
         return Reply(text, usage)
     label = "refusal" if refusal else finish
     reason = refusal or choice.get("error") or "and no text"
@@ -1625,19 +1664,17 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
     """
     route = connect(base_url, "chat/completions", key, **options)
     has_spoken = False              # some reply had a text
-    silent = 0                      # replies without one
+    silent = 0                      # asks without a text since the last one with a text
 
     def answer(ask: Ask) -> Reply:
         nonlocal has_spoken, silent
         got = persist(route, chat_body(model, ask), lambda data: heard(route, ask, data))
         if isinstance(got, Reply):
-            has_spoken = True
+            has_spoken, silent = True, 0
             return got
-        if not got.kind.is_reply:
-            raise failed(route, got)
         silent += 1
-        count(route.stats, "empty", got.reason)
-        if silent >= 10 and not has_spoken:         # some setting must be wrong
+        # If there has been no text at all, some setting must be wrong.
+        if silent >= (got.kind.patience if has_spoken else min(got.kind.patience, 10)):
             raise failed(route, got)
         tell(route, "empty", f"an empty reply, because {got.reason}; {got.kind.cure}")
         return Reply("", got.usage, got.reason)
@@ -1686,6 +1723,8 @@ def embeddings(base_url: str, model: str, key: str | None = None, **options: Any
                 batch = len(part) // 2      # too much for one request; so it stays from now on
             else:
                 raise failed(route, got)
+        if len({len(row) for row in rows}) > 1:
+            raise EndpointError(f"{without_query(route.url)}: embeddings of different sizes")
         return np.array(rows)
     return answer
 

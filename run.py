@@ -575,7 +575,8 @@ def agent_of(saved: Json, embed: Embed) -> Agent:
 class Live(NamedTuple):
     """What is known of a command's calls at any moment, however it ends. Threads share it."""
     counts: dict[str, Counter]  # of each role: calls, and the tokens that the server counts
-    stats: Json                 # asked: answers that were not in the log; what a Route counts
+    stats: Json                 # asked: answers that were not in the log; empty: replies without a
+                                # text, by reason; what a Route counts
     failures: list[Exception]   # of calls that failed for good
     stop: Event                 # set when no further call shall begin
 
@@ -596,6 +597,8 @@ def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
             live.failures.append(error)
         live.stop.set()
         raise
+    if reply.reason:
+        prompts.count(live.stats, "empty", reply.reason)
     with prompts.LOCK:
         counts = live.counts[ask.role]
         counts["calls"] += 1
