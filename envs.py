@@ -193,15 +193,21 @@ def check(env: Env) -> None:
     """
     n, m = len(env.histories), len(env.titles)
     demand(n > 0 and m > 0, f"a world of {n} users (histories) and {m} items (titles)")
-    demand(0 <= env.learners <= n, f"learners is {env.learners} for {n} histories")
+    is_whole = isinstance(env.learners, (int, np.integer))
+    demand(is_whole and 0 <= env.learners <= n, f"learners is {env.learners} for {n} histories")
     for name in ("years", "belongs", "vectors"):
         rows = len(getattr(env, name))
         demand(rows == m, f"{name} has {rows} rows for {m} titles")
+    for name in ("belongs", "vectors"):
+        array = getattr(env, name)
+        is_matrix = isinstance(array, np.ndarray) and array.ndim == 2
+        demand(is_matrix, f"{name} must be a numpy array [items, ...]")
     c = len(env.categories)
     demand(np.shape(env.belongs) == (m, c), f"belongs needs a column for each of {c} categories")
     demand(np.isfinite(env.vectors).all(), "vectors has numbers that are not finite")
     items = set(range(m))
     for user, history in enumerate(env.histories):
+        demand(np.ndim(history) == 1, f"the history of user {user} is no list of items")
         strangers = set(history) - items
         demand(not strangers, f"the history of user {user} has {strangers}, not one of 0..{m - 1}")
 

@@ -581,7 +581,8 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     part = item_part(text)
     bold = "\n".join(match[0] for match in re.finditer(BOLD, part))
     items = titles_in_front(bold, catalog) + titles_in_front(part, catalog)
-    _, *choices = re.split(r"(?i)\b(?:recommend|suggest|choose|pick|go with)\b", part)
+    chosen = r"(?i)\b(?:recommend|suggest|choose|pick|go with|(?:answer|choice|fit) is)\b|\\boxed"
+    _, *choices = re.split(chosen, part)
     for choice in choices[-1:]:                 # "I considered Jaws, but I recommend Alien"
         items += titles_within(before_reason(choice), catalog)
     items += titles_within(before_reason(part), catalog)

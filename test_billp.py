@@ -1447,10 +1447,13 @@ def test_the_rule_at_its_borders(place, rating, rule, borne):
     ("histories", [], "0 users"),
     ("histories", [[0.5]], "0.5"),
     ("histories", [[3]], "3"),
+    ("histories", [0], "no list"),
     ("years", (1999,), "years"),
     ("learners", 2, "learners"),
+    ("learners", 1.0, "learners"),
     ("belongs", np.ones((2, 3), bool), "belongs"),
     ("belongs", np.ones((3, 9), bool), "categories"),
+    ("vectors", [[1], [2], [3]], "numpy array"),
     ("vectors", np.ones((2, 2)), "vectors")])
 def test_check_refuses_a_world_that_does_not_fit(field, value, words):
     env = hand_world((0, 9, 20), (5, 5, 5))
