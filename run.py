@@ -62,7 +62,7 @@ STAND_IN = ("offline, a rule-based stand-in: it shows the mechanism at work "
 WORLDS = "films, csv:DIR, movielens:DIR, steam:DIR, amazon:DIR"
 Json = dict[str, Any]               # a JSON object
 Table = Sequence[Sequence[str]]     # rows of texts; the first is the heading
-METHODS = (*envs.POLICIES, *billp.METHODS)
+METHOD_NAMES = (*envs.POLICIES, *billp.METHODS)
 ROLES = ("planner", "actor", "critic", "reflector")
 
 
@@ -79,7 +79,7 @@ def say(text: str) -> None:
 
 FLAGS = {                               # of each group: flags and what they do
     "one run": {
-        "method": f"{', '.join(METHODS)} (default billp)",
+        "method": f"{', '.join(METHOD_NAMES)} (default billp)",
         "world": f"{WORLDS} (default films)",
         "episodes": "learning episodes (default 50; 100 in experiments)",
         "users": "held-out users to evaluate on (default 50)",
@@ -150,8 +150,8 @@ RANGES = {                              # of numbers; the others may be 0 to MAN
     "timeout": (0.001, 10**6), "gamma": (0, 1), "lately": (1, 1000), "titles": (1, 1000),
     "batch": (1, MANY), "transcript": (1000, MANY), "temperature": (0, 2),
     "reply_tokens": (1, MANY), "retries": (0, 100), "window": (1, 1000), "max_steps": (1, 10**5)}
-SWITCHES = ("thoughts", "lessons", "experience", "baseline")           # what METHODS sets
-CHOICES = {"method": METHODS, "lessons": ("none", "latest", "nearest")}
+SWITCHES = ("thoughts", "lessons", "experience", "baseline")           # what billp.METHODS sets
+CHOICES = {"method": METHOD_NAMES, "lessons": ("none", "latest", "nearest")}
 DEFAULTS = {                            # of flags that are no field of Config or of the rule
     "episodes": 50, "users": 50, "method": "billp", "world": "films", "seed": 0, "seeds": 5,
     "workers": 0, "timeout": 300.0, "header": (), "extra_body": "{}", "max_calls": MANY,

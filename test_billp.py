@@ -2276,7 +2276,7 @@ def test_replies_of_no_use_are_counted(tmp_path, monkeypatch):
     assert summary["ungrounded"] == 1
 
 
-@pytest.mark.parametrize("method", run.METHODS)
+@pytest.mark.parametrize("method", run.METHOD_NAMES)
 def test_every_method_runs_and_shows_its_episodes(method, tmp_path):
     flags = ("--episodes", 2, "--users", 2, "--max-steps", 3, "--method", method)
     assert f"{method} on films" in succeed(*flags, "--out", tmp_path)
