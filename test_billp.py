@@ -218,7 +218,8 @@ LOGGED = dict(zip(ASKS, [GOOD, Reply("", GOOD.usage, "flagged"), Reply("b")]))
 def completion(content="hello", finish="stop", usage=USAGE, **more):
     """A response with a chat completion."""
     choice = {"message": {"content": content, **more}, "finish_reason": finish}
-    return httpx.Response(200, json={"choices": [choice], "usage": usage})
+    answer = {"choices": [choice], "usage": usage, "system_fingerprint": f"fp {SECRET}"}
+    return httpx.Response(200, json=answer)
 
 
 def response(status, body="", header=""):
@@ -404,7 +405,8 @@ def stand_in(body):
         return 200, json.dumps({"data": [{"embedding": row} for row in rows]})
     prompt, role = prompt_and_role(body)
     text = prompts.READERS[role](prompt, body["seed"])
-    return 200, json.dumps({"choices": [{"message": {"content": text}}]})
+    answer = {"choices": [{"message": {"content": text}}], "system_fingerprint": "fp_1"}
+    return 200, json.dumps(answer)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -1064,7 +1066,7 @@ def test_a_reply_names_what_a_person_reads(name, reply, taken):
 @pytest.mark.parametrize("name, reply", table(r"""
 Alien | Action 1: recommend Alien (1979) ; **Alien** because Jaws is too mild
 Alien | Free item: Alien (1979), a tense film like Jaws ; Free item: Alien\nReason: Jaws was liked
-Alien | I'd like Alien, because Jaws was tense
+Alien | I'd like Alien, because Jaws was tense ; I would like Alien, because Jaws was tense
 Heat | Heat
 """))
 def test_a_taken_title_stands_for_its_categories(name, reply):
@@ -1779,8 +1781,11 @@ def test_a_wait_is_bounded_whatever_a_server_asks():
     assert waits == [prompts.LONGEST_WAIT]
 
 
-def test_a_token_count_is_a_whole_number():
-    assert [prompts.token_count(value) for value in (5, "5", 5.5, True)] == [5, None, None, None]
+@pytest.mark.parametrize("usage", [
+    None, {"prompt_tokens": None, "prompt_tokens_details": None},
+    {"prompt_tokens": True, "completion_tokens": "5"}, {"prompt_tokens": 5.5}])
+def test_a_token_count_that_is_no_number_is_unknown(usage):
+    assert client(completion(usage=usage)).ask(ASK).usage == Usage()
 
 
 @pytest.mark.parametrize("row", SURVIVED)
@@ -1825,16 +1830,20 @@ def test_a_prompt_that_seems_cut_is_told_once():
 
 
 def test_what_is_asked():
+    """Half of a split character is sent as a question mark."""
     seen = client(extra={"enable_thinking": False}, headers={"X-Team": "a b"})
-    seen.ask(ASK)
+    seen.ask(ASK._replace(messages=(("system", "Be brief."), ("user", "Am\ud800lie"))))
     assert seen.bodies[0] == {
-        "model": "m", "messages": [{"role": "user", "content": "Be brief.\n\nHi"}],
+        "model": "m", "messages": [{"role": "user", "content": "Be brief.\n\nAm?lie"}],
         "max_tokens": 256, "temperature": 0.5, "seed": prompts.seed_of(ASK.key),
         "enable_thinking": False}
     headers = seen.requests[0].headers
     assert headers["Authorization"] == f"Bearer {SECRET}" and headers["X-Team"] == "a b"
     seen = client(key=" \n")
     assert seen.ask(ASK) == GOOD and "Authorization" not in seen.requests[0].headers
+    seen = client(headers={"authorization": "Bearer mine"})
+    seen.ask(ASK)
+    assert seen.requests[0].headers.get_list("authorization") == ["Bearer mine"]
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "temperature", "seed"])
@@ -1861,7 +1870,9 @@ Retry-After: {SOON} | no | 20 | 115
 retry-after-ms: 1500 ; x: y | try again in 1500ms | 1.5 | 1.5
 x: y | Please try again in 12s. ; Please wait 12 seconds | 12 | 12
 x: y | {{"error": {{"details": [{{"retryDelay": "36s"}}]}}}} | 36 | 36
-x: y | wait a moment | .37 | .5
+x: y | try again in 1m59.5s | 119.5 | 119.5
+x: y | Please retry after 2 minutes | 120 | 120
+x: y | wait a moment ; retry after 500 milliseconds ; Please wait 5 more seconds | .37 | .5
 """)
 
 
@@ -1953,13 +1964,15 @@ def test_a_damaged_key_or_header_is_refused_unseen(mark):
     assert client(key=f" {SECRET}\r\n").ask(ASK) == GOOD
 
 
-@pytest.mark.parametrize("secret", [SECRET, f"Bearer {SECRET}", "h3ader-value", "url/key-42",
-                                    "url%2Fkey-42"])
+@pytest.mark.parametrize("secret", [SECRET, f"Bearer {SECRET}", "h3adr7", "sk-abc", "id=1234",
+                                    "url/key-42", "url%2Fkey-42"])
 @pytest.mark.parametrize("status", ["200", "400", "401", "500", "ConnectError", "302"])
 def test_no_secret_is_in_errors_and_notices(secret, status):
-    act = response(status, f"<p>{secret}", f"Location: http://{secret.split()[-1]}/")
-    seen = client(*[act] * 9, base="localhost?k=url%2Fkey-42", headers={"X-Token": "h3ader-value"})
-    assert secret not in failure(seen.ask, ASK) + "".join(seen.notices)
+    act = response(status, f"<p>{secret}", f"Location: http://b/{secret.split()[-1]}")
+    headers = {"X-Token": "h3adr7", "Authorization": "Bearer sk-abc", "Cookie": "id=1234"}
+    seen = client(*[act] * 9, base="localhost?k=url%2Fkey-42", headers=headers)
+    line = failure(seen.ask, ASK)
+    assert secret not in line + "".join(seen.notices) and "***" in line
 
 
 def test_no_key_is_logged_or_kept(tmp_path):
@@ -1970,6 +1983,7 @@ def test_no_key_is_logged_or_kept(tmp_path):
     route = prompts.connect("localhost", "x", SECRET)
     assert SECRET not in log + repr((seen.notices, seen.stats, seen.ask, route))
     assert "flagged ***" in seen.notices[0] and "the key is ***" in log
+    assert seen.stats["system_fingerprint"] == "fp ***"
 
 
 @pytest.mark.parametrize("proxy", [f"socks5://u:{SECRET}@127.0.0.1:9", f"http://u:{SECRET}/x@[::1"])
@@ -2053,6 +2067,8 @@ def test_a_log_replays_without_the_model(tmp_path):
     assert logged_answers(path, LOGGED.get) == logged_answers(path) == list(LOGGED.values())
     replay = prompts.recorded(prompts.unlogged, prompts.open_log(path, "m"))
     assert "'critic', 0, 'learn'" in failure(replay, ASK._replace(role="critic"))
+    other = prompts.recorded(prompts.unlogged, prompts.open_log(path, "another model"))
+    assert "lacks" in failure(other, ASK)
 
 
 @pytest.mark.parametrize("damage", [
@@ -2069,12 +2085,6 @@ def test_an_unreadable_line_is_asked_again(tmp_path, damage):
     assert logged_answers(path, LOGGED.get) == list(LOGGED.values())
     assert logged_answers(path) == list(LOGGED.values())
     assert set(whole.splitlines()) <= set(path.read_bytes().splitlines())
-
-
-def test_the_answers_of_another_model_do_not_count(tmp_path):
-    logged_answers(tmp_path / "log", LOGGED.get)
-    log = prompts.open_log(tmp_path / "log", "other")
-    assert "lacks" in failure(prompts.recorded(prompts.unlogged, log), ASKS[0])
 
 
 def test_threads_write_whole_records_and_the_first_counts(tmp_path):
@@ -2112,52 +2122,19 @@ def test_embeddings_of_two_sizes_never_mix(tmp_path):
     assert "{3, 5}" in failure(resumed, ["new"]) and len(log.known) == 1
 
 
-def test_a_wait_is_read_in_any_unit():
-    assert prompts.asked_wait({}, "Please retry after 500 milliseconds") < 1000
-    assert prompts.asked_wait({}, "Please retry after 2 minutes") == 120
-    assert prompts.asked_wait({}, "Please try again in 1m59.5s.") == 119.5
-    assert prompts.asked_wait({}, "Please wait 5 more seconds") == 0
+@pytest.mark.parametrize("options", [
+    {"key": "none"}, {"key": "message"}, {"key": "content"}, {"key": "ollama"},
+    {"headers": {"X-Title": "Inception"}}])
+def test_an_ordinary_word_is_no_secret(options):
+    words = "none message content ollama Inception"
+    assert client(completion(words), **options).ask(ASK).text == words
 
 
-@pytest.mark.parametrize("key", ["none", "message", "content", "ollama"])
-def test_a_dummy_key_stars_no_answer(key):
-    seen = client(completion(f"a {key} film"), key=key)
-    assert seen.ask(ASK).text == f"a {key} film"
-
-
-def test_half_a_character_is_sent_as_a_question_mark():
-    seen = client()
-    seen.ask(ASK._replace(messages=(("user", "Am\ud800lie"),)))
-    assert seen.bodies[0]["messages"][0]["content"] == "Am?lie"
-
-
-@pytest.mark.parametrize("name, value, secret", [
-    ("Authorization", "Bearer sk-abc", "sk-abc"), ("X-API-Key", "k3yk3y", "k3yk3y"),
-    ("Cookie", "id=1234", "id=1234")])
-def test_a_secret_header_is_starred_without_its_scheme(name, value, secret):
-    line = failure(client(response("401", f"wrong: {secret}"), headers={name: value}).ask, ASK)
-    assert secret not in line and "***" in line
-
-
-def test_a_key_of_digits_is_starred_in_texts_alone():
+def test_a_key_of_digits_spoils_no_numbers():
     rows = {"data": [{"embedding": [0.123456, 0.5]}]}
     transport = httpx.MockTransport(lambda request: httpx.Response(200, json=rows))
     embed = prompts.embeddings("http://localhost:1", "m", "123456", transport=transport)
     assert embed(["Heat"]).shape == (1, 2)
-    seen = client(completion("your key is 123456"), response("401", "wrong: 123456"), key="123456")
-    assert seen.ask(ASK).text == "your key is ***"
-    assert "wrong: ***" in failure(seen.ask, ASK)
-
-
-def test_a_title_in_a_plain_header_is_not_starred():
-    seen = client(completion("Inception"), headers={"X-Title": "Inception"})
-    assert seen.ask(ASK).text == "Inception"
-
-
-def test_a_users_own_authorization_is_sent_once():
-    seen = client(headers={"authorization": "Bearer mine"})
-    seen.ask(ASK)
-    assert seen.requests[0].headers.get_list("authorization") == ["Bearer mine"]
 
 
 # ------------------------------------------------------------------------------- command line
@@ -2476,6 +2453,7 @@ def test_a_run_over_http_is_the_offline_run_and_replays(workers, finished, tmp_p
         succeed(*flags)
     assert files(tmp_path) == files(finished)
     assert sorted(server.asked) == sorted(set(server.asked)) == sorted(logged(tmp_path))
+    assert summary_in(tmp_path)["endpoint"]["system_fingerprint"] == "fp_1"
     for name in ("episodes.jsonl", "memory.json", "summary.json"):
         (tmp_path / name).unlink()
     assert "from the log, 0 asked" in succeed(*flags, "--replay")       # the server is gone
