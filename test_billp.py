@@ -6,7 +6,6 @@ import ast
 import base64
 import csv
 import email.utils
-import gc
 import json
 import math
 import os
@@ -21,7 +20,7 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from functools import partial
+from functools import cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from itertools import count, pairwise, product
@@ -52,7 +51,6 @@ GOLDEN_SCORES = [                       # length and return of the learning epis
     (6, 30), (27, 123), (16, 73), (25, 102), (5, 21), (4, 19), (3, 12), (4, 14), (19, 77),
     (33, 130)]
 GOLDEN_TRIED = 212
-GOLDEN_SEED = 1913251582                # of Key(0, "learn", 3, 1, 2)
 GOLDEN_LENGTHS = {                      # steps that policies last in films: lowest, highest
     "random": (3, 5), "popular": (2, 5), "greedy": (4, 7), "varied": (5, 9),
     "common-sense": (17, 30), "one-list": (20, 33), "oracle": (48, 50)}
@@ -143,6 +141,7 @@ def learn_by_hand(llm, **changes):
     return agent, trajectory
 
 
+@cache
 def learn(episodes=20, llm=prompts.offline, **options):
     """The batches that a model learns on films."""
     return list(billp.train(CATALOG, range(episodes), llm, **options))
@@ -233,10 +232,14 @@ def response(status, body="", header=""):
 
 
 def table(text):
-    """The rows of a table. Of several entries in the first two columns, "a ; b", each is a row."""
+    """The rows of a table, in which \\n begins a new line.
+
+    Several entries in the first two columns, as in "a ; b", are a row each.
+    """
     rows = []
     for line in text.strip().splitlines():
-        first, second, *rest = [cell.strip() for cell in re.split(r" \|(?= |$)", line)]
+        cells = [cell.strip() for cell in re.split(r" \|(?= |$)", line)]
+        first, second, *rest = [cell.replace(r"\n", "\n") for cell in cells]
         pairs = product(first.split(" ; "), second.split(" ; "))
         rows += [(*pair, *rest) for pair in pairs]
     return rows
@@ -336,8 +339,6 @@ def command(*argv, **variables):
     with mock.patch.dict(os.environ, variables), mock.patch.object(run, "Event", Impatient):
         with redirect_stdout(out), redirect_stderr(err):
             code = run.main([str(word) for word in argv])
-    if code:
-        gc.collect()                    # frees the log of a run that failed
     return code, out.getvalue(), err.getvalue()
 
 
@@ -365,7 +366,7 @@ def finished(tmp_path_factory):
 
 def files(folder):
     """The bytes that a run left, and its summary without what differs between runs over HTTP."""
-    summary = summary_in(folder)
+    summary = read(folder / "summary.json")
     for name in ("seconds", "model", "calls", "endpoint"):
         del summary[name]
     return (folder / "episodes.jsonl").read_bytes(), (folder / "memory.json").read_bytes(), summary
@@ -376,14 +377,9 @@ def episodes_in(folder):
     return [json.loads(line) for line in (folder / "episodes.jsonl").open(encoding="utf-8")]
 
 
-def summary_in(folder):
-    """The content of summary.json."""
-    return json.loads((folder / "summary.json").read_text("utf-8"))
-
-
-def results_of(folder, name):
-    """The JSON of an experiment."""
-    return json.loads((folder / f"{name}.json").read_text("utf-8"))
+def read(path):
+    """The content of a JSON file."""
+    return json.loads(path.read_text("utf-8"))
 
 
 def settings_of(text):
@@ -460,10 +456,9 @@ def logged(folder):
 
 
 def begin(url, folder):
-    """The small run over HTTP in a process that takes Ctrl-C as one in a terminal does."""
+    """The small run over HTTP in a process of its own."""
     argv = [sys.executable, run.__file__, *map(str, flags_of(url, folder, "--workers", 4))]
-    return subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def wait_until(holds):
@@ -562,10 +557,8 @@ def nearby(*pairs):
 
 @pytest.mark.parametrize("role, changes, recalled", [
     (billp.planner, {}, "BA"),
-    (billp.planner, {"k_lessons": 1}, "B"),
     (billp.planner, {"lessons": "latest"}, "CB"),
     (billp.planner, {"lessons": "none"}, ""),
-    (billp.critic, {}, "BAC"),
     (billp.critic, {"k_values": 1}, "B"),
 ])
 def test_a_reader_recalls_by_its_own_numbers_and_changes_nothing(role, changes, recalled):
@@ -593,27 +586,20 @@ def test_near_duplicates_of_a_lesson_are_shown_once(lessons, k):
     assert plan.recalled == tuple(chosen[:k])
 
 
-def test_evidence_counts_the_verdicts_of_the_most_similar_states():
-    far = remember(EMPTY, "far", 0, np.roll(STATE.vector, 1), "x")
-    memory = merge(nearby((1, "x"), (0, "x"), (1, "y")), far)
-    counts = billp.evidence(STATE, memory, Config(k_experience=3))
-    assert counts == {("x", 1): 1, ("x", 0): 1, ("y", 1): 1}
-    counts = billp.evidence(STATE, memory, Config(k_experience=4))
-    assert counts["x", 1] == 1 and counts["x", 0] == 2
-    assert not billp.evidence(STATE, memory, Config(experience=False))
-
-
 def test_candidates_are_the_free_items_nearest_the_thought():
-    """What was encouraged comes first, what was discouraged last."""
+    """What was encouraged in the most similar states comes first, what was discouraged last."""
     state = STATE._replace(thought="Western next")
     plain = billp.shortlist(state, EMPTY, CATALOG, Config())
     assert len(plain) == 10
     assert all("Western" in item.line for item in plain)
     first, *others, last = [item.line for item in plain]
-    memory = nearby((0, first), (1, last), (1, "an item that is not near"))
-    ranked = billp.shortlist(state, memory, CATALOG, Config())
+    near = nearby((0, first), (1, last), (1, "an item that is not near"))
+    memory = merge(near, remember(EMPTY, "far", 0, np.roll(STATE.vector, 1), last))
+    ranked = billp.shortlist(state, memory, CATALOG, Config(k_experience=3))
     assert [item.line for item in ranked] == [last, *others, first]
-    assert (ranked[0].encouraged, ranked[-1].discouraged) == (1, 1)
+    assert (ranked[0], ranked[-1]) == (Candidate(last, 1, 0), Candidate(first, 0, 1))
+    assert Candidate(last, 1, 1) in billp.shortlist(state, memory, CATALOG, Config(k_experience=4))
+    assert billp.shortlist(state, memory, CATALOG, Config(experience=False)) == plain
 
 
 @given(junk | st.sampled_from([FILMS.titles[item] for item in STATE.taken]))
@@ -645,35 +631,25 @@ def test_without_candidates_experience_is_shown_and_nothing_else():
     assert ["or another" in ask.messages[1][1] for ask in asks] == [True, False]
 
 
-def test_no_prompt_lists_an_item_twice_or_a_taken_one():
-    """The line of a listed item stands once in a prompt."""
+def test_the_list_is_free_items_and_begins_with_new_categories():
+    """No item shown lately shares a category with a new one. Among equals the evidence decides."""
     llm, asks = noting(prompts.offline)
-    learn(30, llm)
-    tried = 0
-    for ask in asks:
-        if ask.role == "actor":
-            lines = listed(ask)
-            assert len(lines) == 10
-            for line, evidence in lines:
-                assert ask.messages[1][1].count(line) == 1
-                tried += evidence != ""
-    assert tried > 100
-
-
-def test_new_categories_head_the_list_then_evidence_decides():
-    """Over a learning run: an item is new if it shares no category with the last four shown."""
-    repeated = 0
-    for _, [trajectory] in learn(30, config=Config(batch=1)):
-        for step in trajectory.steps:
-            shown = {tag for line in step.state.shown[-4:] for tag in prompts.line_tags(line)}
-            ranks = []
-            for item in step.act.recalled:
-                is_new = not shown & set(prompts.line_tags(item.line))
-                chance = (item.encouraged + 1) / (item.encouraged + item.discouraged + 2)
-                ranks.append((is_new, chance))
-            assert ranks == sorted(ranks, reverse=True)
-            repeated += len({is_new for is_new, _ in ranks}) == 2
-    assert repeated > 20
+    steps = [step for _, [t] in learn(30, llm, config=Config(batch=1)) for step in t.steps]
+    is_mixed = []
+    for step, ask in zip(steps, [ask for ask in asks if ask.role == "actor"], strict=True):
+        lines = [line for line, _ in listed(ask)]
+        taken = {CATALOG.lines[item] for item in step.state.taken}
+        assert len(set(lines) - taken) == len(lines) == 10
+        assert lines == [item.line for item in step.act.recalled]
+        shown = {tag for line in step.state.shown[-4:] for tag in prompts.line_tags(line)}
+        ranks = []
+        for item in step.act.recalled:
+            is_new = shown.isdisjoint(prompts.line_tags(item.line))
+            chance = (item.encouraged + 1) / (item.encouraged + item.discouraged + 2)
+            ranks.append((is_new, chance))
+        assert ranks == sorted(ranks, reverse=True)
+        is_mixed.append(len({is_new for is_new, _ in ranks}) == 2)
+    assert sum(is_mixed) > 20
 
 
 @pytest.mark.parametrize("method, roles, memories", [
@@ -700,25 +676,21 @@ def test_a_method_asks_its_roles_and_writes_its_memories(method, roles, memories
     assert len({(ask.role, ask.key) for ask in asks}) == len(asks)
 
 
-@pytest.mark.parametrize("reply", ["", None])
-def test_a_malformed_reply_is_asked_again(reply):
-    llm, asks = noting(scripted({"planner": [reply, "Thought: go on"]}))
-    plan, _ = billp.planner(STATE, EMPTY, llm)
-    assert (plan.value, plan.malformed, plan.fallback) == ("go on", 1, False)
-    first, second = asks
-    assert second.key == first.key._replace(attempt=1)
-    assert second.messages[:2] == first.messages
-    assert [role for role, _ in second.messages[2:]] == ["assistant", "user"]
-
-
-def test_an_ask_carries_the_configured_numbers():
-    llm, asks = noting(prompts.offline)
-    config = Config(reply_tokens=77, temperature=0.3, transcript=1000)
+def test_a_malformed_reply_is_asked_again():
+    """The prompt stays as it was, and each complaint follows it."""
+    replies = [None, "", "Sorry, but\nI can't", "Thought: go on"]
+    llm, asks = noting(scripted({"planner": replies}))
+    config = Config(reply_tokens=77, temperature=0.3, transcript=1000, retries=3)
     turn = prompts.turn(1, "", "a line", 5, False)
-    billp.planner(STATE._replace(transcript=9999 * turn), EMPTY, llm, config)
-    [ask] = asks
-    assert (ask.key, ask.max_tokens, ask.temperature) == (STATE.key, 77, 0.3)
-    assert ask.messages[1][1].count(turn) == 1000 // len(turn)
+    plan, _ = billp.planner(STATE._replace(transcript=9999 * turn), EMPTY, llm, config)
+    assert (plan.value, plan.malformed, plan.fallback, len(asks)) == ("go on", 3, False, 4)
+    for attempt, ask in enumerate(asks):
+        prompt, complaints = ask.messages[:2], ask.messages[2:]
+        assert prompt == asks[0].messages and prompt[1][1].count(turn) == 1000 // len(turn)
+        assert [role for role, _ in complaints] == ["assistant", "user"] * attempt
+        assert all(text.isprintable() for _, text in complaints)
+        assert ask.key == STATE.key._replace(attempt=attempt)
+        assert (ask.max_tokens, ask.temperature) == (77, 0.3)
 
 
 def test_an_unreadable_actor_takes_the_first_item_shown():
@@ -741,26 +713,19 @@ def test_a_twin_of_a_taken_item_may_be_listed():
     assert twins.lines[act.value] == act.recalled[0].line
 
 
-@pytest.mark.parametrize("reply, value", [
-    ("Value: 7", 7), ("999", STATE.top), ("Value: -3", 0), ("hm", 3)])
-def test_a_value_lies_between_0_and_the_top(reply, value):
-    """The fallback is the mean of the targets 2 and 4, or the value of a user who rates 3."""
-    older = remember(EMPTY, "a", 2.0, STATE.vector)
-    memory = remember(older, "b", 4.0, STATE.vector)
-    assert billp.critic(STATE, memory, scripted({"critic": [reply]}))[0].value == value
-    assert billp.critic(STATE, EMPTY, scripted({"critic": ["hm"]}))[0].value == STATE.top * 3 / 5
-
-
-def test_the_critic_is_told_the_value_of_going_on_as_before():
+@pytest.mark.parametrize("reply, ratings, as_before, value", [
+    ("Value: 7", (), 6, 7), ("999", (4.0, 1.0), 5, 10), ("Value: -3", (), 6, 0),
+    ("hm", (4.0, 1.0), 5, 3)])
+def test_a_value_lies_between_0_and_the_top(reply, ratings, as_before, value):
+    """As before is the mean rating so far, or 3 of 5. The fallback is the mean of 2 and 4."""
     memory = remember(remember(EMPTY, "a", 2.0, STATE.vector), "b", 4.0, STATE.vector)
-    llm, asks = noting(scripted(REPLIES))
-    for ratings in ((), (4.0, 1.0)):        # the middle of the scale, then the mean of two
-        state = STATE._replace(ratings=ratings, top=10.0)
-        billp.critic(state, memory, llm)
-        expected = 10 * (sum(ratings) / 2 if ratings else 3) / 5
-        question = asks[-1].messages[1][1]
-        assert f"goes on as before, the value is {expected:.2f};" in question
-        assert "Similar situations have 3.00 on average." in question
+    state = STATE._replace(ratings=ratings, top=10.0)
+    llm, asks = noting(scripted({"critic": [reply]}))
+    assert billp.critic(state, memory, llm)[0].value == value
+    question = asks[0].messages[1][1]
+    assert f"goes on as before, the value is {as_before:.2f};" in question
+    assert "Similar situations have 3.00 on average." in question
+    assert billp.critic(state, EMPTY, scripted({"critic": ["hm"]}))[0].value == as_before
 
 
 def test_an_unreadable_reflection_is_no_lesson():
@@ -775,18 +740,17 @@ def test_a_state_is_the_last_titles_and_all_taken(user, titles):
     taken = FILMS.histories[user].tolist()
     for n, step in enumerate(t.steps):
         lines = tuple(CATALOG.lines[item] for item in taken)
-        assert step.state.history == lines[:10][-titles:]
-        assert step.state.shown == lines[10:]
+        liked, shown = lines[:10], lines[10:]
+        assert (step.state.history, step.state.shown) == (liked[-titles:], shown)
         assert step.state.text.splitlines() == list(lines[-titles:])
         assert (step.state.taken, step.state.key.step) == (tuple(taken), n)
         taken.append(step.act.value)
     assert len(set(taken)) == len(taken)                    # no item comes twice
 
 
-@pytest.mark.parametrize("repeats", [True, False])
-def test_an_item_comes_again_only_if_repeats_are_allowed(repeats):
-    t = play(prompts.catalog(hand_world()), {"planner": ["t"], "actor": ["Cow"]}, repeats=repeats)
-    assert (t.steps[0].line == "Cow [Beast]") == repeats
+def test_an_item_comes_again_if_repeats_are_allowed():
+    t = play(prompts.catalog(hand_world()), {"planner": ["t"], "actor": ["Cow"]}, repeats=True)
+    assert t.steps[0].line == "Cow [Beast]"
 
 
 def test_a_replaced_action_is_told_in_one_line():
@@ -866,7 +830,6 @@ def test_golden_run():
     agent, trajectories = learn()[-1]
     assert [billp.score(t) for t in trajectories] == GOLDEN_SCORES
     assert len(records(agent.actor)) == GOLDEN_TRIED
-    assert prompts.seed_of(Key(0, "learn", 3, 1, 2)) == GOLDEN_SEED
 
 
 def test_the_stand_in_learns_and_planning_helps():
@@ -1059,7 +1022,7 @@ Sabrina (1954) | Action 1: recommend "Sabrina" (1954) ; Sabrina | Sabrina (1953)
 @pytest.mark.parametrize("name, reply, taken", READ)
 def test_a_reply_names_what_a_person_reads(name, reply, taken):
     taken_items = [item for item, title in enumerate(NAMES) if title in taken.split(" ; ")]
-    part = prompts.parse_actor(prompts.spoken(reply.replace(r"\n", "\n")))
+    part = prompts.parse_actor(prompts.spoken(reply))
     assert prompts.ground(part, ODDLY_TITLED, taken_items) == (NAMES.index(name), True)
 
 
@@ -1071,8 +1034,7 @@ Heat | Heat
 """))
 def test_a_taken_title_stands_for_its_categories(name, reply):
     taken = NAMES.index(name)
-    part = prompts.parse_actor(reply.replace(r"\n", "\n"))
-    item, is_named = prompts.ground(part, ODDLY_TITLED, [taken])
+    item, is_named = prompts.ground(prompts.parse_actor(reply), ODDLY_TITLED, [taken])
     tags, wanted = (prompts.line_tags(ODDLY_TITLED.lines[number]) for number in (item, taken))
     assert not is_named and tags == wanted
 
@@ -1082,49 +1044,49 @@ def test_a_year_is_at_most_one_off():
     assert not is_named
 
 
-@pytest.mark.parametrize("reply, thought", [
-    ("### Thought 3\nComedy next, it was liked.", "Comedy next, it was liked."),
-    ("**Thought 3:** Comedy next", "Comedy next"),
-    ("Thought 3:\n\nComedy next", "Comedy next"),
-    ("```\nThought 3: Comedy next\n```", "Comedy next"),
-    ('```json\n{"thought": "Comedy next"}\n```', "Comedy next"),
-    ("Comedy next\nAction 3: recommend Up", "Comedy next"),
-    ("Thought 3: Comedy next Action 3: recommend Up", "Comedy next"),
-    ("Sure, here is my thought:\nComedy next", "Comedy next"),
-    ("Certainly!\n\nComedy next", "Comedy next"), ("Action", "Action"), ("**Action**", "Action"),
-    ("Next category: Comedy!\nIt is fun.", "Comedy!"), ("Next category:\n**Action**", "Action"),
-    ("```Comedy next```", "Comedy next"),
-    ("Next category: **Comedy**, because `it` was liked", "Comedy, because it was liked"),
-    ('Next category: "Comedy", because it was liked', "Comedy, because it was liked"),
-    ('Comedy, because "Up" and "Big" were liked', 'Comedy, because "Up" and "Big" were liked'),
-    ("Thought 3: Next category: Comedy next", "Comedy next"),
-])
-def test_a_thought_comes_without_its_wrapping(reply, thought):
-    assert prompts.parse_planner(reply) == thought
+@pytest.mark.parametrize("role, reply, value", table(r"""
+planner | ### Thought 3\nComedy next, it was liked. | Comedy next, it was liked.
+planner | ```\nThought 3: Comedy next\n``` ; ```json\n{"thought": "Comedy next"}\n``` | Comedy next
+planner | **Thought 3:** Comedy next ; Thought 3:\n\nComedy next ; ```Comedy next``` | Comedy next
+planner | Comedy next\nAction 3: recommend Up ; Thought 3: Next category: Comedy next | Comedy next
+planner | Thought 3: Comedy next Action 3: recommend Up | Comedy next
+planner | Sure, here is my thought:\nComedy next ; Certainly!\n\nComedy next | Comedy next
+planner | Action ; **Action** ; Next category:\n**Action** | Action
+planner | Next category: Comedy!\nIt is fun. | Comedy!
+planner | Next category: **Comedy**, because `it` was liked | Comedy, because it was liked
+planner | Next category: "Comedy", because it was liked | Comedy, because it was liked
+planner | Comedy, because "Up" and "Big" were liked | Comedy, because "Up" and "Big" were liked
+reflector | **Lesson:** He left.\n\n**Better next time:** Up | He left. Better next time: Up
+critic | Value after step 3: 7.5 ; Value (at most 10): 7.5 ; 7,5 ; Value: about 7.5 of 10 | 7.5
+critic | I'd say 7.5. ; Value 4 = 7,5 ; Value: (7.5) ; Value: 4 + 0.5 * 7 = 7.5 ; **Value:** 7.5 | 7.5
+critic | Value: 4 + 0.5·7 ≈ 7.5 ; Value: 7.5, since gamma = 0.5 ; Value (gamma = 0.5): 7.5 | 7.5
+critic | The value of state 4 is 7.5 ; Value: approx. 7.5 ; Value: (7.5)\nThat is 4 steps. | 7.5
+critic | As before, the value is 8; if the user leaves, it is 0.\nValue: 7.5 | 7.5
+critic | Value: 7.5 = 4 + 3.5 ; **Value:** 7.5 = 4 + 3.5 ; Value:\n4 + 3.5 = 7.5 | 7.5
+critic | Value: V = 4 + 0.5 * 7 = 7.5 ; Value: V(s) = 4 + 3.5 = 7.5 ; Value: = 4 + 3.5 = 7.5 | 7.5
+critic | Value of 4 steps is a fair value, 7.5 ; Values: 9, 8\n\n**Value:**\n\n7.5 | 7.5
+critic | Value（at most 10）：7.5 ; I put a fair value at 7.5 ; Value: 15 ÷ 2 = 7.5 | 7.5
+critic | Value: 4 + 0.5 * 7 = 4 + 3.5 = 7.5 ; Value: \frac12 \cdot 15 = 7.5 | 7.5
+critic | Value: −3 ; Value: -3 = 4 - 7 | -3.0
+"""))
+def test_an_answer_is_read_without_its_wrapping(role, reply, value):
+    parse = getattr(prompts, f"parse_{role}")
+    assert str(parse(reply)) == value
 
 
-@pytest.mark.parametrize("reply", [
-    "Next category: CATEGORY, because REASON", "Comedy, because REASON",
-    "Reflection: The user left because it was sad. Better next time: CATEGORY"])
-def test_a_form_that_is_not_filled_in_is_malformed(reply):
-    for parse in (prompts.parse_planner, prompts.parse_reflector):
-        assert isinstance(parse(reply), Malformed)
-    assert isinstance(prompts.parse_actor("Free item: TITLE"), Malformed)
-
-
-def test_a_lesson_on_two_lines_is_one():
-    reply = "**Reflection:** The user left.\n\n**Better next time:** Comedy"
-    assert prompts.parse_reflector(reply) == "The user left. Better next time: Comedy"
-
-
-@pytest.mark.parametrize("reply", [
-    "I'm sorry, but I can't help with that.", "Sorry, I cannot do this.", "", "```\n```",
-    "As an AI, I have no opinion.", "I can’t assist with that request.",
-    "Unfortunately, I cannot determine the next category.", "I'm really sorry, but I can't.",
-    "As a large language model, I cannot watch films.", "I do not have enough information."])
-def test_a_refusal_is_malformed(reply):
-    for parse in (prompts.parse_planner, prompts.parse_actor, prompts.parse_reflector):
-        assert isinstance(parse(reply), Malformed)
+@pytest.mark.parametrize("role, reply", table(r"""
+planner ; reflector | Next category: CATEGORY, because REASON ; Comedy, because REASON
+planner ; reflector | Reflection: The user left because it was sad. Better next time: CATEGORY
+planner ; actor ; reflector | Free item: TITLE ; I'm sorry, but I can't help with that. ; \n
+planner ; actor ; reflector | Sorry, I cannot do this. ; As an AI, I have no opinion. ; ```\n```
+planner ; actor ; reflector | I can’t assist with that request. ; I'm really sorry, but I can't.
+planner ; actor ; reflector | Unfortunately, I cannot determine the next category.
+planner ; actor ; reflector | As a large language model, I cannot watch films.
+planner ; actor ; reflector | I do not have enough information.
+"""))
+def test_a_refusal_or_unfilled_form_is_malformed(role, reply):
+    parse = getattr(prompts, f"parse_{role}")
+    assert isinstance(parse(reply), Malformed)
 
 
 @pytest.mark.parametrize("hidden", [
@@ -1140,26 +1102,6 @@ def test_hidden_thinking_is_never_stored(hidden):
     plan, _ = billp.planner(STATE, EMPTY, llm)
     act, _ = billp.actor(STATE, EMPTY, llm, CATALOG)
     assert plan.said == act.said == "Alien"
-
-
-@pytest.mark.parametrize("reply", [
-    "Value after step 3: 7.5", "Value (at most 10): 7.5", "7,5", "**Value:** 7.5",
-    "Value: about 7.5 of 10", "I'd say 7.5.", "Value 4 = 7,5", "Value: (7.5)",
-    "Value: 4 + 0.5 * 7 = 7.5", "Value: 4 + 0.5·7 ≈ 7.5", "Value: 7.5, since gamma = 0.5",
-    "The value of state 4 is 7.5", "Value: approx. 7.5",
-    "Value: (7.5)\nThat is 4 steps.",
-    "As before, the value is 8; if the user leaves, it is 0.\nValue: 7.5", "Value: 15 ÷ 2 = 7.5",
-    "Value: 7.5 = 4 + 3.5", "**Value:** 7.5 = 4 + 3.5", "Value:\n4 + 3.5 = 7.5",
-    "Value: V = 4 + 0.5 * 7 = 7.5", "Value: V(s) = 4 + 3.5 = 7.5", "Value: = 4 + 3.5 = 7.5",
-    "Value of 4 steps is a fair value, 7.5",
-    "Values: 9, 8\n\n**Value:**\n\n7.5", "Value（at most 10）：7.5", "I put a fair value at 7.5",
-    "Value: 4 + 0.5 * 7 = 4 + 3.5 = 7.5", r"Value: \frac12 \cdot 15 = 7.5"])
-def test_a_value_is_read_in_any_wording(reply):
-    assert prompts.parse_critic(reply) == 7.5
-
-
-def test_a_minus_may_be_a_typographic_one():
-    assert prompts.parse_critic("Value: −3") == prompts.parse_critic("Value: -3 = 4 - 7") == -3
 
 
 @pytest.mark.parametrize("piece", [
@@ -1212,20 +1154,21 @@ def test_the_category_tool_by_hand():
     assert tastes.recent == ("War", "Sci-Fi")               # F was shown too long ago
     assert list(tastes.liked.items()) == [("Drama", 3), ("War", 2), ("Comedy", 1)]
     assert tastes.other == ("Drama", "Comedy")
-    text = prompts.render_planner([], tastes, 2)
-    assert "in the last 2 steps: War, Sci-Fi.\n" in text
-    assert "should come next: Drama, Comedy? " in text and "Lessons" not in text
-    assert "\nLessons from other sessions:\n- Rest\n" in prompts.render_planner(["Rest"], tastes, 2)
     nothing = prompts.category_tool([], [], 2)
-    text = prompts.render_planner([], nothing, 2)
-    assert "steps: none yet.\nWhat should come next? " in text
     all_shown = prompts.category_tool(["A [War]"], ["B [War]"], 2)
-    assert "Which one was shown longest ago?" in prompts.render_planner([], all_shown, 2)
-    text = prompts.render_reflector("H [War]", tastes, left=True)
-    assert "ended with H [War]." in text and "better: Drama, Comedy? " in text
-    assert "The user left because" in text
-    text = prompts.render_reflector("H [War]", nothing, left=False)
-    assert "The user stayed because" in text
+    in_text = {
+        "in the last 2 steps: War, Sci-Fi.\n": prompts.render_planner([], tastes, 2),
+        "should come next: Drama, Comedy? ": prompts.render_planner([], tastes, 2),
+        "steps: none yet.\nWhat should come next? ": prompts.render_planner([], nothing, 2),
+        "Which one was shown longest ago?": prompts.render_planner([], all_shown, 2),
+        "\nLessons from other sessions:\n- Rest\n": prompts.render_planner(["Rest"], tastes, 2),
+        "ended with H [War].": prompts.render_reflector("H [War]", tastes, True),
+        "better: Drama, Comedy? ": prompts.render_reflector("H [War]", tastes, True),
+        "The user left because": prompts.render_reflector("H [War]", tastes, True),
+        "The user stayed because": prompts.render_reflector("H [War]", nothing, False)}
+    for words, text in in_text.items():
+        assert words in text
+    assert "Lessons" not in prompts.render_planner([], tastes, 2)
 
 
 @pytest.mark.parametrize("thought, texts", [
@@ -1233,9 +1176,6 @@ def test_the_category_tool_by_hand():
     ("War is over, sci fi next", ["[Sci-Fi]", "[Drama]"]),  # War was shown lately
     ("War again", ["[War]", "[Drama]"]),
     ("Drama next, not Sci-Fi. Keep away from: War, Sci-Fi.", ["[Drama]", "[Drama]"]),
-    ("Sci-Fi, because Drama comes next", ["[Sci-Fi]", "[Drama]"]),
-    ("This one, because Sci-Fi is missing", ["[Sci-Fi]", "[Drama]"]),
-    ("Sci-Fi, don't repeat Drama", ["[Sci-Fi]", "[Drama]"]),
     ("Sci-Fi, avoiding Drama", ["[Sci-Fi]", "[Drama]"]),
     ("Don't repeat War, choose Sci-Fi", ["[Sci-Fi]", "[Drama]"]),
     ("Anything but Drama, perhaps Sci-Fi", ["[Sci-Fi]", "[Drama]"]),
@@ -1295,17 +1235,13 @@ def test_no_text_forges_a_line(title, category, reply):
 
 
 @given(st.lists(junk, min_size=1, max_size=5))
-def test_no_reply_forges_a_turn_or_a_message(replies):
-    llm, asks = noting(scripted(dict.fromkeys(REPLIES, replies)))
-    _, t = learn_by_hand(llm)
+def test_no_reply_forges_a_turn(replies):
+    _, t = learn_by_hand(scripted(dict.fromkeys(REPLIES, replies)))
     lines = 0
     for step in t.steps:
         is_replaced = not step.act.exact and step.act.said != ""
         lines += 2 + is_replaced + (step.plan.value != "")
     assert len(t.last.transcript.splitlines()) == lines
-    for ask in asks:
-        assert len(ask.messages) == 2 + 2 * ask.key.attempt
-        assert all(text.isprintable() for _, text in ask.messages[2:])
 
 
 def test_a_query_compares_categories_as_item_lines_write_them():
@@ -1313,10 +1249,6 @@ def test_a_query_compares_categories_as_item_lines_write_them():
     tastes = prompts.category_tool([line], [line], 4)
     texts = prompts.query("Sci-Fi, Fantasy or Drama", ["Sci-Fi, Fantasy", "Drama"], tastes)
     assert texts == ["[Drama]"]         # the other one was shown lately
-
-
-def test_a_number_in_brackets_is_not_the_value():
-    assert prompts.parse_critic("Value (gamma = 0.5): 7.5") == 7.5
 
 
 # -------------------------------------------------------------------------------------- world
@@ -1353,16 +1285,9 @@ def test_users_at_once_fare_as_each_alone_by_the_rule(seed, kind, grace, window)
             assert reason.startswith("too like" if alike else "disappointed")
 
 
-@pytest.mark.parametrize("place, rating, rule, borne", [
-    (10, 2, {}, True),                                      # exactly beta apart, exactly the floor
-    (9.99, 5, {}, False),
-    (20, 1, {}, False),
-    (20, 1, {"grace": 2}, True),
-    (20, 1, {"grace": 1}, False),
-    (9, 5, {"grace": 2}, False),                            # likeness is never forgiven
-    (9, 5, {"window": 0}, True)])
-def test_the_rule_at_its_borders(place, rating, rule, borne):
-    env = hand_world((9, place, 0), (5, rating, 5), max_steps=2, **rule)
+@pytest.mark.parametrize("place, rating, borne", [(10, 2, True), (9.99, 5, False), (20, 1, False)])
+def test_exactly_beta_and_the_floor_are_borne(place, rating, borne):
+    env = hand_world((9, place, 0), (5, rating, 5), max_steps=2)
     state, *_ = envs.step(env, envs.reset(env, 0), 0)
     _, reward, left, cut = envs.step(env, state, 1)
     assert (left, cut, reward) == (not borne, borne, rating if borne else 0)
@@ -1374,15 +1299,10 @@ def test_the_rule_at_its_borders(place, rating, rule, borne):
     ("rate", envs.table(np.ones((1, 2))), "does not fit"),
     ("rate", lambda users, items: np.ones(3), "shape"),
     ("distance", envs.euclidean(np.ones((2, 2))), "does not fit"),
-    ("titles", (), "0 items"),
-    ("histories", [], "0 users"),
-    ("histories", [[0.5]], "0.5"),
-    ("histories", [[3]], "3"),
-    ("years", (1999,), "years"),
-    ("learners", 2, "learners"),
+    ("titles", (), "0 items"), ("years", (1999,), "years"), ("learners", 2, "learners"),
+    ("histories", [], "0 users"), ("histories", [[0.5]], "0.5"), ("histories", [[3]], "3"),
     ("belongs", np.ones((2, 3), bool), "belongs"),
-    ("belongs", np.ones((3, 9), bool), "categories"),
-    ("vectors", np.ones((2, 2)), "vectors")])
+    ("belongs", np.ones((3, 9), bool), "categories"), ("vectors", np.ones((2, 2)), "vectors")])
 def test_check_refuses_a_world_that_does_not_fit(field, value, words):
     env = hand_world((0, 9, 20), (5, 5, 5))
     envs.check(env)
@@ -1424,8 +1344,10 @@ def test_policies_that_see_ratings_choose_by_the_rule(seed, kind):
         for item in places:
             items = [*state.recent[user], item]
             alike, left = by_the_rule(env, ratings, apart, user, items, 3)
-            different += [] if alike else [item]
-            stays += [] if left else [item]
+            if not alike:
+                different.append(item)
+            if not left:
+                stays.append(item)
         best = {"greedy": max(places, key=ratings[user].item),
                 "oracle": max(stays or places, key=ratings[user].item),
                 "popular": max(places, key=mean.item),
@@ -1706,7 +1628,8 @@ ENDS = table("""
 400 | unknown: seed. context size is 9 ; The input token count (9) exceeds 8 | | --transcript | 1
 400 | {"error": {"message": "max_tokens limit", "code": "context_length_exceeded"}} | | --titles | 1
 500 ; 413 | the request exceeds the available context size | | --titles --transcript | 1
-400 | max_tokens or model output limit was reached ; max_tokens is too large: 9 | | --reply-tokens | 1
+400 | max_tokens or model output limit was reached | | --reply-tokens | 1
+400 | max_tokens is too large: 9 | | --reply-tokens | 1
 400 | max_tokens is too large: 9. This model's maximum context length is 8 | | --reply-tokens | 1
 422 | inputs + max_new_tokens must be <= 4096 | | --reply-tokens | 1
 429 | Insufficient balance ; ExceededBudget: 9 ; Budget has been exceeded | | top up | 1
@@ -1897,7 +1820,8 @@ def test_any_faults_end_in_a_reply_or_line_within_budget(script, most, workers):
     assert seen.stats.get("requests", 0) == len(seen.requests) <= most
     if BudgetSpent in map(type, results):
         assert len(seen.requests) == most
-    assert len(seen.requests) <= len(script) or outcome_of(seen.ask) == GOOD
+    if len(seen.requests) > len(script):                    # the script is over
+        assert outcome_of(seen.ask) == GOOD
 
 
 URLS = table("""
@@ -2024,9 +1948,12 @@ def test_bad_embeddings_end_in_one_line(act):
 @pytest.mark.parametrize("most, status", [(10, "400"), (1, "422"), (7, "413")])
 def test_a_batch_is_halved_until_it_is_taken(most, status):
     refusal = response(status, "the input is too large")
-    seen = client(*[lambda body: rowed(body) if len(body["input"]) <= most else refusal] * 99,
-                make=prompts.embeddings)
-    assert seen.ask(["a" * n for n in range(1, 31)])[:, 0].argsort().tolist() == list(range(30))
+
+    def takes_few(body):
+        return rowed(body) if len(body["input"]) <= most else refusal
+    seen = client(*[takes_few] * 99, make=prompts.embeddings)
+    vectors = seen.ask(["a" * n for n in range(1, 31)])
+    assert (np.diff(vectors[:, 0]) > 0).all()               # the longer the text, the larger
     seen.bodies.clear()
     seen.ask(["a"] * 30)
     assert max(len(body["input"]) for body in seen.bodies) <= most
@@ -2059,6 +1986,7 @@ def test_an_unreadable_line_is_asked_again(tmp_path, damage):
 
 
 def test_threads_write_whole_records_and_the_first_counts(tmp_path):
+    """Two threads ask at once, and wait() gives each another number."""
     log, both = prompts.open_log(tmp_path / "log", "m"), threading.Barrier(2)
     llm = prompts.recorded(lambda ask: Reply(str(both.wait())), log)
     with ThreadPoolExecutor(2) as pool:
@@ -2077,7 +2005,7 @@ def test_embeddings_are_recorded_once_and_replay_to_the_bit(tmp_path):
 
 
 def test_of_two_embeddings_of_a_text_the_first_counts(tmp_path):
-    """Two threads ask at once, and the endpoint answers each with other numbers."""
+    """Two threads ask at once, and wait() gives each another number."""
     log, both = prompts.open_log(tmp_path / "log", "m"), threading.Barrier(2)
     rows = prompts.recorded_embed(lambda texts: np.full((1, 3), both.wait(), "f4"), log)
     with ThreadPoolExecutor(2) as pool:
@@ -2119,7 +2047,7 @@ def test_workers_and_a_second_run_change_no_file(workers, finished, tmp_path):
 
 
 def test_the_summary_tells_what_the_episodes_hold(finished):
-    summary, rows = summary_in(finished), episodes_in(finished)
+    summary, rows = read(finished / "summary.json"), episodes_in(finished)
     assert summary.keys() == set(
         "world method model embedding seed episodes users first load extra config learning"
         " before after difference reflections malformed fallbacks ungrounded calls endpoint"
@@ -2138,7 +2066,7 @@ def test_replies_of_no_use_are_counted(tmp_path, monkeypatch):
     """Each reply is malformed 3 times. Then the fallback answers, which names no item."""
     monkeypatch.setattr(prompts, "offline", scripted(dict.fromkeys(REPLIES, [""])))
     succeed(*SMALL, "--episodes", 0, "--out", tmp_path)
-    summary = summary_in(tmp_path)
+    summary = read(tmp_path / "summary.json")
     calls = sum(row["calls"] for row in summary["calls"].values())
     assert summary["malformed"] == calls == 3 * summary["fallbacks"] > 0
     assert summary["ungrounded"] == 1
@@ -2193,7 +2121,7 @@ def test_a_loaded_run_goes_on_with_users_not_seen(tmp_path):
     for name in "abc":
         folder = tmp_path / name
         succeed(*SMALL, *load, "--out", folder)
-        assert summary_in(folder)["first"] == len(learners)
+        assert read(folder / "summary.json")["first"] == len(learners)
         learners += [row["user"] for row in episodes_in(folder) if row["phase"] == "learn"]
         load = ("--load", folder)
     assert len(set(learners)) == 12
@@ -2215,7 +2143,7 @@ def test_a_loaded_memory_is_the_agent_that_was_saved(tmp_path):
 def test_without_learning_no_difference_is_claimed(tmp_path):
     out = succeed(*SMALL, "--episodes", 0, "--out", tmp_path)
     assert "before" in out and "after" not in out and "difference" not in out
-    assert summary_in(tmp_path)["difference"] is None
+    assert read(tmp_path / "summary.json")["difference"] is None
     assert {row["phase"] for row in episodes_in(tmp_path)} == {"before"}
 
 
@@ -2360,7 +2288,7 @@ def test_experiments_share_runs_and_are_the_same_for_any_workers(plot, tmp_path)
         code, out, err = command(*flags, "--workers", workers, "--out", tmp_path / str(workers))
         assert code == 0 and "table3 on films, seeds 0 to 1" in out
         assert err.count("runs: billp") == 2                # the tables share their runs
-        [row] = results_of(tmp_path / str(workers), "table3")["cells"]
+        [row] = read(tmp_path / str(workers) / "table3.json")["cells"]
         assert row["samples"] == expected
 
 
@@ -2383,7 +2311,7 @@ def test_rows_are_compared_with_billp_at_the_same_place(tmp_path, monkeypatch, c
                                     ("a", 1, (1, 9)), ("b", 2, (9, 17)), ("c", 2, (5, 15))]:
         cells[series, window] = np.array([[[1, total] for total in returns]], float)
     run.publish("fig5", base, cells, tmp_path)
-    for row in results_of(tmp_path, "fig5")["rows"]:
+    for row in read(tmp_path / "fig5.json")["rows"]:
         gains[row["series"]] = row["gain"]
     assert gains == {"billp": None, "a": [-2] * 3, "b": [4] * 3, "c": [1, 0, 2]}
     out = capsys.readouterr().out
@@ -2426,7 +2354,7 @@ def test_a_run_over_http_is_the_offline_run_and_replays(workers, finished, tmp_p
         succeed(*flags)
     assert files(tmp_path) == files(finished)
     assert sorted(server.asked) == sorted(set(server.asked)) == sorted(logged(tmp_path))
-    assert summary_in(tmp_path)["endpoint"]["system_fingerprint"] == "fp_1"
+    assert read(tmp_path / "summary.json")["endpoint"]["system_fingerprint"] == "fp_1"
     for name in ("episodes.jsonl", "memory.json", "summary.json"):
         (tmp_path / name).unlink()
     assert "from the log, 0 asked" in succeed(*flags, "--replay")       # the server is gone
@@ -2531,11 +2459,11 @@ def test_models_are_compared_each_with_a_log_of_its_own(tmp_path):
     with endpoint() as server:
         live = (*flags, "table6", "--models", "m/1,n", "--base-url", server.url, "--out")
         succeed(*live, tmp_path / "a")
-    before = results_of(tmp_path / "a", "table6")
+    before = read(tmp_path / "a" / "table6.json")
     succeed(*live, tmp_path / "a", "--replay")
-    assert results_of(tmp_path / "a", "table6") == before
+    assert read(tmp_path / "a" / "table6.json") == before
     succeed(*flags, "table5", "--rows", "billp", "--out", tmp_path / "b")
-    [offline] = results_of(tmp_path / "b", "table5")["rows"]
+    [offline] = read(tmp_path / "b" / "table5.json")["rows"]
     assert [row["x"] for row in before["rows"]] == ["m/1", "n"]
     assert all(row["figures"] == offline["figures"] for row in before["rows"])
     assert (tmp_path / "a" / "table6.png").stat().st_size > 5000
