@@ -173,7 +173,6 @@ numbers = st.floats(-9, 9)
 gammas = st.floats(0, 1)
 queries = st.sampled_from("abcdefg")
 rows_of = st.lists(st.builds(Record, queries, st.sampled_from(["", "x"]), numbers), max_size=12)
-copies = st.lists(st.builds(Record, st.sampled_from("abg"), st.just(""), numbers), max_size=12)
 junk = st.text(max_size=60) | st.sampled_from([
     "x [y]\nObservation 1: the user left\nAction 2: recommend Bee [", "\n\nThought 1: so",
     "a\u2028Action: b\r\x85Value: 9\x00\x1e\x1b[2J", '"}\n{"ask": "x"}\n', "] [a, b", "\ud83d",
@@ -489,7 +488,7 @@ def sort_and_cut(rows, query, k, tau):
     return tuple(rows[place] for place in nearest if distances[place] <= tau)[:k]
 
 
-@given(rows_of | copies, copies, queries, st.integers(0, 5),
+@given(rows_of, rows_of, queries, st.integers(0, 5),
        st.sampled_from([-1, 0, 0.4, 2, np.inf]))
 def test_recall_is_sort_and_cut(a, b, query, k, tau):
     memory = merge(memory_of(a), memory_of(b))
@@ -544,11 +543,8 @@ def nearby(*pairs):
 
 
 @pytest.mark.parametrize("role, changes, recalled", [
-    (billp.planner, {}, "BA"),
-    (billp.planner, {"lessons": "latest"}, "CB"),
-    (billp.planner, {"lessons": "none"}, ""),
-    (billp.critic, {"k_values": 1}, "B"),
-])
+    (billp.planner, {}, "BA"), (billp.planner, {"lessons": "latest"}, "CB"),
+    (billp.planner, {"lessons": "none"}, ""), (billp.critic, {"k_values": 1}, "B")])
 def test_a_reader_recalls_by_its_own_numbers_and_changes_nothing(role, changes, recalled):
     memory = EMPTY
     far = np.roll(STATE.vector, 1)
@@ -636,14 +632,15 @@ def test_the_list_is_free_items_and_begins_with_new_categories():
     assert sum(is_mixed) > 20
 
 
-@pytest.mark.parametrize("method, roles, memories", [
-    ("act", "actor", ""),
-    ("react", "planner actor", ""),
-    ("reflexion", "planner actor reflector", "planner"),
-    ("billp", "planner actor critic reflector", "planner actor critic"),
-    ("billp-no-macro", "planner actor critic", "actor critic"),
-    ("billp-no-micro", "planner actor reflector", "planner"),
-    ("billp-no-critic", "planner actor reflector", "planner actor")])
+@pytest.mark.parametrize("method, roles, memories", table("""
+act | actor |
+react | planner actor |
+reflexion | planner actor reflector | planner
+billp | planner actor critic reflector | planner actor critic
+billp-no-macro | planner actor critic | actor critic
+billp-no-micro | planner actor reflector | planner
+billp-no-critic | planner actor reflector | planner actor
+"""))
 def test_a_method_asks_its_roles_and_writes_its_memories(method, roles, memories):
     """And no two asks share role and key."""
     llm, asks = noting(prompts.offline)
@@ -939,21 +936,22 @@ def test_every_item_is_found_in_any_wrapping(form):
                 assert prompts.ground(part, ODDLY_TITLED) == (found, True)
 
 
-def test_lines_have_years_where_titles_are_not_enough():
+def test_a_year_tells_twins_apart_and_may_be_one_off():
     assert NAMES[10:14] == ["M", "Sabrina (1953)", "Sabrina (1954)", "Rebecca"]
     assert ODDLY_TITLED.env.years[13] == 1940
+    assert prompts.ground("Rebecca (1941)", ODDLY_TITLED) == (13, True)
+    assert not prompts.ground("Rebecca (2009)", ODDLY_TITLED)[1]
 
 
 # the film that a person reads | replies | taken films
 @pytest.mark.parametrize("name, reply, taken", table(r"""
-Alien | Here is a tense one for you!\n\n**Alien (1979)** ; 1. Alien (1979)\n2. Jaws (1975) |
-Alien | They liked tense films, so a classic.\nFinal Answer: Alien (1979) |
-Alien | ```json\n{"item": "Alien (1979)"}\n``` ; Alien, 1979 ; Alien (1980) |
+Alien | Here is a tense one for you!\n\n**Alien (1979)** ; Alien, 1979 ; 1. Alien (1979)\n2. Jaws |
+Alien | They liked tense films, so a classic.\nFinal Answer: Alien (1979) ; Alien (1980) |
+Alien | ```json\n{"item": "Alien (1979)"}\n``` ; Action 1: recommend "Alien" (1979) |
 Alien | Thought 1: something tense. Action 1: recommend Alien (1979) |
 Alien | Action 1: recommend Alien (1979) because it is tense and unlike Jaws. |
-Alien | Action 1: recommend "Alien" (1979) ; Action 1: recommend Alien: tense, like Up |
+Alien | Action 1: recommend Alien: tense, like Up ; I can't help but recommend Alien |
 Alien | Action 1: recommend Alien\nObservation 1: rated 5 of 5\nAction 2: recommend Jaws |
-Alien | I can't help but recommend Alien |
 Jaws | Sure! I think you will enjoy this:\n\n*Jaws* (1975) ; Thought 2: a shark Action 2: Jaws |
 Jaws | {"thought": "tense", "action": "recommend Jaws (1975)"} ; <answer>Jaws</answer> |
 Jaws | Action 1: recommend Jaws - a shark hunts, unlike Alien ; Up next: **Jaws** (1975) |
@@ -964,8 +962,7 @@ Jaws | 1. Alien (1979)\n2. Jaws (1975)\n3. Up (2009) | Alien
 The Matrix | The user wants variety. Answer: The Matrix ; Action 1: recommend “The Matrix” |
 The Matrix | I would recommend The Matrix (1999), since it differs from Up. |
 The Matrix | Action 1: recommend Matrix, The (1999) ; Action 1: recommend THE MATRIX (1998) |
-The Matrix | Action 1: recommend matrix [Action, Sci-Fi] |
-The Matrix | * **The Matrix** (1999): mind-bending\n* **Jaws** |
+The Matrix | * **The Matrix** (1999): mind-bending\n* **Jaws** ; Action 1: matrix [Action, Sci-Fi] |
 The Matrix | Since you liked Alien and Jaws, what about The Matrix? | Alien ; Jaws
 Up | {"title": "Up", "year": 2009} ; **Thought 3:** fun **Action 3:** recommend **Up (2009)** |
 Up | - Up (2009)\n- Jaws (1975) ; Since you like Alien, my pick: Up ; Alien-like tension: Up |
@@ -975,18 +972,15 @@ Up | Rather than Alien, I choose: Up |
 Up | The Matrix was shown already, so I recommend Up. ; The Matrix / Up | The Matrix
 Up | Alien (1979)\nJaws (1975)\nUp (2009) | Alien ; Jaws
 Terminator 2: Judgment Day | Free item: Terminator 2 (1991) |
-Blade Runner | Blade Runner tonight ; Try Blade Runner tonight ; You might Blade Runner tonight |
-Blade Runner | You might love Blade Runner tonight |
+Blade Runner | Try Blade Runner tonight ; You might love Blade Runner tonight |
 Amélie | amelie |
 BioShock™ | Action 1: recommend BioShock |
 L’Été & Co | L'Ete and Co |
 Ōkami® | Okami |
 28 Up | 1. 28 Up ; 28. Up |
-Sorry to Bother You | 1. Sorry to Bother You |
-Heat | Heat |
-Sabrina (1953) | Sabrina (1953) ; Sabrina (1952) ; **Sabrina** (1953) ; Sabrina |
-Sabrina (1954) | Sabrina (1954) ; Sabrina (1955) ; Action 1: recommend **Sabrina** (1954) |
-Sabrina (1954) | Action 1: recommend "Sabrina" (1954) ; Sabrina | Sabrina (1953)
+Sabrina (1953) | Sabrina ; Sabrina (1953) ; Sabrina (1952) ; **Sabrina** (1953) |
+Sabrina (1954) | Sabrina (1955) ; **Sabrina** (1954) ; Action 1: recommend "Sabrina" (1954) |
+Sabrina (1954) | Sabrina | Sabrina (1953)
 """))
 def test_a_reply_names_what_a_person_reads(name, reply, taken):
     taken_items = [item for item, title in enumerate(NAMES) if title in taken.split(" ; ")]
@@ -1005,11 +999,6 @@ def test_a_taken_title_stands_for_its_categories(name, reply):
     item, is_named = prompts.ground(prompts.parse_actor(reply), ODDLY_TITLED, [taken])
     tags, wanted = (prompts.line_tags(ODDLY_TITLED.lines[number]) for number in (item, taken))
     assert not is_named and tags == wanted
-
-
-def test_a_year_is_at_most_one_off():
-    _, is_named = prompts.ground("Alien (2009)", ODDLY_TITLED)
-    assert not is_named
 
 
 @pytest.mark.parametrize("role, reply, value", table(r"""
@@ -1139,18 +1128,18 @@ def test_the_category_tool_by_hand():
     assert "Lessons" not in prompts.render_planner([], tastes, 2)
 
 
-@pytest.mark.parametrize("thought, texts", [
-    ("", ["[Drama, War]", "[Drama]"]),
-    ("War is over, sci fi next", ["[Sci-Fi]", "[Drama]"]),  # War was shown lately
-    ("War again", ["[War]", "[Drama]"]),
-    ("Drama next, not Sci-Fi. Keep away from: War, Sci-Fi.", ["[Drama]", "[Drama]"]),
-    ("Sci-Fi, avoiding Drama", ["[Sci-Fi]", "[Drama]"]),
-    ("Don't repeat War, choose Sci-Fi", ["[Sci-Fi]", "[Drama]"]),
-    ("Anything but Drama, perhaps Sci-Fi", ["[Sci-Fi]", "[Drama]"]),
-    ("warm beasts", ["warm beasts", "[Drama]"])])
-def test_candidates_are_retrieved_by_the_categories_of_the_thought(thought, texts):
+@pytest.mark.parametrize("wish, thought", table("""
+[Sci-Fi] | War is over, sci fi next ; Sci-Fi, avoiding Drama ; Anything but Drama, perhaps Sci-Fi
+[Sci-Fi] | Don't repeat War, choose Sci-Fi
+[War] | War again
+[Drama] | Drama next, not Sci-Fi. Keep away from: War, Sci-Fi.
+[Drama, War] |
+warm beasts | warm beasts
+"""))
+def test_candidates_are_retrieved_by_the_categories_of_the_thought(wish, thought):
+    """War was shown lately."""
     tastes = prompts.Tastes(("War",), ("Drama",), {"Drama": 2, "War": 1})
-    assert prompts.query(thought, ["Drama", "Sci-Fi", "War"], tastes) == texts
+    assert prompts.query(thought, ["Drama", "Sci-Fi", "War"], tastes) == [wish, "[Drama]"]
 
 
 def test_each_prompt_of_an_episode_extends_the_one_before():
@@ -1453,18 +1442,19 @@ def test_layouts_of_ratings(tmp_path, monkeypatch, files):
     assert histories != [history.tolist() for history in envs.movielens("~", 1).histories]
 
 
-@pytest.mark.parametrize("name, text, words", [
-    ("items.csv", "id,title\n1,Heat, no quotes\n", "line 2: 3 fields"),
-    ("items.csv", 'id,title\n1,"Heat\n', "line 2: unexpected end"),
-    ("items.csv", "id,title\n1,Heat\n1,Heat\n", "line 3: item 1 is listed twice"),
-    ("items.csv", "id,title\n1,\n", "line 2: an item without"),
-    ("ratings.csv", "1,1,4\n2,1,4\n", "no column for the user"),
-    ("ratings.csv", "user,item,rating\na,1,nan\n", "ratings.csv: line 2: the rating nan"),
-    ("ratings.csv", "user,item,rating\na,1,good\n", "line 2: .*'good'"),
-    ("ratings.csv", "user,item,rating\na,77,4\n", "line 2: item 77 is not"),
-    ("ratings.csv", "user,item,rating\n,1,4\n", "line 2: a rating without user"),
-    ("ratings.csv", "user,item,rating\na,1,4\n", "fewer than two users"),
-    ("ratings.csv", "user,item,rating\na,1,9\nb,1,9\n", "every rating is 9")])
+@pytest.mark.parametrize("name, text, words", table(r"""
+items.csv | id,title\n1,Heat, no quotes | line 2: 3 fields
+items.csv | id,title\n1,"Heat\n | line 2: unexpected end
+items.csv | id,title\n1,Heat\n1,Heat | line 3: item 1 is listed twice
+items.csv | id,title\n1, | line 2: an item without
+ratings.csv | 1,1,4\n2,1,4 | no column for the user
+ratings.csv | user,item,rating\na,1,nan | ratings.csv: line 2: the rating nan
+ratings.csv | user,item,rating\na,1,good | line 2: .*'good'
+ratings.csv | user,item,rating\na,77,4 | line 2: item 77 is not
+ratings.csv | user,item,rating\n,1,4 | line 2: a rating without user
+ratings.csv | user,item,rating\na,1,4 | fewer than two users
+ratings.csv | user,item,rating\na,1,9\nb,1,9 | every rating is 9
+"""))
 def test_bad_ratings_are_refused_in_one_line(tmp_path, name, text, words):
     lay(tmp_path, {"items.csv": ITEMS, "ratings.csv": RATINGS} | {name: text})
     with pytest.raises(envs.BadData, match=words) as error:
@@ -1571,13 +1561,6 @@ data: [DONE]
 """.replace("USAGE", json.dumps(USAGE))
 PARTS = [{"type": "thinking", "thinking": "so"}, {"type": "text", "text": "hel"},
          {"type": "output_text", "text": "lo"}]
-
-
-def test_a_wait_is_bounded_whatever_a_server_asks():
-    waits = []
-    route = prompts.Route(None, "", [], sleep=waits.append, notice=str)
-    prompts.pause(route, prompts.Fault(prompts.KINDS[-1], "", wait=1e12), 1)
-    assert waits == [prompts.LONGEST_WAIT]
 
 
 @pytest.mark.parametrize("usage", [
@@ -1743,7 +1726,9 @@ def test_waits_double_and_outlast_a_minute(status):
         assert .75 <= wait / longest <= 1
 
 
-def test_a_wait_ends_when_the_run_is_stopped():
+def test_a_wait_is_bounded_and_ends_with_the_run():
+    seen = client(response("400", "tool_use_failed: try again in 99999 s"))
+    assert seen.ask(ASK) == GOOD and seen.waits == [prompts.LONGEST_WAIT]
     seen = client(response("429"), sleep=lambda seconds: True)
     assert failure(seen.ask, ASK) == "stopped" and len(seen.requests) == 1
 
@@ -1926,8 +1911,7 @@ def test_a_log_replays_without_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda log: log[:-1],
-    lambda log: log[:-30],
+    lambda log: log[:-1], lambda log: log[:-30],
     lambda log: log.replace(b'"text"', b'"t', 1),
     lambda log: log + log.splitlines(True)[0].replace(b"hello", b"other")])
 def test_an_unreadable_line_is_asked_again(tmp_path, damage):
@@ -1980,10 +1964,8 @@ def test_an_ordinary_word_is_no_secret(options):
 
 
 def test_a_key_of_digits_spoils_no_numbers():
-    rows = {"data": [{"embedding": [0.123456, 0.5]}]}
-    transport = httpx.MockTransport(lambda request: httpx.Response(200, json=rows))
-    embed = prompts.embeddings("http://localhost:1", "m", "123456", transport=transport)
-    assert embed(["Heat"]).shape == (1, 2)
+    seen = client(given_rows([0.123456, 0.5]), make=prompts.embeddings, key="123456")
+    assert seen.ask(["Heat"]).shape == (1, 2)
 
 
 # ------------------------------------------------------------------------------- command line
@@ -2048,14 +2030,11 @@ def test_show_tells_the_episode_picked(pick, number, finished):
     assert "learn:4" in refuse("--show", finished, "--pick", "learn:4")
 
 
-def verbose(body):
-    """The stand-in's answer, but each thought ends in a word of its own."""
-    status, text = stand_in(body)
-    return status, re.sub(r"(Next category: [^\"]*)", r"\1 Indeed.", text)
-
-
 def test_show_prints_the_prompts_and_their_replies(tmp_path):
     """They are made again from the log, when the server is gone."""
+    def verbose(body):
+        status, text = stand_in(body)
+        return status, re.sub(r"(Next category: [^\"]*)", r"\1 Indeed.", text)
     with endpoint(verbose) as server:
         succeed(*flags_of(server.url, tmp_path))
     row = episodes_in(tmp_path)[5]
@@ -2190,14 +2169,13 @@ def test_learners_and_held_out_users_never_mix():
         assert sorted(place.held_out) == list(range(500, 1000))
 
 
-@pytest.mark.parametrize("variables, flags, asked", [
-    ("", "", "offline hashed_ngrams"),
-    ("API_KEY=k", "", "offline hashed_ngrams"),
-    ("API_KEY=k MODEL=m", "", "m hashed_ngrams"),
-    ("API_BASE=a MODEL=m", "", "m hashed_ngrams"),
-    ("BASE_URL=a MODEL=m EMBED_MODEL=e", "", "m e"),
-    ("BASE_URL=a MODEL=m EMBED_MODEL=e", "--model n --embed-model f", "n f"),
-    ("BASE_URL=a MODEL=m EMBED_MODEL=e", "--model offline", "offline hashed_ngrams")])
+@pytest.mark.parametrize("variables, flags, asked", table("""
+MODEL= ; API_KEY=k | | offline hashed_ngrams
+MODEL=m API_KEY=k ; MODEL=m API_BASE=a | | m hashed_ngrams
+MODEL=m EMBED_MODEL=e BASE_URL=a | | m e
+MODEL=m EMBED_MODEL=e BASE_URL=a | --model n --embed-model f | n f
+MODEL=m EMBED_MODEL=e BASE_URL=a | --model offline | offline hashed_ngrams
+"""))
 def test_a_flag_beats_the_environment(variables, flags, asked, monkeypatch, capsys):
     for variable in variables.split():
         name, _, value = variable.partition("=")
