@@ -168,7 +168,6 @@ def listed(ask):
 
 # ------------------------------------------------------------------------- strategies
 
-
 numbers = st.floats(-9, 9)
 gammas = st.floats(0, 1)
 queries = st.sampled_from("abcdefg")
@@ -272,14 +271,6 @@ def failure(act, *arguments):
     assert line.isprintable() and len(line) < 700
     assert SECRET not in "".join(traceback.format_exception(caught.value)) + repr(caught.value)
     return line
-
-
-def outcome_of(ask):
-    """A reply or the error that ends the run."""
-    try:
-        return ask(ASK)
-    except EndpointError as ended:
-        return ended
 
 
 def logged_answers(path, llm=prompts.unlogged):
@@ -455,7 +446,7 @@ def wait_until(holds):
         time.sleep(0.001)
 
 
-# ------------------------------------------------------------------------------------- memory
+# -------------------------------------------------------------------------- memory and credit
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), rows_of | st.integers(0, 9)), max_size=20))
@@ -477,22 +468,18 @@ def test_memories_of_any_ancestry_are_lists_that_never_change(script):
             assert len(older.records) >= 2 * len(newer.records)
 
 
-def sort_and_cut(rows, query, k, tau):
-    """What `recall` must give: the newest record of each text and item, by squared L2, cut."""
+@given(rows_of, rows_of, queries, st.integers(0, 5), st.sampled_from([-1, 0, 0.4, 2, np.inf]))
+def test_recall_is_sort_and_cut(a, b, query, k, tau):
+    """The newest record of each text and item, by squared L2, cut."""
+    rows, distances = a + b, {}
     newest = {(row.text, row.item): place for place, row in enumerate(rows)}
-    distances = {}
     for place in newest.values():
         difference = VECTORS[rows[place].text] - VECTORS[query]
         distances[place] = round(float(difference @ difference), 5)
     nearest = sorted(distances, key=lambda place: (distances[place], -place))
-    return tuple(rows[place] for place in nearest if distances[place] <= tau)[:k]
-
-
-@given(rows_of, rows_of, queries, st.integers(0, 5),
-       st.sampled_from([-1, 0, 0.4, 2, np.inf]))
-def test_recall_is_sort_and_cut(a, b, query, k, tau):
+    near = [rows[place] for place in nearest if distances[place] <= tau]
     memory = merge(memory_of(a), memory_of(b))
-    assert recall(memory, VECTORS[query], k, tau) == sort_and_cut(a + b, query, k, tau)
+    assert recall(memory, VECTORS[query], k, tau) == tuple(near[:k])
 
 
 @given(junk)
@@ -500,9 +487,6 @@ def test_a_text_lies_at_distance_0_from_itself(text):
     [vector] = prompts.hashed_ngrams([text])
     memory = remember(EMPTY, text, 1, vector)
     assert recall(memory, vector, 1, tau=0.0) == (Record(text, "", 1),)
-
-
-# ------------------------------------------------------------------------------------- credit
 
 
 @given(st.lists(st.tuples(numbers, numbers), min_size=1), numbers, gammas, st.booleans())
@@ -779,13 +763,11 @@ def told(batches):
     return played, [records(memory) for memory in agent]
 
 
-def backwards(function, *lists):
-    """A map that does the last first, and sends each result away as pools of processes do."""
-    rows = list(zip(*lists))
-    return [pickle.loads(pickle.dumps(function(*row))) for row in rows[::-1]][::-1]
-
-
 def test_any_map_gives_the_same_run():
+    """Here one that does the last first, and sends results away as pools of processes do."""
+    def backwards(function, *lists):
+        rows = list(zip(*lists))
+        return [pickle.loads(pickle.dumps(function(*row))) for row in rows[::-1]][::-1]
     assert told(learn(pmap=backwards)) == told(learn())
 
 
@@ -845,11 +827,10 @@ def is_impure(node, parameters):
         change = CHANGES.match(text)
         changed = change and (change[1] or change[3])
         return bool(EFFECTS.match(text)) or changed in parameters
-    if isinstance(node, ast.AugAssign):
-        return re.match(r"\w+", text)[0] in parameters
+    is_stored = isinstance(getattr(node, "ctx", None), ast.Store)
     if isinstance(node, ast.Attribute):
-        return isinstance(node.ctx, ast.Store)
-    if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+        return is_stored
+    if isinstance(node, ast.AugAssign) or (isinstance(node, ast.Subscript) and is_stored):
         return re.match(r"\w*", text)[0] in parameters
     return isinstance(node, STATEMENTS)
 
@@ -1169,14 +1150,10 @@ def rendered(title, category, reply):
     """Each kind of text that catalogues and replies can enter."""
     line = prompts.item_line(title, None, [category])
     tastes = prompts.category_tool([line], [], 4)
-    return [
-        prompts.shared([line], ""),
-        prompts.turn(1, reply, line, 4, False, reply),
-        prompts.render_planner([reply, reply], tastes, 4),
-        prompts.render_actor(2, reply, [Candidate(line, 1, 2)]),
-        prompts.render_critic([(line, 2.0)], 9.0),
-        prompts.render_reflector(line, tastes, True),
-    ]
+    return [prompts.shared([line], ""), prompts.turn(1, reply, line, 4, False, reply),
+            prompts.render_planner([reply, reply], tastes, 4),
+            prompts.render_actor(2, reply, [Candidate(line, 1, 2)]),
+            prompts.render_critic([(line, 2.0)], 9.0), prompts.render_reflector(line, tastes, True)]
 
 
 @given(junk, junk, junk)
@@ -1541,12 +1518,10 @@ def test_a_world_without_learners_teaches_nobody():
     assert sum(len(state.user) for state, _ in sessions) == 0
 
 
-@pytest.mark.parametrize("order", [["a/x.csv", "b/x.csv"], ["b/x.csv", "a/x.csv"]])
+@pytest.mark.parametrize("order", ["ab", "ba"])
 def test_the_data_file_does_not_depend_on_the_file_system(tmp_path, monkeypatch, order):
-    for name in order:
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_text("")
-    monkeypatch.setattr(envs.Path, "rglob", lambda path, name: [path / file for file in order])
+    lay(tmp_path, {"a/x.csv": "", "b/x.csv": ""})
+    monkeypatch.setattr(envs.Path, "rglob", lambda path, name: [path / x / name for x in order])
     assert envs.find_file(tmp_path, ["x.csv"], "") == tmp_path / "a/x.csv"
 
 
@@ -1753,6 +1728,12 @@ ACTS = [
 @given(st.lists(st.sampled_from(ACTS), max_size=40), st.integers(0, 90), st.sampled_from([1, 8]))
 def test_any_faults_end_in_a_reply_or_line_within_budget(script, most, workers):
     seen = client(*script)
+
+    def outcome_of(ask):
+        try:
+            return ask(ASK)
+        except EndpointError as ended:
+            return ended
     with ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(outcome_of, [prompts.limited(seen.ask, most)] * 40))
     for result in results:
@@ -1801,7 +1782,7 @@ def test_a_damaged_key_or_header_is_refused_unseen(mark):
                                     "id=1234", "url/key-42", "url%2Fkey-42"])
 @pytest.mark.parametrize("status", ["200", "400", "401", "500", "ConnectError", "302"])
 def test_no_secret_is_in_errors_and_notices(secret, status):
-    """Nor a part of one: "***-more" would be one of the longer secret."""
+    """Nor a part of one: "***-more" would show how the longer one ends."""
     act = response(status, f"<p>{secret}", f"Location: http://b/{secret.split()[-1]}")
     headers = {"X-Token": f"{SECRET}-more", "Authorization": "Bearer sk-abc", "Cookie": "id=1234"}
     seen = client(*[act] * 9, base="localhost?k=url%2Fkey-42", headers=headers)
@@ -1937,22 +1918,14 @@ def test_of_two_answers_at_once_the_first_counts(tmp_path):
     assert (tmp_path / "log").read_bytes().count(b"\n") == 2
 
 
-def test_embeddings_are_recorded_once_and_replay_to_the_bit(tmp_path):
-    seen = embedder()
-    rows = prompts.recorded_embed(seen.ask, prompts.open_log(tmp_path / "log", "m"))
-    vectors = rows(["a", "bb", "a", "ccc"])
+def test_embeddings_are_recorded_once_to_the_bit_and_never_mix(tmp_path):
+    seen, texts = embedder(), ["a", "bb", "a", "ccc"]
+    vectors = prompts.recorded_embed(seen.ask, prompts.open_log(tmp_path / "log", "m"))(texts)
     assert seen.bodies[0]["input"] == ["a", "bb", "ccc"]
     log = prompts.open_log(tmp_path / "log", "m")
-    replay = prompts.recorded_embed(prompts.unlogged, log)
-    assert replay(["a", "bb", "a", "ccc"]).tobytes() == vectors.tobytes()
-
-
-def test_embeddings_of_two_sizes_never_mix(tmp_path):
-    log = prompts.open_log(tmp_path / "log", "m")
-    prompts.recorded_embed(lambda texts: np.ones((1, 3), np.float32), log)(["a"])
-    resumed = prompts.recorded_embed(lambda texts: np.ones((1, 5), np.float32), log)
-    assert len(resumed(["a"])[0]) == 3
-    assert "{3, 5}" in failure(resumed, ["new"]) and len(log.known) == 1
+    assert prompts.recorded_embed(prompts.unlogged, log)(texts).tobytes() == vectors.tobytes()
+    larger = prompts.recorded_embed(lambda texts: np.ones((1, 5), "f4"), log)
+    assert "{3, 5}" in failure(larger, ["a", "new"]) and len(log.known) == 3
 
 
 @pytest.mark.parametrize("options", [
@@ -2027,7 +2000,8 @@ def test_show_tells_the_episode_picked(pick, number, finished):
     gains = [line for line in out.splitlines() if "advantage" in line]
     assert bool(gains) == (phase == "learn")
     assert all(("advantage +" in line) == ("encouraged" in line) for line in gains)
-    assert "learn:4" in refuse("--show", finished, "--pick", "learn:4")
+    for missing in ("learn:4", "3"):
+        assert f"no episode '{missing}'" in refuse("--show", finished, "--pick", missing)
 
 
 def test_show_prints_the_prompts_and_their_replies(tmp_path):
@@ -2231,8 +2205,7 @@ def test_rows_are_compared_with_billp_at_the_same_place(tmp_path, monkeypatch, c
     for row in read(tmp_path / "fig5.json")["rows"]:
         gains[row["series"]] = row["gain"]
     assert gains == {"billp": None, "a": [-2] * 3, "b": [4] * 3, "c": [1, 0, 2]}
-    out = capsys.readouterr().out
-    words = re.findall("(?m)(lower|higher|not significant)$", out)
+    words = re.findall("(?m)(lower|higher|not significant)$", capsys.readouterr().out)
     assert words == ["lower", "higher", "not significant"]
 
 
@@ -2282,7 +2255,7 @@ def test_a_run_over_http_is_the_offline_run_and_replays(workers, finished, tmp_p
 
 
 def test_embeddings_over_http_are_recorded_and_never_mixed(tmp_path):
-    """The user's own fields reach the chat route alone, as the seed does, the headers both."""
+    """The user's own fields go where the seed goes, to the chat route. The headers go to both."""
     bodies = []
     more = ("--embed-model", "e", "--extra-body", '{"top_p": 0.9}', "--header", "X-Team=a=b")
     with endpoint(bodies.append) as server:
