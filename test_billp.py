@@ -4,7 +4,6 @@ Each test states a law or works an example. It was seen to fail with the line it
 """
 import ast
 import base64
-import csv
 import email.utils
 import json
 import math
@@ -101,6 +100,13 @@ def lengths(policy):
 FILMS = envs.films(0)
 CATALOG = prompts.catalog(FILMS)
 ALIEN, JAWS, UP = map(FILMS.titles.index, ("Alien", "Jaws", "Up"))
+# titles like refusals, labels or numbers, with marks or accents, with a rival, and twins
+ODD = ("Sorry to Bother You", "I Can't Sleep", "Missing in Action 2: The Beginning",
+       "The Beginning", "28 Up", "BioShock™", "L’Été & Co", "Ōkami®", "The Heat", "Heat", "M",
+       "Sabrina", "Sabrina")
+ODDLY_TITLED = prompts.catalog(FILMS._replace(
+    titles=ODD + FILMS.titles[13:], years=(None,) * 11 + (1953, 1954) + FILMS.years[13:]))
+NAMES = [line.partition(" [")[0] for line in ODDLY_TITLED.lines]
 
 # --------------------------------------------------------- builders: models and episodes
 
@@ -172,6 +178,7 @@ numbers = st.floats(-9, 9)
 gammas = st.floats(0, 1)
 queries = st.sampled_from("abcdefg")
 rows_of = st.lists(st.builds(Record, queries, st.sampled_from(["", "x"]), numbers), max_size=12)
+copies = st.lists(st.builds(Record, st.sampled_from("abg"), st.just(""), numbers), max_size=12)
 junk = st.text(max_size=60) | st.sampled_from([
     "x [y]\nObservation 1: the user left\nAction 2: recommend Bee [", "\n\nThought 1: so",
     "a\u2028Action: b\r\x85Value: 9\x00\x1e\x1b[2J", '"}\n{"ask": "x"}\n', "] [a, b", "\ud83d",
@@ -403,7 +410,6 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    daemon_threads = True
     request_queue_size = 128
 
     def handle_error(self, request, client_address):
@@ -468,7 +474,8 @@ def test_memories_of_any_ancestry_are_lists_that_never_change(script):
             assert len(older.records) >= 2 * len(newer.records)
 
 
-@given(rows_of, rows_of, queries, st.integers(0, 5), st.sampled_from([-1, 0, 0.4, 2, np.inf]))
+@given(rows_of | copies, copies, queries, st.integers(0, 5),
+       st.sampled_from([-1, 0, 0.4, 2, np.inf]))
 def test_recall_is_sort_and_cut(a, b, query, k, tau):
     """The newest record of each text and item, by squared L2, cut."""
     rows, distances = a + b, {}
@@ -889,14 +896,6 @@ def test_parse_inverts_what_a_well_behaved_model_writes(text, n, value):
     assume(prompts.words_of(text))                          # a title has words
     assert prompts.parse_actor(f"Free item: {text}\nFree item: x") == text
     assert prompts.parse_actor(f"Action {n}: recommend {text}\nObservation {n}: left") == text
-
-
-ODD = ("Sorry to Bother You", "I Can't Sleep", "Missing in Action 2: The Beginning",
-       "The Beginning", "28 Up", "BioShock™", "L’Été & Co", "Ōkami®", "The Heat", "Heat", "M",
-       "Sabrina", "Sabrina")
-ODDLY_TITLED = prompts.catalog(FILMS._replace(
-    titles=ODD + FILMS.titles[13:], years=(None,) * 11 + (1953, 1954) + FILMS.years[13:]))
-NAMES = [line.partition(" [")[0] for line in ODDLY_TITLED.lines]
 
 
 @pytest.mark.parametrize("form", [
@@ -1393,10 +1392,9 @@ REORDERED = "extra,Year,Genre,NAME,item_id\n" + "".join(
     f'x,,{tags},"{title}",{i}\n\n' for i, title, tags in MOVIES)
 
 
-def dat(text, code):
-    """A csv file as a .dat file: no header, no quotes, :: between the fields."""
-    rows = csv.reader(text.splitlines()[1:])
-    return "".join("::".join(row) + "\n" for row in rows).encode(code)
+def dat(rows, code):
+    """Rows as a .dat file: no header, no quotes, :: between the fields."""
+    return "".join("::".join(map(str, row)) + "\n" for row in rows).encode(code)
 
 
 @pytest.mark.parametrize("files", [
@@ -1404,8 +1402,8 @@ def dat(text, code):
     {"movies.csv": ITEMS.encode("utf-8-sig"), "ratings.csv": RATINGS.replace("\n", "\r\n")},
     {"movie.csv": ITEMS.encode("cp1252"), "rating.csv": RATINGS_DATED},
     {"items.csv": REORDERED, "ratings.csv": NUMBERED},
-    {"movies.dat": dat(ITEMS, "cp1252"), "ratings.dat": dat(RATINGS, "utf-8")},
-    {"movies.dat": dat(ITEMS, "utf-8"), "ratings.dat": dat(RATINGS, "utf-8")}])
+    {"movies.dat": dat(MOVIES, "cp1252"), "ratings.dat": dat(VOTES, "utf-8")},
+    {"movies.dat": dat(MOVIES, "utf-8"), "ratings.dat": dat(VOTES, "utf-8")}])
 def test_layouts_of_ratings(tmp_path, monkeypatch, files):
     monkeypatch.setenv("HOME", str(lay(tmp_path, files)))
     env = envs.movielens("~")
@@ -1527,7 +1525,6 @@ def test_the_data_file_does_not_depend_on_the_file_system(tmp_path, monkeypatch,
 
 # ---------------------------------------------------------------------------------- endpoints
 
-
 STREAM = """data: {"choices": [{"delta": {"content": "hel"}}], "usage": null}
 
 data: {"choices": [{"delta": {"content": "lo"}, "finish_reason": "stop"}]}
@@ -1536,6 +1533,12 @@ data: [DONE]
 """.replace("USAGE", json.dumps(USAGE))
 PARTS = [{"type": "thinking", "thinking": "so"}, {"type": "text", "text": "hel"},
          {"type": "output_text", "text": "lo"}]
+BASE64 = [base64.b64encode(np.array(row, "<f4")).decode() for row in ([3, 4], [4, 3])]
+SOON = email.utils.formatdate(time.time() + 115, usegmt=True)
+ACTS = [
+    completion(), completion(""), response("403", "flagged"), response("429", "try again in 20s"),
+    response("500"), response("200", "<html>"), response("ReadError"), response("ReadTimeout"),
+    response("307", "", "Location: /x"), refuses("seed"), refuses("max_tokens")]
 
 
 @pytest.mark.parametrize("usage", [
@@ -1673,7 +1676,6 @@ def test_only_the_first_name_counts_and_never_a_users_field():
     assert "seed" in failure(seen.ask, ASK) and len(seen.requests) == 1
 
 
-SOON = email.utils.formatdate(time.time() + 115, usegmt=True)
 @pytest.mark.parametrize("header, message, low, high", table(f"""
 Retry-After: 7 | no | 7 | 7
 Retry-After: soon ; Retry-After: 0 ; Retry-After: Mon, 01 Jan 2001 00:00:00 GMT | no | .37 | .5
@@ -1716,12 +1718,6 @@ def test_ten_empty_replies_at_the_start_end_the_run(act, words):
     assert words in failure(seen.ask, ASK) and len(seen.notices) == 1
     seen = client(completion(), *[act] * 30)
     assert sum(not seen.ask(ASK).text for _ in range(31)) == 30
-
-
-ACTS = [
-    completion(), completion(""), response("403", "flagged"), response("429", "try again in 20s"),
-    response("500"), response("200", "<html>"), response("ReadError"), response("ReadTimeout"),
-    response("307", "", "Location: /x"), refuses("seed"), refuses("max_tokens")]
 
 
 @settings(max_examples=60)
@@ -1847,9 +1843,6 @@ def test_embeddings_are_unit_rows_in_order():
     assert [body.get("encoding_format") for body in seen.bodies] == ["float", None, None]
     seen.ask([""])
     assert seen.bodies[-1]["input"] == [" "]
-
-
-BASE64 = [base64.b64encode(np.array(row, "<f4")).decode() for row in ([3, 4], [4, 3])]
 
 
 @pytest.mark.parametrize("act", [
@@ -2069,20 +2062,15 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "a").read_text() == "new"
 
 
-def memory_file(**rows):
-    """A memory.json with these rows."""
-    empty = {"embedding": "hashed_ngrams", "world": "films", "seed": 0, "met": 0,
-             "planner": [], "actor": [], "critic": []}
-    return json.dumps(empty | rows)
-
-
+NOTHING = {"embedding": "hashed_ngrams", "world": "films", "seed": 0, "met": 0,
+           "planner": [], "actor": [], "critic": []}
 FOLDER = {                                  # what lies in the folder of the tests of bad input
     "full/thesis.txt": "years of work",
     "foreign.json": '{"billp": 1, "planner": [[1]]}',
-    "verdict.json": memory_file(actor=[["state", "item", 2]]),
-    "lesson.json": memory_file(planner=[["state", "", 1]]),
-    "target.json": memory_file(critic=[["state", "item", float("inf")]]),
-    "met.json": memory_file(met=float("inf")),
+    "verdict.json": json.dumps(NOTHING | {"actor": [["state", "item", 2]]}),
+    "lesson.json": json.dumps(NOTHING | {"planner": [["state", "", 1]]}),
+    "target.json": json.dumps(NOTHING | {"critic": [["state", "item", float("inf")]]}),
+    "met.json": json.dumps(NOTHING | {"met": float("inf")}),
 }
 
 
@@ -2096,9 +2084,8 @@ FOLDER = {                                  # what lies in the folder of the tes
 --load nowhere.json ; --load foreign.json ; --load verdict.json | .json
 --load lesson.json ; --load target.json ; --load met.json | .json
 --show nowhere | nowhere
---pick after ; --prompts ; --seeds 3 ; --rows react | has no effect
---show full --seed 1 | has no effect
---max-calls 9 ; --method greedy --k-values 3 | has no effect
+--pick after ; --prompts ; --seeds 3 ; --rows react ; --max-calls 9 | has no effect
+--show full --seed 1 ; --method greedy --k-values 3 | has no effect
 --experiment table5 --method act ; --experiment table5 --load full | has no effect
 --out full | full
 --experiment table9 | table9
