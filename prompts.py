@@ -582,9 +582,8 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     bold = "\n".join(match[0] for match in re.finditer(BOLD, part))
     items = titles_in_front(bold, catalog) + titles_in_front(part, catalog)
     chosen = r"(?i)\b(?:recommend|suggest|choose|pick|go with|(?:answer|choice|fit) is)\b|\\boxed"
-    _, *choices = re.split(chosen, part)
-    for choice in choices[-1:]:                 # "I considered Jaws, but I recommend Alien"
-        items += titles_within(before_reason(choice), catalog)
+    choice = re.split(chosen, part)[-1]         # "I considered Jaws, but I recommend Alien"
+    items += titles_within(before_reason(choice), catalog)
     items += titles_within(before_reason(part), catalog)
     if items:
         return items
@@ -1139,8 +1138,8 @@ class Kind(NamedTuple):
     tries: int                      # how often such a request is sent in all
     cure: str                       # what the user can do after the last one
     signs: str                      # a regular expression for "LABEL ADVICE BODY", see `judged`
-    patience: int = 1               # asks in a row that end the run; until then each counts as
-                                    # answered, without a text
+    # So many asks in a row end the run. Until then each counts as answered, without a text.
+    patience: int = 1
 
 
 RESUME = "wait, then run the same command: it resumes"
@@ -1176,7 +1175,8 @@ KINDS = (                           # the first kind whose signs fit counts
          r"|maximum|minimum|range|limit)"),
     Kind("key", 1, "check OPENAI_API_KEY, and whether it may use this model",
          r"401|403|400 .*(api.?key|authorization header)"),
-    Kind("address", 1, "check --base-url, --model and --embed-model", "404|405|500 .*unexpected endpoint"),
+    Kind("address", 1, "check --base-url, --model and --embed-model",
+         "404|405|500 .*unexpected endpoint"),
     Kind("moved", 1, ELSEWHERE, "3.."),
     Kind("page", 2, "does --base-url lack its /v1?", "2.."),
     Kind("vectors", 2, "choose another --embed-model", "embeddings"),
@@ -1297,8 +1297,8 @@ def address(base_url: str, path: str) -> Any:
     if "://" not in base:
         scheme = "http" if LOOPBACK.match(base) else "https"
         base = f"{scheme}://{base}"
-    malformed = EndpointError("the base URL is not a valid address: write it as http://localhost:8080/v1, "
-                              "and a login as --header Authorization=...")
+    malformed = EndpointError("the base URL is not a valid address: write it as "
+                              "http://localhost:8080/v1, and a login as --header Authorization=...")
     try:
         url = httpx.URL(base)
         host = url.host
@@ -1671,7 +1671,8 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
         nonlocal has_spoken, silent
         got = persist(route, chat_body(model, ask), lambda data: heard(route, ask, data))
         if isinstance(got, Reply):
-            has_spoken, silent = True, 0
+            has_spoken = True
+            silent = 0
             return got
         silent += 1
         # If there has been no text at all, some setting must be wrong.
