@@ -41,7 +41,7 @@ from prompts import LLM, Ask, Candidate, Catalog, Key, Malformed
 class Config(NamedTuple):
     """The numbers and switches of the method. run.py makes them flags."""
     thoughts: bool = True           # the planner is asked for a thought t_n before each action
-    # which reflections the planner reads: none, latest or nearest; with none no one writes any
+    # which reflections the planner reads: latest, nearest or none; with none no one is asked for
     lessons: str = "nearest"
     experience: bool = True         # M_A, and with a baseline M_C, are written and recalled
     baseline: bool = True           # the critic's V(s) counts; otherwise V = 0, all is encouraged
@@ -221,7 +221,7 @@ class State(NamedTuple):
     text: str                       # the last `titles` lines, liked or shown, to search memories by
     vector: np.ndarray              # float32 [d], the embedding of the text
     taken: tuple[int, ...]          # items liked before or recommended in this session
-    top: float                      # the largest return of a session; the critic's V stays below
+    top: float                      # the largest discounted return; the critic's V is at most this
     thought: str = ""               # t_n, once the planner has spoken; for the actor alone
 
 

@@ -201,7 +201,7 @@ def check(env: Env) -> None:
     for name in ("belongs", "vectors"):
         array = getattr(env, name)
         is_matrix = isinstance(array, np.ndarray) and array.ndim == 2
-        demand(is_matrix, f"{name} must be a numpy array [items, ...]")
+        demand(is_matrix, f"{name} must be a numpy array [items, columns]")
     c = len(env.categories)
     demand(np.shape(env.belongs) == (m, c), f"belongs needs a column for each of {c} categories")
     demand(np.isfinite(env.vectors).all(), "vectors has numbers that are not finite")

@@ -184,12 +184,12 @@ def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
 
 # What models think aloud stands between such marks. In both patterns spaces and comments do not
 # count.
-THINKING = r"(\w+[:_])? (think|thinking|thoughts?|reason|reasoning|analysis|scratchpad) (_\w+)?"
+THINKING = (r"((begin_of|chain_of|start|inner|internal|longcat)_ | \w+:)?"
+            "(think|thinking|thoughts?|reason|reasoning|analysis|scratchpad) (_process)?")
 OPENING = re.compile(rf"""(?isx)
-    <\|? (?!end_) {THINKING} \b [^<>]* >        # <think>, <chain_of_thought>, <thinking n="1">
-    | [\[◁] think(ing)? [\]▷]           # Mistral, Kimi
+    <\|? {THINKING} \b [^<>]* >         # <think>, <chain_of_thought>, <thinking effort="high">
+    | [\[◁] think [\]▷]                 # Mistral, Kimi
     | <unused94>                        # MedGemma
-    | ^ \s* here[ ]is[ ]my[ ]thought[ ]process:         # Granite
     | <\|channel>thought                # Gemma
     | <\|channel\|> (?! \s*final)       # gpt-oss
     | ^ analysis (?= .*assistantfinal)  # gpt-oss behind a server that drops the marks
@@ -198,7 +198,7 @@ ENDING = re.compile(rf"""(?isx)
     <\|? (/ \|? | end_ (of_)?) {THINKING} \b [^<>]* >
     | [\[◁] /think(ing)? [\]▷]
     | <unused95>
-    | here[ ]is[ ]my[ ]response:
+    | ^ \s* here[ ]is[ ]my[ ]thought[ ]process: .* here[ ]is[ ]my[ ]response:     # Granite
     | \[begin[ ]final[ ]response\]      # Apriel
     | <channel\|>
     | <\|channel\|> \s*final ([^<]*<\|message\|>)?
@@ -273,13 +273,12 @@ def segment(text: str, labels: Sequence[str]) -> str:
     """The text after the first of these labels with text behind it. It ends at the next turn.
 
     It is "" if there is no such label. Models often play several turns in one reply: only the first
-    counts. The same label again is no new turn, but the next line of a list.
+    counts.
     """
     heads = heads_of(text)
     for i, head in enumerate(heads):
         if head.name in labels:
-            others = [later for later in heads[i + 1:] if later.name != head.name]
-            next_turns = [later.start for later in others if later.name in TURNS]
+            next_turns = [later.start for later in heads[i + 1:] if later.name in TURNS]
             end = next_turns[0] if next_turns else len(text)
             content = text[head.end:end].strip()
             if content:
@@ -292,15 +291,17 @@ I_AM = "(i[ ]am|i[ ]?['’]?m)"
 REFUSAL = re.compile(rf"""(?ix) \W* (unfortunately\W+)? (       # spaces and comments do not count
       ({I_AM} [ ] (\w+[ ])?)? sorry    # "I'm sorry, but"
       (\W*$ | \W+(but|that|as)\b | \W+i(['’]m|[ ](am|can|could|do|won)))
-    | (i[ ]apologi[sz]e | my[ ]apologies | i[ ]must[ ]decline)\b
-    | (as | {I_AM}([ ](just|only))?) [ ]an?[ ](\w+[ ])?(ai|language[ ]model)\b
-    | ({I_AM}[ ])? (unable|not[ ]able|not[ ]programmed) [ ] to\b
+    | (i[ ]apologi[sz]e | i[ ]must[ ]decline | my[ ]apologies (?=\W+(but|i)\b) )\b
+    | as[ ]an?[ ](\w+[ ])?(ai|language[ ]model)\b
+    | {I_AM} [ ] ((just|only)[ ])? an?[ ] (\w+[ ])? language[ ]model\b
+    | {I_AM} [ ] (unable|not[ ]able|not[ ]programmed) [ ] to\b
     | {I_AM} [ ] not [ ] comfortable\b
+    | unable [ ] to [ ] (comply|help|assist|answer|provide|recommend)\b
     | i [ ] (do[ ]not|don['’]?t) [ ] have [ ] (enough|access|any)\b
     | ({I_AM}[ ]afraid[ ](that[ ])?)? i [ ] (can(not|['’]?t|[ ]not)|won['’]?t)
       (\W*$ | [ ](help(?![ ]but[ ](recommend|suggest|choose|pick))|assist|recommend|suggest
-              |provide|comply|answer|fulfill?|choose|determine|create|generate|engage|discuss
-              |share|continue|do[ ](that|this|so))\b)                           # "I can't help"
+              |provide|comply|answer|fulfill?|choose|determine
+              |(create|generate|discuss|share|do|continue([ ]with)?)[ ](this|that|such|so))\b)
     )""")
 
 
@@ -319,7 +320,7 @@ def unmarked(line: str) -> str:
     >>> unmarked('- **"Up"** is fun'), unmarked('"Up" is fun')
     ('Up is fun', 'Up is fun')
     """
-    line = re.sub(r'",\s*"\w+":\s*"', ", ", clean(line))           # two fields of JSON
+    line = re.sub(r'",\s*"(\w+)":\s*"', r", \1: ", clean(line))            # two fields of JSON
     content = re.sub("[*`]|__", "", line).strip(' _#>-•"{}')
     if content.count('"') % 2:          # the other one was stripped here, or with a label
         content = content.replace('"', "")
@@ -386,6 +387,8 @@ ARTICLES = frozenset("the a an le la les l un une il lo el los las der das".spli
 LONGEST = 16                        # words of a title that are compared
 YEAR = re.compile("(1[89]|20)[0-9]{2}")
 BOLD = r"\*\*[^*\n]+\*\*(\s*\(\d{4}\))?"
+CHOSEN = (r"(?i)\bI(?:['’]d| would| will|['’]ll)? (?:recommend|suggest|choose|pick|go with)\b"
+          r"|\b(?:answer|choice) is\b|\\boxed")
 EMPHASISED = r"\W*[\"“*](?P<title>[^\"”*]+)[\"”*]+\s*(?P<year>\(\d{4}\))?"
 
 
@@ -562,18 +565,17 @@ def titles_within(text: str, catalog: Catalog) -> list[int]:
     items = []
     while words:
         titled, words_used = leading_title(words, catalog)
-        if titled and (words_used > 1 or not words[0].islower()):
+        is_year = words_used == 1 and words[0] in years
+        if titled and not is_year and (words_used > 1 or not words[0].islower()):
             items += titled
         words = words[max(words_used, 1):]
-        if words and words[0] in years:
-            words = words[1:]
     return items
 
 
 def mentioned(text: str, catalog: Catalog) -> list[int]:
     """The items that a text names, the likeliest first.
 
-    They stand in bold, in front of a line, behind a word such as "recommend", or anywhere else.
+    They stand in bold, at the front of a line, behind "I recommend", or anywhere else.
 
     Case, accents, marks, quotation, the place of an article and words after the title do not
     matter. Titles in a reason count only if they are bold, or if there are no others.
@@ -581,8 +583,7 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     part = item_part(text)
     bold = "\n".join(match[0] for match in re.finditer(BOLD, part))
     items = titles_in_front(bold, catalog) + titles_in_front(part, catalog)
-    chosen = r"(?i)\b(?:recommend|suggest|choose|pick|go with|(?:answer|choice|fit) is)\b|\\boxed"
-    choice = re.split(chosen, part)[-1]         # "I considered Jaws, but I recommend Alien"
+    choice = re.split(CHOSEN, part, maxsplit=1)[-1]         # "Jaws is old, I recommend Alien"
     items += titles_within(before_reason(choice), catalog)
     items += titles_within(before_reason(part), catalog)
     if items:
@@ -829,7 +830,7 @@ def named_in(text: str, tags: Sequence[str]) -> list[str]:
 AVOIDED = (r"(?i)\b(avoid(ing)?|keep away from|without|not|no|never)\b((?! but )[^.;])*"
            r"|\b(instead of|rather than|anything but|nothing like|(do|does|should)n['’]?t)\b"
            r"[^.;,]*")
-REASON = r"(?i)\b(?:because|since|as|due to)\b|\("
+REASON = r"(?i)\b(?:because|since|as|due to|reason:)(?!\w)|\("
 
 
 def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
@@ -922,6 +923,7 @@ VALUE_LINE = re.compile(rf"""(?imx)
     ^ [\W_]* ((final|estimated)[ ])? value\b [^:=：\n]* [:=：]   # "Value 4:" begins its line
     {SUMS} ([\s*_]* | [^\d\n]*?) {NUMBER}            # in the next line, or after words: "about 7,5"
     """)
+SCALE = r"(?i)(?<=\d),? (out of|of a maximum of|at most) \d+([.,]\d+)?"        # "7.5 out of 10"
 VALUE_SAID = re.compile(rf"""(?ix)
     value\b (?: (?!value\b) [^:=：\n] )*            # up to the next "value", or it would be slow
     (?: [:=：] | \b(?:is|of|be|at)\b | (?<=value) , )       # "the value of state 4 is"
@@ -932,20 +934,21 @@ VALUE_SAID = re.compile(rf"""(?ix)
 def parse_critic(text: str) -> float | Malformed:
     """The number of the first line "Value ...:", or else of the last sentence on a value.
 
-    Or else it is the first number, preferably outside parentheses.
+    Or else it stands alone in the last line, or behind "answer". Or else it is the first number,
+    preferably outside parentheses.
 
     >>> parse_critic("The value of 3 more films.\\nValue 4: 7.5"), parse_critic("(3 more) 7,5")
     (7.5, 7.5)
     """
-    text = re.sub(r"(?i)\b(out of|of a maximum of|at most) [\d.]+", " ", text)       # the scale
+    text = re.sub(SCALE, " ", text)
     outside = re.sub(r"[(（].*?[)）]", " ", text)
     sentences = list(VALUE_SAID.finditer(outside))
     last_sentence = sentences[-1] if sentences else None
     attempts = (VALUE_LINE.search(outside),         # "Value: 7"
                 last_sentence,                      # "the value of this state is 7"
                 VALUE_LINE.search(text),            # "Value: (7)"
-                re.search(rf"(?i)\banswer\b[^\d\n]*?{NUMBER}", outside),
-                re.search(rf"(?m)^[\s*_$]*{NUMBER}[\s*_$.]*$", outside),        # alone in its line
+                re.search(rf"(?m)^[ *_$]*{NUMBER}[ *_$.]*\Z", outside),  # alone in the last line
+                re.search(rf"(?i)\banswer(?: is)?[ :=*_$]*{NUMBER}", outside),
                 re.search(NUMBER, outside),
                 re.search(NUMBER, text))
     for match in attempts:
@@ -1138,7 +1141,7 @@ class Kind(NamedTuple):
     tries: int                      # how often such a request is sent in all
     cure: str                       # what the user can do after the last one
     signs: str                      # a regular expression for "LABEL ADVICE BODY", see `judged`
-    # So many asks in a row end the run. Until then each counts as answered, without a text.
+    # So many such asks without a text between them end the run. Until then each counts as answered.
     patience: int = 1
 
 
@@ -1147,14 +1150,16 @@ ELSEWHERE = "use the address it names as --base-url"
 OTHER_MODEL = "try another --model"
 KINDS = (                           # the first kind whose signs fit counts
     Kind("credit", 1, "top up the account, then run the same command: it resumes",
-         r"402|(400|403|429|500) .*(insufficient[\w ]*(quota|balance|funds|credit)|billing_"
+         r"402|(500|finish_reason missing) .*insufficient[_ ](quota|balance)"
+         r"|(400|403|429) .*(insufficient[\w ]*(quota|balance|funds|credit)|billing_"
          r"|credit balance|arrearage|budget.{0,20}exceeded|exceeded.?budget"
          r"|exceeded_current_quota)"),
     Kind("blocked", 1, "look at the prompt, or try another --model",
-         r"finish_reason (content_filter|refusal)"
-         r"|(400|403|422) .*(content.?(filter|policy|exists.risk)|moderation|flagged|safety(?!_)"
-         r"|inappropriate|guardrail|guideline|prohibited.?(content|word|topic|input))",
-         patience=100),                 # one user's history may be blocked at every step
+         r"finish_reason (content_filter|refusal|missing .*(block|filter))"
+         r"|(400|403|422) .*(content.?(filter|policy|exists.risk)|moderation|flagged"
+         r"|safety(?!_settings)|inappropriate|guardrail|guideline"
+         r"|prohibited.?(content|word|topic|input))",
+         patience=1000),                # a user's history may be blocked at every step
     Kind("broken off", 4, OTHER_MODEL,
          r"finish_reason ((network_)?error|abort|insufficient|missing)"
          r"|(400|422) .*tool_use_failed",
@@ -1165,18 +1170,18 @@ KINDS = (                           # the first kind whose signs fit counts
     Kind("context", 1, "allow fewer tokens: --titles, --transcript or --reply-tokens",
          r"413|429 .*request too large"
          r"|(400|422|500) .*(context.{0,20}(length|size|window|limit)|too many tokens"
-         r"|(prompt|input|request).{0,40}too (long|large)|reduce the length"
-         r"|less than \d+ tokens|longer than the maximum)"
-         # a 500 that says "exceeded" is often a time or a number of requests
-         r"|(400|422) .*((prompt|input|request).{0,40}exceed|input_too_large|prompt length"
-         r"|max_new_tokens\W{0,3}must be|input length should)"),
+         r"|(prompt|input|request).{0,40}too (long|large)|(prompt|input).{0,40}exceed"
+         r"|reduce the length|less than \d+ tokens|longer than the maximum)"
+         # a 500 on a "request" that exceeds something often means a time or a number
+         r"|(400|422) .*(request.{0,40}exceed|input_too_large|prompt length"
+         r"|\+ \W?max_new_tokens|input length should)"),
     Kind("reply tokens", 1, "choose another --reply-tokens",
          r"(400|422) (?=.*max_\w*tokens).*\b(too|must be|reached|exceed|most|least|less|greater"
          r"|maximum|minimum|range|limit)"),
     Kind("key", 1, "check OPENAI_API_KEY, and whether it may use this model",
          r"401|403|400 .*(api.?key|authorization header)"),
     Kind("address", 1, "check --base-url, --model and --embed-model",
-         "404|405|500 .*unexpected endpoint"),
+         "404|405|500 .*unexpected endpoint or method"),
     Kind("moved", 1, ELSEWHERE, "3.."),
     Kind("page", 2, "does --base-url lack its /v1?", "2.."),
     Kind("vectors", 2, "choose another --embed-model", "embeddings"),
@@ -1347,7 +1352,7 @@ def secrets_of(key: str, url: Any, headers: dict) -> list[str]:
         escaped = json.dumps(secret)[1:-1]              # as it stands in a JSON body
         secrets += [escaped, escaped.replace("/", r"\/")]
     # Shorter ones are ordinary words, such as "none", EMPTY or "message", and may stand in answers.
-    long_enough = [text for text in secrets if len(text) >= (12 if text.isalpha() else 6)]
+    long_enough = [text for text in secrets if len(text) >= (16 if text.isalpha() else 6)]
     # One may be part of another: the longest is starred first.
     return sorted(long_enough, key=len, reverse=True)
 
@@ -1369,7 +1374,7 @@ def connect(base_url: str, path: str, key: str | None = None, *, timeout: float 
             timeout=httpx.Timeout(timeout, connect=10),
             limits=httpx.Limits(),                          # no limit to connections
             trust_env=not LOOPBACK.match(url.host),         # a proxy cannot reach this machine
-            # reads SSL_CERT_FILE, also for this machine
+            # httpx itself reads SSL_CERT_FILE only with trust_env
             verify=httpx.create_ssl_context() if url.scheme == "https" else True,
             transport=transport)
     except (ImportError, ValueError, OSError, httpx.InvalidURL):
@@ -1629,9 +1634,10 @@ def heard(route: Route, ask: Ask, data: dict) -> Any:
             route.stats["system_fingerprint"] = clean(system, 200)
     if data["choices"]:
         choice = data["choices"][0]
-    else:                           # what else the body says, without what differs each time
-        said = {name: data[name] for name in data.keys() - {"id", "created", "usage"}}
-        choice = {"finish_reason": "missing", "error": json.dumps(said, sort_keys=True)}
+    else:                           # what else the body says, without numbers of requests
+        telling = "(?i)mess|resp|stat|detail|filter|feed"
+        said = [data[name] for name in data if re.search(telling, name)]
+        choice = {"finish_reason": "missing", "error": json.dumps(said)}
     finish = choice.get("finish_reason")
     message = fields(choice.get("message"))
     refusal = message.get("refusal")
@@ -1665,18 +1671,19 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
     """
     route = connect(base_url, "chat/completions", key, **options)
     has_spoken = False              # some reply had a text
-    silent = 0                      # asks without a text since the last one with a text
+    silent = Counter()              # asks without a text since then, of each kind
 
     def answer(ask: Ask) -> Reply:
-        nonlocal has_spoken, silent
+        nonlocal has_spoken
         got = persist(route, chat_body(model, ask), lambda data: heard(route, ask, data))
         if isinstance(got, Reply):
             has_spoken = True
-            silent = 0
+            silent.clear()
             return got
-        silent += 1
+        silent[got.kind] += 1
         # If there has been no text at all, some setting must be wrong.
-        if silent >= (got.kind.patience if has_spoken else min(got.kind.patience, 10)):
+        is_mute = not has_spoken and silent.total() >= 10
+        if is_mute or silent[got.kind] >= got.kind.patience:
             raise failed(route, got)
         tell(route, "empty", f"an empty reply, because {got.reason}; {got.kind.cure}")
         return Reply("", got.usage, got.reason)

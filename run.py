@@ -1389,10 +1389,10 @@ def experiments(args: Namespace, live: Live) -> None:
     build_place((language_jobs or jobs)[0].run)
     folder = run_directory(args, base._asdict() | flags)
     results = []
-    for samples, (run, _) in zip(do_jobs(args, jobs, folder, live), jobs):
+    for samples, job in zip(do_jobs(args, jobs, folder, live), jobs):
         results.append(samples)
-        say(f"{len(results)} of {len(jobs)} runs: {run.method}, {run.episodes} episodes, "
-            f"seed {run.seed}")
+        say(f"{len(results)} of {len(jobs)} runs: {job.run.method}, {job.run.episodes} episodes, "
+            f"seed {job.run.seed}")
     for name, cells in tables.items():
         finished = {}
         for cell, needed in cells.items():

@@ -894,7 +894,7 @@ def test_parse_inverts_what_a_well_behaved_model_writes(text, n, value):
     assert prompts.parse_reflector(f"Lesson: {text}") == text
     assert prompts.parse_critic(f"Value: {value:.3f}") == pytest.approx(value, abs=1e-3)
     assume(prompts.words_of(text))                          # a title has words
-    assert prompts.parse_actor(f"Free item: {text}\nObservation: x") == text
+    assert prompts.parse_actor(f"Free item: {text}\nFree item: x") == text
     assert prompts.parse_actor(f"Action {n}: recommend {text}\nObservation {n}: left") == text
 
 
@@ -939,7 +939,8 @@ Jaws | Alien was discouraged once. So the best one is: Jaws |
 Jaws | While Alien is tense, too, **Jaws** fits the thought best. |
 Jaws | up to now all was tame, so Jaws it is ; Jaws<|eot_id|><|start_header_id|>assistant |
 Jaws | 1. Alien (1979)\n2. Jaws (1975)\n3. Up (2009) | Alien
-Jaws | Free item: Alien\nFree item: Jaws ; 1. Free item: Alien\n2. Free item: Jaws | Alien
+Alien | Free item: Alien\nFree item: Jaws ; I recommend Alien. Do not choose Jaws. |
+Alien | My pick: Alien. I would not recommend Jaws now. ; The best fit is Alien. Then comes Jaws. |
 Jaws | I considered Alien, but it is too similar. I recommend Jaws. |
 Jaws | Instead of Alien, I suggest Jaws |
 Jaws | They like Alien. My final answer is: Jaws ; Reasoning: they like Alien.\n\boxed{Jaws} |
@@ -958,6 +959,7 @@ Up | Alien (1979)\nJaws (1975)\nUp (2009) | Alien ; Jaws
 Terminator 2: Judgment Day | Free item: Terminator 2 (1991) |
 Blade Runner | Try Blade Runner tonight ; You might love Blade Runner tonight |
 Amélie | amelie |
+2001: A Space Odyssey | Since Ali (2001) was liked, now 2001: A Space Odyssey comes |
 BioShock™ | Action 1: recommend BioShock |
 L’Été & Co | L'Ete and Co |
 Ōkami® | Okami |
@@ -1005,7 +1007,9 @@ planner | Next category: Comedy!\nIt is fun. | Comedy!
 planner | Next category: **Comedy**, because `it` was liked | Comedy, because it was liked
 planner | Next category: "Comedy", because it was liked | Comedy, because it was liked
 planner | Comedy, because "Up" and "Big" were liked | Comedy, because "Up" and "Big" were liked
-planner | {"next_category": "Comedy", "reason": "it is new"} | Comedy, it is new
+planner | {"next_category": "Comedy", "reason": "it is new"} | Comedy, reason: it is new
+planner | Next category: Comedy next\nNext category: War | Comedy next
+planner | Here is my thought process:\n\nThought 3: Comedy next | Comedy next
 reflector | **Lesson:** He left.\n\n**Better next time:** Up | He left. Better next time: Up
 critic | Value after step 3: 7.5 ; Value (at most 10): 7.5 ; 7,5 ; Value: about 7.5 of 10 | 7.5
 critic | I'd say 7.5. ; Value 4 = 7,5 ; Value: (7.5) ; Value: 4 + 0.5 * 7 = 7.5 | 7.5
@@ -1018,6 +1022,7 @@ critic | Value of 4 steps is a fair value, 7.5 ; Values: 9, 8\n\n**Value:**\n\n7
 critic | Value（at most 10）：7.5 ; I put a fair value at 7.5 ; Value: 15 ÷ 2 = 7.5 | 7.5
 critic | Value: 4 + 0.5 * 7 = 4 + 3.5 = 7.5 ; Value: \frac12 \cdot 15 = 7.5 | 7.5
 critic | The value is 7.5 out of 10 ; Three of 5 liked it. Final Answer: 7.5 ; 5 steps.\n\n7.5 | 7.5
+critic | Value: at most 7.5 ; Value: at most 7,5 ; 7.5\n\nThis answer is based on 8 cases. | 7.5
 critic | Value: −3 ; Value: -3 = 4 - 7 | -3.0
 """))
 def test_an_answer_is_read_without_its_wrapping(role, reply, value):
@@ -1035,7 +1040,9 @@ planner ; actor ; reflector | Unfortunately, I cannot determine the next categor
 planner ; actor ; reflector | As a large language model, I cannot watch films.
 planner ; actor ; reflector | I do not have enough information. ; My apologies, I am no expert.
 planner ; actor ; reflector | I must decline. ; Unable to comply. ; I'm afraid I can't do that.
-planner ; actor ; reflector | I'm just a language model. ; I'm not comfortable with this.
+planner ; actor ; reflector | I'm a language model. ; I'm just a language model. ; I apologize.
+planner ; actor ; reflector | I'm not comfortable with this. ; I'm not programmed to do this.
+planner ; actor ; reflector | I can't continue with this. ; I cannot discuss such films.
 """))
 def test_a_refusal_or_unfilled_form_is_malformed(role, reply):
     parse = getattr(prompts, f"parse_{role}")
@@ -1592,6 +1599,10 @@ def test_a_single_fault_is_survived(row):
 403 | Your input was flagged ; Content violates usage guidelines. SAFETY_CHECK | 403 | 1
 400 | Content Exists Risk ; Input may be inappropriate | 400 | 1
 200 | {"choices": []} ; {"choices": null, "base_resp": "out of tea"} | missing | 4
+200 | {"choices": [], "promptFeedback": {"blockReason": "SAFETY"}} | blockReason | 1
+200 | {"choices": [{"message": {"content": "A"}, "finish_reason": "abort"}]} | abort | 4
+200 | {"choices": [{"message": {"content": "A"}, "finish_reason": "network_error"}]} | network | 4
+200 | {"choices": [{"message": {"content": "A"}, "error": "lost"}]} | lost | 2
 200 | {"choices": [{"message": {"refusal": "I cannot"}}]} | I cannot | 1
 200 | {"choices": [{"finish_reason": "content_filter"}]} | content_filter | 1
 200 | {"choices": [{"message": {"content": "Act"}, "finish_reason": "content_filter"}]} | filter | 1
@@ -1613,6 +1624,8 @@ def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times
 401 ; 403 | no | | OPENAI_API_KEY | 1
 400 | [{"error": {"code": 400, "message": "API key not valid."}}] | | OPENAI_API_KEY valid | 1
 402 ; 429 ; 500 | {"error": {"code": "insufficient_quota"}} | | top up | 1
+200 | {"choices": null, "base_resp": "insufficient balance"} | | top up | 1
+500 ; 422 | The prompt exceeds the maximum sequence length | | --titles --transcript | 1
 400 | Your credit balance is too low | | top up | 1
 404 | model 'm' not found | | 404 /v1/chat/completions --model | 1
 400 | unknown: seed. context size is 9 ; The input token count (9) exceeds 8 | | --transcript | 1
@@ -1625,7 +1638,8 @@ def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times
 400 | max_tokens or model output limit was reached | | --reply-tokens | 1
 400 | max_tokens is too large: 9 | | --reply-tokens | 1
 400 | max_tokens is too large: 9. This model's maximum context length is 8 | | --reply-tokens | 1
-422 | inputs + max_new_tokens must be <= 4096 | | --reply-tokens | 1
+422 | inputs + max_new_tokens must be <= 4096 | | --titles --transcript | 1
+422 | max_new_tokens must be <= 512 | | choose --reply-tokens | 1
 429 | Insufficient balance ; ExceededBudget: 9 ; Budget has been exceeded | | top up | 1
 429 | Request too large (TPM): Limit 9, Requested 10 | | --transcript | 1
 400 | Missing or invalid Authorization header | | OPENAI_API_KEY | 1
@@ -1743,17 +1757,25 @@ def test_a_wait_is_bounded_and_ends_with_the_run():
     assert failure(seen.ask, ASK) == "stopped" and len(seen.requests) == 1
 
 
-@pytest.mark.parametrize("act, words, patience", [
-    (completion("", "length"), "--reply-tokens", 20), (completion("", refusal="No."), "No.", 100)])
-def test_empty_replies_in_a_row_end_the_run(act, words, patience):
+@pytest.mark.parametrize("acts, words, patience", [
+    ([completion("", "length")], "--reply-tokens", 20),
+    ([completion("", "abort")] * 4, "abort", 100),
+    ([completion("", refusal="No.")], "No.", 1000)])
+def test_empty_replies_in_a_row_end_the_run(acts, words, patience):
     """At the start ten of them do. A text between them starts the count again."""
     for before, count in (([], 10), ([completion()], patience)):
-        seen = client(*before, *[act] * count)
+        seen = client(*before, *acts * count)
         texts = [seen.ask(ASK).text for _ in range(len(before) + count - 1)]
         assert texts == ["hello"] * len(before) + [""] * (count - 1)
         assert words in failure(seen.ask, ASK) and len(seen.notices) == 1
-    seen = client(*[completion(), *[act] * (patience - 1)] * 2)
+    seen = client(*[completion(), *acts * (patience - 1)] * 2)
     assert sum(not seen.ask(ASK).text for _ in range(2 * patience)) == 2 * patience - 2
+
+
+def test_empty_replies_are_counted_by_their_kind():
+    blocked, cut_off = completion("", refusal="No."), completion("", "length")
+    seen = client(completion(), *[blocked] * 25, cut_off)
+    assert [seen.ask(ASK).text for _ in range(27)] == ["hello"] + [""] * 26
 
 
 @settings(max_examples=60)
