@@ -9,8 +9,8 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
     V(s), A(s, a)  the critic's value of a state; the advantage r + gamma V(s') - V(s)
     verdict v_n    what the actor remembers of an action: 1 encouraged if A >= 0, else 0 discouraged
     M_P, M_A, M_C  the memories of planner, actor and critic (an `Agent`)
-    ask            one question to the model (prompts.Ask); its key is the seed of the answer, so
-                   that a run can be repeated
+    ask            one question to the model (prompts.Ask); its key names the random draw of the
+                   answer, so that a run can be repeated
     malformed      a reply that a parser cannot use; after the last retry a role gives its fallback
 
 Recording (s, a) as encouraged makes it likelier that a is chosen in similar states. A
@@ -41,10 +41,11 @@ from prompts import LLM, Ask, Candidate, Catalog, Key, Malformed
 class Config(NamedTuple):
     """The numbers and switches of the method. run.py makes them flags."""
     thoughts: bool = True           # the planner is asked for a thought t_n before each action
-    # which reflections the planner reads: latest, nearest or none; with none no one is asked for
+    # the reflections that the planner reads: none, latest or nearest; with none, the reflector is
+    # not asked
     lessons: str = "nearest"
     experience: bool = True         # M_A, and with a baseline M_C, are written and recalled
-    baseline: bool = True           # the critic's V(s) counts; otherwise V = 0, all is encouraged
+    baseline: bool = True           # the critic's V counts; else A = r >= 0 encourages all
     gamma: float = 0.5              # discount of later rewards; the paper's gamma
     k_lessons: int = 2              # reflections recalled; the paper's K
     k_experience: int = 200         # experiences recalled for the actor and counted for each item
@@ -192,7 +193,8 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
 
     The distance is squared L2, which is 2 - 2 cos between unit vectors. It is rounded, so that
     equal texts tie. Among equals the newest comes first. Of records with the same text and item
-    only the newest counts. The paper cuts at a tau; the roles below do not.
+    only the newest counts: a later verdict or target replaces the earlier one. The paper cuts at a
+    tau; the roles below do not.
     """
     if not memory or k < 1:
         return ()
@@ -243,7 +245,7 @@ class Agent(NamedTuple):
 
 
 NOVICE = Agent()
-# What every role returns. A role that only reads returns the very same memory.
+# What every role returns. Only the reflector writes; the others return the very same memory.
 Output = tuple[Answer, Memory]
 
 
@@ -327,8 +329,9 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
               config: Config) -> tuple[Candidate, ...]:
     """The free items that the actor is shown, each once, the most promising first.
 
-    They are nearest to what the thought asks for, or else to the liked categories; both times also
-    to liked categories not shown lately. With `candidates` 0 they are the remembered ones.
+    They are nearest to what the thought asks for, together with liked categories not shown lately.
+    Without a thought they are nearest to all liked categories, together with the same. With
+    `candidates` 0 they are the items of the recalled experience.
     """
     taken = () if config.repeats else state.taken
     counts = evidence(state, memory, config)        # (line, verdict) -> times
@@ -342,7 +345,8 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     else:
         in_catalog = set(catalog.lines)             # a loaded memory may come from another world
         lines = [line for line, _ in counts if line in in_catalog]
-    # A remembered item may be taken, and a free item may have the line of a taken one.
+    # A remembered item may be taken. A free item may have the same line as a taken one: the model
+    # could not tell them apart.
     taken_lines = {catalog.lines[item] for item in taken}
     # A line comes twice if it has both verdicts, or if two items share it.
     free = [line for line in dict.fromkeys(lines) if line not in taken_lines]
@@ -359,10 +363,10 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
           config: Config = DEFAULT) -> Output:
     """Micro level: the item a_n, given the thought, free items and the evidence for them.
 
-    If the reply names no free item, the listed item nearest to it is recommended (see
-    `prompts.ground`). Without a list, or with `candidates` 0 as in the paper, it is the nearest of
-    all free items. Fallback: the first item listed in the prompt, or else the free item nearest to
-    the state.
+    The item is the free one that the reply names. If it names none, the item is the listed one
+    nearest to the reply (see `prompts.ground`), or with `candidates` 0, as in the paper, the
+    nearest of all free ones. Fallback: the first item listed in the prompt, or else the free item
+    nearest to the state.
     """
     listed = shortlist(state, memory, catalog, config)
     form = prompts.ACTOR if config.candidates else prompts.OPEN_ACTOR
@@ -376,7 +380,7 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
         item, exact = prompts.ground(answer.value, catalog, taken)
         if not exact and config.candidates and listed:
             # A small model repeats recent items. The free item nearest to one of them would often
-            # be too similar. So all items that are not listed are excluded, too.
+            # be too similar. So all that is not listed is excluded: the choice is among the listed.
             listed_lines = {candidate.line for candidate in listed}
             unlisted = [i for i, line in enumerate(catalog.lines) if line not in listed_lines]
             # still not exact: a listed item that was named would have been found above
@@ -540,8 +544,10 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
     asks_critic = config.experience and config.baseline
     answers = appraise(trajectory, agent, llm, config) if asks_critic else ()
     values = tuple(answer.value for answer in answers)
-    # V is 0 once the user left, and everywhere if no critic is asked
-    values += (0.0,) * (len(trajectory.steps) + 1 - len(values))
+    if not asks_critic:
+        values = (0.0,) * (len(trajectory.steps) + 1)
+    elif trajectory.terminated:
+        values += (0.0,)            # nothing follows once the user left
     targets, advantages = credit(trajectory, values, config.gamma)
     m_p, m_a, m_c = EMPTY, EMPTY, EMPTY             # what this episode adds to the three memories
     for step, target, a in zip(trajectory.steps, targets, advantages):

@@ -382,11 +382,11 @@ def common_sense(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
 def turns(env: Env, episodes: int, rounds: int, rng: Rng) -> Iterator[tuple[EnvState, Array]]:
     """Episodes in rounds: yields the new sessions of each round, and what is free in them.
 
-    The sessions of a round are played side by side. The rounds follow one another. Learners are
+    A round is a batch: its sessions are played side by side, a step at a time. Learners are
     taken in a random order, again and again until there are enough. With fewer episodes than rounds
     some rounds are empty.
     """
-    # resize repeats the order until it is long enough. It would make zeros of an empty order.
+    # resize repeats the order until it is long enough. It would fill an empty order with user 0.
     users = np.resize(rng.permutation(env.learners), episodes if env.learners else 0)
     for group in np.array_split(users, rounds):
         yield reset(env, group), unseen(env, group)
@@ -478,17 +478,18 @@ def td_errors(reward: Array, gamma: float, value: Array, next_value: Array, left
 
 def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
              td_error: Array) -> Weights:
-    """The uphill slopes of what the weights maximize, summed over B sessions.
+    """The gradient of what the weights maximize, summed over B sessions.
 
-    match and appeal maximize td_error * log_chance[pick] + ENTROPY * entropy of the chances.
-    value maximizes -(target - V(s))^2 / 2 for a fixed target; td_error is target - V(s).
+    match and appeal maximize td_error * log_chance[pick] + ENTROPY * entropy of the chances, where
+    td_error is held constant, as usual. value maximizes -(target - V(s))^2 / 2 for a fixed target;
+    td_error is target - V(s).
     """
     chance = np.exp(log_chance)
     entropy = -(chance * log_chance).sum(1, keepdims=True)
     picked = np.eye(len(items))[pick]           # [B, k]: 1 at the pick, 0 elsewhere
     # d chance_i / d fit_j = chance_i * ([i is j] - chance_j). From this follow
-    # d log_chance[pick] / d fit_j = [j is the pick] - chance_j and, as the entropy is the sum of
-    # -chance_i * log_chance_i, d entropy / d fit_j = -chance_j * (log_chance_j + entropy)
+    # d log_chance[pick] / d fit_j = [j is the pick] - chance_j
+    # d entropy / d fit_j = -chance_j * (log_chance_j + entropy)
     slope_of_pick = picked - chance
     slope_of_entropy = -chance * (log_chance + entropy)
     slope = td_error[:, None] * slope_of_pick + ENTROPY * slope_of_entropy
@@ -616,7 +617,7 @@ def bootstrap(figure: Function, samples: Sequence[Array], draws: int) -> Array:
     resampled = []
     for sample in samples:
         of_draws = sample[0][drawn]                 # [draws, N, k]
-        # [draws, 1, N, k], because a figure averages over an axis of seeds, too
+        # [draws, 1, N, k]: an axis of one seed stays, because a figure averages over seeds, too
         resampled.append(of_draws[:, None])
     return np.quantile(figure(*resampled), [0.025, 0.975], axis=0)
 
@@ -632,6 +633,7 @@ def intervals(figure: Function, *samples: Array, draws: int = 1000) -> list[list
     seeds = len(samples[0])
     of_seeds = []
     for seed in range(seeds):
+        # a slice keeps the axis of seeds
         of_seeds.append(figure(*[sample[seed:seed + 1] for sample in samples]))
     figures = np.array(of_seeds)                    # [S, numbers]
     low, high = t_interval(figures) if seeds > 1 else bootstrap(figure, samples, draws)
@@ -757,7 +759,7 @@ def films(seed: int = 0, users: int = 1000) -> Env:
     the user likes the film's categories, which is in part the taste of one of six archetypes. Then
     comes the film's general appeal, then noise. Two films are too similar when they share about
     half of their categories or more, which is about one pair in 25. A history is ten films, drawn
-    so that one more point makes a film e times likelier. Half of the users learn.
+    without replacement with weights exp(rating). Half of the users learn.
     """
     titles, years, tags = [], [], []
     for film in FILMS.split(";"):
@@ -766,8 +768,8 @@ def films(seed: int = 0, users: int = 1000) -> Env:
         years.append(int(year))
         tags.append([CODES[letter] for letter in letters])
     categories, belongs = labels(tags)
-    # Films that share a rare category are nearer to each other. In their dot product the two roots
-    # multiply to log(1 / its frequency), before the rows are scaled to length 1.
+    # Films that share a rare category are nearer to each other. In their dot product a shared
+    # category counts log(1 / its frequency), which is this root squared.
     rarity = np.sqrt(np.log(len(titles) / belongs.sum(0)))
     vectors = unit(belongs * rarity).astype(np.float32)
     rng = np.random.default_rng(seed)
@@ -987,7 +989,8 @@ def groups(keys: Array) -> list[Array]:
 def ridge(own: Array, other: Array, ratings: Array, fixed: Array, count: int) -> Array:
     """float32 [count, k + 1]: factors and bias of one side, while the other side is fixed.
 
-    `als` calls it with users as the own side and items as the other, then the other way round.
+    `als` calls it with users as the own side and items as the other, then the other way round. For
+    a user: rating - offset - item's bias = item's factors @ user's factors + user's bias.
     Vote i, between own[i] and other[i], is ratings[i], with the global offset already subtracted.
     The own side has `count` rows. `fixed` holds a row [k + 1], factors and bias, for each of the
     other side. The penalty on a factor is 3 + a tenth of the number of votes of the row, that on
@@ -1059,7 +1062,7 @@ def last_distinct(items: Sequence[int]) -> Array:
 def liked_items(votes: Array) -> list[Array]:
     """Each user's history: the last 20 items rated 4 or more.
 
-    Of a user without such an item it is the last 20 of his or her highest rating.
+    A user without such an item gets the last 20 that he or she rated highest.
 
     Votes are in the order of time for each user, and every user from 0 on has one.
     """

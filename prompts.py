@@ -182,8 +182,8 @@ def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
 
 # -------------------------------------------------------------------- the parts of a reply
 
-# What models think aloud stands between such marks. In both patterns spaces and comments do not
-# count.
+# What models think aloud stands between such marks. `spoken` writes each as <think> or </think>, and
+# takes away what lies between. In both patterns spaces and comments do not count.
 THINKING = (r"((begin_of|chain_of|start|inner|internal|longcat)_ | \w+:)?"
             "(think|thinking|thoughts?|reason|reasoning|analysis|scratchpad) (_process)?")
 OPENING = re.compile(rf"""(?isx)
@@ -210,8 +210,8 @@ MARK = r"<\|\w+\|>|</?[a-z_]+>"         # any other mark: <|im_end|>, <answer>, 
 def spoken(text: str) -> str:
     """A reply without the model's hidden thinking, whether or not its marks are complete.
 
-    Other marks, blank lines and spaces around lines are dropped, too. A long run of them would keep
-    some patterns busy.
+    Other marks, blank lines and spaces around lines are dropped, too. A long run of spaces would
+    make some patterns slow.
 
     >>> spoken("<think>A comedy?</think> Alien"), spoken("A comedy?</think> Alien")
     ('Alien', 'Alien')
@@ -235,8 +235,8 @@ REFLECTIONS = ("reflection", "lesson")
 # those that begin a turn, and so end what stands before them
 TURNS = ("thought", "next category", "action", "free item", "final answer", "observation")
 GAP = r"[ \t*_]{0,9}"
-# Labels may also be words of a sentence, "I like Action: it is fast". So they count only where they
-# begin something. In both patterns below spaces and comments do not count.
+# A label counts where it begins something: "Action: Up", "Comedy. Action 3: Up", but not "I like
+# Action: it is fast". In both patterns below spaces and comments do not count.
 IN_LINE = re.compile(rf"""(?imx)
     (?: ^                           # where a line begins
       | [^\w\s,] | _                # after a mark that is no comma: "Comedy. Action: ..."
@@ -322,7 +322,7 @@ def unmarked(line: str) -> str:
     """
     line = re.sub(r'",\s*"(\w+)":\s*"', r", \1: ", clean(line))            # two fields of JSON
     content = re.sub("[*`]|__", "", line).strip(' _#>-•"{}')
-    if content.count('"') % 2:          # the other one was stripped here, or with a label
+    if content.count('"') % 2:          # its partner was stripped here, or with a label
         content = content.replace('"', "")
     return clean(content)               # no two spaces where a mark was
 
@@ -344,9 +344,8 @@ def first_line(text: str, preamble: str = ":!") -> str:
 def after_labels(text: str, labels: Sequence[str]) -> str:
     """The text after the first of these labels, or after the second if it follows at once.
 
-    A label counts at the start of a line or after a mark, see IN_LINE. In "Thought 3: Next
-    category: Comedy" the mark before the second label belongs to the first. In the part after the
-    first label it starts the line.
+    In "Thought 3: Next category: Comedy" the first step gives "Next category: Comedy", where the
+    second label begins the line. The second step gives "Comedy".
     """
     part = segment(text, labels)
     return segment(part, labels) or part
@@ -365,7 +364,7 @@ def labelled(text: str, labels: Sequence[str]) -> str:
         return ""
     heads = heads_of(text)
     before = text[:heads[0].start] if heads else text
-    # After a label "Comedy!" is an answer.
+    # After a label a line such as "Comedy!" is an answer and no preamble.
     line = first_line(after_labels(text, labels), preamble=":") or first_line(before)
     return "" if re.search(r"\b(CATEGORY|REASON)\b", line) else line
 
@@ -488,8 +487,8 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     """The items whose title the words begin with, and how many words title and year take.
 
     The longest title counts. Its year may be left out or be one off. Its subtitle may be left out
-    if nothing but the year follows. If the words begin with no title, it is `[], 0`.
-    If they begin with a title and another film's year, there are no items.
+    if nothing but the year follows. Without a title it is `[], 0`. With a title and another film's
+    year, it is `[]` and the words of the title.
     """
     for size in range(min(LONGEST, len(words)), 0, -1):
         name = named_by(words[:size])
@@ -521,8 +520,8 @@ def before_reason(text: str) -> str:
 def fronts(line: str) -> tuple[str, str, str]:
     """The parts of a line that may begin with a title.
 
-    They are the whole, the whole without its number in a list, and what stands after a colon. Of
-    the last a reason is cut off; without a colon it is all before the reason. A title in quotes or
+    They are the whole, the whole without its number in a list, and what stands after a colon. The
+    third stops at a reason; without a colon it begins where the line does. A title in quotes or
     bold letters ends with them: '"Up" is fun' gives "Up".
 
     >>> fronts("1. The best one: Up [Children]")
@@ -549,6 +548,7 @@ def titles_in_front(text: str, catalog: Catalog) -> list[int]:
         for front in fronts(line):
             words = words_of(front)
             titled, words_used = leading_title(words, catalog)
+            # The front is this one word alone, or title and year, or a longer title.
             if titled and (len(words) == 1 or words_used > 1):
                 items += titled
                 break
@@ -647,9 +647,11 @@ def shared(history: Sequence[str], transcript: str) -> str:
 def bounded(transcript: str, limit: int) -> str:
     """The newest whole turns of a transcript: at most `limit` characters, but at least one turn."""
     ends = [match.end() for match in re.finditer(r"(?m)^Observation .*\n", transcript)]
-    starts = [0, *ends[:-1]]                # where turns begin
-    fitting = [start for start in starts if len(transcript) - start <= limit]
-    return transcript[min(fitting, default=starts[-1]):]
+    starts = [0, *ends[:-1]]                # where turns begin, oldest first
+    for start in starts:
+        if len(transcript) - start <= limit:
+            return transcript[start:]
+    return transcript[starts[-1]:]
 
 
 def turn(n: int, thought: str, line: str, reward: float, left: bool, asked: str = "") -> str:
@@ -826,7 +828,8 @@ def named_in(text: str, tags: Sequence[str]) -> list[str]:
     return [tag for tag in tags if spaced(tag) in words]
 
 
-# What to avoid: the rest of the sentence, or only up to the next comma.
+# What to avoid: after "avoid" or "not" the rest of the sentence or up to " but ", after "instead of"
+# or "don't" up to the next comma.
 AVOIDED = (r"(?i)\b(avoid(ing)?|keep away from|without|not|no|never)\b((?! but )[^.;])*"
            r"|\b(instead of|rather than|anything but|nothing like|(do|does|should)n['’]?t)\b"
            r"[^.;,]*")
@@ -857,8 +860,8 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
 def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
     """What candidates are retrieved by: the thought's wish, and liked categories not shown lately.
 
-    `closest` adds the texts up. Without a thought the first text is all that was liked, and the
-    second the part of it that was not shown lately. So this part weighs double.
+    With a thought: [what it asks for, liked and not shown lately]. Without: [all that was liked,
+    liked and not shown lately]. `closest` adds them up, so there the second part weighs double.
     """
     wish = in_brackets(tastes.liked)
     if thought:
@@ -965,7 +968,9 @@ LIKED = r"(?m)^- .* \[(.*)\]$"
 SHOWN = r"(?m)^Action \d+: recommend (.*) \[(.*)\]$"
 LISTED = r"(?m)^- (.*) \[(.*)\](?: encouraged (\d+))?,?(?: discouraged (\d+))?$"
 OTHER = r"(?m)^Which one of the other categories should come next: (.*)\? "
-# What the stand-in says to itself: its planner to its actor, its reflector to its planner
+# What the stand-in says to itself. Its reflector writes "Keep similar items 3 steps apart. Avoid War."
+# Its planner reads that by APART and AVOID, and writes "Keep away from Drama, War.", which its actor
+# reads by PLAN.
 PLAN = r"(?m)^Thought \d+: (.*), because similar .* Keep away from (.*?)\.?$"    # it may be cut
 APART = r"\b([1-9]\d?) steps? apart"
 AVOID = r"Avoid (.*?)\."
@@ -1086,7 +1091,11 @@ def gaps_between(shown: Sequence[Sequence[str]]) -> list[int]:
 
 
 def offline_reflector(text: str, seed: int) -> str:
-    """Reads off why the user left: similar items too close together, or a disappointment."""
+    """Reads off why the user left: similar items too close together, or a disappointment.
+
+    It advises one step more than the last gap if that was too small, or else the gap already asked
+    for. It never advises more than a gap that did no harm, unless the last gap was too small.
+    """
     history, session, question = parts_of(text)
     liked = Counter(tags_in(history, LIKED))
     titles, tags = zip(*shown_in(session))
@@ -1140,8 +1149,11 @@ class Kind(NamedTuple):
     name: str
     tries: int                      # how often such a request is sent in all
     cure: str                       # what the user can do after the last one
-    signs: str                      # a regular expression for "LABEL ADVICE BODY", see `judged`
-    # So many such asks without a text between them end the run. Until then each counts as answered.
+    # a regular expression for "LABEL ADVICE BODY", see `judged`; a label is one of "429",
+    # "finish_reason length", "ConnectError", "embeddings"
+    signs: str
+    # The run ends after so many such asks with no text between them. Before, each gives an empty
+    # reply.
     patience: int = 1
 
 
@@ -1489,7 +1501,7 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     """The Fault in a response that is no answer.
 
     KINDS is matched with "STATUS ADVICE BODY". The advice is the header x-should-retry: true, false
-    or nothing. After nothing two spaces follow each other. It is false if the wait is too long.
+    or nothing, as in "429  {...}". It is false if the wait is too long.
     """
     error = fields(data.get("error")) or data           # some servers put its fields at the top
     status = str(response.status_code)          # 200 without a usable body is the kind "page"
@@ -1512,7 +1524,7 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
 # How each request is paid for, where one ask may need several:
 # 1. `limited`, which wraps any LLM, pays for the first request and leaves `charge` in CHARGE.
 # 2. `persist`, deep within an LLM of an endpoint and in the same thread, calls CHARGE before each
-#    further request. It pays, or raises BudgetSpent.
+#    further request. It pays, or raises BudgetSpent. Without `limited` nothing is charged.
 CHARGE = ContextVar("CHARGE", default=lambda: None)
 
 
@@ -1667,6 +1679,8 @@ def chat_body(model: str, ask: Ask) -> dict:
 def openai(base_url: str, model: str, key: str | None = None, **options: Any) -> LLM:
     """A model behind any OpenAI-compatible endpoint. The options are those of `connect`.
 
+    The run ends when one kind of fault reaches its patience, or after ten empty replies if there
+    has been no text at all: then some setting must be wrong.
     The seed is a hint: only a recorded log repeats a run. No stop sequences are sent.
     """
     route = connect(base_url, "chat/completions", key, **options)
@@ -1681,7 +1695,6 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
             silent.clear()
             return got
         silent[got.kind] += 1
-        # If there has been no text at all, some setting must be wrong.
         is_mute = not has_spoken and silent.total() >= 10
         if is_mute or silent[got.kind] >= got.kind.patience:
             raise failed(route, got)

@@ -391,7 +391,7 @@ def learns(run: Settings) -> bool:
 
 
 def settings(args: Namespace) -> Settings:
-    """What the flags and the environment ask for. Runs of experiments add their method's row."""
+    """What the flags and the environment ask for. In experiments `settings_of` adds the method's row."""
     embedding = embedding_of(args)
     first, load = 0, ""
     if args.load:
@@ -731,7 +731,7 @@ def perform(run: Settings, place: Place, agent: Agent, llm: LLM, embed: Embed, p
         if phase == "learn":
             batches = billp.train(catalog, place.learners, llm, run.seed, agent, config, pmap,
                                   run.first)
-            for agent, batch in batches:        # the last agent is evaluated
+            for agent, batch in batches:        # the phase after this one uses the last agent
                 played += batch
         else:
             played = billp.evaluate(catalog, place.held_out, agent, llm, run.seed, phase, config,
@@ -1216,8 +1216,7 @@ def do_jobs(args: Namespace, jobs: Sequence[Job], folder: Path, live: Live) -> I
             if name not in models:
                 models[name] = open_model(args, job.run, folder / quote(name, safe=""), live)
             llm, embed = models[name]
-            # `watched` counts the episodes of a phase. The sessions that fig4 plays from one state
-            # are no phase of a run.
+            # fig4 also plays sessions that belong to no phase, so no progress is shown.
             job_map = pmap if job.measure == "errors" else watched(pmap, job.run)
             yield measure_job(job, partial(counted, llm, live), embed, job_map)
 
