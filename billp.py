@@ -325,6 +325,16 @@ def promise(candidate: Candidate, recent: Sequence[str]) -> tuple[bool, float]:
     return is_new, prompts.chance(candidate)
 
 
+def retrieved(state: State, catalog: Catalog, taken: Sequence[int], tastes: prompts.Tastes,
+              config: Config) -> list[str]:
+    """The lines of the `candidates` free items that fit the thought and the liked categories."""
+    # such as ["[War]", "[Comedy, Drama]"]: what the thought asks for; what was liked and not shown
+    # lately
+    texts = prompts.query(state.thought, catalog.env.categories, tastes)
+    items = prompts.closest(texts, catalog, taken, config.candidates)
+    return [catalog.lines[item] for item in items]
+
+
 def shortlist(state: State, memory: Memory, catalog: Catalog,
               config: Config) -> tuple[Candidate, ...]:
     """The free items that the actor is shown, each once, the most promising first.
@@ -337,11 +347,7 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     counts = evidence(state, memory, config)        # (line, verdict) -> times
     tastes = prompts.category_tool(state.history, state.shown, config.lately)
     if config.candidates:
-        # Such as ["[War]", "[Comedy, Drama]"]: what the thought asks for; what was liked and not
-        # shown lately.
-        texts = prompts.query(state.thought, catalog.env.categories, tastes)
-        items = prompts.closest(texts, catalog, taken, config.candidates)
-        lines = [catalog.lines[item] for item in items]
+        lines = retrieved(state, catalog, taken, tastes, config)
     else:
         in_catalog = set(catalog.lines)             # a loaded memory may come from another world
         lines = [line for line, _ in counts if line in in_catalog]
@@ -357,6 +363,14 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     listed.sort(key=lambda candidate: promise(candidate, tastes.recent), reverse=True)
     limit = config.candidates or config.k_actions
     return tuple(listed[:limit])
+
+
+def nearest_listed(text: str, listed: Sequence[Candidate], catalog: Catalog) -> int:
+    """The listed item nearest to a reply that names none of them."""
+    lines = {candidate.line for candidate in listed}
+    others = [item for item, line in enumerate(catalog.lines) if line not in lines]
+    item, _ = prompts.ground(text, catalog, exclude=others)
+    return item
 
 
 def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
@@ -380,11 +394,8 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
         item, exact = prompts.ground(answer.value, catalog, taken)
         if not exact and config.candidates and listed:
             # A small model repeats recent items. The free item nearest to one of them would often
-            # be too similar. So all that is not listed is excluded: the choice is among the listed.
-            listed_lines = {candidate.line for candidate in listed}
-            unlisted = [i for i, line in enumerate(catalog.lines) if line not in listed_lines]
-            # still not exact: a listed item that was named would have been found above
-            item, _ = prompts.ground(answer.value, catalog, unlisted)
+            # be too similar.
+            item = nearest_listed(answer.value, listed, catalog)
     return answer._replace(value=item, recalled=listed, exact=exact), memory
 
 

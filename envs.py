@@ -88,6 +88,9 @@ def sessions_at(state: EnvState, index: Any) -> EnvState:
     return EnvState(*[part[index] for part in state])
 
 
+# `look_up` and `length_between` are no closures, so that a world can be sent to another process.
+
+
 def look_up(ratings: Array, users: Array, items: Array) -> Array:
     """The entries of a table [n, m]."""
     return ratings[users, items]
@@ -215,10 +218,12 @@ def check(env: Env) -> None:
     users = np.arange(0, n, every_nth)
     try:
         ratings = env.rate(users[:, None], np.arange(m))
-        env.distance(0, np.arange(m), 0)
+        distances = env.distance(0, np.arange(m), 0)
     except IndexError as error:
         raise ValueError(f"rate or distance does not fit {n} users, {m} items: {error}") from None
     demand(np.shape(ratings) == (len(users), m), "rate does not return the shape of its arguments")
+    is_row = np.shape(distances) == (m,) and not np.isnan(distances).any()
+    demand(is_row, "distance does not return a number for each of its arguments")
     fit = (ratings >= 1) & (ratings <= 5)           # false for NaN
     demand(fit.all(), f"ratings that are not between 1 and 5: {ratings[~fit][:9]}")
 
@@ -379,7 +384,8 @@ def common_sense(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
 # ------------------------------------ policies that learn: a bandit, and an actor and critic
 
 
-def turns(env: Env, episodes: int, rounds: int, rng: Rng) -> Iterator[tuple[EnvState, Array]]:
+def new_sessions(env: Env, episodes: int, rounds: int,
+                 rng: Rng) -> Iterator[tuple[EnvState, Array]]:
     """Episodes in rounds: yields the new sessions of each round, and what is free in them.
 
     A round is a batch: its sessions are played side by side, a step at a time. Learners are
@@ -424,7 +430,7 @@ def learn_bandit(env: Env, episodes: int, seed: int = 0) -> Policy:
     rng = branch(seed, "bandit")
     # ridge regression solves (sum of x x' + penalty) weights = sum of reward x
     square, product = np.eye(4), np.zeros(4)
-    for state, free in turns(env, episodes, 100, rng):
+    for state, free in new_sessions(env, episodes, 100, rng):
         while len(free) > 0:
             x = features(env, state)
             predicted = x @ np.linalg.solve(square, product)
@@ -473,7 +479,8 @@ def log_chances(env: Env, weights: Weights, x: Array, items: Array, free: Array)
 
 def td_errors(reward: Array, gamma: float, value: Array, next_value: Array, left: Array) -> Array:
     """float [B]: the advantage of `billp.py`, for B sessions. A user who left has no future."""
-    return reward + gamma * next_value * ~left - value
+    future = np.where(left, 0, next_value)
+    return reward + gamma * future - value
 
 
 def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
@@ -520,7 +527,7 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5) -> Pol
     squares = [np.full_like(weight, 1e-6) for weight in weights]
     # while it learns it chooses among a few items, which is quicker
     choices = min(m, max(64, m // 16))
-    for state, free in turns(env, episodes, 200, rng):
+    for state, free in new_sessions(env, episodes, 200, rng):
         while len(free) > 0:
             x = observe(env, state)
             # The same few for all sessions of this step. A user to whom none is free gets any.
@@ -1210,8 +1217,8 @@ def released(path: Location, name: str) -> Env:
     Users of train.json learn, those of test.json do not. Only `a2c` sees the vectors, which are the
     genres as rows of length 1.
     """
-    train, train_apart, learners = read_half(path, name, "train")
-    test, test_apart, others = read_half(path, name, "test")
+    train, train_apart, train_seen = read_half(path, name, "train")
+    test, test_apart, test_seen = read_half(path, name, "test")
     m = train.shape[1]
     if test.shape[1] != m:
         raise BadData(f"{path}: the two halves of {name} do not fit each other; {AUTHORS}")
@@ -1223,11 +1230,13 @@ def released(path: Location, name: str) -> Env:
         genres = {html.unescape(title): ast.literal_eval(sources[title]) for title in sources}
         categories, belongs = labels([genres.get(title, []) for title in titles])
     index = {title: item for item, title in enumerate(titles)}
-    numbers = [[index[title] for title in seen if title in index] for seen in learners + others]
+    numbers = []
+    for seen in train_seen + test_seen:
+        numbers.append([index[title] for title in seen if title in index])
     return Env(
         titles=tuple(titles), years=(None,) * m,
         categories=categories, belongs=belongs, vectors=unit(belongs).astype(np.float32),
         rate=table(np.clip(ratings, 1, 5)),
-        distance=partial(distance_by_half, len(learners), train_apart, test_apart),
+        distance=partial(distance_by_half, len(train_seen), train_apart, test_apart),
         histories=[last_distinct(items) for items in numbers],
-        learners=len(learners), beta={"steam": 50.0, "amazon": 15.0}[name], grace=1)
+        learners=len(train_seen), beta={"steam": 50.0, "amazon": 15.0}[name], grace=1)

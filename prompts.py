@@ -182,8 +182,8 @@ def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
 
 # -------------------------------------------------------------------- the parts of a reply
 
-# What models think aloud stands between such marks. `spoken` writes each as <think> or </think>, and
-# takes away what lies between. In both patterns spaces and comments do not count.
+# What models think aloud stands between such marks. `spoken` writes each as <think> or </think>,
+# and takes away what lies between. In both patterns spaces and comments do not count.
 THINKING = (r"((begin_of|chain_of|start|inner|internal|longcat)_ | \w+:)?"
             "(think|thinking|thoughts?|reason|reasoning|analysis|scratchpad) (_process)?")
 OPENING = re.compile(rf"""(?isx)
@@ -218,6 +218,7 @@ def spoken(text: str) -> str:
     """
     text = OPENING.sub("<think>", text)
     text = ENDING.sub("</think>", text)
+    # The order matters: first pairs, then what is left over.
     for thinking in ("<think>.*?</think>",      # whole
                      "^.*</think>",             # the opening mark is part of the prompt
                      "<think>.*"):              # the reply was cut off
@@ -235,8 +236,8 @@ REFLECTIONS = ("reflection", "lesson")
 # those that begin a turn, and so end what stands before them
 TURNS = ("thought", "next category", "action", "free item", "final answer", "observation")
 GAP = r"[ \t*_]{0,9}"
-# A label counts where it begins something: "Action: Up", "Comedy. Action 3: Up", but not "I like
-# Action: it is fast". In both patterns below spaces and comments do not count.
+# A label with a colon counts where it begins something: in "Action: Up" and in "Comedy. Action 3:
+# Up", but not in "I like Action: it is fast". In both patterns spaces and comments do not count.
 IN_LINE = re.compile(rf"""(?imx)
     (?: ^                           # where a line begins
       | [^\w\s,] | _                # after a mark that is no comma: "Comedy. Action: ..."
@@ -245,11 +246,11 @@ IN_LINE = re.compile(rf"""(?imx)
     (?P<name> {LABELS} ) {GAP} \d*      # "Thought 3", "Final Answer", "item"
     [ \t*_"')]{{0,9}} [:：] [ \t*_"'`-]*     # then a colon
     """)
-# A label without a colon, alone in its line. It needs a mark or a number, as in "**Action**" or
-# "Action 3", because the plain word "Action" is an answer: the category.
+# A label without a colon counts alone in its line, with a mark or a number, if text follows below:
+# "**Action**" or "Action 3", then "Up". Else it is an answer, the category Action.
 HEADING = re.compile(rf"""(?imx)
     ^ (?= [ \t]* [*_\#>] | .*\d) [ \t*_\#>]* (?P<name> {LABELS} ) {GAP} \d* {GAP} $
-    (?= \s* \S )                   # with text below: "**Action**" at the end is the category
+    (?= \s* \S )                   # with text below
     """)
 
 
@@ -287,22 +288,28 @@ def segment(text: str, labels: Sequence[str]) -> str:
 
 
 # A title may begin like a refusal, "Sorry, Wrong Number": so more of the sentence is needed.
-I_AM = "(i[ ]am|i[ ]?['’]?m)"
-REFUSAL = re.compile(rf"""(?ix) \W* (unfortunately\W+)? (       # spaces and comments do not count
-      ({I_AM} [ ] (\w+[ ])?)? sorry    # "I'm sorry, but"
-      (\W*$ | \W+(but|that|as)\b | \W+i(['’]m|[ ](am|can|could|do|won)))
-    | (i[ ]apologi[sz]e | i[ ]must[ ]decline | my[ ]apologies (?=\W+(but|i)\b) )\b
-    | as[ ]an?[ ](\w+[ ])?(ai|language[ ]model)\b
-    | {I_AM} [ ] ((just|only)[ ])? an?[ ] (\w+[ ])? language[ ]model\b
-    | {I_AM} [ ] (unable|not[ ]able|not[ ]programmed) [ ] to\b
-    | {I_AM} [ ] not [ ] comfortable\b
-    | unable [ ] to [ ] (comply|help|assist|answer|provide|recommend)\b
-    | i [ ] (do[ ]not|don['’]?t) [ ] have [ ] (enough|access|any)\b
-    | ({I_AM}[ ]afraid[ ](that[ ])?)? i [ ] (can(not|['’]?t|[ ]not)|won['’]?t)
-      (\W*$ | [ ](help(?![ ]but[ ](recommend|suggest|choose|pick))|assist|recommend|suggest
-              |provide|comply|answer|fulfill?|choose|determine
-              |(create|generate|discuss|share|do|continue([ ]with)?)[ ](this|that|such|so))\b)
-    )""")
+I_AM = "(i am|i ?['’]?m)"
+I_CANNOT = f"({I_AM} afraid (that )?)?i (can(not|['’]?t| not)|won['’]?t)"
+REFUSALS = (
+    rf"({I_AM} (\w+ )?)?sorry\W*$",
+    rf"({I_AM} (\w+ )?)?sorry\W+(but|that|as)\b",              # "I'm really sorry, but"
+    rf"({I_AM} (\w+ )?)?sorry\W+i(['’]m| (am|can|could|do|won))",
+    r"i apologi[sz]e\b",
+    r"my apologies\W+(but|i)\b",
+    r"i must decline\b",
+    r"as an? (\w+ )?(ai|language model)\b",                    # "As an AI"
+    rf"{I_AM} ((just|only) )?an? (\w+ )?language model\b",     # "I'm just a language model"
+    rf"{I_AM} (unable|not able|not programmed) to\b",
+    rf"{I_AM} not comfortable\b",
+    r"unable to (comply|help|assist|answer|provide|recommend)\b",
+    r"i (do not|don['’]?t) have (enough|access|any)\b",
+    rf"{I_CANNOT}\W*$",
+    # not "I can't help but recommend Up"
+    rf"{I_CANNOT} help(?! but (recommend|suggest|choose|pick))\b",
+    rf"{I_CANNOT} (assist|recommend|suggest|provide|comply|answer|fulfill?|choose|determine)\b",
+    rf"{I_CANNOT} (create|generate|discuss|share|do|continue( with)?) (this|that|such|so)\b",
+)
+REFUSAL = re.compile(rf"(?i)\W*(unfortunately\W+)?({'|'.join(REFUSALS)})")
 
 
 def refuses(text: str, labels: Sequence[str]) -> bool:
@@ -320,7 +327,8 @@ def unmarked(line: str) -> str:
     >>> unmarked('- **"Up"** is fun'), unmarked('"Up" is fun')
     ('Up is fun', 'Up is fun')
     """
-    line = re.sub(r'",\s*"(\w+)":\s*"', r", \1: ", clean(line))            # two fields of JSON
+    # {"category": "War", "reason": "new"} -> {"category": "War, reason: new"}
+    line = re.sub(r'",\s*"(\w+)":\s*"', r", \1: ", clean(line))
     content = re.sub("[*`]|__", "", line).strip(' _#>-•"{}')
     if content.count('"') % 2:          # its partner was stripped here, or with a label
         content = content.replace('"', "")
@@ -581,9 +589,12 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     matter. Titles in a reason count only if they are bold, or if there are no others.
     """
     part = item_part(text)
+    # The first one counts that is free, so it does no harm that an item may come twice.
     bold = "\n".join(match[0] for match in re.finditer(BOLD, part))
-    items = titles_in_front(bold, catalog) + titles_in_front(part, catalog)
-    choice = re.split(CHOSEN, part, maxsplit=1)[-1]         # "Jaws is old, I recommend Alien"
+    items = titles_in_front(bold, catalog)
+    items += titles_in_front(part, catalog)
+    # "Jaws is old, I recommend Alien"; the whole part if nothing was chosen in such words
+    choice = re.split(CHOSEN, part, maxsplit=1)[-1]
     items += titles_within(before_reason(choice), catalog)
     items += titles_within(before_reason(part), catalog)
     if items:
@@ -828,8 +839,8 @@ def named_in(text: str, tags: Sequence[str]) -> list[str]:
     return [tag for tag in tags if spaced(tag) in words]
 
 
-# What to avoid: after "avoid" or "not" the rest of the sentence or up to " but ", after "instead of"
-# or "don't" up to the next comma.
+# What to avoid: after "avoid" or "not" the rest of the sentence or up to " but ", after "instead
+# of" or "don't" up to the next comma.
 AVOIDED = (r"(?i)\b(avoid(ing)?|keep away from|without|not|no|never)\b((?! but )[^.;])*"
            r"|\b(instead of|rather than|anything but|nothing like|(do|does|should)n['’]?t)\b"
            r"[^.;,]*")
@@ -915,21 +926,25 @@ def render_critic(targets: Sequence[tuple[str, float]], as_before: float) -> str
 
 
 NUMBER = r"(?P<number>[-−]?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
-# A calculation up to its last sign, "V = 4 + 0.5 * 5 = 4 + 2.5 =", is skipped. A number alone
-# before the first sign is the value: "7.5 = 4 + 3.5".
+# SUMS skips a calculation up to its last sign:
+#     "V = 4 + 0.5 * 5 = 6.5"        reads 6.5
+#     "7.5 = 4 + 3.5"                reads 7.5: a number alone before the first sign is the value
 SUMS = r"""(?:
     (?! [\s*_$]* [-−]?[\d.,]+ [\s*_$%]* [=≈] )
     (?: [\d\s.+*x×·/÷%$−-] | \\[a-z]+(?![a-z]) | \bof\b | V(\(s\))? )* [=≈]
     )*"""
 # In both patterns spaces and comments do not count.
+#     "Value 4: about 7,5"           VALUE_LINE
+#     "**Value:**", then "7.5"       VALUE_LINE
+#     "The value of state 4 is 7.5"  VALUE_SAID
 VALUE_LINE = re.compile(rf"""(?imx)
-    ^ [\W_]* ((final|estimated)[ ])? value\b [^:=：\n]* [:=：]   # "Value 4:" begins its line
-    {SUMS} ([\s*_]* | [^\d\n]*?) {NUMBER}            # in the next line, or after words: "about 7,5"
+    ^ [\W_]* ((final|estimated)[ ])? value\b [^:=：\n]* [:=：]
+    {SUMS} ([\s*_]* | [^\d\n]*?) {NUMBER}            # in the next line, or after words
     """)
 SCALE = r"(?i)(?<=\d),? (out of|of a maximum of|at most) \d+([.,]\d+)?"        # "7.5 out of 10"
 VALUE_SAID = re.compile(rf"""(?ix)
     value\b (?: (?!value\b) [^:=：\n] )*            # up to the next "value", or it would be slow
-    (?: [:=：] | \b(?:is|of|be|at)\b | (?<=value) , )       # "the value of state 4 is"
+    (?: [:=：] | \b(?:is|of|be|at)\b | (?<=value) , )
     {SUMS} (?: (?!value\b) [^\d\n] )*? {NUMBER}
     """)
 
@@ -968,9 +983,9 @@ LIKED = r"(?m)^- .* \[(.*)\]$"
 SHOWN = r"(?m)^Action \d+: recommend (.*) \[(.*)\]$"
 LISTED = r"(?m)^- (.*) \[(.*)\](?: encouraged (\d+))?,?(?: discouraged (\d+))?$"
 OTHER = r"(?m)^Which one of the other categories should come next: (.*)\? "
-# What the stand-in says to itself. Its reflector writes "Keep similar items 3 steps apart. Avoid War."
-# Its planner reads that by APART and AVOID, and writes "Keep away from Drama, War.", which its actor
-# reads by PLAN.
+# What the stand-in says to itself. Its reflector writes "Keep similar items 3 steps apart. Avoid
+# War." Its planner reads that by APART and AVOID, and writes "Keep away from Drama, War.", which its
+# actor reads by PLAN.
 PLAN = r"(?m)^Thought \d+: (.*), because similar .* Keep away from (.*?)\.?$"    # it may be cut
 APART = r"\b([1-9]\d?) steps? apart"
 AVOID = r"Avoid (.*?)\."
@@ -1140,8 +1155,7 @@ def offline(ask: Ask) -> Reply:
 # Endpoints over HTTP, the log of a run and its budget: the only effects of this module.
 # A request without a usable answer is a value, a Fault. Its label is the HTTP status, the name of
 # an exception or the finish_reason. The label, a server's advice and the body decide its Kind. The
-# Kind says how often such a request is sent, and what the user can do after that. A Kind's signs
-# are matched with a text such as '429 true {"error": {"message": "Rate limit"}}'.
+# Kind says how often such a request is sent, and what the user can do after that.
 
 
 class Kind(NamedTuple):
@@ -1149,9 +1163,7 @@ class Kind(NamedTuple):
     name: str
     tries: int                      # how often such a request is sent in all
     cure: str                       # what the user can do after the last one
-    # a regular expression for "LABEL ADVICE BODY", see `judged`; a label is one of "429",
-    # "finish_reason length", "ConnectError", "embeddings"
-    signs: str
+    signs: str                      # a regular expression for "LABEL ADVICE BODY", see `judged`
     # The run ends after so many such asks with no text between them. Before, each gives an empty
     # reply.
     patience: int = 1
@@ -1160,7 +1172,11 @@ class Kind(NamedTuple):
 RESUME = "wait, then run the same command: it resumes"
 ELSEWHERE = "use the address it names as --base-url"
 OTHER_MODEL = "try another --model"
-KINDS = (                           # the first kind whose signs fit counts
+# The first kind whose signs fit counts. Signs are matched with texts such as
+#     '429 true {"error": {"message": "Rate limit"}}'        status, advice, body
+#     'finish_reason length and no text'
+#     'ReadTimeout timed out'
+KINDS = (
     Kind("credit", 1, "top up the account, then run the same command: it resumes",
          r"402|(500|finish_reason missing) .*insufficient[_ ](quota|balance)"
          r"|(400|403|429) .*(insufficient[\w ]*(quota|balance|funds|credit)|billing_"
@@ -1214,7 +1230,7 @@ INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
 # Headers whose values are secrets: Authorization, X-API-Key, Cookie, X-Auth-Token ...
 SECRET = re.compile("(?i)auth|key|cookie|token|secret|password")
 LONGEST_WAIT = 120.0                # seconds; after 408, 409, 429, 5xx a longer wait ends the run
-# The m of "20 milliseconds" or "5 more seconds" is not minutes.
+# "5 m" is five minutes; the m of "20 milliseconds", "5 more seconds" and "5 months" is not.
 PERIOD = r"(\d+(?:\.\d*)?) ?(ms|[smhd](?!illi|ore|onth))"
 DURATION = rf"(?i)(retryDelay|again in|retry in|retry after|wait)\W*(({PERIOD})+)"      # "1m59s"
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -1646,7 +1662,7 @@ def heard(route: Route, ask: Ask, data: dict) -> Any:
             route.stats["system_fingerprint"] = clean(system, 200)
     if data["choices"]:
         choice = data["choices"][0]
-    else:                           # what else the body says, without numbers of requests
+    else:                           # stands in for a choice; its error is what else the body says
         telling = "(?i)mess|resp|stat|detail|filter|feed"
         said = [data[name] for name in data if re.search(telling, name)]
         choice = {"finish_reason": "missing", "error": json.dumps(said)}
@@ -1825,15 +1841,18 @@ def recorded_embed(embed: Embed, log: Log) -> Embed:
             if reply:
                 rows[text] = unpacked(reply.text)
         missing = [text for text in asks if text not in rows]
-        if missing:
-            rows |= zip(missing, embed(missing), strict=True)
         sizes.update(map(len, rows.values()))
-        if len(sizes) > 1:              # before they are logged: a logged row is permanent
-            raise EndpointError(f"embeddings of sizes {sizes} do not mix: keep to the model "
-                                "this run began with, or use another --out")
-        for text in missing:
-            packed = base64.b64encode(rows[text]).decode()
-            first = keep(log, asks[text], Reply(packed))        # another thread may have been first
-            rows[text] = unpacked(first.text)
+        # in parts, so that a fault or Ctrl-C costs few of the rows paid for
+        for start in range(0, len(missing), 640):
+            part = missing[start:start + 640]
+            found = embed(part)
+            sizes.update(map(len, found))
+            if len(sizes) > 1:          # before they are logged: a logged row is permanent
+                raise EndpointError(f"embeddings of sizes {sizes} do not mix: keep to the model "
+                                    "this run began with, or use another --out")
+            for text, row in zip(part, found, strict=True):
+                packed = base64.b64encode(row).decode()
+                first = keep(log, asks[text], Reply(packed))    # another thread may have been first
+                rows[text] = unpacked(first.text)
         return np.array([rows[text] for text in texts])
     return answer

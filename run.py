@@ -184,7 +184,10 @@ def directory(text: str) -> Path:
 
 
 def make_parser() -> Parser:
-    """All flags. One that is not given is None. A value has the type of its default."""
+    """All flags. One that is not given is None. A value has the type of its default.
+
+    A default False makes a switch, (), a flag that may come several times.
+    """
     parser = Parser("run.py", allow_abbrev=False, epilog=EXAMPLES,
                     formatter_class=RawDescriptionHelpFormatter,
                     description=f"Learn, then evaluate. The default model is {STAND_IN}.")
@@ -236,13 +239,13 @@ def idle_beside_experiments(args: Namespace) -> list[tuple[Iterable[str], str]]:
         return [(FLAGS["experiments"], "without --experiment")]
     # each row has its own method, which sets these switches
     idle = [(("method", "load", *SWITCHES), "beside --experiment")]
-    varied = {EXPERIMENTS[name].varied for name in args.experiment}
+    varied = {EXPERIMENTS[name].varied for name in args.experiment}      # "" for none
     if "model" not in varied:
         idle.append((["models"], "without --experiment table6"))
     if args.models:
         idle.append((["model"], "beside --models"))
     # Only if every experiment varies it: in fig4,fig5 the runs of fig5 still use --episodes.
-    if varied in ({"window"}, {"episodes"}):
+    if varied == {"window"} or varied == {"episodes"}:
         idle.append((varied, "here: the experiment varies it"))
     return idle
 
@@ -391,7 +394,10 @@ def learns(run: Settings) -> bool:
 
 
 def settings(args: Namespace) -> Settings:
-    """What the flags and the environment ask for. In experiments `settings_of` adds the method's row."""
+    """What the flags and the environment ask for.
+
+    In experiments `settings_of` adds the method's row.
+    """
     embedding = embedding_of(args)
     first, load = 0, ""
     if args.load:
@@ -731,7 +737,8 @@ def perform(run: Settings, place: Place, agent: Agent, llm: LLM, embed: Embed, p
         if phase == "learn":
             batches = billp.train(catalog, place.learners, llm, run.seed, agent, config, pmap,
                                   run.first)
-            for agent, batch in batches:        # the phase after this one uses the last agent
+            for learned, batch in batches:
+                agent = learned         # for the phase after this one
                 played += batch
         else:
             played = billp.evaluate(catalog, place.held_out, agent, llm, run.seed, phase, config,
@@ -1129,6 +1136,7 @@ def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: 
         for trajectory in played:
             rewards = [step.reward for step in trajectory.steps]
             returns.append(billp.discounted_return(rewards, config.gamma))
+        # the first return is judged, the others tell what it should be
         one_return, *others = returns
         reference = np.mean(others)
         state = billp.opening(catalog, user, Key(run.seed, "value", i), config)
@@ -1395,6 +1403,7 @@ def experiments(args: Namespace, live: Live) -> None:
     for name, cells in tables.items():
         finished = {}
         for cell, needed in cells.items():
+            # a Job holds dicts, so it cannot be a key
             finished[cell] = np.array([results[jobs.index(job)] for job in needed], float)
         publish(name, base, finished, folder)
     print("\n".join([*ledger(live), f"seconds   {time.perf_counter() - began:.1f}",
@@ -1420,8 +1429,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:             # the reader of the output has closed it
         return 0
     except KeyboardInterrupt:
-        say("\n".join([*ledger(live), "run.py: interrupted; run the same command again: "
-                                      "answered calls are kept"]))
+        say("\n".join([*ledger(live), "run.py: interrupted; the same command goes on: no answer in "
+                                      "the log is asked for again"]))
         return 130
     except MENDABLE as error:
         cause = (live.failures or [error])[0]       # later ones only follow from the first

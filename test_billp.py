@@ -1540,7 +1540,7 @@ def test_bad_or_malicious_files_are_refused(tmp_path, monkeypatch, name, content
 
 def test_a_world_without_learners_teaches_nobody():
     env = hand_world()._replace(learners=0)
-    sessions = list(envs.turns(env, 9, 3, np.random.default_rng(0)))
+    sessions = list(envs.new_sessions(env, 9, 3, np.random.default_rng(0)))
     assert sum(len(state.user) for state, _ in sessions) == 0
 
 
