@@ -1513,6 +1513,14 @@ def redirected(route: Route, response: Any) -> Fault:
     return got
 
 
+def status_of(response: Any, error: dict) -> str:
+    """The status of a response; of an error in a body of status 200 its code, or else 500."""
+    if not (response.is_success and error):
+        return str(response.status_code)
+    code = str(error.get("code"))
+    return code if re.fullmatch("[45][0-9][0-9]", code) else "500"
+
+
 def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     """The Fault in a response that is no answer.
 
@@ -1520,10 +1528,7 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     or nothing, as in "429  {...}". It is false if the wait is too long.
     """
     error = fields(data.get("error")) or data           # some servers put its fields at the top
-    status = str(response.status_code)          # 200 without a usable body is the kind "page"
-    if response.is_success and data:            # the body holds an error: its code is the status
-        code = str(error.get("code"))
-        status = code if re.fullmatch("[45][0-9][0-9]", code) else "500"
+    status = status_of(response, error)         # 200 without a usable body is the kind "page"
     wait = asked_wait(response.headers, text)
     advice = response.headers.get("x-should-retry", "")
     if wait > LONGEST_WAIT:

@@ -299,11 +299,11 @@ def models_of(args: Namespace) -> list[str]:
     names = [args.model or variable("OPENAI_MODEL")]        # one name may hold commas
     if args.models:
         names = parts(args.models)
+    if names == ["offline"]:
+        return names
     # A replay asks no endpoint, but its log is that of a real model.
     has_endpoint = bool(args.base_url or args.replay or variable(*ADDRESS))
     has_key = bool(variable("OPENAI_API_KEY"))
-    if names == ["offline"]:
-        return names
     if names == [""] and not has_endpoint:
         if has_key:                 # many people have one in their environment
             say("OPENAI_API_KEY is set without a model: the stand-in answers")
@@ -393,22 +393,18 @@ def learns(run: Settings) -> bool:
     return run.config["experience"] or run.config["lessons"] != "none"
 
 
-def settings(args: Namespace) -> Settings:
-    """What the flags and the environment ask for.
+def settings(args: Namespace, saved: Json) -> Settings:
+    """What the flags and the environment ask for. `saved` is what `read_memory` gives.
 
     In experiments `settings_of` adds the method's row.
     """
-    embedding = embedding_of(args)
-    first, load = 0, ""
-    if args.load:
-        saved = read_memory(args.load, embedding)
-        first, load = learners_met(saved, args.world, args.seed), saved["digest"]
     config = Config()._asdict()
     if not args.experiment:
         config |= billp.METHODS.get(args.method, {})
     return Settings(
-        world=args.world, method=args.method, model=args.models_asked[0], embedding=embedding,
-        seed=args.seed, episodes=args.episodes, users=args.users, first=first, load=load,
+        world=args.world, method=args.method, model=args.models_asked[0],
+        embedding=embedding_of(args), seed=args.seed, episodes=args.episodes, users=args.users,
+        first=learners_met(saved, args.world, args.seed), load=saved["digest"],
         extra=digest_of_extra(args.extra_body),
         config=config | given_of(args, Config._fields), rule=given_of(args, envs.RULE))
 
@@ -506,10 +502,14 @@ def run_directory(args: Namespace, config: Json) -> Path:
     return path
 
 
-def memory_text(run: Settings, agent: Agent) -> str:
-    """The memories as JSON. Vectors are left out: they are made again on loading."""
-    content = {"billp": 1, "embedding": run.embedding, "world": run.world, "seed": run.seed,
-               "met": run.first + run.episodes}
+def memory_text(run: Settings, agent: Agent, met: dict[tuple[str, int], int]) -> str:
+    """The memories as JSON. Vectors are left out: they are made again on loading.
+
+    `met` holds the number of learners met in earlier runs, by world and seed.
+    """
+    met = met | {(run.world, run.seed): run.first + run.episodes}
+    rows = [[*place, learners] for place, learners in met.items() if learners]
+    content = {"billp": 1, "embedding": run.embedding, "met": rows}
     for role, memory in agent._asdict().items():
         content[role] = billp.records(memory)
     return dumps(content, indent=1) + "\n"
@@ -526,24 +526,27 @@ def read_record(role: str, row: list) -> billp.Record:
     return billp.Record(text, item, content)
 
 
-def read_memory(path: Path, embedding: str) -> Json:
+def read_memory(path: Path | None, embedding: str) -> Json:
     """What `memory_text` wrote, with records for rows, and a digest of the file.
 
-    `path` is the file or its run directory. UserError for any other.
+    `path` is the file or its run directory. UserError for any other. Without a path nothing was
+    learned before.
     """
+    if path is None:
+        return {"met": {}, "digest": "", **{role: [] for role in Agent._fields}}
     file = path / "memory.json" if path.is_dir() else path
     try:
         content = file.read_text("utf-8")
         saved = json.loads(content) | {"digest": digest(content)}
         for role in Agent._fields:
             saved[role] = [read_record(role, row) for row in saved[role]]
-        for name, kind in (("embedding", str), ("world", str), ("seed", int), ("met", int)):
-            saved[name] = kind(saved[name])
+        saved["met"] = {(str(world), int(seed)): int(met) for world, seed, met in saved["met"]}
+        loaded_embedding = saved["embedding"]
     except (OSError, ValueError, LookupError, TypeError, OverflowError):
         raise UserError(f"{file} is no memory.json of this program: --load takes the directory of "
                         "a finished run") from None
-    if saved["embedding"] != embedding:
-        raise UserError(f"{file} was made with the embedding {saved['embedding']}, not {embedding}")
+    if loaded_embedding != embedding:
+        raise UserError(f"{file} was made with the embedding {loaded_embedding}, not {embedding}")
     return saved
 
 
@@ -552,16 +555,16 @@ def learners_met(saved: Json, world: str, seed: int) -> int:
 
     UserError if the memory may have learned from users that this seed holds out.
     """
-    if (saved["world"], saved["seed"]) == (world, seed):
-        return saved["met"]
     # May the memory know a user who is held out now? In films another seed makes other users. In
     # steam and amazon the files tell who is held out. In csv and movielens the seed draws who is
     # held out, and two folders may hold the same data.
-    both_drawn = all(name.startswith(("csv:", "movielens:")) for name in (world, saved["world"]))
-    if both_drawn and seed != saved["seed"]:
-        raise UserError(f"--load: this memory may know users that --seed {seed} holds out; "
-                        f"use its own --seed {saved['seed']}")
-    return 0
+    drawn = ("csv:", "movielens:")
+    for earlier_world, earlier_seed in saved["met"]:
+        both_drawn = world.startswith(drawn) and earlier_world.startswith(drawn)
+        if both_drawn and seed != earlier_seed:
+            raise UserError(f"--load: this memory may know users that --seed {seed} holds out; "
+                            f"use its own --seed {earlier_seed}")
+    return saved["met"].get((world, seed), 0)
 
 
 def agent_of(saved: Json, embed: Embed) -> Agent:
@@ -906,15 +909,14 @@ def phases_of(run: Settings) -> tuple[str, ...]:
 def one_run(args: Namespace, live: Live) -> None:
     """Learn, evaluate, write the run directory, print the results."""
     began = time.perf_counter()
-    run = settings(args)
+    saved = read_memory(args.load, embedding_of(args))
+    run = settings(args, saved)
     if run.episodes and not learns(run):
         say(f"{run.method} learns nothing: --episodes 0 skips its learning episodes")
     place = build_place(run)
     folder = run_directory(args, run._asdict())
     llm, embed = open_model(args, run, folder, live)
-    agent = billp.NOVICE
-    if args.load:
-        agent = agent_of(read_memory(args.load, run.embedding), embed)
+    agent = agent_of(saved, embed)
     workers = args.workers or (1 if run.model == "offline" else run.config["batch"])
     with parallel(futures.ThreadPoolExecutor(workers), live.stop) as pmap:
         outcome = perform(run, place, agent, partial(counted, llm, live), embed,
@@ -922,7 +924,7 @@ def one_run(args: Namespace, live: Live) -> None:
     summary = summarise(run, outcome, live, began)
     episodes = [dumps(describe(place.env, played)) + "\n" for played in outcome.trajectories]
     write(folder / "episodes.jsonl", "".join(episodes))
-    write(folder / "memory.json", memory_text(run, outcome.agent))
+    write(folder / "memory.json", memory_text(run, outcome.agent, saved["met"]))
     write(folder / "summary.json", dumps(summary, indent=1) + "\n")
     lessons = [record.content for record in billp.records(outcome.agent.planner)]
     lines = report(summary, place.env.about, lessons[-1:], live)
@@ -1382,7 +1384,7 @@ def publish(name: str, base: Settings, cells: dict[Cell, Array], folder: Path) -
 def experiments(args: Namespace, live: Live) -> None:
     """Perform the experiments asked for. A job that two of them need is performed once."""
     began = time.perf_counter()
-    base = settings(args)
+    base = settings(args, read_memory(None, ""))
     tables = {name: cells_of(args, base, name) for name in args.experiment}
     jobs = []
     for cells in tables.values():

@@ -369,7 +369,7 @@ def read(path):
 
 def settings_of(text):
     """The settings that flags ask for."""
-    return run.settings(run.parse(text.split()))
+    return run.settings(run.parse(text.split()), run.read_memory(None, ""))
 
 
 def prompt_and_role(body):
@@ -2099,6 +2099,17 @@ def test_a_loaded_run_goes_on_with_users_not_seen(tmp_path):
     assert "--load" in refuse("--show", folder, "--prompts")
 
 
+def test_a_memory_knows_every_world_it_has_met():
+    """Through other worlds, too. In csv and movielens another seed would hold out other users."""
+    before = run.memory_text(settings_of("--episodes 9"), NOVICE, {("csv:a", 0): 7})
+    assert json.loads(before)["met"] == [["csv:a", 0, 7], ["films", 0, 9]]
+    saved = {"met": {("csv:a", 0): 7, ("films", 0): 9}}
+    for world, seed, first in (("csv:a", 0, 7), ("csv:b", 0, 0), ("films", 1, 0), ("steam:c", 1, 0)):
+        assert run.learners_met(saved, world, seed) == first
+    with pytest.raises(run.UserError, match="own --seed 0"):
+        run.learners_met(saved, "movielens:b", 1)
+
+
 def test_a_loaded_memory_is_the_agent_that_was_saved(tmp_path):
     """At temperature 0 a loaded run meets users before learning as the first met them after it."""
     cold = (*SMALL, "--temperature", 0, "--out")
@@ -2133,7 +2144,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "a").read_text() == "new"
 
 
-NOTHING = {"embedding": "hashed_ngrams", "world": "films", "seed": 0, "met": 0,
+NOTHING = {"embedding": "hashed_ngrams", "met": [["films", 0, 9]],
            "planner": [], "actor": [], "critic": []}
 FOLDER = {                                  # what lies in the folder of the tests of bad input
     "full/thesis.txt": "years of work",
@@ -2141,7 +2152,7 @@ FOLDER = {                                  # what lies in the folder of the tes
     "verdict.json": json.dumps(NOTHING | {"actor": [["state", "item", 2]]}),
     "lesson.json": json.dumps(NOTHING | {"planner": [["state", "", 1]]}),
     "target.json": json.dumps(NOTHING | {"critic": [["state", "item", float("inf")]]}),
-    "met.json": json.dumps(NOTHING | {"met": float("inf")}),
+    "met.json": json.dumps(NOTHING | {"met": [["films", 0, float("inf")]]}),
 }
 
 
@@ -2231,7 +2242,8 @@ def test_spellings_of_one_setting_are_one_run():
 def test_experiments_share_runs_and_are_the_same_for_any_workers(plot, tmp_path):
     flags = ("--experiment", "table3,table5", "--rows", "billp", "--seeds", 2, *SMALL)
     args = run.parse(list(map(str, flags)))
-    [jobs] = run.cells_of(args, run.settings(args), "table3").values()
+    base = run.settings(args, run.read_memory(None, ""))
+    [jobs] = run.cells_of(args, base, "table3").values()
     expected = [run.offline_job(job) for job in jobs]
     for workers in (1, 2):
         code, out, err = command(*flags, "--workers", workers, "--out", tmp_path / str(workers))
@@ -2243,7 +2255,7 @@ def test_experiments_share_runs_and_are_the_same_for_any_workers(plot, tmp_path)
 
 def test_cells_hold_all_seeds_and_learn_if_they_can():
     args = run.parse("--experiment table3 --seed 3 --seeds 2 --episodes 7".split())
-    cells = run.cells_of(args, run.settings(args), "table3")
+    cells = run.cells_of(args, run.settings(args, run.read_memory(None, "")), "table3")
     assert {tuple(job.run.seed for job in jobs) for jobs in cells.values()} == {(3, 4)}
     episodes = {series: jobs[0].run.episodes for (series, _), jobs in cells.items()}
     assert episodes["act"] == episodes["react"] == 0
