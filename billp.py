@@ -328,8 +328,7 @@ def promise(candidate: Candidate, recent: Sequence[str]) -> tuple[bool, float]:
 def retrieved(state: State, catalog: Catalog, taken: Sequence[int], tastes: prompts.Tastes,
               config: Config) -> list[str]:
     """The lines of the `candidates` free items that fit the thought and the liked categories."""
-    # such as ["[War]", "[Comedy, Drama]"]: what the thought asks for; what was liked and not shown
-    # lately
+    # two texts: what the thought asks for, such as "[War]", and liked categories not shown lately
     texts = prompts.query(state.thought, catalog.env.categories, tastes)
     items = prompts.closest(texts, catalog, taken, config.candidates)
     return [catalog.lines[item] for item in items]
@@ -340,8 +339,8 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     """The free items that the actor is shown, each once, the most promising first.
 
     They are nearest to what the thought asks for, together with liked categories not shown lately.
-    Without a thought they are nearest to all liked categories, together with the same. With
-    `candidates` 0 they are the items of the recalled experience.
+    Without a thought, all liked categories take the place of what it asks for. With `candidates` 0
+    they are the items of the recalled experience.
     """
     taken = () if config.repeats else state.taken
     counts = evidence(state, memory, config)        # (line, verdict) -> times

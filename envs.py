@@ -392,7 +392,8 @@ def new_sessions(env: Env, episodes: int, rounds: int,
     taken in a random order, again and again until there are enough. With fewer episodes than rounds
     some rounds are empty.
     """
-    # resize repeats the order until it is long enough. It would fill an empty order with user 0.
+    # resize repeats the order until it is long enough. Of an empty order it would make zeros, that
+    # is user 0; hence the `if`.
     users = np.resize(rng.permutation(env.learners), episodes if env.learners else 0)
     for group in np.array_split(users, rounds):
         yield reset(env, group), unseen(env, group)

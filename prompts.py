@@ -872,7 +872,7 @@ def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
     """What candidates are retrieved by: the thought's wish, and liked categories not shown lately.
 
     With a thought: [what it asks for, liked and not shown lately]. Without: [all that was liked,
-    liked and not shown lately]. `closest` adds them up, so there the second part weighs double.
+    liked and not shown lately]; `closest` adds them up, so there the latter count twice.
     """
     wish = in_brackets(tastes.liked)
     if thought:
@@ -926,25 +926,27 @@ def render_critic(targets: Sequence[tuple[str, float]], as_before: float) -> str
 
 
 NUMBER = r"(?P<number>[-−]?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
-# SUMS skips a calculation up to its last sign:
-#     "V = 4 + 0.5 * 5 = 6.5"        reads 6.5
-#     "7.5 = 4 + 3.5"                reads 7.5: a number alone before the first sign is the value
+# SUMS skips a calculation. Each round takes one "... =", so it ends behind the last "=":
+#     "V = 4 + 0.5 * 5 = 6.5"        skips "V = 4 + 0.5 * 5 ="
+#     "7.5 = 4 + 3.5"                skips nothing: a number alone before "=" is the value
 SUMS = r"""(?:
-    (?! [\s*_$]* [-−]?[\d.,]+ [\s*_$%]* [=≈] )
+    (?! [\s*_$]* [-−]?[\d.,]+ [\s*_$%]* [=≈] )            # no number alone
     (?: [\d\s.+*x×·/÷%$−-] | \\[a-z]+(?![a-z]) | \bof\b | V(\(s\))? )* [=≈]
     )*"""
 # In both patterns spaces and comments do not count.
 #     "Value 4: about 7,5"           VALUE_LINE
 #     "**Value:**", then "7.5"       VALUE_LINE
-#     "The value of state 4 is 7.5"  VALUE_SAID
+#     "The value of state 4 is 7.5"  VALUE_SAID: behind the last "is", "of", ... of the sentence
 VALUE_LINE = re.compile(rf"""(?imx)
     ^ [\W_]* ((final|estimated)[ ])? value\b [^:=：\n]* [:=：]
     {SUMS} ([\s*_]* | [^\d\n]*?) {NUMBER}            # in the next line, or after words
     """)
-SCALE = r"(?i)(?<=\d),? (out of|of a maximum of|at most) \d+([.,]\d+)?"        # "7.5 out of 10"
+# What may stand behind a value: "7.5 out of 10", "7.5 because the user is at step 4".
+BEHIND = (r"(?i)(?<=\d),? ((out of|of a maximum of|at most) \d+([.,]\d+)?"
+          r"|(because|since|given|as)\b[^,.;\n]*)")
 VALUE_SAID = re.compile(rf"""(?ix)
     value\b (?: (?!value\b) [^:=：\n] )*            # up to the next "value", or it would be slow
-    (?: [:=：] | \b(?:is|of|be|at)\b | (?<=value) , )
+    (?: [:=：] | \b(?:is|of|be|at)\b | (?<=value) , )      # "the value, 7.5"
     {SUMS} (?: (?!value\b) [^\d\n] )*? {NUMBER}
     """)
 
@@ -958,7 +960,7 @@ def parse_critic(text: str) -> float | Malformed:
     >>> parse_critic("The value of 3 more films.\\nValue 4: 7.5"), parse_critic("(3 more) 7,5")
     (7.5, 7.5)
     """
-    text = re.sub(SCALE, " ", text)
+    text = re.sub(BEHIND, " ", text)
     outside = re.sub(r"[(（].*?[)）]", " ", text)
     sentences = list(VALUE_SAID.finditer(outside))
     last_sentence = sentences[-1] if sentences else None
@@ -984,9 +986,10 @@ SHOWN = r"(?m)^Action \d+: recommend (.*) \[(.*)\]$"
 LISTED = r"(?m)^- (.*) \[(.*)\](?: encouraged (\d+))?,?(?: discouraged (\d+))?$"
 OTHER = r"(?m)^Which one of the other categories should come next: (.*)\? "
 # What the stand-in says to itself. Its reflector writes "Keep similar items 3 steps apart. Avoid
-# War." Its planner reads that by APART and AVOID, and writes "Keep away from Drama, War.", which its
+# War." Its planner reads that by APART and AVOID. It writes "Keep away from Drama, War.", which its
 # actor reads by PLAN.
-PLAN = r"(?m)^Thought \d+: (.*), because similar .* Keep away from (.*?)\.?$"    # it may be cut
+# `turn` cuts a thought at 300 characters, so its last dot may be missing.
+PLAN = r"(?m)^Thought \d+: (.*), because similar .* Keep away from (.*?)\.?$"
 APART = r"\b([1-9]\d?) steps? apart"
 AVOID = r"Avoid (.*?)\."
 MOST_LIKED = "most liked"
@@ -1108,8 +1111,9 @@ def gaps_between(shown: Sequence[Sequence[str]]) -> list[int]:
 def offline_reflector(text: str, seed: int) -> str:
     """Reads off why the user left: similar items too close together, or a disappointment.
 
-    It advises one step more than the last gap if that was too small, or else the gap already asked
-    for. It never advises more than a gap that did no harm, unless the last gap was too small.
+    `harmless` is the smallest gap at which the user stayed. `advised` is the gap that the session's
+    thoughts asked for, or if the user left at a gap below `harmless`, one step more than that gap.
+    It is never more than `harmless`.
     """
     history, session, question = parts_of(text)
     liked = Counter(tags_in(history, LIKED))
@@ -1514,7 +1518,7 @@ def redirected(route: Route, response: Any) -> Fault:
 
 
 def status_of(response: Any, error: dict) -> str:
-    """The status of a response; of an error in a body of status 200 its code, or else 500."""
+    """The status of a response. If status 200 carries an error, it is the error's code, or 500."""
     if not (response.is_success and error):
         return str(response.status_code)
     code = str(error.get("code"))
@@ -1667,7 +1671,7 @@ def heard(route: Route, ask: Ask, data: dict) -> Any:
             route.stats["system_fingerprint"] = clean(system, 200)
     if data["choices"]:
         choice = data["choices"][0]
-    else:                           # stands in for a choice; its error is what else the body says
+    else:                           # a filtered prompt, perhaps: other fields may say why
         telling = "(?i)mess|resp|stat|detail|filter|feed"
         said = [data[name] for name in data if re.search(telling, name)]
         choice = {"finish_reason": "missing", "error": json.dumps(said)}
@@ -1683,7 +1687,8 @@ def heard(route: Route, ask: Ask, data: dict) -> Any:
     if text and not broken_off and not choice.get("error"):
         return Reply(text, usage)
     label = "refusal" if refusal else finish
-    reason = refusal or choice.get("error") or "and no text"
+    found = "half a text" if text else "no text"
+    reason = refusal or choice.get("error") or f"and {found}"
     return fault(route, f"finish_reason {label}", str(reason))._replace(usage=usage)
 
 

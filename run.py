@@ -186,7 +186,7 @@ def directory(text: str) -> Path:
 def make_parser() -> Parser:
     """All flags. One that is not given is None. A value has the type of its default.
 
-    A default False makes a switch, (), a flag that may come several times.
+    A default of True or False makes a switch, () a flag that may come several times.
     """
     parser = Parser("run.py", allow_abbrev=False, epilog=EXAMPLES,
                     formatter_class=RawDescriptionHelpFormatter,
@@ -244,6 +244,8 @@ def idle_beside_experiments(args: Namespace) -> list[tuple[Iterable[str], str]]:
         idle.append((["models"], "without --experiment table6"))
     if args.models:
         idle.append((["model"], "beside --models"))
+    if args.cluster:
+        idle.append((["workers"], "beside --cluster"))
     # Only if every experiment varies it: in fig4,fig5 the runs of fig5 still use --episodes.
     if varied == {"window"} or varied == {"episodes"}:
         idle.append((varied, "here: the experiment varies it"))
@@ -686,7 +688,7 @@ class Outcome(NamedTuple):
 
 
 def watched(pmap: Callable, run: Settings) -> Callable:
-    """The same map, which tells after every tenth episode how far its phase has come."""
+    """The same map, which also prints after every tenth episode how far its phase has come."""
     lengths = defaultdict(list)         # of each phase
 
     def watched_map(function: Callable, users: Sequence[int], keys: Sequence[Key]) -> Iterator:
@@ -1119,7 +1121,7 @@ def shortened(env: envs.Env, gamma: float) -> envs.Env:
 
 def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Callable,
                      users: Sequence[int], draws: int) -> list[list[float]]:
-    """[users, 2]: after one learning run, the error of one return, then of the critic's V.
+    """[users, 2]: after one learning run, the error of one return and the error of the critic's V.
 
     The state is the first one of a session with each user. The reference is the mean of `draws`
     further returns of the same agent from there.

@@ -1022,6 +1022,8 @@ critic | Value of 4 steps is a fair value, 7.5 ; Values: 9, 8\n\n**Value:**\n\n7
 critic | Value（at most 10）：7.5 ; I put a fair value at 7.5 ; Value: 15 ÷ 2 = 7.5 | 7.5
 critic | Value: 4 + 0.5 * 7 = 4 + 3.5 = 7.5 ; Value: \frac12 \cdot 15 = 7.5 | 7.5
 critic | The value is 7.5 out of 10 ; Three of 5 liked it. Final Answer: 7.5 ; 5 steps.\n\n7.5 | 7.5
+critic | The value is 7.5 because he is at step 4 ; The value is 7.5, given 4 ratings of 5 | 7.5
+critic | Similar ones have 6 as average, so the value is 7.5. | 7.5
 critic | Value: at most 7.5 ; Value: at most 7,5 ; 7.5\n\nThis answer is based on 8 cases. | 7.5
 critic | Value: −3 ; Value: -3 = 4 - 7 | -3.0
 """))
@@ -1600,7 +1602,7 @@ def test_a_single_fault_is_survived(row):
 400 | Content Exists Risk ; Input may be inappropriate | 400 | 1
 200 | {"choices": []} ; {"choices": null, "base_resp": "out of tea"} | missing | 4
 200 | {"choices": [], "promptFeedback": {"blockReason": "SAFETY"}} | blockReason | 1
-200 | {"choices": [{"message": {"content": "A"}, "finish_reason": "abort"}]} | abort | 4
+200 | {"choices": [{"message": {"content": "A"}, "finish_reason": "abort"}]} | half a | 4
 200 | {"choices": [{"message": {"content": "A"}, "finish_reason": "network_error"}]} | network | 4
 200 | {"choices": [{"message": {"content": "A"}, "error": "lost"}]} | lost | 2
 200 | {"choices": [{"message": {"refusal": "I cannot"}}]} | I cannot | 1
@@ -2104,8 +2106,9 @@ def test_a_memory_knows_every_world_it_has_met():
     before = run.memory_text(settings_of("--episodes 9"), NOVICE, {("csv:a", 0): 7})
     assert json.loads(before)["met"] == [["csv:a", 0, 7], ["films", 0, 9]]
     saved = {"met": {("csv:a", 0): 7, ("films", 0): 9}}
-    for world, seed, first in (("csv:a", 0, 7), ("csv:b", 0, 0), ("films", 1, 0), ("steam:c", 1, 0)):
-        assert run.learners_met(saved, world, seed) == first
+    assert run.learners_met(saved, "csv:a", 0) == 7
+    for world, seed in (("csv:b", 0), ("films", 1), ("steam:c", 1)):
+        assert run.learners_met(saved, world, seed) == 0
     with pytest.raises(run.UserError, match="own --seed 0"):
         run.learners_met(saved, "movielens:b", 1)
 
