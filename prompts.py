@@ -327,7 +327,7 @@ def unmarked(line: str) -> str:
     >>> unmarked('- **"Up"** is fun'), unmarked('"Up" is fun')
     ('Up is fun', 'Up is fun')
     """
-    # {"category": "War", "reason": "new"} -> {"category": "War, reason: new"}
+    # JSON, already cut behind its label: War", "reason": "new"} -> War, reason: new"}
     line = re.sub(r'",\s*"(\w+)":\s*"', r", \1: ", clean(line))
     content = re.sub("[*`]|__", "", line).strip(' _#>-•"{}')
     if content.count('"') % 2:          # its partner was stripped here, or with a label
@@ -931,7 +931,8 @@ NUMBER = r"(?P<number>[-−]?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
 #     "7.5 = 4 + 3.5"                skips nothing: a number alone before "=" is the value
 SUMS = r"""(?:
     (?! [\s*_$]* [-−]?[\d.,]+ [\s*_$%]* [=≈] )            # no number alone
-    (?: [\d\s.+*x×·/÷%$−-] | \\[a-z]+(?![a-z]) | \bof\b | V(\(s\))? )* [=≈]
+    (?: [\d\s.+*x×·/÷%$−-] | \\[a-z]+(?![a-z]) | \b(of|r|reward|gamma|next)\b | V(\(s\))? )*
+    [=≈]
     )*"""
 # In both patterns spaces and comments do not count.
 #     "Value 4: about 7,5"           VALUE_LINE
@@ -943,7 +944,7 @@ VALUE_LINE = re.compile(rf"""(?imx)
     """)
 # What may stand behind a value: "7.5 out of 10", "7.5 because the user is at step 4".
 BEHIND = (r"(?i)(?<=\d),? ((out of|of a maximum of|at most) \d+([.,]\d+)?"
-          r"|(because|since|given|as)\b[^,.;\n]*)")
+          r"|(because|since|given|as)\b[^,.;:=：\n]*(?!.*[:=：]))")
 VALUE_SAID = re.compile(rf"""(?ix)
     value\b (?: (?!value\b) [^:=：\n] )*            # up to the next "value", or it would be slow
     (?: [:=：] | \b(?:is|of|be|at)\b | (?<=value) , )      # "the value, 7.5"
@@ -1236,7 +1237,8 @@ SECRET = re.compile("(?i)auth|key|cookie|token|secret|password")
 LONGEST_WAIT = 120.0                # seconds; after 408, 409, 429, 5xx a longer wait ends the run
 # "5 m" is five minutes; the m of "20 milliseconds", "5 more seconds" and "5 months" is not.
 PERIOD = r"(\d+(?:\.\d*)?) ?(ms|[smhd](?!illi|ore|onth))"
-DURATION = rf"(?i)(retryDelay|again in|retry in|retry after|wait)\W*(({PERIOD})+)"      # "1m59s"
+# "1m59s", "1 minute 59 seconds"
+DURATION = rf"(?i)(retryDelay|again in|retry in|retry after|wait)\W*(({PERIOD}[a-z]*[ ,]*)+)"
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 LOOPBACK = re.compile(r"(([\w-]+\.)*localhost|127\.[\d.]+|0\.0\.0\.0|\[?::1)(?![\w.-])")
 MISSHAPEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -1671,8 +1673,8 @@ def heard(route: Route, ask: Ask, data: dict) -> Any:
             route.stats["system_fingerprint"] = clean(system, 200)
     if data["choices"]:
         choice = data["choices"][0]
-    else:                           # a filtered prompt, perhaps: other fields may say why
-        telling = "(?i)mess|resp|stat|detail|filter|feed"
+    else:                           # a filtered prompt, perhaps: other fields tell, see KINDS
+        telling = "(?i)message|resp|status|detail|filter|feedback"         # names hold one of these
         said = [data[name] for name in data if re.search(telling, name)]
         choice = {"finish_reason": "missing", "error": json.dumps(said)}
     finish = choice.get("finish_reason")

@@ -509,7 +509,8 @@ def memory_text(run: Settings, agent: Agent, met: dict[tuple[str, int], int]) ->
 
     `met` holds the number of learners met in earlier runs, by world and seed.
     """
-    met = met | {(run.world, run.seed): run.first + run.episodes}
+    if run.method in billp.METHODS:         # the memories know nothing of what a policy learned
+        met = met | {(run.world, run.seed): run.first + run.episodes}
     rows = [[*place, learners] for place, learners in met.items() if learners]
     content = {"billp": 1, "embedding": run.embedding, "met": rows}
     for role, memory in agent._asdict().items():

@@ -1023,6 +1023,7 @@ critic | Value（at most 10）：7.5 ; I put a fair value at 7.5 ; Value: 15 ÷ 
 critic | Value: 4 + 0.5 * 7 = 4 + 3.5 = 7.5 ; Value: \frac12 \cdot 15 = 7.5 | 7.5
 critic | The value is 7.5 out of 10 ; Three of 5 liked it. Final Answer: 7.5 ; 5 steps.\n\n7.5 | 7.5
 critic | The value is 7.5 because he is at step 4 ; The value is 7.5, given 4 ratings of 5 | 7.5
+critic | Value at step 4 given the history: 7.5 ; Value: r + gamma * next = 4 + 3.5 = 7.5 | 7.5
 critic | Similar ones have 6 as average, so the value is 7.5. | 7.5
 critic | Value: at most 7.5 ; Value: at most 7,5 ; 7.5\n\nThis answer is based on 8 cases. | 7.5
 critic | Value: −3 ; Value: -3 = 4 - 7 | -3.0
@@ -1734,6 +1735,7 @@ x: y | Please try again in 12s. ; Please wait 12 seconds | 12 | 12
 x: y | {{"error": {{"details": [{{"retryDelay": "36s"}}]}}}} | 36 | 36
 x: y | try again in 1m59.5s | 119.5 | 119.5
 x: y | Please retry after 2 minutes | 120 | 120
+x: y | Please wait 1 minute 30 seconds | 90 | 90
 x: y | wait a moment ; retry after 500 milliseconds ; Please wait 5 more seconds | .37 | .5
 """))
 def test_waits_are_what_the_server_asks_or_back_off(header, message, low, high):
@@ -2105,6 +2107,8 @@ def test_a_memory_knows_every_world_it_has_met():
     """Through other worlds, too. In csv and movielens another seed would hold out other users."""
     before = run.memory_text(settings_of("--episodes 9"), NOVICE, {("csv:a", 0): 7})
     assert json.loads(before)["met"] == [["csv:a", 0, 7], ["films", 0, 9]]
+    of_policy = run.memory_text(settings_of("--method bandit"), NOVICE, {})
+    assert json.loads(of_policy)["met"] == []
     saved = {"met": {("csv:a", 0): 7, ("films", 0): 9}}
     assert run.learners_met(saved, "csv:a", 0) == 7
     for world, seed in (("csv:b", 0), ("films", 1), ("steam:c", 1)):
