@@ -1739,6 +1739,15 @@ def unpacked(text: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), "<f4")
 
 
+def matrix_of(rows: list) -> np.ndarray:
+    """The rows as a matrix, or an empty one if they are not all numbers or not of one length."""
+    try:
+        matrix = np.array(rows, np.float32)
+    except MISSHAPEN:
+        return np.zeros((0, 1))
+    return matrix if matrix.ndim == 2 else np.zeros((0, 1))
+
+
 def vectors(route: Route, expected: int, data: dict) -> Any:
     """Rows of length 1 in the order of the texts, float32 [expected, d], or a Fault."""
     # An index of 0 is often left out. Where all are, the order counts: the sort is stable.
@@ -1746,12 +1755,12 @@ def vectors(route: Route, expected: int, data: dict) -> Any:
     rows = [entry["embedding"] for entry in entries]
     if rows and isinstance(rows[0], str):       # base64, although numbers were asked for
         rows = [unpacked(row) for row in rows]
-    matrix = np.array(rows, np.float32)
+    matrix = matrix_of(rows)
     norms = np.linalg.norm(matrix, axis=-1, keepdims=True)
     if len(matrix) == expected and np.isfinite(norms).all() and norms.all():
         return matrix / norms
     return fault(route, "embeddings",
-                 f"{len(rows)} for {expected} texts, or one is zero or infinite")
+                 f"{len(rows)} for {expected} texts, or one is no row of numbers, zero or infinite")
 
 
 def embeddings(base_url: str, model: str, key: str | None = None, **options: Any) -> Embed:
