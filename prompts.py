@@ -1091,6 +1091,8 @@ def similar(a: Sequence[str], b: Sequence[str]) -> bool:
 
     >>> similar(["War", "Drama"], ["War", "Crime"]), similar(["War"], ["War", "A", "B", "C", "D"])
     (True, False)
+    >>> similar([], ["War"])
+    False
     """
     common = len(set(a) & set(b))
     return common > 0 and common / sqrt(len(a) * len(b)) >= 0.5

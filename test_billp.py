@@ -642,9 +642,10 @@ def test_a_method_asks_its_roles_and_writes_its_memories(method, roles, memories
     """And no two asks share role and key."""
     llm, asks = noting(prompts.offline)
     config = Config(**billp.METHODS[method])
-    agent, _ = learn(llm=llm, config=config)[-1]
+    agent, trajectories = learn(llm=llm, config=config)[-1]
     assert {ask.role for ask in asks} == set(roles.split())
     assert {role for role, memory in agent._asdict().items() if memory} == set(memories.split())
+    assert all(len(t.values) == len(t.steps) + 1 for t in trajectories)
     assert config.baseline or {record.content for record in records(agent.actor)} == {1}
     learning = len(asks)
     [t, _] = billp.evaluate(CATALOG, [500, 500], agent, llm, 0, "after", config)
@@ -810,6 +811,14 @@ def test_the_run_of_seed_0_keeps_its_golden_numbers():
     agent, trajectories = learn()[-1]
     assert [billp.score(t) for t in trajectories] == GOLDEN_SCORES
     assert len(records(agent.actor)) == GOLDEN_TRIED
+
+
+def test_the_stand_in_tells_which_items_were_too_close():
+    lines = ["Alien [War]", "Up [Comedy]", "Jaws [War]"]
+    session = "".join(prompts.turn(n, "", line, 4, n == 3) for n, line in enumerate(lines, 1))
+    question = prompts.render_reflector(lines[-1], prompts.category_tool([], lines, 4), True)
+    reply = prompts.offline_reflector(prompts.shared([], session) + question, 0)
+    assert "left because Jaws came 2 steps after Alien" in reply and "3 steps apart" in reply
 
 
 def test_the_stand_in_learns_and_planning_helps():
