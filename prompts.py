@@ -1171,8 +1171,8 @@ class Kind(NamedTuple):
     tries: int                      # how often such a request is sent in all
     cure: str                       # what the user can do after the last one
     signs: str                      # a regular expression for "LABEL ADVICE BODY", see `judged`
-    # The run ends after so many such asks with no text between them. Before, each gives an empty
-    # reply.
+    # The run ends after so many such asks with no text between them: then it is no accident of one
+    # prompt. Before, each gives an empty reply.
     patience: int = 1
 
 
@@ -1715,7 +1715,7 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
     """
     route = connect(base_url, "chat/completions", key, **options)
     has_spoken = False              # some reply had a text
-    silent = Counter()              # asks without a text since then, of each kind
+    silent = Counter()              # asks without a text since the last text, of each kind
 
     def answer(ask: Ask) -> Reply:
         nonlocal has_spoken
@@ -1865,7 +1865,7 @@ def recorded_embed(embed: Embed, log: Log) -> Embed:
                 rows[text] = unpacked(reply.text)
         missing = [text for text in asks if text not in rows]
         sizes.update(map(len, rows.values()))
-        # in parts, so that a fault or Ctrl-C costs few of the rows paid for
+        # in parts of ten requests, so that a fault or Ctrl-C costs few of the rows paid for
         for start in range(0, len(missing), 640):
             part = missing[start:start + 640]
             found = embed(part)
