@@ -711,7 +711,7 @@ CHOICE = "Which one of the other categories should come next: {other}?"
 NO_CHOICE = "All categories liked before were shown. Which one was shown longest ago?"
 # Categories that the planner chooses among. A small model mostly ignores their order, so only
 # the most liked are offered. In its logs the user left at 4 % of the steps at which it chose the
-# first, at 7 % with the second and at 10 % with the third.
+# first, at 7 % with the second and at 9 % with the third.
 OFFERED = 3
 
 
