@@ -682,7 +682,7 @@ def turn(n: int, thought: str, line: str, reward: float, left: bool, asked: str 
 
 def bullets(lines: Sequence[str]) -> str:
     """The lines as a list, each made one clean line; "- none yet" if there are none."""
-    # An item line with many categories is long, and its evidence stands at its end.
+    # An item line with many categories is long, and it must keep its closing bracket.
     return "\n".join(f"- {clean(line, 3000)}" for line in lines) or "- none yet"
 
 
@@ -699,7 +699,7 @@ def complaint(text: str, malformed: Malformed) -> tuple[tuple[str, str], ...]:
 # or "Action 5: recommend ..." tends to copy thought 4 or action 4.
 
 LESSONS = """
-Lessons from other sessions:
+Lessons:
 {lessons}
 """
 PLANNER = """
@@ -781,7 +781,7 @@ def parse_reflector(text: str) -> str | Malformed:
 
 ACTOR = """\
 {thought}
-Free items:
+{evidence}Free items:
 {items}
 
 Which of these free items fits {aim} best? Copy its title. Reply with one line:
@@ -789,7 +789,7 @@ Free item: TITLE"""
 # without a list to choose from, as in the paper
 OPEN_ACTOR = """\
 {thought}
-Free items that were recommended in similar situations:
+{evidence}Free items that were recommended in similar situations:
 {items}
 
 Which item fits {aim} best: one of these, or another that was not seen before? Reply with one line:
@@ -810,18 +810,31 @@ def chance(candidate: Candidate) -> float:
     return (candidate.encouraged + 1) / (candidate.encouraged + candidate.discouraged + 2)
 
 
-def render_candidate(candidate: Candidate) -> str:
-    """An item line, then its evidence.
+def times(candidate: Candidate) -> str:
+    """An item's title, and how often it got its more frequent verdict.
 
-    >>> render_candidate(Candidate("Alien (1979) [Horror]", 2, 1))
-    'Alien (1979) [Horror] encouraged 2, discouraged 1'
+    >>> times(Candidate("Alien (1979) [Horror]", encouraged=2, discouraged=1))
+    'Alien (1979) (2 of 3)'
     """
-    parts = []
-    if candidate.encouraged:
-        parts.append(f"encouraged {candidate.encouraged}")
-    if candidate.discouraged:
-        parts.append(f"discouraged {candidate.discouraged}")
-    return f"{candidate.line} {', '.join(parts)}".rstrip()
+    title = candidate.line.rpartition(" [")[0]
+    more = max(candidate.encouraged, candidate.discouraged)
+    return f"{title} ({more} of {candidate.encouraged + candidate.discouraged})"
+
+
+def render_evidence(candidates: Sequence[Candidate]) -> str:
+    """How the listed items did in similar states, at most two lines; "" if nothing is known.
+
+    An item with equal counts is left out. The counts do not stand in the list itself: with them a
+    small model took the first item less often, although the list begins with the best.
+    """
+    lines = ""
+    encouraged = [times(item) for item in candidates if item.encouraged > item.discouraged]
+    if encouraged:
+        lines += f"Encouraged in similar situations: {', '.join(encouraged)}.\n"
+    discouraged = [times(item) for item in candidates if item.discouraged > item.encouraged]
+    if discouraged:
+        lines += f"Discouraged: {', '.join(discouraged)}.\n"
+    return lines
 
 
 def spaced(text: str) -> str:
@@ -888,9 +901,10 @@ def render_actor(n: int, thought: str, candidates: Sequence[Candidate], form: st
     """
     thought = clean(thought, 300)
     plan = f"Thought {n}: {thought}" if thought else ""
-    items = bullets([render_candidate(candidate) for candidate in candidates])
+    evidence = render_evidence(candidates)
+    items = bullets([candidate.line for candidate in candidates])
     aim = "the thought" if thought else "the session"
-    return form.format(thought=plan, items=items, aim=aim)
+    return form.format(thought=plan, evidence=evidence, items=items, aim=aim)
 
 
 def parse_actor(text: str) -> str | Malformed:
@@ -984,7 +998,9 @@ def parse_critic(text: str) -> float | Malformed:
 # Lines of prompts
 LIKED = r"(?m)^- .* \[(.*)\]$"
 SHOWN = r"(?m)^Action \d+: recommend (.*) \[(.*)\]$"
-LISTED = r"(?m)^- (.*) \[(.*)\](?: encouraged (\d+))?,?(?: discouraged (\d+))?$"
+LISTED = r"(?m)^- (.*) \[(.*)\]$"
+EVIDENCE = r"(?m)^(Encouraged in similar situations|Discouraged): (.*)\.$"
+TIMES = r"(.+?) \((\d+) of (\d+)\)(?:, |$)"        # what `times` writes
 OTHER = r"(?m)^Which one of the other categories should come next: (.*)\? "
 # What the stand-in says to itself. Its reflector writes "Keep similar items 3 steps apart. Avoid
 # War." Its planner reads that by APART and AVOID. It writes "Keep away from Drama, War.", which its
@@ -1061,16 +1077,28 @@ def offline_planner(text: str, seed: int) -> str:
             f"{spelled_avoid(warned)} Keep away from {keep_away}.")
 
 
+def chances_in(question: str) -> dict[str, float]:
+    """The chance of each title that the question calls encouraged or discouraged."""
+    chances = {}
+    for verdict, items in re.findall(EVIDENCE, question):
+        for title, more, total in re.findall(TIMES, items):
+            of_verdict = chance(Candidate(title, int(more), int(total) - int(more)))
+            chances[title] = 1 - of_verdict if verdict == "Discouraged" else of_verdict
+    return chances
+
+
 def offline_actor(text: str, seed: int) -> str:
     """The item of the list that fits the plan best; among equals the most encouraged, then any."""
     _, _, question = parts_of(text)
     plan = re.search(PLAN, question)
     category, keep_away = plan.groups() if plan else ("", "")
+    chances = chances_in(question)
     titles = {}                     # rank -> titles
-    for title, categories, encouraged, discouraged in re.findall(LISTED, question):
+    for title, categories in re.findall(LISTED, question):
         tags = set(split_tags(categories))
-        evidence = chance(Candidate(title, int(encouraged or 0), int(discouraged or 0)))
-        rank = (tags.isdisjoint(split_tags(keep_away)), category in tags, evidence)
+        untried = 0.5
+        rank = (tags.isdisjoint(split_tags(keep_away)), category in tags,
+                chances.get(title, untried))
         titles.setdefault(rank, []).append(title)
     if not titles:
         return "Free item: anything"

@@ -941,8 +941,9 @@ def step_rows(step: Json) -> list[tuple[str, str]]:
     """A step of an episode in words: labels and texts. A text may be empty."""
     rows = [("recalled", lesson) for lesson in step["lessons"]]
     rows.append(("thought", step["thought"]))
-    for fields in step["listed"]:
-        rows.append(("listed", prompts.render_candidate(prompts.Candidate(*fields))))
+    listed = [prompts.Candidate(*fields) for fields in step["listed"]]
+    rows += [("evidence", line) for line in prompts.render_evidence(listed).splitlines()]
+    rows += [("listed", item.line) for item in listed]
     why = ""
     if not step["exact"]:
         why = "in its place: no free title was named" if step["said"] else "no reply could be read"

@@ -47,9 +47,9 @@ settings.load_profile("tests")
 # They change when a prompt, the stand-in or the films do, and with nothing else.
 
 GOLDEN_SCORES = [                       # length and return of the learning episodes 10 to 19
-    (6, 30), (27, 123), (16, 73), (25, 102), (5, 21), (4, 19), (3, 12), (4, 14), (19, 77),
-    (33, 130)]
-GOLDEN_TRIED = 212                      # experiences after 20 episodes
+    (17, 75), (12, 53), (18, 78), (23, 94), (4, 17), (26, 107), (4, 20), (4, 14), (9, 37),
+    (22, 92)]
+GOLDEN_TRIED = 209                      # experiences after 20 episodes
 GOLDEN_LENGTHS = {                      # steps that policies last in films: lowest, highest
     "random": (3, 5), "popular": (2, 5), "greedy": (4, 7), "varied": (5, 9),
     "common-sense": (17, 30), "one-list": (20, 33), "oracle": (48, 50)}
@@ -167,9 +167,9 @@ def play(catalog, replies, **options):
 
 
 def listed(ask):
-    """The items that an actor's prompt lists: pairs of a line and its evidence."""
+    """The items that an actor's prompt lists."""
     text = re.search(r"(?s)\nFree items[^\n]*:\n(.*?)\n\n", ask.messages[1][1])[1]
-    return re.findall(r"(?m)^- (.*?\])(.*)$", text)
+    return re.findall(r"(?m)^- (.*)$", text)
 
 
 # ------------------------------------------------------------------------- strategies
@@ -600,7 +600,8 @@ def test_without_candidates_experience_is_shown_and_nothing_else():
     llm, asks = noting(prompts.offline)
     act, _ = billp.actor(STATE, memory, llm, CATALOG, config)
     assert act.recalled == (Candidate(c, 1, 0), Candidate(b, 1, 0))
-    assert listed(asks[0]) == [(c, " encouraged 1"), (b, " encouraged 1")]
+    assert listed(asks[0]) == [c, b]
+    assert "Encouraged in similar situations: Up (1 of 1), Jaws (1 of 1)." in asks[0].messages[1][1]
     # Without a list the model may name any item; with one it chooses.
     billp.actor(STATE, memory, llm, CATALOG)
     assert ["or another" in ask.messages[1][1] for ask in asks] == [True, False]
@@ -614,7 +615,7 @@ def test_the_list_is_free_items_and_begins_with_new_categories():
     steps = [step for _, [t] in learn(30, llm, config=Config(batch=1)) for step in t.steps]
     is_mixed = []
     for step, ask in zip(steps, [ask for ask in asks if ask.role == "actor"], strict=True):
-        lines = [line for line, _ in listed(ask)]
+        lines = listed(ask)
         taken = {CATALOG.lines[item] for item in step.state.taken}
         assert len(set(lines) - taken) == len(lines) == 10
         assert lines == [item.line for item in step.act.recalled]
@@ -885,10 +886,9 @@ def test_the_pure_modules_are_pure(module, effects):
                 assert not isinstance(default, (ast.List, ast.Dict, ast.Set, ast.Call))
 
 
-def test_a_very_long_item_line_keeps_its_evidence():
+def test_a_very_long_item_line_keeps_its_end():
     line = prompts.item_line("t" * 200, 1999, (f"category {n:030}" for n in range(60)))
-    question = prompts.render_actor(1, "", [Candidate(line, encouraged=2)])
-    assert f"\n- {line} encouraged 2\n" in question
+    assert f"\n- {line}\n" in prompts.render_actor(1, "", [Candidate(line)])
 
 
 # ----------------------------------------------------------------------------------- language
@@ -1146,7 +1146,7 @@ def test_the_category_tool_by_hand():
         "should come next: Drama, Comedy? ": prompts.render_planner([], tastes, 2),
         "steps: none yet.\nWhat should come next? ": prompts.render_planner([], nothing, 2),
         "Which one was shown longest ago?": prompts.render_planner([], all_shown, 2),
-        "\nLessons from other sessions:\n- Rest\n": prompts.render_planner(["Rest"], tastes, 2),
+        "\nLessons:\n- Rest\n": prompts.render_planner(["Rest"], tastes, 2),
         "ended with H [War].": prompts.render_reflector("H [War]", tastes, True),
         "better: Drama, Comedy? ": prompts.render_reflector("H [War]", tastes, True),
         "The user left because": prompts.render_reflector("H [War]", tastes, True),
