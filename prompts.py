@@ -234,7 +234,7 @@ THOUGHTS = ("thought", "next category", "category")
 ITEMS = ("action", "free item", "item", "title", "recommendation", "final answer", "answer")
 REFLECTIONS = ("reflection", "lesson")
 # those that begin a turn, and so end what stands before them
-TURNS = ("thought", "next category", "action", "free item", "final answer", "observation")
+TURNS = ("thought", "action", "free item", "final answer", "observation")
 GAP = r"[ \t*_]{0,9}"
 # A label with a colon counts where it begins something: in "Action: Up" and in "Comedy. Action 3:
 # Up", but not in "I like Action: it is fast". In both patterns spaces and comments do not count.
@@ -249,6 +249,7 @@ IN_LINE = re.compile(rf"""(?imx)
 # A label without a colon counts alone in its line, with a mark or a number, if text follows below:
 # "**Action**" or "Action 3", then "Up". Else it is an answer, the category Action.
 HEADING = re.compile(rf"""(?imx)
+    (?<! category:\n ) (?<! category:\*\*\n )      # "Next category:", then "**Action**"
     ^ (?= [ \t]* [*_\#>] | .*\d) [ \t*_\#>]* (?P<name> {LABELS} ) {GAP} \d* {GAP} $
     (?= \s* \S )                   # with text below
     """)
@@ -274,12 +275,13 @@ def segment(text: str, labels: Sequence[str]) -> str:
     """The text after the first of these labels with text behind it. It ends at the next turn.
 
     It is "" if there is no such label. Models often play several turns in one reply: only the first
-    counts.
+    counts. So the text also ends where its label comes again, unless it is a list of items.
     """
     heads = heads_of(text)
     for i, head in enumerate(heads):
         if head.name in labels:
-            next_turns = [later.start for later in heads[i + 1:] if later.name in TURNS]
+            ends = TURNS if head.name in ITEMS else (*TURNS, head.name)
+            next_turns = [later.start for later in heads[i + 1:] if later.name in ends]
             end = next_turns[0] if next_turns else len(text)
             content = text[head.end:end].strip()
             if content:
@@ -350,17 +352,17 @@ def first_line(text: str, preamble: str = ":!") -> str:
 
 
 def after_labels(text: str, labels: Sequence[str]) -> str:
-    """The text after the first of these labels, or after the second if it follows at once.
+    """The text after the first of these labels, or after another one within that text.
 
-    In "Thought 3: Next category: Comedy" the first step gives "Next category: Comedy", where the
-    second label begins the line. The second step gives "Comedy".
+    In "Thought 3: War was shown. Next category: Comedy" the first step gives all behind
+    "Thought 3:". The second step gives "Comedy".
     """
     part = segment(text, labels)
     return segment(part, labels) or part
 
 
 def labelled(text: str, labels: Sequence[str]) -> str:
-    """The first line after one of these labels, or else the first line before all labels.
+    """The first line after one of these labels, or else before all labels, or else after "answer".
 
     It is "" if there is no such line, if it still holds a placeholder of the form asked for, or if
     the reply is a refusal.
@@ -373,7 +375,8 @@ def labelled(text: str, labels: Sequence[str]) -> str:
     heads = heads_of(text)
     before = text[:heads[0].start] if heads else text
     # After a label a line such as "Comedy!" is an answer and no preamble.
-    line = first_line(after_labels(text, labels), preamble=":") or first_line(before)
+    line = (first_line(after_labels(text, labels), preamble=":") or first_line(before)
+            or first_line(segment(text, ("final answer", "answer"))))
     return "" if re.search(r"\b(CATEGORY|REASON)\b", line) else line
 
 
@@ -580,6 +583,12 @@ def titles_within(text: str, catalog: Catalog) -> list[int]:
     return items
 
 
+# Words that name what is not recommended, up to the next mark, "but" or "and": "Not Jaws, ...",
+# "Since Jaws was liked, ...", "I would skip Jaws and ..."; "Why not Up?" is a recommendation.
+ASIDE = (r"(?i)\b((?<!why )not|instead of|rather than|skip|avoid|unlike|although|though|while|since"
+         r"|if|given|having)\b((?! (but|and) )[^,.;:!?\n])*")
+
+
 def mentioned(text: str, catalog: Catalog) -> list[int]:
     """The items that a text names, the likeliest first.
 
@@ -594,13 +603,15 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     items = titles_in_front(bold, catalog)
     items += titles_in_front(part, catalog)
     # "Jaws is old, I recommend Alien"; the whole part if nothing was chosen in such words
-    choice = re.split(CHOSEN, part, maxsplit=1)[-1]
-    items += titles_within(before_reason(choice), catalog)
-    items += titles_within(before_reason(part), catalog)
+    choice = before_reason(re.split(CHOSEN, part, maxsplit=1)[-1])
+    # A title may begin like an aside, "Since Otar Left": so each text is also read whole.
+    for passage in (re.sub(ASIDE, "", choice), choice, before_reason(part)):
+        items += titles_within(passage, catalog)
     if items:
         return items
     after_colon = part.rpartition(": ")[2]          # "Something like Alien: Up"
-    return titles_in_front(after_colon, catalog) + titles_within(part, catalog)
+    items = titles_in_front(after_colon, catalog)
+    return items + titles_within(re.sub(ASIDE, "", part), catalog) + titles_within(part, catalog)
 
 
 def closest(texts: Sequence[str], catalog: Catalog, taken: Collection[int], k: int) -> list[int]:

@@ -961,7 +961,8 @@ Jaws | 1. Alien (1979)\n2. Jaws (1975)\n3. Up (2009) | Alien
 Alien | Free item: Alien\nFree item: Jaws ; I recommend Alien. Do not choose Jaws. |
 Alien | My pick: Alien. I would not recommend Jaws now. ; The best fit is Alien. Then comes Jaws. |
 Jaws | I considered Alien, but it is too similar. I recommend Jaws. |
-Jaws | Instead of Alien, I suggest Jaws |
+Jaws | Instead of Alien, I suggest Jaws ; Instead of Alien, Jaws. ; Not Alien, but Jaws. |
+Jaws | Since you liked Alien, watch Jaws ; It should be unlike Alien. Jaws fits. |
 Jaws | They like Alien. My final answer is: Jaws ; Reasoning: they like Alien.\n\boxed{Jaws} |
 The Matrix | The user wants variety. Answer: The Matrix ; Action 1: recommend “The Matrix” |
 The Matrix | I would recommend The Matrix (1999), since it differs from Up. |
@@ -1022,6 +1023,9 @@ planner | Comedy next\nAction 3: recommend Up ; Thought 3: Next category: Comedy
 planner | Thought 3: Comedy next Action 3: recommend Up | Comedy next
 planner | Sure, here is my thought:\nComedy next ; Certainly!\n\nComedy next | Comedy next
 planner | Action ; **Action** ; Next category:\n**Action** | Action
+planner | **Next category:**\n**Action**\nIt is new. ; Next category:\n*Action*\nWhy not? | Action
+planner | Thought: War was shown.\nNext category: Comedy next ; Answer: Comedy next | Comedy next
+planner | Category: Comedy next\nCategory: War | Comedy next
 planner | Next category: Comedy!\nIt is fun. | Comedy!
 planner | Next category: **Comedy**, because `it` was liked | Comedy, because it was liked
 planner | Next category: "Comedy", because it was liked | Comedy, because it was liked
