@@ -184,10 +184,11 @@ def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
 
 # What models think aloud stands between such marks. `spoken` writes each as <think> or </think>,
 # and takes away what lies between. In both patterns spaces and comments do not count.
-THINKING = (r"((begin_of|chain_of|start|inner|internal|longcat)_ | \w+:)?"
-            "(think|thinking|thoughts?|reason|reasoning|analysis|scratchpad) (_process)?")
+THINKING = (r"(\w+[_:] | ant)?"        # chain_of_thought, seed:think, antThinking
+            "(think|thinking|thoughts?|reason|reasoning|analysis|scratchpad|monologue|cot)"
+            r"(_\w+)?")                # reasoning_content
 OPENING = re.compile(rf"""(?isx)
-    <\|? {THINKING} \b [^<>]* >         # <think>, <chain_of_thought>, <thinking effort="high">
+    <\|? (?! end_) {THINKING} \b [^<>]* >      # <think>, <thinking effort="high">
     | [\[◁] think [\]▷]                 # Mistral, Kimi
     | <unused94>                        # MedGemma
     | <\|channel>thought                # Gemma

@@ -1083,7 +1083,8 @@ def test_a_refusal_or_unfilled_form_is_malformed(role, reply):
     "<|begin_of_thought|>Jaws?<|end_of_thought|>{}", "[thinking]Jaws?[/thinking]{}",
     "<chain_of_thought>Jaws?</chain_of_thought>{}", "<unused94>thought\nJaws?<unused95>{}",
     "Here is my thought process:\nJaws?\nHere is my response:\n{}",
-    "Jaws?\n[BEGIN FINAL RESPONSE]\n{}",
+    "Jaws?\n[BEGIN FINAL RESPONSE]\n{}", "<antThinking>Jaws?</antThinking>{}",
+    "<reasoning_content>Jaws?</reasoning_content>{}", "<inner_monologue>Jaws?</inner_monologue>{}",
     "<|channel|>analysis<|message|>Jaws?<|end|><|start|>assistant<|channel|>final<|message|>{}"])
 def test_hidden_thinking_is_never_stored(hidden):
     llm = scripted({"planner": [hidden.format("Thought 1: Alien")],
