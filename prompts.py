@@ -525,7 +525,9 @@ def before_reason(text: str) -> str:
     >>> before_reason("Up, because I liked Alien"), before_reason("I'd like Up")
     ('Up, ', "I'd like Up")
     """
-    reason = r"[Bb]ecause|[Rr]eason[\s*_]*:|(?<!['’]d )(?<!would )like|unlike|than"
+    # no comparison: "I'd like Up", "you would, might, may or will like Up", "they also like Up"
+    like = r"(?<!['’]d )(?<!['’]ll )(?<!would )(?<!might )(?<!may )(?<!will )(?<!also )like"
+    reason = rf"[Bb]ecause|[Rr]eason[\s*_]*:|{like}|unlike|than"
     return re.split(rf"(?<![\w-])(?:{reason})(?![\w-])", text)[0]
 
 

@@ -962,6 +962,7 @@ Alien | Free item: Alien\nFree item: Jaws ; I recommend Alien. Do not choose Jaw
 Alien | My pick: Alien. I would not recommend Jaws now. ; The best fit is Alien. Then comes Jaws. |
 Jaws | I considered Alien, but it is too similar. I recommend Jaws. |
 Jaws | Instead of Alien, I suggest Jaws ; Instead of Alien, Jaws. ; Not Alien, but Jaws. |
+Jaws | Alien was fun, and you might like Jaws. ; After Alien the user will like Jaws. | Alien
 Jaws | Since you liked Alien, watch Jaws ; It should be unlike Alien. Jaws fits. |
 Jaws | They like Alien. My final answer is: Jaws ; Reasoning: they like Alien.\n\boxed{Jaws} |
 The Matrix | The user wants variety. Answer: The Matrix ; Action 1: recommend “The Matrix” |
