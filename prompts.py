@@ -376,8 +376,9 @@ def labelled(text: str, labels: Sequence[str]) -> str:
     heads = heads_of(text)
     before = text[:heads[0].start] if heads else text
     # After a label a line such as "Comedy!" is an answer and no preamble.
+    answer = segment(text, ("final answer", "answer"))
     line = (first_line(after_labels(text, labels), preamble=":") or first_line(before)
-            or first_line(segment(text, ("final answer", "answer"))))
+            or first_line(after_labels(answer, labels) or answer))
     return "" if re.search(r"\b(CATEGORY|REASON)\b", line) else line
 
 
@@ -787,7 +788,7 @@ def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
 
 def parse_reflector(text: str) -> str | Malformed:
     """The reflection, one line."""
-    text = re.sub(r"(?i)\s*\n[\s*_]*(?=better next time)", " ", text)        # two lines become one
+    text = re.sub(r"(?i)\n[\s*_-]{0,9}(?=better next time)", " ", text)      # two lines become one
     return labelled(text, REFLECTIONS) or Malformed("the reply held no line 'Reflection: ...'")
 
 
@@ -967,7 +968,7 @@ SUMS = r"""(?:
 #     "**Value:**", then "7.5"       VALUE_LINE
 #     "The value of state 4 is 7.5"  VALUE_SAID: behind the last "is", "of", ... of the sentence
 VALUE_LINE = re.compile(rf"""(?imx)
-    ^ [\W_]* ((final|estimated)[ ])? value\b [^:=：\n]* [:=：]
+    ^ ([^\w\n] | _)* ((final|estimated)[ ])? value\b [^:=：\n]* [:=：]
     {SUMS} ([\s*_]* | [^\d\n]*?) {NUMBER}            # in the next line, or after words
     """)
 # What may stand behind a value: "7.5 out of 10", "7.5 because the user is at step 4".
@@ -990,7 +991,7 @@ def parse_critic(text: str) -> float | Malformed:
     (7.5, 7.5)
     """
     text = re.sub(BEHIND, " ", text)
-    outside = re.sub(r"[(（].*?[)）]", " ", text)
+    outside = re.sub(r"[(（][^()（）\n]*[)）]", " ", text)
     sentences = list(VALUE_SAID.finditer(outside))
     last_sentence = sentences[-1] if sentences else None
     attempts = (VALUE_LINE.search(outside),         # "Value: 7"

@@ -1026,7 +1026,7 @@ planner | Sure, here is my thought:\nComedy next ; Certainly!\n\nComedy next | C
 planner | Action ; **Action** ; Next category:\n**Action** | Action
 planner | **Next category:**\n**Action**\nIt is new. ; Next category:\n*Action*\nWhy not? | Action
 planner | Thought: War was shown.\nNext category: Comedy next ; Answer: Comedy next | Comedy next
-planner | Category: Comedy next\nCategory: War | Comedy next
+planner | Category: Comedy next\nCategory: War ; Answer: Next category: Comedy next | Comedy next
 planner | Next category: Comedy!\nIt is fun. | Comedy!
 planner | Next category: **Comedy**, because `it` was liked | Comedy, because it was liked
 planner | Next category: "Comedy", because it was liked | Comedy, because it was liked
@@ -1035,6 +1035,7 @@ planner | {"next_category": "Comedy", "reason": "it is new"} | Comedy, reason: i
 planner | Next category: Comedy next\nNext category: War | Comedy next
 planner | Here is my thought process:\n\nThought 3: Comedy next | Comedy next
 reflector | **Lesson:** He left.\n\n**Better next time:** Up | He left. Better next time: Up
+reflector | - Lesson: He left.\n- Better next time: Up | He left. Better next time: Up
 critic | Value after step 3: 7.5 ; Value (at most 10): 7.5 ; 7,5 ; Value: about 7.5 of 10 | 7.5
 critic | I'd say 7.5. ; Value 4 = 7,5 ; Value: (7.5) ; Value: 4 + 0.5 * 7 = 7.5 | 7.5
 critic | Value: 4 + 0.5·7 ≈ 7.5 ; Value: 7.5, since gamma = 0.5 ; Value (gamma = 0.5): 7.5 | 7.5
@@ -1074,6 +1075,16 @@ planner ; actor ; reflector | I can't continue with this. ; I cannot discuss suc
 def test_a_refusal_or_unfilled_form_is_malformed(role, reply):
     parse = getattr(prompts, f"parse_{role}")
     assert isinstance(parse(reply), Malformed)
+
+
+@pytest.mark.parametrize("piece", ["_\n", "(", "value ", "- ", "Action ", "<|", "not ", "= 4 + "])
+def test_a_reply_that_repeats_itself_is_read_quickly(piece):
+    """Small models may repeat a piece up to the longest reply."""
+    reply = piece * (20000 // len(piece))
+    began = time.perf_counter()
+    for role in ("planner", "actor", "critic", "reflector"):
+        getattr(prompts, f"parse_{role}")(prompts.spoken(reply))
+    assert time.perf_counter() - began < 2
 
 
 @pytest.mark.parametrize("hidden", [
