@@ -1230,8 +1230,8 @@ KINDS = (
     Kind("credit", 1, "top up the account, then run the same command: it resumes",
          r"402|(500|finish_reason missing) .*insufficient[_ ](quota|balance)"
          r"|(400|403|429) .*(insufficient[\w ]*(quota|balance|funds|credit)|billing_"
-         r"|credit balance|arrearage|budget.{0,20}exceeded|exceeded.?budget"
-         r"|exceeded_current_quota)"),
+         r"|(enough|out of|no) credits|credit balance|arrearage|budget.{0,20}exceeded"
+         r"|exceeded.?budget|exceeded_current_quota)"),
     Kind("blocked", 1, "look at the prompt, or try another --model",
          r"finish_reason (content_filter|refusal|missing .*(block|filter))"
          r"|(400|403|422) .*(content.?(filter|policy|exists.risk)|moderation|flagged"

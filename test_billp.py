@@ -1677,6 +1677,7 @@ def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times
 200 | {"choices": null, "base_resp": "insufficient balance"} | | top up | 1
 500 ; 422 | The prompt exceeds the maximum sequence length | | --titles --transcript | 1
 400 | Your credit balance is too low | | top up | 1
+403 ; 429 | Your account does not have enough credits | | top up | 1
 404 | model 'm' not found | | 404 /v1/chat/completions --model | 1
 400 | unknown: seed. context size is 9 ; The input token count (9) exceeds 8 | | --transcript | 1
 400 | {"error": {"message": "max_tokens limit", "code": "context_length_exceeded"}} | | --titles | 1
