@@ -188,7 +188,7 @@ THINKING = (r"(\w+[_:] | ant)?"        # chain_of_thought, seed:think, antThinki
             "(think|thinking|thoughts?|reason|reasoning|analysis|scratchpad|monologue|cot)"
             r"(_\w+)?")                # reasoning_content
 OPENING = re.compile(rf"""(?isx)
-    <\|? (?! end_) {THINKING} \b [^<>]* >      # <think>, <thinking effort="high">
+    <\|? (?! end_ | no_ | \w+_end) {THINKING} \b [^<>]* (?<!/) >   # <think>, <thinking type="a">
     | [\[◁] think [\]▷]                 # Mistral, Kimi
     | <unused94>                        # MedGemma
     | <\|channel>thought                # Gemma
@@ -196,10 +196,11 @@ OPENING = re.compile(rf"""(?isx)
     | ^ analysis (?= .*assistantfinal)  # gpt-oss behind a server that drops the marks
     """)
 ENDING = re.compile(rf"""(?isx)
-    <\|? (/ \|? | end_ (of_)?) {THINKING} \b [^<>]* >
+    <\|? (/ \|? | end_ (of_)? | (?= \w+_end)) {THINKING} \b [^<>]* >
     | [\[◁] /think(ing)? [\]▷]
     | <unused95>
-    | ^ \s* here[ ]is[ ]my[ ]thought[ ]process: .* here[ ]is[ ]my[ ]response:     # Granite
+    # Granite
+    | ^ \s* here(['’]s|[ ]is)[ ]my[ ]thought[ ]process: .* here(['’]s|[ ]is)[ ]my[ ]response:
     | \[begin[ ]final[ ]response\]      # Apriel
     | <channel\|>
     | <\|channel\|> \s*final ([^<]*<\|message\|>)?
@@ -321,7 +322,8 @@ def refuses(text: str, labels: Sequence[str]) -> bool:
     >>> refuses("Action: Sorry to Bother You", ITEMS), refuses("Action: Sorry, I can't", ITEMS)
     (False, True)
     """
-    return REFUSAL.match(segment(text, labels) or text) is not None
+    is_refusal = REFUSAL.match(segment(text, labels) or text) is not None
+    return is_refusal and not re.search(CHOSEN, text)       # "Sorry, no War is left; I'd pick Up"
 
 
 def unmarked(line: str) -> str:
@@ -379,7 +381,7 @@ def labelled(text: str, labels: Sequence[str]) -> str:
     answer = segment(text, ("final answer", "answer"))
     line = (first_line(after_labels(text, labels), preamble=":") or first_line(before)
             or first_line(after_labels(answer, labels) or answer))
-    return "" if re.search(r"\b(CATEGORY|REASON)\b", line) else line
+    return "" if re.search(r"\b(CATEGORY|REASON)\b(?!:)", line) else line
 
 
 def item_part(text: str) -> str:
@@ -399,8 +401,8 @@ ARTICLES = frozenset("the a an le la les l un une il lo el los las der das".spli
 LONGEST = 16                        # words of a title that are compared
 YEAR = re.compile("(1[89]|20)[0-9]{2}")
 BOLD = r"\*\*[^*\n]+\*\*(\s*\(\d{4}\))?"
-CHOSEN = (r"(?i)\bI(?:['’]d| would| will|['’]ll)? (?:recommend|suggest|choose|pick|go with)\b"
-          r"|\b(?:answer|choice) is\b|\\boxed")
+CHOSEN = (r"(?i)\b(?:I|we)(?:['’]d| would| will|['’]ll| should)? (?:recommend|suggest|choose|pick"
+          r"|go with)\b|\b(?:answer|choice|best(?: \w+)?|closest(?: \w+)?) is\b|\\boxed")
 EMPHASISED = r"\W*[\"“*](?P<title>[^\"”*]+)[\"”*]+\s*(?P<year>\(\d{4}\))?"
 
 
@@ -528,7 +530,8 @@ def before_reason(text: str) -> str:
     """
     # no comparison: "I'd like Up", "you would, might, may or will like Up", "they also like Up"
     like = r"(?<!['’]d )(?<!['’]ll )(?<!would )(?<!might )(?<!may )(?<!will )(?<!also )like"
-    reason = rf"[Bb]ecause|[Rr]eason[\s*_]*:|{like}|unlike|than"
+    reason = (rf"[Bb]ecause|[Rr]eason[\s*_]*:|[Ee]xplanation[\s*_]*:|{like}|unlike|than|since|as"
+              "|given that|similar to|in contrast to|in the spirit of|compared (?:to|with)")
     return re.split(rf"(?<![\w-])(?:{reason})(?![\w-])", text)[0]
 
 
@@ -590,7 +593,8 @@ def titles_within(text: str, catalog: Catalog) -> list[int]:
 # Words that name what is not recommended, up to the next mark, "but" or "and": "Not Jaws, ...",
 # "Since Jaws was liked, ...", "I would skip Jaws and ..."; "Why not Up?" is a recommendation.
 ASIDE = (r"(?i)\b((?<!why )not|instead of|rather than|skip|avoid|unlike|although|though|while|since"
-         r"|if|given|having)\b((?! (but|and) )[^,.;:!?\n])*")
+         r"|if|given|having|compared)\b((?! (but|and) )[^,.;:!?\n])*"
+         r"|[^,.;:!?\n]{0,80} (discouraged|too (similar|alike)|rated low)\b[^,.;:!?\n]*")
 
 
 def mentioned(text: str, catalog: Catalog) -> list[int]:
@@ -604,10 +608,14 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     part = item_part(text)
     # The first one counts that is free, so it does no harm that an item may come twice.
     bold = "\n".join(match[0] for match in re.finditer(BOLD, part))
-    items = titles_in_front(bold, catalog)
-    items += titles_in_front(part, catalog)
     # "Jaws is old, I recommend Alien"; the whole part if nothing was chosen in such words
     choice = before_reason(re.split(CHOSEN, part, maxsplit=1)[-1])
+    items = titles_within(choice, catalog) if re.search(CHOSEN, part) else []
+    items += titles_in_front(bold, catalog)
+    items += titles_in_front(part, catalog)
+    first_line, _, _ = part.partition("\n")
+    if titles_in_front(first_line, catalog):        # the lines below explain it
+        return items + titles_within(before_reason(first_line), catalog)
     # A title may begin like an aside, "Since Otar Left": so each text is also read whole.
     for passage in (re.sub(ASIDE, "", choice), choice, before_reason(part)):
         items += titles_within(passage, catalog)
@@ -765,6 +773,7 @@ def render_planner(lessons: Sequence[str], tastes: Tastes, lately: int) -> str:
 
 def parse_planner(text: str) -> str | Malformed:
     """The thought, one line."""
+    text = re.sub(r"(?i)\A\W*\*\*action\*\*", "Next category: Action", text)     # no label here
     return labelled(text, THOUGHTS) or Malformed("the reply held no line 'Next category: ...'")
 
 
@@ -788,7 +797,9 @@ def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
 
 def parse_reflector(text: str) -> str | Malformed:
     """The reflection, one line."""
-    text = re.sub(r"(?i)\n[\s*_-]{0,9}(?=better next time)", " ", text)      # two lines become one
+    # two lines become one
+    mark = r'\n[^\w"]{0,9}'
+    text = re.sub(rf'(?i)(?<=because){mark}|{mark}(?="?better[ _]next[ _]time)', " ", text)
     return labelled(text, REFLECTIONS) or Malformed("the reply held no line 'Reflection: ...'")
 
 
@@ -879,7 +890,7 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     """The categories that a thought asks for, as in item lines, or else the thought itself.
 
     - Those to avoid do not count.
-    - Those in its reason count only if there are none before it.
+    - Those in its reason, or behind its first sentence, count only if there are no others.
     - Those shown lately count only if there are no others.
 
     >>> wish_of("Comedy, because War was liked", ["Comedy", "War"], [])
@@ -888,10 +899,14 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     '[War]'
     >>> wish_of("War or Comedy", ["Comedy", "War"], ["War"]), wish_of("Avoid War", ["War"], [])
     ('[Comedy]', 'Avoid War')
+    >>> wish_of("Since War was shown, Comedy. They like War", ["Comedy", "War"], [])
+    '[Comedy]'
     """
     wanted = re.sub(AVOIDED, " ", thought)
-    plan = re.split(REASON, wanted)[0]
-    chosen = named_in(plan, tags) or named_in(wanted, tags)
+    # "Since War was shown, Comedy comes next" begins with its reason
+    plan = re.split(REASON, re.sub(r"(?i)^\W*(since|because|as)\b[^,]*,", "", wanted))[0]
+    sentence = re.split(r"[.;!?]\s", plan)[0]
+    chosen = named_in(sentence, tags) or named_in(plan, tags) or named_in(wanted, tags)
     fresh = [tag for tag in chosen if tag not in recent]
     return in_brackets(fresh or chosen) if chosen else thought
 
@@ -962,43 +977,56 @@ SUMS = r"""(?:
     (?! [\s*_$]* [-−]?[\d.,]+ [\s*_$%]* [=≈] )            # no number alone
     (?: [\d\s.+*x×·/÷%$−-] | \\[a-z]+(?![a-z]) | \b(of|r|reward|gamma|next)\b | V(\(s\))? )*
     [=≈]
-    )*"""
-# In both patterns spaces and comments do not count.
+    ){0,9}"""
+# In all patterns spaces and comments do not count.
 #     "Value 4: about 7,5"           VALUE_LINE
 #     "**Value:**", then "7.5"       VALUE_LINE
-#     "The value of state 4 is 7.5"  VALUE_SAID: behind the last "is", "of", ... of the sentence
+#     "The value of state 4 is 7.5"  VALUE_IS, with PASSAGE between "value" and "is"
+#     "I put the value at 7.5"       VALUE_AT
+#     "So I'd say 7.5"               GUESS
 VALUE_LINE = re.compile(rf"""(?imx)
     ^ ([^\w\n] | _)* ((final|estimated)[ ])? value\b [^:=：\n]* [:=：]
     {SUMS} ([\s*_]* | [^\d\n]*?) {NUMBER}            # in the next line, or after words
     """)
 # What may stand behind a value: "7.5 out of 10", "7.5 because the user is at step 4".
 BEHIND = (r"(?i)(?<=\d),? ((out of|of a maximum of|at most) \d+([.,]\d+)?"
-          r"|(because|since|given|as)\b[^,.;:=：\n]*(?!.*[:=：]))")
-VALUE_SAID = re.compile(rf"""(?ix)
-    value\b (?: (?!value\b) [^:=：\n] )*            # up to the next "value", or it would be slow
-    (?: [:=：] | \b(?:is|of|be|at)\b | (?<=value) , )      # "the value, 7.5"
-    {SUMS} (?: (?!value\b) [^\d\n] )*? {NUMBER}
+          r"|(because|since|given|as)\b[^,.;:=：\n]*(?![^,.;:=：\n]|.*[:=：]))")
+# within a sentence, not about another value or a condition: "the value if the user leaves is 0"
+PASSAGE = r"(?: (?! \b(?:value|if)\b | [.!?;]\s ) [^:=：\n] )*?"
+NO_AVERAGE = r"(?<! average[ ] ) (?<! mean[ ] ) value\b"
+TO_NUMBER = rf"{SUMS} (?: (?! value\b | [.!?;]\s ) [^\d\n] )*? {NUMBER}"
+VALUE_IS = re.compile(rf"(?ix) {NO_AVERAGE} {PASSAGE} (?: [:=：] | \b(?:is|be)\b ) {TO_NUMBER}")
+VALUE_AT = re.compile(rf"(?ix) {NO_AVERAGE} {PASSAGE} (?: \b(?:of|at)\b | , ) {TO_NUMBER}")
+GUESS = re.compile(rf"""(?ix)
+    \b (?: answer | estimate | score | say | guess | predict | go[ ]with ) \b
+    (?: is | it | at | about | [\s:=*_$] )* {NUMBER}
     """)
 
 
-def parse_critic(text: str) -> float | Malformed:
-    """The number of the first line "Value ...:", or else of the last sentence on a value.
+def last_match(pattern: re.Pattern, text: str) -> re.Match | None:
+    """The last match, or None."""
+    matches = list(pattern.finditer(text))
+    return matches[-1] if matches else None
 
-    Or else it stands alone in the last line, or behind "answer". Or else it is the first number,
-    preferably outside parentheses.
+
+def parse_critic(text: str) -> float | Malformed:
+    """The number in a box, or of the first line "Value ...:", or of the last sentence on a value.
+
+    Or else it stands behind words such as "answer", or alone in the last line. Or else it is the
+    first number, preferably outside parentheses.
 
     >>> parse_critic("The value of 3 more films.\\nValue 4: 7.5"), parse_critic("(3 more) 7,5")
     (7.5, 7.5)
     """
     text = re.sub(BEHIND, " ", text)
     outside = re.sub(r"[(（][^()（）\n]*[)）]", " ", text)
-    sentences = list(VALUE_SAID.finditer(outside))
-    last_sentence = sentences[-1] if sentences else None
-    attempts = (VALUE_LINE.search(outside),         # "Value: 7"
-                last_sentence,                      # "the value of this state is 7"
+    attempts = (re.search(rf"\\boxed\{{\W*{NUMBER}", text),
+                VALUE_LINE.search(outside),         # "Value: 7"
+                last_match(VALUE_IS, outside),
+                last_match(GUESS, outside),
+                last_match(VALUE_AT, outside),
                 VALUE_LINE.search(text),            # "Value: (7)"
-                re.search(rf"(?m)^[ *_$]*{NUMBER}[ *_$.]*\Z", outside),  # alone in the last line
-                re.search(rf"(?i)\banswer(?: is)?[ :=*_$]*{NUMBER}", outside),
+                re.search(rf"(?m)^[ *_$`]*{NUMBER}[ *_$`.]*\Z", outside),   # alone in the last line
                 re.search(NUMBER, outside),
                 re.search(NUMBER, text))
     for match in attempts:

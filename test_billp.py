@@ -912,7 +912,7 @@ def test_parse_inverts_what_a_well_behaved_model_writes(text, n, value):
     assert prompts.parse_reflector(f"**reflection**: {text}") == text
     assert prompts.parse_reflector(f"Lesson: {text}") == text
     assert prompts.parse_critic(f"Value: {value:.3f}") == pytest.approx(value, abs=1e-3)
-    assume(prompts.words_of(text))                          # a title has words
+    assume(prompts.words_of(text) not in ([], ["TITLE"]))   # a title has words
     assert prompts.parse_actor(f"Free item: {text}\nFree item: x") == text
     assert prompts.parse_actor(f"Action {n}: recommend {text}\nObservation {n}: left") == text
 
@@ -963,6 +963,10 @@ Alien | My pick: Alien. I would not recommend Jaws now. ; The best fit is Alien.
 Jaws | I considered Alien, but it is too similar. I recommend Jaws. |
 Jaws | Instead of Alien, I suggest Jaws ; Instead of Alien, Jaws. ; Not Alien, but Jaws. |
 Jaws | Alien was fun, and you might like Jaws. ; After Alien the user will like Jaws. | Alien
+Jaws | - **Alien**: tense\n- **Jaws**: a shark\n\nI'd recommend Jaws. |
+Jaws | The options are **Alien** and **Jaws**. The best fit is **Jaws**. |
+Jaws | Alien was discouraged. Jaws is fine. ; Alien was rated low, so we should recommend Jaws. |
+Jaws | As an AI, I have no taste, but I'd recommend Jaws. ; I apologize. The best fit is Jaws. |
 Jaws | Since you liked Alien, watch Jaws ; It should be unlike Alien. Jaws fits. |
 Jaws | They like Alien. My final answer is: Jaws ; Reasoning: they like Alien.\n\boxed{Jaws} |
 The Matrix | The user wants variety. Answer: The Matrix ; Action 1: recommend “The Matrix” |
@@ -999,6 +1003,8 @@ def test_a_reply_names_what_a_person_reads(name, reply, taken):
 Alien | Action 1: recommend Alien (1979) ; **Alien** because Jaws is too mild
 Alien | Free item: Alien (1979), a tense film like Jaws ; Free item: Alien\nReason: Jaws was liked
 Alien | I'd like Alien, because Jaws was tense ; I would like Alien, because Jaws was tense
+Alien | Free item: Alien\n\nExplanation: Jaws would be too similar. ; Alien, similar to Jaws
+Alien | Free item: Alien since Jaws was shown ; Alien\n\nThis contrasts with Jaws.
 Heat | Heat
 """))
 def test_a_taken_title_stands_for_its_categories(name, reply):
@@ -1026,6 +1032,8 @@ planner | Sure, here is my thought:\nComedy next ; Certainly!\n\nComedy next | C
 planner | Action ; **Action** ; Next category:\n**Action** | Action
 planner | **Next category:**\n**Action**\nIt is new. ; Next category:\n*Action*\nWhy not? | Action
 planner | Thought: War was shown.\nNext category: Comedy next ; Answer: Comedy next | Comedy next
+planner | **Action**: it was liked ; Next category: Action: it was liked | Action: it was liked
+planner | Next category: War, because REASON: it is new | War, because REASON: it is new
 planner | Category: Comedy next\nCategory: War ; Answer: Next category: Comedy next | Comedy next
 planner | Next category: Comedy!\nIt is fun. | Comedy!
 planner | Next category: **Comedy**, because `it` was liked | Comedy, because it was liked
@@ -1035,6 +1043,7 @@ planner | {"next_category": "Comedy", "reason": "it is new"} | Comedy, reason: i
 planner | Next category: Comedy next\nNext category: War | Comedy next
 planner | Here is my thought process:\n\nThought 3: Comedy next | Comedy next
 reflector | **Lesson:** He left.\n\n**Better next time:** Up | He left. Better next time: Up
+reflector | Left because\n- of Up.\n> Better next time: It | Left because of Up. Better next time: It
 reflector | - Lesson: He left.\n- Better next time: Up | He left. Better next time: Up
 critic | Value after step 3: 7.5 ; Value (at most 10): 7.5 ; 7,5 ; Value: about 7.5 of 10 | 7.5
 critic | I'd say 7.5. ; Value 4 = 7,5 ; Value: (7.5) ; Value: 4 + 0.5 * 7 = 7.5 | 7.5
@@ -1051,6 +1060,11 @@ critic | The value is 7.5 because he is at step 4 ; The value is 7.5, given 4 ra
 critic | Value at step 4 given the history: 7.5 ; Value: r + gamma * next = 4 + 3.5 = 7.5 | 7.5
 critic | Similar ones have 6 as average, so the value is 7.5. | 7.5
 critic | Value: at most 7.5 ; Value: at most 7,5 ; 7.5\n\nThis answer is based on 8 cases. | 7.5
+critic | 8 cases have 6 on average. Thus: \boxed{7.5} ; ## Step 1: 6\n$\boxed{7.5}$ | 7.5
+critic | The value is 7.5. If the user leaves, it is 0. ; The value is 7.5, above 7.2. | 7.5
+critic | The value is 7.5. The value if he leaves is 0. ; The value is 7.5 at step 4. | 7.5
+critic | I'd say the value is 7.5, below the value of 8 if he stays. ; A value of 7.5, of 10 | 7.5
+critic | 1. He liked it.\n2. Cases have 6.\n\nMy estimate is 7.5. ; They have 6, so I say 7.5 | 7.5
 critic | Value: −3 ; Value: -3 = 4 - 7 | -3.0
 """))
 def test_an_answer_is_read_without_its_wrapping(role, reply, value):
@@ -1077,7 +1091,7 @@ def test_a_refusal_or_unfilled_form_is_malformed(role, reply):
     assert isinstance(parse(reply), Malformed)
 
 
-@pytest.mark.parametrize("piece", ["_\n", "(", "value ", "- ", "Action ", "<|", "not ", "= 4 + "])
+@pytest.mark.parametrize("piece", ["_\n", "=", "(", "value ", "- ", "Action ", "<|", "= 4 + "])
 def test_a_reply_that_repeats_itself_is_read_quickly(piece):
     """Small models may repeat a piece up to the longest reply."""
     reply = piece * (20000 // len(piece))
@@ -1096,6 +1110,7 @@ def test_a_reply_that_repeats_itself_is_read_quickly(piece):
     "<chain_of_thought>Jaws?</chain_of_thought>{}", "<unused94>thought\nJaws?<unused95>{}",
     "Here is my thought process:\nJaws?\nHere is my response:\n{}",
     "Jaws?\n[BEGIN FINAL RESPONSE]\n{}", "<antThinking>Jaws?</antThinking>{}",
+    "<|thinking_start|>Jaws?<|thinking_end|>{}", "<no_think>{}", "<think/>{}",
     "<reasoning_content>Jaws?</reasoning_content>{}", "<inner_monologue>Jaws?</inner_monologue>{}",
     "<|channel|>analysis<|message|>Jaws?<|end|><|start|>assistant<|channel|>final<|message|>{}"])
 def test_hidden_thinking_is_never_stored(hidden):
