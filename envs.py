@@ -205,6 +205,13 @@ def check(env: Env) -> None:
         array = getattr(env, name)
         is_matrix = isinstance(array, np.ndarray) and array.ndim == 2
         demand(is_matrix, f"{name} must be a numpy array [items, columns]")
+    demand(callable(env.rate), "rate must be a function, such as table(ratings)")
+    demand(callable(env.distance), "distance must be a function")
+    is_text = all(isinstance(text, str) for text in (*env.titles, *env.categories))
+    demand(is_text, "a title or a category is no text")
+    for year in env.years:
+        is_year = year is None or isinstance(year, (int, np.integer))
+        demand(is_year, f"the year {year!r} is neither a whole number nor None")
     c = len(env.categories)
     demand(np.shape(env.belongs) == (m, c), f"belongs needs a column for each of {c} categories")
     demand(np.isfinite(env.vectors).all(), "vectors has numbers that are not finite")

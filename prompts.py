@@ -1257,25 +1257,30 @@ OTHER_MODEL = "try another --model"
 KINDS = (
     Kind("credit", 1, "top up the account, then run the same command: it resumes",
          r"402|(500|finish_reason missing) .*insufficient[_ ](quota|balance)"
-         r"|(400|403|429) .*(insufficient[\w ]*(quota|balance|funds|credit)|billing_"
-         r"|(enough|out of|no) credits|credit balance|arrearage|budget.{0,20}exceeded"
-         r"|exceeded.?budget|exceeded_current_quota)"),
+         # DashScope means a minute by "allocated quota"
+         r"|(400|403|412|429) (?!.*allocated quota).*("
+         r"insufficient[\w ]*(quota|balance|funds|credit)|balance is insufficient|billing_"
+         r"|(enough|out of|no|any|available) credits|credit balance"
+         r"|arrearage|overdue|freetieronly|budget.{0,20}exceeded|exceeded.{0,10}budget"
+         r"|spend(ing)? limit|api usage limits|exceeded_current_quota)"),
     Kind("blocked", 1, "look at the prompt, or try another --model",
-         r"finish_reason (content_filter|refusal|missing .*(block|filter))"
-         r"|(400|403|422) .*(content.?(filter|policy|exists.risk)|moderation|flagged"
+         r"finish_reason (content_filter|refusal|sensitive|safety|missing .*(block|filter))"
+         r"|(400|403|422|424) .*(prompt blocked|sensitive.?content|risk.?detect"
+         r"|content.?(filter|policy|exists.risk)|moderation|flagged"
          r"|safety(?!_settings)|inappropriate|guardrail|guideline"
          r"|prohibited.?(content|word|topic|input))",
          patience=1000),                # a user's history may be blocked at every step
     Kind("broken off", 4, OTHER_MODEL,
          r"finish_reason ((network_)?error|abort|insufficient|missing)"
-         r"|(400|422) .*tool_use_failed",
+         r"|(400|422) .*(tool_use_failed|model unloaded|model has crashed)",
          patience=100),
     Kind("overrun", 1, "raise --reply-tokens, or switch reasoning off by --extra-body",
          "finish_reason length", patience=20),
     Kind("nothing", 2, OTHER_MODEL, "finish_reason", patience=100),
     Kind("context", 1, "allow fewer tokens: --titles, --transcript or --reply-tokens",
          r"413|429 .*request too large"
-         r"|(400|422|500) .*(context.{0,20}(length|size|window|limit)|too many tokens"
+         r"|(400|422|500) (?!.*(deadline|time exceeded|time limit)).*("
+         r"context.{0,20}(length|size|window|limit)|too many tokens"
          r"|(prompt|input|request).{0,40}too (long|large)|(prompt|input).{0,40}exceed"
          r"|reduce the length|less than \d+ tokens|longer than the maximum)"
          # a 500 on a "request" that exceeds something often means a time or a number
@@ -1285,17 +1290,18 @@ KINDS = (
          r"(400|422) (?=.*max_\w*tokens).*\b(too|must be|reached|exceed|most|least|less|greater"
          r"|maximum|minimum|range|limit)"),
     Kind("key", 1, "check OPENAI_API_KEY, and whether it may use this model",
-         r"401|403|400 .*(api.?key|authorization header)"),
+         r"401|403 (?!.*rate.?limit)|400 .*(api.?key|expired.?key|authorization header)"),
     Kind("address", 1, "check --base-url, --model and --embed-model",
          "404|405|500 .*unexpected endpoint or method"),
     Kind("moved", 1, ELSEWHERE, "3.."),
     Kind("page", 2, "does --base-url lack its /v1?", "2.."),
     Kind("vectors", 2, "choose another --embed-model", "embeddings"),
     Kind("too late", 1, RESUME, "(408|409|429|5..) false"),     # told not to retry, or to wait long
-    Kind("busy", 17, RESUME, "429|503"),        # the waits come to 75 s and more
+    Kind("busy", 17, RESUME, "403|429|503"),    # the waits come to 75 s and more
     Kind("odd", 7, RESUME, "4.. true"),         # advised to retry
     Kind("request", 1, "correct the request: --model, --extra-body or --header",
-         "4(?!08|09)..|501|LocalProtocolError"),
+         # 423 to 425, 498 and 499 pass: locked, a failed generation, no capacity, cancelled
+         "4(?!08|09|2[345]|9[89])..|501|LocalProtocolError"),
     Kind("no server", 3, "start the server, or check --base-url, the proxy and SSL_CERT_FILE",
          r"ConnectError|ConnectTimeout|ProxyError|Unicode\w*Error"),
     Kind("slow", 2, "raise --timeout", r"\w*Timeout"),
@@ -1313,6 +1319,11 @@ PERIOD = r"(\d+(?:\.\d*)?) ?(ms|[smhd](?!illi|ore|onth))"
 # "1m59s", "1 minute 59 seconds"
 DURATION = rf"(?i)(retryDelay|again in|retry in|retry after|wait)\W*(({PERIOD}[a-z]*[ ,]*)+)"
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+# quotas for which no wait is short: "free-models-per-day", "monthly usage limit"
+OF_A_DAY = r"(?i)(per|a|/)[ _-]?(day|month)\b|PerDay|daily|weekly|monthly"
+# names without a dot, and private addresses: servers without https
+PRIVATE = re.compile(r"[\w-]+(:|/|$)|(10|192\.168|172\.(1[6-9]|2\d|3[01]))\."
+                     r"|host\.docker\.internal")
 LOOPBACK = re.compile(r"(([\w-]+\.)*localhost|127\.[\d.]+|0\.0\.0\.0|\[?::1)(?![\w.-])")
 MISSHAPEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 LOCK = Lock()                       # guards what threads share: counts and the log
@@ -1407,7 +1418,7 @@ def address(base_url: str, path: str) -> Any:
     import httpx
     base = base_url.strip()
     if "://" not in base:
-        scheme = "http" if LOOPBACK.match(base) else "https"
+        scheme = "http" if LOOPBACK.match(base) or PRIVATE.match(base) else "https"
         base = f"{scheme}://{base}"
     malformed = EndpointError("the base URL is not a valid address: write it as "
                               "http://localhost:8080/v1, and a login as --header Authorization=...")
@@ -1604,13 +1615,16 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     """The Fault in a response that is no answer.
 
     KINDS is matched with "STATUS ADVICE BODY". The advice is the header x-should-retry: true, false
-    or nothing, as in "429  {...}". It is false if the wait is too long.
+    or nothing, as in "429  {...}". It is false if the wait is too long, or if the quota of a day is
+    used up.
     """
     error = fields(data.get("error")) or data           # some servers put its fields at the top
     status = status_of(response, error)         # 200 without a usable body is the kind "page"
     wait = asked_wait(response.headers, text)
     advice = response.headers.get("x-should-retry", "")
-    if wait > LONGEST_WAIT:
+    is_used_up = re.search(OF_A_DAY, text) is not None and status == "429"
+    # Google names a wait of seconds even for the quota of a day, "...PerDayPerProject"
+    if wait > LONGEST_WAIT or is_used_up and (wait == 0 or "PerDay" in text):
         advice = "false"
     message = error.get("message") or text or "an empty body"
     # what the provider behind OpenRouter says; the name of a refused parameter; a gateway's cause
@@ -1758,7 +1772,8 @@ def heard(route: Route, ask: Ask, data: dict) -> Any:
         content = "".join(part.get("text") or "" for part in content)
     text = spoken(starred(route, content))
     usage = usage_of(route, ask, data)
-    broken_off = re.match("(network_)?error|abort|insufficient|content_filter", str(finish))
+    broken_off = re.match("(?i)(network_)?error|abort|insufficient|content_filter|sensitive|safety",
+                          str(finish))
     if text and not broken_off and not choice.get("error"):
         return Reply(text, usage)
     label = "refusal" if refusal else finish

@@ -489,16 +489,17 @@ def run_directory(args: Namespace, config: Json) -> Path:
     path = args.out or Path("runs", name)
     earlier = read_object(path / "config.json")
     changed = [field for field in {**earlier, **config} if earlier.get(field) != config.get(field)]
-    if earlier and changed:
+    # A run that got no answer, perhaps from a mistyped model, leaves its config.json alone. A kill
+    # within `write` leaves a draft of it. Both may be replaced.
+    files = path.iterdir() if path.exists() else ()
+    is_in_use = not all(file.match("config.json*") for file in files)
+    if earlier and changed and is_in_use:
         raise UserError(f"{path} holds a run of another configuration ({', '.join(changed)}); "
                         "choose another --out")
-    if not earlier:
-        # a kill within `write` leaves a draft
-        if path.exists() and not all(file.match("config.json.*.part") for file in path.iterdir()):
-            raise UserError(f"{path} is not empty and holds no run; choose another --out")
-        if args.replay:
-            raise UserError(f"{path} holds no run to replay: run without --replay, or give its "
-                            "--out")
+    if not earlier and is_in_use:
+        raise UserError(f"{path} is not empty and holds no run; choose another --out")
+    if not earlier and args.replay:
+        raise UserError(f"{path} holds no run to replay: run without --replay, or give its --out")
     path.mkdir(parents=True, exist_ok=True)
     write(path / "config.json", dumps(config, indent=1) + "\n")
     return path

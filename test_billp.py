@@ -1043,7 +1043,7 @@ planner | {"next_category": "Comedy", "reason": "it is new"} | Comedy, reason: i
 planner | Next category: Comedy next\nNext category: War | Comedy next
 planner | Here is my thought process:\n\nThought 3: Comedy next | Comedy next
 reflector | **Lesson:** He left.\n\n**Better next time:** Up | He left. Better next time: Up
-reflector | Left because\n- of Up.\n> Better next time: It | Left because of Up. Better next time: It
+reflector | Sad because\n- of Up.\n> Better next time: M | Sad because of Up. Better next time: M
 reflector | - Lesson: He left.\n- Better next time: Up | He left. Better next time: Up
 critic | Value after step 3: 7.5 ; Value (at most 10): 7.5 ; 7,5 ; Value: about 7.5 of 10 | 7.5
 critic | I'd say 7.5. ; Value 4 = 7,5 ; Value: (7.5) ; Value: 4 + 0.5 * 7 = 7.5 | 7.5
@@ -1310,6 +1310,8 @@ def test_exactly_beta_and_the_floor_are_borne(place, rating, borne):
 
 
 @pytest.mark.parametrize("field, value, words", [
+    ("rate", np.ones((1, 3)), "table"), ("distance", np.ones((3, 3)), "function"),
+    ("titles", ("A", "B", None), "no text"), ("years", (1999, None, np.nan), "year nan"),
     ("rate", envs.table(np.full((1, 3), np.nan)), "between 1 and 5"),
     ("rate", envs.table(np.array([[0, 2, 6]])), "between 1 and 5: .0 6"),
     ("rate", envs.table(np.ones((1, 2))), "does not fit"),
@@ -1642,7 +1644,11 @@ def test_a_token_count_that_is_no_number_is_unknown(usage):
 
 
 @pytest.mark.parametrize("row", table("""
-408 ; 409 ; 429 ; 500 ; 503 ; 529 | no
+408 ; 409 ; 423 ; 424 ; 425 ; 429 ; 498 ; 499 ; 500 ; 503 ; 529 | no
+400 | Model unloaded.
+403 | You are being rate limited
+429 | Allocated quota exceeded, code insufficient_quota ; tokens per day: try again in 12s
+500 | error processing input: deadline exceeded
 429 | Rate limit of this API key: content policy, max_tokens limit
 500 | unknown error while sampling: temperature overflow ; request canceled: timeout exceeded
 400 | odd | x-should-retry: true
@@ -1662,10 +1668,12 @@ def test_a_single_fault_is_survived(row):
 400 | {"error": {"message": "API key policy", "code": "content_filter"}} | API key policy | 1
 400 | {"choices": null, "error": {"message": "moderation"}} | moderation | 1
 403 | Your input was flagged ; Content violates usage guidelines. SAFETY_CHECK | 403 | 1
+400 ; 424 | Prompt blocked ; InputTextSensitiveContentDetected ; InputTextRiskDetection | 4 | 1
 400 | Content Exists Risk ; Input may be inappropriate | 400 | 1
 200 | {"choices": []} ; {"choices": null, "base_resp": "out of tea"} | missing | 4
 200 | {"choices": [], "promptFeedback": {"blockReason": "SAFETY"}} | blockReason | 1
 200 | {"choices": [{"message": {"content": "A"}, "finish_reason": "abort"}]} | half a | 4
+200 | {"choices": [{"message": {"content": "A"}, "finish_reason": "sensitive"}]} | half a | 1
 200 | {"choices": [{"message": {"content": "A"}, "finish_reason": "network_error"}]} | network | 4
 200 | {"choices": [{"message": {"content": "A"}, "error": "lost"}]} | lost | 2
 200 | {"choices": [{"message": {"refusal": "I cannot"}}]} | I cannot | 1
@@ -1693,6 +1701,8 @@ def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times
 500 ; 422 | The prompt exceeds the maximum sequence length | | --titles --transcript | 1
 400 | Your credit balance is too low | | top up | 1
 403 ; 429 | Your account does not have enough credits | | top up | 1
+429 ; 403 | used all available credits or reached its monthly spending limit | | top up | 1
+400 ; 412 | API usage limits ; spend limit reached ; balance is insufficient | | top up | 1
 404 | model 'm' not found | | 404 /v1/chat/completions --model | 1
 400 | unknown: seed. context size is 9 ; The input token count (9) exceeds 8 | | --transcript | 1
 400 | {"error": {"message": "max_tokens limit", "code": "context_length_exceeded"}} | | --titles | 1
@@ -1716,6 +1726,7 @@ def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times
 200 | <html> sk-Quite5ecretKey42 | | 200 <html> *** /v1? | 2
 200 | [] ; | | 200 /v1? | 2
 429 | daily limit | Retry-After: 40000 | daily limit resumes | 1
+429 | free-models-per-day ; "quotaId": "PerDayPerProject", "retryDelay": "40s" | | resumes | 1
 429 | Please try again in 7h12m0s | | 7h12m0s resumes | 1
 301 ; 307 | | Location: https://b.example/x?k=1 | https://b.example/x; --base-url | 1
 308 | | Location: http://a.example/x | http://a.example/x --base-url | 1
@@ -1879,6 +1890,8 @@ http://localhost:1 ; localhost:1/ ; http://localhost:1/v1/ | http://localhost:1/
 http://[::1]:5 | http://[::1]:5/v1
 api.example ; HTTPS://api.example | https://api.example/v1
 localhost.example | https://localhost.example/v1
+192.168.1.5:11434 | http://192.168.1.5:11434/v1
+myserver:8000 | http://myserver:8000/v1
 http://a/chat/completions ; http://a/embeddings | http://a
 http://a/api/v3 ; http://a/api/v3/embeddings | http://a/api/v3
 http://a/openai/deployments/d?api-version=2 | http://a/openai/deployments/d
@@ -2212,6 +2225,12 @@ def test_a_run_directory_is_never_touched_by_another_run(finished):
     line = refuse(*SMALL, "--out", finished, "--seed", 1, "--gamma", 0.9)
     assert "(seed, config)" in line
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_a_run_without_an_answer_yields_its_directory(tmp_path):
+    """As when the model was mistyped: config.json alone was written."""
+    run.write(tmp_path / "config.json", '{"model": "mistyped"}')
+    succeed(*SMALL, "--out", tmp_path)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
