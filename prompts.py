@@ -600,7 +600,8 @@ ASIDE = (r"(?i)\b((?<!why )not|instead of|rather than|skip|avoid|unlike|although
 def mentioned(text: str, catalog: Catalog) -> list[int]:
     """The items that a text names, the likeliest first.
 
-    They stand in bold, at the front of a line, behind "I recommend", or anywhere else.
+    They stand behind "I recommend", in bold, at the front of a line, or anywhere else. If the first
+    line begins with a title, the lines below count only where they begin with one, too.
 
     Case, accents, marks, quotation, the place of an article and words after the title do not
     matter. Titles in a reason count only if they are bold, or if there are no others.
@@ -773,7 +774,8 @@ def render_planner(lessons: Sequence[str], tastes: Tastes, lately: int) -> str:
 
 def parse_planner(text: str) -> str | Malformed:
     """The thought, one line."""
-    text = re.sub(r"(?i)\A\W*\*\*action\*\*", "Next category: Action", text)     # no label here
+    # a category here, and no label
+    text = re.sub(r"(?i)\A\W*\*\*action\*\*", "Next category: Action", text)
     return labelled(text, THOUGHTS) or Malformed("the reply held no line 'Next category: ...'")
 
 
@@ -1320,7 +1322,7 @@ PERIOD = r"(\d+(?:\.\d*)?) ?(ms|[smhd](?!illi|ore|onth))"
 DURATION = rf"(?i)(retryDelay|again in|retry in|retry after|wait)\W*(({PERIOD}[a-z]*[ ,]*)+)"
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 # quotas for which no wait is short: "free-models-per-day", "monthly usage limit"
-OF_A_DAY = r"(?i)(per|a|/)[ _-]?(day|month)\b|PerDay|daily|weekly|monthly"
+OF_A_DAY = r"(?i)(per|a|/)[ _-]?(day|month)\b|daily|weekly|monthly"
 # names without a dot, and private addresses: servers without https
 PRIVATE = re.compile(r"[\w-]+(:|/|$)|(10|192\.168|172\.(1[6-9]|2\d|3[01]))\."
                      r"|host\.docker\.internal")
@@ -1622,9 +1624,11 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     status = status_of(response, error)         # 200 without a usable body is the kind "page"
     wait = asked_wait(response.headers, text)
     advice = response.headers.get("x-should-retry", "")
-    is_used_up = re.search(OF_A_DAY, text) is not None and status == "429"
-    # Google names a wait of seconds even for the quota of a day, "...PerDayPerProject"
-    if wait > LONGEST_WAIT or is_used_up and (wait == 0 or "PerDay" in text):
+    # Google names a wait of seconds even for the quota of a day, "...PerDayPerProject".
+    is_vain = wait > LONGEST_WAIT or "PerDay" in text
+    if status == "429" and wait == 0 and re.search(OF_A_DAY, text):
+        is_vain = True
+    if is_vain:
         advice = "false"
     message = error.get("message") or text or "an empty body"
     # what the provider behind OpenRouter says; the name of a refused parameter; a gateway's cause
@@ -1895,7 +1899,8 @@ def open_log(path: str | Path, model_id: Any) -> Log:
         try:
             record = json.loads(line)
             reply = Reply(record["text"], Usage(*record["usage"]), record.get("reason", ""))
-            known.setdefault(record["ask"], reply)
+            if isinstance(reply.text, str):
+                known.setdefault(record["ask"], reply)
         except MISSHAPEN:
             continue                # a kill tore the line: its ask is asked again
     if content and not content.endswith(b"\n"):

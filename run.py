@@ -1028,7 +1028,7 @@ def show(args: Namespace) -> None:
     try:
         episode = episode_of(args.show, args.pick)
         lines = story(episode)          # also a check that this version can read the episode
-    except (LookupError, TypeError):
+    except (LookupError, TypeError, ValueError):
         raise UserError(f"{args.show} was made by another version of this program") from None
     if args.prompts:
         print_prompts(args, episode["phase"], episode["episode"])
