@@ -1114,6 +1114,7 @@ def test_a_reply_that_repeats_itself_is_read_quickly(piece):
     "<reasoning_content>Jaws?</reasoning_content>{}", "<inner_monologue>Jaws?</inner_monologue>{}",
     "<|channel|>analysis<|message|>Jaws?<|end|><|start|>assistant<|channel|>final<|message|>{}"])
 def test_hidden_thinking_is_never_stored(hidden):
+    assert "Jaws" not in prompts.spoken(hidden)
     llm = scripted({"planner": [hidden.format("Thought 1: Alien")],
                     "actor": [hidden.format("Action 1: recommend Alien")]})
     plan, _ = billp.planner(STATE, EMPTY, llm)
