@@ -221,7 +221,7 @@ def spoken(text: str) -> str:
     text = OPENING.sub("<think>", text)
     text = ENDING.sub("</think>", text)
     # The order matters: first pairs, then what is left over.
-    for thinking in ("<think>.*?</think>",      # whole
+    for thinking in ("<think>((?!<think>).)*?</think>",         # whole
                      "^.*</think>",             # the opening mark is part of the prompt
                      "<think>.*"):              # the reply was cut off
         text = re.sub(thinking, "", text, flags=re.DOTALL)

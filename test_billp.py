@@ -1091,16 +1091,6 @@ def test_a_refusal_or_unfilled_form_is_malformed(role, reply):
     assert isinstance(parse(reply), Malformed)
 
 
-@pytest.mark.parametrize("piece", ["_\n", "=", "(", "value ", "- ", "Action ", "<|", "= 4 + "])
-def test_a_reply_that_repeats_itself_is_read_quickly(piece):
-    """Small models may repeat a piece up to the longest reply."""
-    reply = piece * (20000 // len(piece))
-    began = time.perf_counter()
-    for role in ("planner", "actor", "critic", "reflector"):
-        getattr(prompts, f"parse_{role}")(prompts.spoken(reply))
-    assert time.perf_counter() - began < 2
-
-
 @pytest.mark.parametrize("hidden", [
     "<think>Jaws?</think>{}", "Jaws?</think>{}", "<reasoning>Jaws?</reasoning>\n{}",
     "<thought>Jaws?</thought>{}", "{}<think>or Jaws?", "<thinking>Jaws\n\n?</thinking>{}",
@@ -1124,13 +1114,14 @@ def test_hidden_thinking_is_never_stored(hidden):
 
 @pytest.mark.parametrize("piece", [
     r"\a1", r"\frac12", "4 + ", "= ", "of V ", "1,", "value: ", "value of the ", "(", "*", "<br>",
-    "\n", " ", "<think>", "\n*", "Reflection: "])
+    "\n", " ", "<think>", "\n*", "Reflection: ", "_\n", "(\n", "because "])
 def test_a_reply_that_repeats_itself_is_read_quickly(piece):
     """A small model in a loop must not keep a pattern busy for ever."""
     start = time.process_time()
     for parse in (prompts.parse_planner, prompts.parse_actor, prompts.parse_critic,
                   prompts.parse_reflector):
-        parse(prompts.spoken(f"Value: {1500 * piece} better"))
+        for opening in ("Value: ", ""):
+            parse(prompts.spoken(f"{opening}{6000 * piece} better"))
     assert time.process_time() - start < 5
 
 
