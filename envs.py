@@ -189,11 +189,8 @@ def demand(holds: Any, message: str) -> None:
         raise ValueError(message)
 
 
-def check(env: Env) -> None:
-    """Raise a ValueError of one line if the parts of a world do not fit together.
-
-    It looks at all ratings if there are fewer than 10^7, otherwise at those of some users.
-    """
+def check_parts(env: Env) -> None:
+    """Raise a ValueError of one line if items, categories and histories do not fit together."""
     n, m = len(env.histories), len(env.titles)
     demand(n > 0 and m > 0, f"a world of {n} users (histories) and {m} items (titles)")
     is_whole = isinstance(env.learners, (int, np.integer))
@@ -205,13 +202,11 @@ def check(env: Env) -> None:
         array = getattr(env, name)
         is_matrix = isinstance(array, np.ndarray) and array.ndim == 2
         demand(is_matrix, f"{name} must be a numpy array [items, columns]")
-    demand(callable(env.rate), "rate must be a function, such as table(ratings)")
-    demand(callable(env.distance), "distance must be a function")
     is_text = all(isinstance(text, str) for text in (*env.titles, *env.categories))
-    demand(is_text, "a title or a category is no text")
+    demand(is_text, "titles and categories must be texts")
     for year in env.years:
         is_year = year is None or isinstance(year, (int, np.integer))
-        demand(is_year, f"the year {year!r} is neither a whole number nor None")
+        demand(is_year, f"the year {year!r} is no whole number: use None if it is unknown")
     c = len(env.categories)
     demand(np.shape(env.belongs) == (m, c), f"belongs needs a column for each of {c} categories")
     demand(np.isfinite(env.vectors).all(), "vectors has numbers that are not finite")
@@ -221,6 +216,12 @@ def check(env: Env) -> None:
         strangers = set(history) - items
         demand(not strangers, f"the history of user {user} has {strangers}, not one of 0..{m - 1}")
 
+
+def check_ratings(env: Env) -> None:
+    """Raise a ValueError of one line if `rate` or `distance` do not fit the users and items."""
+    demand(callable(env.rate), "rate must be a function, such as table(ratings)")
+    demand(callable(env.distance), "distance must be a function, such as euclidean(vectors)")
+    n, m = len(env.histories), len(env.titles)
     every_nth = 1 + n * m // 10 ** 7
     users = np.arange(0, n, every_nth)
     try:
@@ -233,6 +234,15 @@ def check(env: Env) -> None:
     demand(is_row, "distance does not return a number for each of its arguments")
     fit = (ratings >= 1) & (ratings <= 5)           # false for NaN
     demand(fit.all(), f"ratings that are not between 1 and 5: {ratings[~fit][:9]}")
+
+
+def check(env: Env) -> None:
+    """Raise a ValueError of one line if the parts of a world do not fit together.
+
+    It looks at all ratings if there are fewer than 10^7, otherwise at those of some users.
+    """
+    check_parts(env)
+    check_ratings(env)
 
 
 # ------------------------------------------------------- policies without a language model

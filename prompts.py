@@ -220,7 +220,8 @@ def spoken(text: str) -> str:
     """
     text = OPENING.sub("<think>", text)
     text = ENDING.sub("</think>", text)
-    # The order matters: first pairs, then what is left over.
+    # The order matters: first pairs, then what is left over. A pair holds no other opening mark, or
+    # many such marks would be slow.
     for thinking in ("<think>((?!<think>).)*?</think>",         # whole
                      "^.*</think>",             # the opening mark is part of the prompt
                      "<think>.*"):              # the reply was cut off
@@ -235,6 +236,7 @@ LABELS = ("thought|next[ ]category|category|action|final[ ]answer|answer|recomme
 THOUGHTS = ("thought", "next category", "category")
 ITEMS = ("action", "free item", "item", "title", "recommendation", "final answer", "answer")
 REFLECTIONS = ("reflection", "lesson")
+ANSWERS = ("final answer", "answer")    # after which any of them may stand
 # those that begin a turn, and so end what stands before them
 TURNS = ("thought", "action", "free item", "final answer", "observation")
 GAP = r"[ \t*_]{0,9}"
@@ -277,7 +279,8 @@ def segment(text: str, labels: Sequence[str]) -> str:
     """The text after the first of these labels with text behind it. It ends at the next turn.
 
     It is "" if there is no such label. Models often play several turns in one reply: only the first
-    counts. So the text also ends where its label comes again, unless it is a list of items.
+    counts. So the text also ends where its label comes again, unless that may begin a list of
+    items.
     """
     heads = heads_of(text)
     for i, head in enumerate(heads):
@@ -291,6 +294,9 @@ def segment(text: str, labels: Sequence[str]) -> str:
     return ""
 
 
+# Words before a choice. A reply that holds them is no refusal.
+CHOSEN = (r"(?i)\b(?:I|we)(?:['’]d| would| will|['’]ll| should)? (?:recommend|suggest|choose|pick"
+          r"|go with)\b|\b(?:answer|choice|best(?: \w+)?|closest(?: \w+)?) is\b|\\boxed")
 # A title may begin like a refusal, "Sorry, Wrong Number": so more of the sentence is needed.
 I_AM = "(i am|i ?['’]?m)"
 I_CANNOT = f"({I_AM} afraid (that )?)?i (can(not|['’]?t| not)|won['’]?t)"
@@ -377,8 +383,8 @@ def labelled(text: str, labels: Sequence[str]) -> str:
         return ""
     heads = heads_of(text)
     before = text[:heads[0].start] if heads else text
+    answer = segment(text, ANSWERS)
     # After a label a line such as "Comedy!" is an answer and no preamble.
-    answer = segment(text, ("final answer", "answer"))
     line = (first_line(after_labels(text, labels), preamble=":") or first_line(before)
             or first_line(after_labels(answer, labels) or answer))
     return "" if re.search(r"\b(CATEGORY|REASON)\b(?!:)", line) else line
@@ -401,8 +407,6 @@ ARTICLES = frozenset("the a an le la les l un une il lo el los las der das".spli
 LONGEST = 16                        # words of a title that are compared
 YEAR = re.compile("(1[89]|20)[0-9]{2}")
 BOLD = r"\*\*[^*\n]+\*\*(\s*\(\d{4}\))?"
-CHOSEN = (r"(?i)\b(?:I|we)(?:['’]d| would| will|['’]ll| should)? (?:recommend|suggest|choose|pick"
-          r"|go with)\b|\b(?:answer|choice|best(?: \w+)?|closest(?: \w+)?) is\b|\\boxed")
 EMPHASISED = r"\W*[\"“*](?P<title>[^\"”*]+)[\"”*]+\s*(?P<year>\(\d{4}\))?"
 
 
@@ -610,8 +614,9 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     # The first one counts that is free, so it does no harm that an item may come twice.
     bold = "\n".join(match[0] for match in re.finditer(BOLD, part))
     # "Jaws is old, I recommend Alien"; the whole part if nothing was chosen in such words
-    choice = before_reason(re.split(CHOSEN, part, maxsplit=1)[-1])
-    items = titles_within(choice, catalog) if re.search(CHOSEN, part) else []
+    passages = re.split(CHOSEN, part, maxsplit=1)
+    choice = before_reason(passages[-1])
+    items = titles_within(choice, catalog) if len(passages) == 2 else []
     items += titles_in_front(bold, catalog)
     items += titles_in_front(part, catalog)
     first_line, _, _ = part.partition("\n")
@@ -993,12 +998,13 @@ VALUE_LINE = re.compile(rf"""(?imx)
 # What may stand behind a value: "7.5 out of 10", "7.5 because the user is at step 4".
 BEHIND = (r"(?i)(?<=\d),? ((out of|of a maximum of|at most) \d+([.,]\d+)?"
           r"|(because|since|given|as)\b[^,.;:=：\n]*(?![^,.;:=：\n]|.*[:=：]))")
-# within a sentence, not about another value or a condition: "the value if the user leaves is 0"
+# words within a sentence, about no other value and no condition: "the value if he leaves is 0"
 PASSAGE = r"(?: (?! \b(?:value|if)\b | [.!?;]\s ) [^:=：\n] )*?"
-NO_AVERAGE = r"(?<! average[ ] ) (?<! mean[ ] ) value\b"
+# the word itself, but not in "the average value of similar situations is 7"
+VALUE = r"(?<! average[ ] ) (?<! mean[ ] ) value\b"
 TO_NUMBER = rf"{SUMS} (?: (?! value\b | [.!?;]\s ) [^\d\n] )*? {NUMBER}"
-VALUE_IS = re.compile(rf"(?ix) {NO_AVERAGE} {PASSAGE} (?: [:=：] | \b(?:is|be)\b ) {TO_NUMBER}")
-VALUE_AT = re.compile(rf"(?ix) {NO_AVERAGE} {PASSAGE} (?: \b(?:of|at)\b | , ) {TO_NUMBER}")
+VALUE_IS = re.compile(rf"(?ix) {VALUE} {PASSAGE} (?: [:=：] | \b(?:is|be)\b ) {TO_NUMBER}")
+VALUE_AT = re.compile(rf"(?ix) {VALUE} {PASSAGE} (?: \b(?:of|at)\b | , ) {TO_NUMBER}")
 GUESS = re.compile(rf"""(?ix)
     \b (?: answer | estimate | score | say | guess | predict | go[ ]with ) \b
     (?: is | it | at | about | [\s:=*_$] )* {NUMBER}
@@ -1259,7 +1265,7 @@ OTHER_MODEL = "try another --model"
 KINDS = (
     Kind("credit", 1, "top up the account, then run the same command: it resumes",
          r"402|(500|finish_reason missing) .*insufficient[_ ](quota|balance)"
-         # DashScope means a minute by "allocated quota"
+         # except for DashScope's "allocated quota", which is a limit of a minute
          r"|(400|403|412|429) (?!.*allocated quota).*("
          r"insufficient[\w ]*(quota|balance|funds|credit)|balance is insufficient|billing_"
          r"|(enough|out of|no|any|available) credits|credit balance"
@@ -1298,7 +1304,7 @@ KINDS = (
     Kind("moved", 1, ELSEWHERE, "3.."),
     Kind("page", 2, "does --base-url lack its /v1?", "2.."),
     Kind("vectors", 2, "choose another --embed-model", "embeddings"),
-    Kind("too late", 1, RESUME, "(408|409|429|5..) false"),     # told not to retry, or to wait long
+    Kind("too late", 1, RESUME, "(408|409|429|5..) false"),     # retrying is vain, see `judged`
     Kind("busy", 17, RESUME, "403|429|503"),    # the waits come to 75 s and more
     Kind("odd", 7, RESUME, "4.. true"),         # advised to retry
     Kind("request", 1, "correct the request: --model, --extra-body or --header",

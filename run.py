@@ -11,7 +11,7 @@ prompts.py (HTTP and the log). Results go to stdout. Progress and errors go to s
 A run directory holds config.json (what determines the result), calls.jsonl (the answers of a real
 model), episodes.jsonl, memory.json and summary.json. A directory of experiments holds config.json,
 MODEL/calls.jsonl, and NAME.json and NAME.png of each experiment. The same command continues or
-repeats a run. A directory of another configuration is never touched.
+repeats a run. Results and answers of another configuration are never touched.
 Exit codes: 0 done, 2 a mistake that can be mended, 3 the budget is spent, 130 interrupted.
 """
 from __future__ import annotations
@@ -498,7 +498,7 @@ def run_directory(args: Namespace, config: Json) -> Path:
                         "choose another --out")
     if not earlier and is_in_use:
         raise UserError(f"{path} is not empty and holds no run; choose another --out")
-    if not earlier and args.replay:
+    if args.replay and not is_in_use:
         raise UserError(f"{path} holds no run to replay: run without --replay, or give its --out")
     path.mkdir(parents=True, exist_ok=True)
     write(path / "config.json", dumps(config, indent=1) + "\n")

@@ -965,7 +965,8 @@ Jaws | Instead of Alien, I suggest Jaws ; Instead of Alien, Jaws. ; Not Alien, b
 Jaws | Alien was fun, and you might like Jaws. ; After Alien the user will like Jaws. | Alien
 Jaws | - **Alien**: tense\n- **Jaws**: a shark\n\nI'd recommend Jaws. |
 Jaws | The options are **Alien** and **Jaws**. The best fit is **Jaws**. |
-Jaws | Alien was discouraged. Jaws is fine. ; Alien was rated low, so we should recommend Jaws. |
+Jaws | Alien was discouraged. Jaws is fine. ; Alien was rated low. Jaws is fine. |
+Jaws | Sorry, but there is no War. The closest is Jaws. ; Alien is old, so we should pick Jaws |
 Jaws | As an AI, I have no taste, but I'd recommend Jaws. ; I apologize. The best fit is Jaws. |
 Jaws | Since you liked Alien, watch Jaws ; It should be unlike Alien. Jaws fits. |
 Jaws | They like Alien. My final answer is: Jaws ; Reasoning: they like Alien.\n\boxed{Jaws} |
@@ -1064,6 +1065,7 @@ critic | 8 cases have 6 on average. Thus: \boxed{7.5} ; ## Step 1: 6\n$\boxed{7.
 critic | The value is 7.5. If the user leaves, it is 0. ; The value is 7.5, above 7.2. | 7.5
 critic | The value is 7.5. The value if he leaves is 0. ; The value is 7.5 at step 4. | 7.5
 critic | I'd say the value is 7.5, below the value of 8 if he stays. ; A value of 7.5, of 10 | 7.5
+critic | I'd say 7.5; the mean value is 7.2 ; I say 7.5; the average value is 7.2 | 7.5
 critic | 1. He liked it.\n2. Cases have 6.\n\nMy estimate is 7.5. ; They have 6, so I say 7.5 | 7.5
 critic | Value: −3 ; Value: -3 = 4 - 7 | -3.0
 """))
@@ -1303,7 +1305,7 @@ def test_exactly_beta_and_the_floor_are_borne(place, rating, borne):
 
 @pytest.mark.parametrize("field, value, words", [
     ("rate", np.ones((1, 3)), "table"), ("distance", np.ones((3, 3)), "function"),
-    ("titles", ("A", "B", None), "no text"), ("years", (1999, None, np.nan), "year nan"),
+    ("titles", ("A", "B", None), "texts"), ("years", (1999, None, np.nan), "year nan"),
     ("rate", envs.table(np.full((1, 3), np.nan)), "between 1 and 5"),
     ("rate", envs.table(np.array([[0, 2, 6]])), "between 1 and 5: .0 6"),
     ("rate", envs.table(np.ones((1, 2))), "does not fit"),
@@ -2038,6 +2040,7 @@ def test_a_log_replays_without_the_model(tmp_path):
 @pytest.mark.parametrize("damage", [
     lambda log: log[:-1], lambda log: log[:-30],
     lambda log: log.replace(b'"text"', b'"t', 1),
+    lambda log: log.replace(b'"text": "hello"', b'"text": 5'),
     lambda log: log + log.splitlines(True)[0].replace(b"hello", b"other")])
 def test_an_unreadable_line_is_asked_again(tmp_path, damage):
     """Of two replies to one ask the first counts."""
@@ -2146,6 +2149,12 @@ def test_show_tells_the_episode_picked(pick, number, finished):
     assert all(("advantage +" in line) == ("encouraged" in line) for line in gains)
     for missing in ("learn:4", "3"):
         assert f"no episode '{missing}'" in refuse("--show", finished, "--pick", missing)
+
+
+def test_show_refuses_an_unreadable_episode_in_one_line(finished, tmp_path):
+    content = (finished / "episodes.jsonl").read_text("utf-8")
+    run.write(tmp_path / "episodes.jsonl", re.sub(r'"reward": [\d.]+', '"reward": "good"', content))
+    assert "another version" in refuse("--show", tmp_path)
 
 
 def test_show_prints_the_prompts_and_their_replies(tmp_path):
