@@ -45,7 +45,8 @@ class Config(NamedTuple):
     # not asked
     lessons: str = "nearest"
     experience: bool = True         # M_A, and with a baseline M_C, are written and recalled
-    baseline: bool = True           # the critic's V counts; else A = r >= 0 encourages all
+    # an action is judged by the critic's V; without it V is 0, so A >= 0 and all are encouraged
+    baseline: bool = True
     gamma: float = 0.5              # discount of later rewards; the paper's gamma
     k_lessons: int = 2              # reflections recalled; the paper's K
     k_experience: int = 200         # experiences recalled for the actor and counted for each item
@@ -136,14 +137,16 @@ def push(memory: Memory, chunk: Chunk) -> Memory:
     """The memory with a chunk of newer records at its end.
 
     After 1, 2, 3, 4, 5 single records the chunks have the lengths (1), (2), (2, 1), (4), (4, 1).
+    The fourth record does not stand beside (2, 1): 1 and 1 make 2, then 2 and 2 make 4.
     """
     # Double precision, so that the distances of `recall` do not depend on the processor.
     last = Chunk(chunk.records, chunk.vectors.astype(float))
-    # merge until the chunk before is at least twice as long
-    while memory and len(memory[-1].records) < 2 * len(last.records):
+    while memory:
         before = memory[-1]
-        memory = memory[:-1]
+        if len(before.records) >= 2 * len(last.records):
+            break
         last = Chunk(before.records + last.records, np.concatenate([before.vectors, last.vectors]))
+        memory = memory[:-1]
     return memory + (last,)
 
 
@@ -175,14 +178,12 @@ def record_at(memory: Memory, i: int) -> Record:
 def nearest_first(distances: np.ndarray, count: int) -> Iterator[int]:
     """Indices from the smallest distance to the largest, the newest first among equals.
 
-    The `count` nearest are sorted first. The others are sorted only if the caller goes on.
+    This is quicker than sorting all of them: the `count` nearest are sorted first, and the others
+    only if the caller goes on.
     """
-    near = np.full(len(distances), True)
-    if count < len(distances):
-        # quicker than sorting all: `limit` is the distance of the one at place `count`
-        limit = np.partition(distances, count - 1)[count - 1]
-        near = distances <= limit
-    for group in (near, ~near):
+    count = min(count, len(distances))
+    limit = np.partition(distances, count - 1)[count - 1]       # the distance at place `count`
+    for group in (distances <= limit, distances > limit):
         newest_first = np.flatnonzero(group)[::-1]
         # a stable sort keeps the newest first among equals
         yield from newest_first[np.argsort(distances[newest_first], stable=True)]
@@ -205,8 +206,10 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
         if distances[i] > tau or len(found) == k:
             break
         record = record_at(memory, i)
-        # same text and item, so same distance: the newest came first, and it stays
-        found.setdefault((record.text, record.item), record)
+        name = record.text, record.item
+        # The same text has the same distance. So of records of one name the newest came first.
+        if name not in found:
+            found[name] = record
     return tuple(found.values())
 
 
@@ -338,9 +341,9 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
               config: Config) -> tuple[Candidate, ...]:
     """The free items that the actor is shown, each once, the most promising first.
 
-    They are nearest to what the thought asks for, together with liked categories not shown lately.
-    Without a thought, all liked categories take the place of what it asks for. With `candidates` 0
-    they are the items of the recalled experience.
+    - With a thought: those nearest to what it asks for and to liked categories not shown lately.
+    - Without: those nearest to all liked categories and to those not shown lately.
+    - With `candidates` 0, as in the paper: the items of the recalled experience.
     """
     taken = () if config.repeats else state.taken
     counts = evidence(state, memory, config)        # (line, verdict) -> times
@@ -364,12 +367,22 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     return tuple(listed[:limit])
 
 
-def nearest_listed(text: str, listed: Sequence[Candidate], catalog: Catalog) -> int:
-    """The listed item nearest to a reply that names none of them."""
+def chosen_item(answer: Answer, state: State, listed: Sequence[Candidate], catalog: Catalog,
+                config: Config) -> tuple[int, bool]:
+    """The item that an actor's answer stands for, and whether it names a free item."""
+    taken = () if config.repeats else state.taken
+    if answer.fallback:
+        text = listed[0].line if listed else state.text
+        return prompts.nearest(text, catalog, taken), False
+    item, exact = prompts.ground(answer.value, catalog, taken)
+    if exact or not listed or not config.candidates:
+        return item, exact
+    # A small model repeats recent items. The free item nearest to one of them would often be too
+    # similar. So the nearest of the listed ones is taken.
     lines = {candidate.line for candidate in listed}
     others = [item for item, line in enumerate(catalog.lines) if line not in lines]
-    item, _ = prompts.ground(text, catalog, exclude=others)
-    return item
+    item, _ = prompts.ground(answer.value, catalog, exclude=others)
+    return item, False
 
 
 def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
@@ -385,16 +398,7 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
     form = prompts.ACTOR if config.candidates else prompts.OPEN_ACTOR
     question = prompts.render_actor(state.key.step + 1, state.thought, listed, form)
     answer = consult(llm, "actor", state, question, prompts.parse_actor, config, "")
-    taken = () if config.repeats else state.taken
-    if answer.fallback:
-        text = listed[0].line if listed else state.text
-        item, exact = prompts.nearest(text, catalog, taken), False
-    else:
-        item, exact = prompts.ground(answer.value, catalog, taken)
-        if not exact and config.candidates and listed:
-            # A small model repeats recent items. The free item nearest to one of them would often
-            # be too similar.
-            item = nearest_listed(answer.value, listed, catalog)
+    item, exact = chosen_item(answer, state, listed, catalog, config)
     return answer._replace(value=item, recalled=listed, exact=exact), memory
 
 
@@ -405,8 +409,10 @@ def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> 
     """
     recalled = recall(memory, state.vector, config.k_values)
     targets = tuple((record.item, record.content) for record in recalled)
-    rating = fmean(state.ratings or [3.0])          # at first the middle of the scale
-    as_before = state.top * rating / 5              # state.top has a rating of 5 at each step
+    # The value if every later step earns the mean rating so far; at first 3, the middle of the
+    # scale. `state.top` is the value if every step earns 5.
+    rating = fmean(state.ratings or [3.0])
+    as_before = state.top * rating / 5
     question = prompts.render_critic(targets, as_before)
     expected = fmean([target for _, target in targets] or [as_before])
     answer = consult(llm, "critic", state, question, prompts.parse_critic, config, expected)
@@ -448,10 +454,11 @@ class Trajectory(NamedTuple):
     steps: tuple[Step, ...]         # at least one; the last is the leaving step if terminated
     last: State                     # s_{N+1}, the state after the last step
     terminated: bool                # the user left
-    values: tuple[float, ...] = ()          # V(s_1) .. V(s_{N+1}); the last is 0 if the user left
+    # V(s_1) .. V(s_{N+1}); the last is 0 if the user left, and all are 0 without the critic
+    values: tuple[float, ...] = ()
     advantages: tuple[float, ...] = ()      # A(s_1, a_1) .. A(s_N, a_N)
     answers: tuple[Answer, ...] = ()        # of critic and reflector
-    gained: Agent = NOVICE                  # three small memories to merge
+    gained: Agent = NOVICE                  # what this episode adds to the three memories
 
 
 def score(trajectory: Trajectory) -> tuple[int, float]:
@@ -529,12 +536,17 @@ def last_item(state: State) -> str:
     return lines[-1] if lines else ""
 
 
-def appraise(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config) -> tuple[Answer, ...]:
-    """The critic's answers for s_1 .. s_N, and for s_{N+1} unless the user left."""
+def appraise(trajectory: Trajectory, agent: Agent, llm: LLM,
+             config: Config) -> tuple[tuple[Answer, ...], tuple[float, ...]]:
+    """The critic's answers, and with them V(s_1) .. V(s_{N+1}). After the user left, V is 0."""
     states = [step.state for step in trajectory.steps]
     if not trajectory.terminated:
         states.append(trajectory.last)
-    return tuple(critic(state, agent.critic, llm, config)[0] for state in states)
+    answers = tuple(critic(state, agent.critic, llm, config)[0] for state in states)
+    values = tuple(answer.value for answer in answers)
+    if trajectory.terminated:
+        values += (0.0,)
+    return answers, values
 
 
 def credit(trajectory: Trajectory, values: Sequence[float],
@@ -552,12 +564,9 @@ def credit(trajectory: Trajectory, values: Sequence[float],
 def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAULT) -> Trajectory:
     """The episode with what it teaches: three small memories, not yet merged into the agent's."""
     asks_critic = config.experience and config.baseline
-    answers = appraise(trajectory, agent, llm, config) if asks_critic else ()
-    values = tuple(answer.value for answer in answers)
-    if not asks_critic:
-        values = (0.0,) * (len(trajectory.steps) + 1)
-    elif trajectory.terminated:
-        values += (0.0,)            # nothing follows once the user left
+    answers, values = (), (0.0,) * (len(trajectory.steps) + 1)
+    if asks_critic:
+        answers, values = appraise(trajectory, agent, llm, config)
     targets, advantages = credit(trajectory, values, config.gamma)
     m_p, m_a, m_c = EMPTY, EMPTY, EMPTY             # what this episode adds to the three memories
     for step, target, a in zip(trajectory.steps, targets, advantages):
