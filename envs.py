@@ -66,7 +66,8 @@ class Env(NamedTuple):
     vectors: Array                      # float32 [m, d]: similar items lie near each other
     rate: Function
     distance: Function
-    histories: Sequence[Sequence[int]]  # [n]: the items each user liked before, oldest first
+    # [n]: the items each user liked before, oldest first if their order is known
+    histories: Sequence[Sequence[int]]
     learners: int                       # users below this index learn; the others are held out
     window: int = 4                     # W, recommended items a user compares the next one with
     beta: float = 1.0                   # an item nearer than this to one of them is too similar
@@ -128,19 +129,19 @@ def reset(env: Env, user: Array) -> EnvState:
 
 
 def with_all(env: Env, state: EnvState) -> tuple[EnvState, Array]:
-    """Sessions and items that broadcast to [B, m], to ask about all m items for each of B users.
+    """B sessions and all m items, in shapes that broadcast to [B, m].
 
-    The sessions get an axis of length 1: user and t are [B, 1], recent is [B, 1, W]. So
-    `env.rate(sessions.user, items)` is [B, m].
+    In the sessions user and t become [B, 1], and recent becomes [B, 1, W]. Items are [m]. So
+    `env.rate(sessions.user, items)` is [B, m]: each user's rating of each item.
     """
-    return sessions_at(state, np.s_[:, None]), np.arange(len(env.titles))
+    with_new_axis = np.s_[:, None]      # of length 1, behind the axis of the sessions
+    return sessions_at(state, with_new_axis), np.arange(len(env.titles))
 
 
 def distance_to_recent(env: Env, state: EnvState, item: Array) -> Array:
-    """float [...]: the distance of an item to the nearest of the last W items; infinite if none.
+    """The distance of an item to the nearest of the last W items; infinite if there are none.
 
-    [...] is the shape to which state.user and item broadcast: one item for each of B users, or,
-    after `with_all`, m items for each of B users.
+    It is [B] for B sessions with an item each, and [B, m] for what `with_all` returns.
     """
     smallest = np.full(np.broadcast(state.user, item).shape, np.inf)
     # one place after the other: all at once is slower with many items
@@ -297,9 +298,10 @@ def draw(score: Array, allowed: Array, rng: Rng) -> Array:
 
 
 def preferred(good: Array, free: Array) -> Array:
-    """bool [B, m]: the free items that are good, or all free items of a user who has none."""
+    """bool [B, m]: for each user the free items that are good, or if none is, all free items."""
     both = good & free
-    return np.where(both.any(-1, keepdims=True), both, free)
+    has_one = both.any(-1, keepdims=True)
+    return np.where(has_one, both, free)
 
 
 def random(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
@@ -379,8 +381,9 @@ def affinity(env: Env, state: EnvState) -> Array:
 
     It is the mean, over the item's categories, of the share of the history in that category.
     """
-    sizes = np.maximum(env.belongs.sum(1), 1)
-    return mean_liked(env.belongs, env, state.user) @ env.belongs.T / sizes
+    share = mean_liked(env.belongs, env, state.user)            # [B, c]: of the history
+    sizes = np.maximum(env.belongs.sum(1), 1)                   # [m]: categories of each item
+    return share @ env.belongs.T / sizes
 
 
 def fresh(env: Env, state: EnvState, free: Array) -> Array:
@@ -409,9 +412,9 @@ def new_sessions(env: Env, episodes: int, rounds: int,
     taken in a random order, again and again until there are enough. With fewer episodes than rounds
     some rounds are empty.
     """
-    # resize repeats the order until it is long enough. Of an empty order it would make zeros, that
-    # is user 0; hence the `if`.
-    users = np.resize(rng.permutation(env.learners), episodes if env.learners else 0)
+    if env.learners == 0:
+        return
+    users = np.resize(rng.permutation(env.learners), episodes)      # repeats the order
     for group in np.array_split(users, rounds):
         yield reset(env, group), unseen(env, group)
 
@@ -471,7 +474,7 @@ class Weights(NamedTuple):
 
     It sees a session as x = [mean vector of the history, sum of the last W vectors, 1].
     """
-    match: Array                        # [2d + 1, d]: x @ match is the vector that fits
+    match: Array                        # [2d + 1, d]: an item suits x by x @ match @ its vector
     appeal: Array                       # [m]: of each item, to anyone
     value: Array                        # [2d + 1]: V(s) = x @ value
 
@@ -512,16 +515,18 @@ def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
     chance = np.exp(log_chance)
     entropy = -(chance * log_chance).sum(1, keepdims=True)
     picked = np.eye(len(items))[pick]           # [B, k]: 1 at the pick, 0 elsewhere
-    # d chance_i / d fit_j = chance_i * ([i is j] - chance_j). From this follow
+    # First the derivatives by fit [B, k], see `log_chances`. From
+    # d chance_i / d fit_j = chance_i * ([i is j] - chance_j) follow
     # d log_chance[pick] / d fit_j = [j is the pick] - chance_j
     # d entropy / d fit_j = -chance_j * (log_chance_j + entropy)
-    slope_of_pick = picked - chance
-    slope_of_entropy = -chance * (log_chance + entropy)
-    slope = td_error[:, None] * slope_of_pick + ENTROPY * slope_of_entropy
+    of_pick = picked - chance
+    of_entropy = -chance * (log_chance + entropy)
+    by_fit = td_error[:, None] * of_pick + ENTROPY * of_entropy
+    # Then those by the weights, by the chain rule.
     # fit_j = x @ match @ vector_j + appeal_j, so d fit_j / d match is outer(x, vector_j)
-    match = x.T @ slope @ env.vectors[items]            # [2d + 1, B] @ [B, k] @ [k, d]
+    match = x.T @ by_fit @ env.vectors[items]           # [2d + 1, B] @ [B, k] @ [k, d]
     appeal = np.zeros(len(env.titles))
-    appeal[items] = slope.sum(0)
+    appeal[items] = by_fit.sum(0)                       # d fit_j / d appeal_j is 1
     # V(s) = x @ value, so d V / d value is x
     value = td_error @ x
     return Weights(match, appeal, value)        # slopes in the shapes of the weights
@@ -533,11 +538,18 @@ def a2c(weights: Weights, env: Env, state: EnvState, free: Array, rng: Rng) -> A
     return best(log_chances(env, weights, observe(env, state), every, free), free)
 
 
-def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5) -> Policy:
-    """Advantage actor-critic, which learns at every step of many episodes side by side.
+def climb(weights: Weights, squares: Sequence[Array], slopes: Weights) -> None:
+    """A step of Adagrad up the slopes, in place: a weight moves less if its slopes were steep.
 
-    It learns by Adagrad with a rate of 0.3: a weight moves less where its slopes have been steep.
+    `squares` are the sums of the squared slopes so far, in the shapes of the weights.
     """
+    for weight, square, slope in zip(weights, squares, slopes):
+        square += slope ** 2
+        weight += 0.3 * slope / np.sqrt(square)
+
+
+def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5) -> Policy:
+    """Advantage actor-critic, which learns at every step of many episodes side by side."""
     rng = branch(seed, "actor-critic")
     m, d = env.vectors.shape
     width = 2 * d + 1       # the length of x
@@ -557,10 +569,7 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5) -> Pol
             state, reward, left, cut = step(env, state, item)
             next_value = observe(env, state) @ weights.value
             td_error = td_errors(reward, gamma, x @ weights.value, next_value, left)
-            slopes = gradient(env, x, items, log_chance, pick, td_error)
-            for weight, square, slope in zip(weights, squares, slopes):
-                square += slope ** 2        # += changes the arrays in place
-                weight += 0.3 * slope / np.sqrt(square)
+            climb(weights, squares, gradient(env, x, items, log_chance, pick, td_error))
             state, free = remaining(state, free, item, left | cut)
     return partial(a2c, weights)
 
@@ -601,13 +610,13 @@ def scores(lengths: Sequence[int], returns: Sequence[float]) -> Array:
 def totals(samples: Array) -> Array:
     """Scores [..., S, N, 2] -> [..., 3]: Len, R_each and R_traj over all S seeds and N episodes."""
     means = samples.mean((-3, -2))
-    steps, reward = np.moveaxis(means, -1, 0)
+    steps, reward = means[..., 0], means[..., 1]
     return np.stack([steps, reward / np.maximum(steps, 1e-9), reward], -1)
 
 
-def gains(after: Array, before: Array) -> Array:
-    """How much each of the three totals grew."""
-    return totals(after) - totals(before)
+def gains(samples: Array, reference: Array) -> Array:
+    """By how much each of the three totals exceeds that of the reference."""
+    return totals(samples) - totals(reference)
 
 
 # 0.975 quantiles of Student's t for 1, 2, ... degrees of freedom
@@ -641,19 +650,21 @@ def bootstrap(figure: Function, samples: Sequence[Array], draws: int) -> Array:
     drawn = np.random.default_rng(0).integers(users, size=(draws, users))
     resampled = []
     for sample in samples:
-        of_draws = sample[0][drawn]                 # [draws, N, k]
-        # [draws, 1, N, k]: an axis of one seed stays, because a figure averages over seeds, too
-        resampled.append(of_draws[:, None])
+        of_draws = sample[:, drawn]                 # [1, draws, N, k]
+        # A figure averages over the axes -3 and -2, seeds and users: so the 1 moves behind draws.
+        resampled.append(of_draws.swapaxes(0, 1))
     return np.quantile(figure(*resampled), [0.025, 0.975], axis=0)
 
 
 def intervals(figure: Function, *samples: Array, draws: int = 1000) -> list[list[float]]:
     """[mean, low, high] of each number in figure(*samples), with its 95 % confidence interval.
 
-    Samples are [S, N, k]: S seeds with N users each, the same users in all samples, so that
-    differences are paired. The figure takes [..., S, N, k], averages over S and N, and returns
-    [..., numbers]. Several seeds give a t interval over the seeds' figures, because users of one
-    seed share its world. One seed gives a percentile bootstrap interval over its users.
+    - Samples are [S, N, k]: S seeds with N users each. All samples have the same users, so that
+      differences are paired.
+    - The figure takes [..., S, N, k], averages over S and N, and returns [..., numbers].
+    - One seed: a percentile bootstrap interval over its users.
+    - Several seeds: a t interval over the figures of the seeds. Users of one seed are not
+      independent, because they share its world.
     """
     seeds = len(samples[0])
     of_seeds = []
@@ -665,17 +676,25 @@ def intervals(figure: Function, *samples: Array, draws: int = 1000) -> list[list
     return np.stack([figures.mean(0), low, high], -1).round(4).tolist()
 
 
-def metrics(after: Array, before: Array | None = None) -> dict[str, list[float]]:
-    """[mean, low, high] of Len, R_each and R_traj of scores [S, N, 2], or of their gains."""
-    rows = intervals(totals, after) if before is None else intervals(gains, after, before)
+def metrics(samples: Array, reference: Array | None = None) -> dict[str, list[float]]:
+    """[mean, low, high] of Len, R_each and R_traj of scores [S, N, 2].
+
+    With a reference they are those of the paired differences.
+    """
+    if reference is None:
+        rows = intervals(totals, samples)
+    else:
+        rows = intervals(gains, samples, reference)
     return dict(zip(METRICS, rows))
 
 
 # ---------------------------------------------------------------------------- the films world
 
-NAMES = ("Action Adventure Animation Children Comedy Crime Documentary Drama Fantasy Horror "
-         "Musical Mystery Romance Sci-Fi Thriller War Western")
-CODES = dict(zip("AVNKCRODFHMYLSTWX", NAMES.split()))
+# the letters behind each film
+CODES = {"A": "Action", "V": "Adventure", "N": "Animation", "K": "Children", "C": "Comedy",
+         "R": "Crime", "O": "Documentary", "D": "Drama", "F": "Fantasy", "H": "Horror",
+         "M": "Musical", "Y": "Mystery", "L": "Romance", "S": "Sci-Fi", "T": "Thriller",
+         "W": "War", "X": "Western"}
 
 FILMS = """
 City Lights 1931 CL; Frankenstein 1931 HS; M 1931 RT; Duck Soup 1933 CMW; King Kong 1933 VH;
@@ -793,10 +812,10 @@ def films(seed: int = 0, users: int = 1000) -> Env:
         years.append(int(year))
         tags.append([CODES[letter] for letter in letters])
     categories, belongs = labels(tags)
-    # Films that share a rare category are nearer to each other. In their dot product a shared
-    # category counts log(1 / its frequency), which is this root squared.
-    rarity = np.sqrt(np.log(len(titles) / belongs.sum(0)))
-    vectors = unit(belongs * rarity).astype(np.float32)
+    # Films that share a rare category are nearer to each other: a shared category adds the square
+    # of its weight to their dot product, which is log(1 / its frequency).
+    weight = np.sqrt(np.log(len(titles) / belongs.sum(0)))
+    vectors = unit(belongs * weight).astype(np.float32)
     rng = np.random.default_rng(seed)
     ratings = made_up(belongs, users, rng)
     # the Gumbel trick: the ten largest of rating + Gumbel noise are a draw without replacement
@@ -839,9 +858,11 @@ def find_file(folder: Path, names: Sequence[str], world: str) -> Path | None:
     files = []
     for name in names:
         files += folder.rglob(name)
+
     def rank(file: Path) -> tuple:
-        folders = file.relative_to(folder).parts
-        return world not in folders, len(folders), names.index(file.name), file
+        parts = file.relative_to(folder).parts          # folders, then the file's name
+        is_elsewhere, depth = world not in parts, len(parts)
+        return is_elsewhere, depth, names.index(file.name), file
 
     return min(files, key=rank, default=None)
 
@@ -854,7 +875,7 @@ def reading(path: Location, names: Sequence[str], advice: str, world: str = "") 
     if file is None:
         raise BadData(f"{folder}: no {' or '.join(names)} there or below; {advice}")
     try:
-        yield file
+        yield file                  # the block runs here, so its errors arrive below
     except Exception as error:      # damaged files make csv, json, numpy, pickle raise anything
         reason = str(error).partition("\n")[0] or type(error).__name__
         if isinstance(error, KeyError):
@@ -1012,27 +1033,25 @@ def groups(keys: Array) -> list[Array]:
 
 
 def ridge(own: Array, other: Array, ratings: Array, fixed: Array, count: int) -> Array:
-    """float32 [count, k + 1]: factors and bias of one side, while the other side is fixed.
+    """float32 [count, k + 1]: factors and bias of each user, while those of the items are fixed.
 
-    `als` calls it with users as the own side and items as the other, then the other way round. For
-    a user: rating - offset - item's bias = item's factors @ user's factors + user's bias.
-    Vote i, between own[i] and other[i], is ratings[i], with the global offset already subtracted.
-    The own side has `count` rows. `fixed` holds a row [k + 1], factors and bias, for each of the
-    other side. The penalty on a factor is 3 + a tenth of the number of votes of the row, that on
-    the bias is 3.
+    It is told for users. `als` also calls it with users and items exchanged.
+    Vote i is ratings[i], of the user own[i] for the item other[i], less the global offset. There
+    are `count` users. `fixed` holds factors and bias [k + 1] of each item. The penalty on a factor
+    is 3 + a tenth of the user's number of votes, that on the bias is 3.
     """
-    # rating - the other's bias = [the other's factors, 1] @ [own factors, own bias]
+    # rating - item's bias = [item's factors, 1] @ [user's factors, user's bias]
     targets = ratings - fixed[other, -1]
     inputs = fixed.copy()
-    inputs[:, -1] = 1                           # so that the own bias is a weight like the others
+    inputs[:, -1] = 1
     width = fixed.shape[1]
     fitted = np.zeros((count, width), np.float32)
-    for group in groups(own):
+    for group in groups(own):                   # the votes of one user
         x = inputs[other[group]]
         penalty = np.full(width, 3 + len(group) / 10)
         penalty[-1] = 3
-        solution = np.linalg.solve(x.T @ x + np.diag(penalty), x.T @ targets[group])
-        fitted[own[group[0]]] = solution
+        user = own[group[0]]
+        fitted[user] = np.linalg.solve(x.T @ x + np.diag(penalty), x.T @ targets[group])
     return fitted
 
 
@@ -1087,21 +1106,23 @@ def last_distinct(items: Sequence[int]) -> Array:
 def liked_items(votes: Array) -> list[Array]:
     """Each user's history: the last 20 items rated 4 or more.
 
-    A user without such an item gets the last 20 that he or she rated highest.
-
-    Votes are in the order of time for each user, and every user from 0 on has one.
+    A user without such an item gets the last 20 of those that he or she rated highest.
+    Votes are in the order of time for each user. Every user from 0 on has one.
     """
     histories = []
-    # so group i is user i
-    for group in groups(votes["user"]):
+    for group in groups(votes["user"]):         # of user 0, 1, 2, ...
         own = votes[group]
-        good = own["rating"] >= min(4, own["rating"].max())
+        threshold = min(4, own["rating"].max())
+        good = own["rating"] >= threshold
         histories.append(last_distinct(own["item"][good].tolist()))
     return histories
 
 
 def near_quantile(distance: Function, items: Array, rng: Rng) -> float:
-    """The 0.2 quantile of the distances between two different items, over 100,000 random pairs."""
+    """The 0.2 quantile of the distances between two items, over 100,000 random pairs.
+
+    Pairs of an item with itself are left out.
+    """
     demand(len(items) > 1, "fewer than two items with ratings")
     a, b = rng.choice(items, size=(2, 100_000))
     return float(np.quantile(distance(0, a, b)[a != b], 0.2))
@@ -1118,8 +1139,7 @@ def fitted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int) -> E
     # by user, then by time: the last key counts most
     votes = votes[np.lexsort((votes["time"], votes["user"]))]
     votes["rating"], mapping = rescaled(votes["rating"])
-    # The first half of the users learns, so the seed draws who they are. Each user's votes stay
-    # ordered by time.
+    # Number the users at random, because the first half of them will learn.
     new_number = rng.permutation(n)
     votes["user"] = new_number[votes["user"]]
     held_out = rng.permutation(size) < size // 10           # true for a random tenth
@@ -1199,28 +1219,23 @@ def load(file: Path) -> Any:
     return matrix
 
 
-@contextmanager
-def content(path: Location, name: str, world: str) -> Iterator:
-    """What a file of a world holds. If anything fails inside the block, BadData names the file."""
-    with reading(path, [name], AUTHORS, world) as file:
-        yield load(file)
-
 
 def read_half(path: Location, world: str, half: str) -> tuple[Array, Array, list[list[str]]]:
     """What the files hold for the users who learn ("train"), or for the others ("test").
 
     Ratings [users, m], distances [m, m], and of each user the titles seen, oldest first.
     """
-    # The blocks are there for the error messages alone. `content` has read the whole file, or has
-    # mapped it into memory, so ratings and distances stay valid after their block.
-    with content(path, f"{world}_{half}.npy", world) as ratings:
+    with reading(path, [f"{world}_{half}.npy"], AUTHORS, world) as file:
+        ratings = load(file)
         m = ratings.shape[1]
-    with content(path, f"{half}_distance_mat.pickle", world) as apart:
-        demand(apart.shape == (m, m), f"the distances do not fit {m} items")
-    with content(path, f"{half}.json", world) as users:
+    with reading(path, [f"{half}_distance_mat.pickle"], AUTHORS, world) as file:
+        distances = load(file)
+        demand(distances.shape == (m, m), f"the distances do not fit {m} items")
+    with reading(path, [f"{half}.json"], AUTHORS, world) as file:
+        users = load(file)
         rows = [int(user["userid_encoded"]) for user in users]
         seen = [[html.unescape(title) for title in user["pos_seq_name"]] for user in users]
-        return ratings[rows], apart, seen
+        return ratings[rows], distances, seen
 
 
 def distance_by_half(learners: int, train: Array, test: Array, users: Array, a: Array,
@@ -1235,16 +1250,17 @@ def released(path: Location, name: str) -> Env:
     Users of train.json learn, those of test.json do not. Only `a2c` sees the vectors, which are the
     genres as rows of length 1.
     """
-    train, train_apart, train_seen = read_half(path, name, "train")
-    test, test_apart, test_seen = read_half(path, name, "test")
+    train, train_distances, train_seen = read_half(path, name, "train")
+    test, test_distances, test_seen = read_half(path, name, "test")
     m = train.shape[1]
     if test.shape[1] != m:
         raise BadData(f"{path}: the two halves of {name} do not fit each other; {AUTHORS}")
     ratings = np.concatenate([train, test])
-    with content(path, "datamaps.json", name) as maps:
-        titles = [html.unescape(maps["id2item_dict"][str(item)]) for item in range(m)]
-    with content(path, "list_genre.json", name) as sources:
-        # each list of genres is written as Python source
+    with reading(path, ["datamaps.json"], AUTHORS, name) as file:
+        names = load(file)["id2item_dict"]
+        titles = [html.unescape(names[str(item)]) for item in range(m)]
+    with reading(path, ["list_genre.json"], AUTHORS, name) as file:
+        sources = load(file)                # each list of genres is written as Python source
         genres = {html.unescape(title): ast.literal_eval(sources[title]) for title in sources}
         categories, belongs = labels([genres.get(title, []) for title in titles])
     index = {title: item for item, title in enumerate(titles)}
@@ -1255,6 +1271,6 @@ def released(path: Location, name: str) -> Env:
         titles=tuple(titles), years=(None,) * m,
         categories=categories, belongs=belongs, vectors=unit(belongs).astype(np.float32),
         rate=table(np.clip(ratings, 1, 5)),
-        distance=partial(distance_by_half, len(train_seen), train_apart, test_apart),
+        distance=partial(distance_by_half, len(train_seen), train_distances, test_distances),
         histories=[last_distinct(items) for items in numbers],
         learners=len(train_seen), beta={"steam": 50.0, "amazon": 15.0}[name], grace=1)
