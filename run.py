@@ -150,7 +150,7 @@ RANGES = {                              # of numbers; the others may be 0 to MAN
     "timeout": (0.001, 10**6), "gamma": (0, 1), "lately": (1, 1000), "titles": (1, 1000),
     "batch": (1, MANY), "transcript": (1000, MANY), "temperature": (0, 2),
     "reply_tokens": (1, MANY), "retries": (0, 100), "window": (1, 1000), "max_steps": (1, 10**5)}
-SWITCHES = ("thoughts", "lessons", "experience", "baseline")           # what billp.METHODS sets
+OF_METHODS = ("thoughts", "lessons", "experience", "baseline")         # what billp.METHODS sets
 CHOICES = {"method": METHOD_NAMES, "lessons": ("none", "latest", "nearest")}
 DEFAULTS = {                            # of flags that are no field of Config or of the rule
     "episodes": 50, "users": 50, "method": "billp", "world": "films", "seed": 0, "seeds": 5,
@@ -184,9 +184,10 @@ def directory(text: str) -> Path:
 
 
 def make_parser() -> Parser:
-    """All flags. One that is not given is None. A value has the type of its default.
+    """All flags. One that is not given is None. The default tells what a flag takes.
 
-    A default of True or False makes a switch, () a flag that may come several times.
+    True or False: a switch. (): a text, and the flag may come several times. A number: a number of
+    this type. No default: a text.
     """
     parser = Parser("run.py", allow_abbrev=False, epilog=EXAMPLES,
                     formatter_class=RawDescriptionHelpFormatter,
@@ -195,19 +196,19 @@ def make_parser() -> Parser:
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title, NOTES.get(title))
         for name, text in flags.items():
-            kind = type(defaults.get(name, ""))         # without a default: a text
-            if kind is bool:
+            default = defaults.get(name, "")
+            if isinstance(default, bool):
                 options = {"action": BooleanOptionalAction}
-            elif kind is tuple:
+            elif default == ():
                 options = {"action": "append"}
-            elif kind is not str:
-                options = {"type": kind, "metavar": "N"}
+            elif isinstance(default, (int, float)):
+                options = {"type": type(default), "metavar": "N"}
             elif name in ("out", "load", "show"):
                 options = {"type": directory, "metavar": "DIR"}
             else:
                 options = {"choices": CHOICES.get(name), "metavar": name.upper()}
             if title == "method":
-                text += f" (default {defaults[name]})"
+                text += f" (default {default})"
             group.add_argument(flag(name), help=text, **options)
     return parser
 
@@ -238,7 +239,7 @@ def idle_beside_experiments(args: Namespace) -> list[tuple[Iterable[str], str]]:
     if not args.experiment:
         return [(FLAGS["experiments"], "without --experiment")]
     # each row has its own method, which sets these switches
-    idle = [(("method", "load", *SWITCHES), "beside --experiment")]
+    idle = [(("method", "load", *OF_METHODS), "beside --experiment")]
     varied = {EXPERIMENTS[name].varied for name in args.experiment}      # "" for none
     if "model" not in varied:
         idle.append((["models"], "without --experiment table6"))
@@ -247,8 +248,9 @@ def idle_beside_experiments(args: Namespace) -> list[tuple[Iterable[str], str]]:
     if args.cluster:
         idle.append((["workers"], "beside --cluster"))
     # Only if every experiment varies it: in fig4,fig5 the runs of fig5 still use --episodes.
-    if varied == {"window"} or varied == {"episodes"}:
-        idle.append((varied, "here: the experiment varies it"))
+    for name in ("window", "episodes"):
+        if varied == {name}:
+            idle.append(([name], "here: the experiment varies it"))
     return idle
 
 
@@ -292,9 +294,11 @@ def parts(names: str) -> list[str]:
 def models_of(args: Namespace) -> list[str]:
     """The models that the flags or the environment name, the main one first.
 
-    - A policy asks none, and counts as offline.
-    - Without a name and without an endpoint it is the stand-in.
-    - Otherwise both are needed. A key can stand for the endpoint: it is then OpenAI's.
+    - A policy asks no model and counts as offline, the stand-in.
+    - No name and no endpoint: the stand-in.
+    - A name and an endpoint, or a name and a key: that model. With a key alone the endpoint is
+      OpenAI's.
+    - Anything else is a UserError.
     """
     if args.method in envs.POLICIES:
         return ["offline"]
@@ -381,7 +385,8 @@ def given_of(args: Namespace, names: Iterable[str]) -> Json:
 
 def embedding_of(args: Namespace) -> str:
     """The embedding that the flags or the environment name."""
-    if "offline" in args.models_asked:      # the stand-in, perhaps beside endpoints, or a policy
+    # "offline" is the stand-in, or a policy. In table6 it may stand beside real models.
+    if "offline" in args.models_asked:
         if args.embed_model:
             raise UserError("the stand-in takes no embedding model")
         return "hashed_ngrams"
@@ -489,8 +494,8 @@ def run_directory(args: Namespace, config: Json) -> Path:
     path = args.out or Path("runs", name)
     earlier = read_object(path / "config.json")
     changed = [field for field in {**earlier, **config} if earlier.get(field) != config.get(field)]
-    # A run that got no answer, perhaps from a mistyped model, leaves its config.json alone. A kill
-    # within `write` leaves a draft of it. Both may be replaced.
+    # A run that got no answer, perhaps from a mistyped model, leaves nothing but config.json, or a
+    # draft of it after a kill. Another run may take its place.
     files = path.iterdir() if path.exists() else ()
     is_in_use = not all(file.match("config.json*") for file in files)
     if earlier and changed and is_in_use:
@@ -510,7 +515,7 @@ def memory_text(run: Settings, agent: Agent, met: dict[tuple[str, int], int]) ->
 
     `met` holds the number of learners met in earlier runs, by world and seed.
     """
-    if run.method in billp.METHODS:         # the memories know nothing of what a policy learned
+    if run.method in billp.METHODS:         # a policy adds nothing to the memories
         met = met | {(run.world, run.seed): run.first + run.episodes}
     rows = [[*place, learners] for place, learners in met.items() if learners]
     content = {"billp": 1, "embedding": run.embedding, "met": rows}
@@ -559,9 +564,9 @@ def learners_met(saved: Json, world: str, seed: int) -> int:
 
     UserError if the memory may have learned from users that this seed holds out.
     """
-    # May the memory know a user who is held out now? In films another seed makes other users. In
-    # steam and amazon the files tell who is held out. In csv and movielens the seed draws who is
-    # held out, and two folders may hold the same data.
+    # Refused are csv and movielens with another seed. There the seed draws who is held out, and two
+    # folders may hold the same data. In films another seed makes other users. In steam and amazon
+    # the files tell who is held out.
     drawn = ("csv:", "movielens:")
     for earlier_world, earlier_seed in saved["met"]:
         both_drawn = world.startswith(drawn) and earlier_world.startswith(drawn)
@@ -588,8 +593,9 @@ def agent_of(saved: Json, embed: Embed) -> Agent:
 class Live(NamedTuple):
     """What is known of a command's calls at any moment, however it ends. Threads share it."""
     counts: dict[str, Counter]  # of each role: calls, and the tokens that the server counts
-    stats: Json                 # asked: answers that were not in the log; empty: replies without a
-                                # text, by reason; what a Route counts
+    # "asked": answers that were not in the log. "empty": replies without a text, by reason. A
+    # prompts.Route adds requests, retries and system_fingerprint.
+    stats: Json
     failures: list[Exception]   # of calls that failed for good
     stop: Event                 # set when no further call shall begin
 
@@ -656,7 +662,7 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
 
 @contextmanager
 def parallel(pool: futures.Executor, stop: Event) -> Iterator[Callable]:
-    """The pool's map. After an error no further call begins: `counted` refuses it.
+    """The pool's map. After an error `stop` is set, and `counted` begins no further call.
 
     Ctrl-C ends at once. Any other error waits for the requests already sent, so that their answers
     are logged.
@@ -767,12 +773,11 @@ def describe(env: envs.Env, trajectory: Trajectory) -> Json:
         items = [step.act.value for step in trajectory.steps]
         left = prompts.clean(envs.why_left(env, trajectory.user, items))
     key, gained = trajectory.last.key, trajectory.gained
-    values, advantages = trajectory.values, trajectory.advantages
-    if not gained.actor:                # nothing was credited: no experience, or no learning
-        values = advantages = ()
+    was_credited = bool(gained.actor)   # no: it was not learned from, or without experience
     return {"phase": key.phase, "episode": key.episode, "user": trajectory.user,
             "history": trajectory.last.history, "steps": steps, "left": left,
-            "values": values, "advantages": advantages,
+            "values": trajectory.values if was_credited else (),
+            "advantages": trajectory.advantages if was_credited else (),
             "reflection": "".join(record.content for record in billp.records(gained.planner))}
 
 
@@ -1130,15 +1135,15 @@ def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: 
     further returns of the same agent from there.
     """
     config = Config(**run.config)
-    catalog = prompts.catalog(place.env, embed)
     # Returns are played in a shorter world, which takes half the time. The critic is asked in the
     # full one, because State.top depends on the cap.
-    short = catalog._replace(env=shortened(place.env, config.gamma))
+    full_world = prompts.catalog(place.env, embed)
+    short_world = full_world._replace(env=shortened(place.env, config.gamma))
     agent = perform(run, place, billp.NOVICE, llm, embed, pmap, ("learn",)).agent
     errors = []
     for i, user in enumerate(users):
-        played = billp.evaluate(short, [user] * (draws + 1), agent, llm, run.seed, "continue",
-                                config, pmap)
+        played = billp.evaluate(short_world, [user] * (draws + 1), agent, llm, run.seed,
+                                "continue", config, pmap)
         returns = []
         for trajectory in played:
             rewards = [step.reward for step in trajectory.steps]
@@ -1146,7 +1151,7 @@ def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: 
         # the first return is judged, the others tell what it should be
         one_return, *others = returns
         reference = np.mean(others)
-        state = billp.opening(catalog, user, Key(run.seed, "value", i), config)
+        state = billp.opening(full_world, user, Key(run.seed, "value", i), config)
         answer, _ = billp.critic(state, agent.critic, llm, config)
         errors.append([one_return - reference, answer.value - reference])
     return errors
@@ -1251,20 +1256,23 @@ def share_of(counts: Array) -> Array:
 
 
 def rows_of(series: str, x: Any, samples: dict[Cell, Array], measure: str) -> list[Row]:
-    """The rows of one cell. `samples` holds an array of each cell: [seeds, users or states, k]."""
+    """The rows of one cell. `samples` holds an array of each cell: [seeds, users or states, k].
+
+    They are one row of scores, or a row for each quintile, or the two rows of `critic_errors`.
+    """
     own = samples[series, x]
+    if measure == "scores":
+        gain = None
+        if series != "billp" and ("billp", x) in samples:
+            gain = envs.metrics(own, samples["billp", x])["R_traj"]
+        return [Row(series, x, envs.metrics(own), gain)]
     if measure == "shares":
         intervals = envs.intervals(share_of, own)
-        return [Row(series, place, {"share": share}) for place, share in enumerate(intervals, 1)]
-    if measure == "errors":
-        names = ("bias", "variance", "MSE")
-        intervals = envs.intervals(partial(np.mean, axis=(-3, -2)), own)
-        return [Row("one return", x, dict(zip(names, intervals[:3]))),
-                Row("critic", x, dict(zip(names, intervals[3:])))]
-    gain = None
-    if series != "billp" and ("billp", x) in samples:
-        gain = envs.metrics(own, samples["billp", x])["R_traj"]
-    return [Row(series, x, envs.metrics(own), gain)]
+        return [Row(series, n, {"share": share}) for n, share in enumerate(intervals, 1)]
+    names = ("bias", "variance", "MSE")
+    intervals = envs.intervals(partial(np.mean, axis=(-3, -2)), own)
+    return [Row("one return", x, dict(zip(names, intervals[:3]))),
+            Row("critic", x, dict(zip(names, intervals[3:])))]
 
 
 def comparison(gain: list[float]) -> str:
@@ -1319,9 +1327,10 @@ def plot_bars(axes: Any, rows: Sequence[Row]) -> None:
     colours = [colour_of(row.series) for row in rows]
     axes.barh(names, means, xerr=[means - lows, highs - means], color=colours, capsize=3)
     axes.invert_yaxis()                 # the first row at the top
-    # methods with language fill most of the width, however far the oracle is
-    methods = [row for row in rows if row.series in billp.METHODS]
-    axes.set_xlim(0, min(limit_of(rows), 1.3 * limit_of(methods or rows)))
+    # Methods with language fill most of the width, however far the oracle is.
+    methods = [row for row in rows if row.series in billp.METHODS] or rows
+    of_all, of_methods = limit_of(rows), 1.3 * limit_of(methods)
+    axes.set_xlim(0, min(of_all, of_methods))
 
 
 def plot_lines(axes: Any, rows: Sequence[Row]) -> None:
@@ -1397,10 +1406,11 @@ def experiments(args: Namespace, live: Live) -> None:
             jobs += [job for job in needed if job not in jobs]
     jobs.sort(key=lambda job: -job.run.episodes)    # so no core waits long for another at the end
     flags = {name: getattr(args, name) for name in ("experiment", "seeds", "models", "rows")}
-    # Too few users are found before anything is written. The first of these jobs needs the most
-    # learners; policies may meet the same ones again.
+    # The longest job with language needs the most learners, because policies meet the same ones
+    # again. It is tried here, so that too few users are found before anything is written.
     language_jobs = [job for job in jobs if job.run.method in billp.METHODS]
-    build_place((language_jobs or jobs)[0].run)
+    longest_job = (language_jobs or jobs)[0]
+    build_place(longest_job.run)
     folder = run_directory(args, base._asdict() | flags)
     results = []
     for samples, job in zip(do_jobs(args, jobs, folder, live), jobs):
