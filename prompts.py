@@ -16,7 +16,7 @@ roles has one trio: templates, `render_*` (the question, from what the role reca
 
 Prompts grow at the end: first what is fixed for the run, then the history, then the session, then
 what only this question needs. A server that caches prefixes recomputes little.
-Left out on purpose: streaming (streamed answers are read), tool calls, JSON modes, token counting.
+Left out on purpose: asking for streams, tool calls, JSON modes, token counting.
 """
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def clean(text: str, limit: int = 600) -> str:
     >>> clean("Alien\\nObservation 1: rated 5")
     'Alien Observation 1: rated 5'
     """
-    text = text[:4 * limit]         # spaces collapse below, so a few more characters are kept here
+    text = text[:4 * limit]         # a long text is slow; some to spare, because spaces collapse
     if not text.isprintable():
         text = "".join(c if c.isprintable() else " " for c in text)
     return " ".join(text.split())[:limit].rstrip()
@@ -172,8 +172,8 @@ def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
         # These products wrap at 2^32 on purpose. The factor in `mixed` is from Knuth's hash.
         trigrams = (codes[:-2] * 31 * 31) + (codes[1:-1] * 31) + codes[2:]
         mixed = (trigrams * 2654435761) >> 16       # the upper 16 bits
-        place, sign = mixed % d, 1.0 - 2.0 * (mixed >> 15)      # the sign is the highest bit
-        row += np.bincount(place, weights=sign, minlength=d)
+        is_negative = mixed >> 15                   # the highest of them
+        row += np.bincount(mixed % d, weights=1.0 - 2.0 * is_negative, minlength=d)
         if not row.any():
             row[0] = 1              # an empty text needs a direction, too
         row /= np.sqrt(row @ row)
@@ -188,23 +188,26 @@ THINKING = (r"(\w+[_:] | ant)?"        # chain_of_thought, seed:think, antThinki
             "(think|thinking|thoughts?|reason|reasoning|analysis|scratchpad|monologue|cot)"
             r"(_\w+)?")                # reasoning_content
 OPENING = re.compile(rf"""(?isx)
-    <\|? (?! end_ | no_ | \w+_end) {THINKING} \b [^<>]* (?<!/) >   # <think>, <thinking type="a">
-    | [\[◁] think [\]▷]                 # Mistral, Kimi
+    # <think>, <|thinking|>, <thinking type="a">
+    # but not <end_of_thought>, <no_think>, <|thought_end|>, <think/>
+    <\|? (?! end_ | no_ | \w+_end) {THINKING} \b [^<>]* (?<!/) >
+    | [\[◁] think [\]▷]                 # Mistral: [THINK], Kimi: ◁think▷
     | <unused94>                        # MedGemma
     | <\|channel>thought                # Gemma
-    | <\|channel\|> (?! \s*final)       # gpt-oss
+    | <\|channel\|> (?! \s*final)       # gpt-oss: <|channel|>analysis, <|channel|>commentary
     | ^ analysis (?= .*assistantfinal)  # gpt-oss behind a server that drops the marks
     """)
 ENDING = re.compile(rf"""(?isx)
+    # </think>, <|/think|>, <|end_of_thought|>, <|thought_end|>
     <\|? (/ \|? | end_ (of_)? | (?= \w+_end)) {THINKING} \b [^<>]* >
-    | [\[◁] /think(ing)? [\]▷]
-    | <unused95>
-    # Granite
+    | [\[◁] /think(ing)? [\]▷]          # Mistral, Kimi
+    | <unused95>                        # MedGemma
+    # Granite has no opening mark: "Here is my thought process: ... Here is my response:"
     | ^ \s* here(['’]s|[ ]is)[ ]my[ ]thought[ ]process: .* here(['’]s|[ ]is)[ ]my[ ]response:
     | \[begin[ ]final[ ]response\]      # Apriel
-    | <channel\|>
-    | <\|channel\|> \s*final ([^<]*<\|message\|>)?
-    | assistantfinal
+    | <channel\|>                       # Gemma
+    | <\|channel\|> \s*final ([^<]*<\|message\|>)?      # gpt-oss
+    | assistantfinal                    # gpt-oss behind a server that drops the marks
     """)
 MARK = r"<\|\w+\|>|</?[a-z_]+>"         # any other mark: <|im_end|>, <answer>, </s>
 
@@ -220,11 +223,11 @@ def spoken(text: str) -> str:
     """
     text = OPENING.sub("<think>", text)
     text = ENDING.sub("</think>", text)
-    # The order matters: first pairs, then what is left over. A pair holds no other opening mark, or
-    # many such marks would be slow.
-    for thinking in ("<think>((?!<think>).)*?</think>",         # whole
-                     "^.*</think>",             # the opening mark is part of the prompt
-                     "<think>.*"):              # the reply was cut off
+    # A pair holds no other opening mark, because many opening marks in a row would be slow.
+    pair = "<think>((?!<think>).)*?</think>"
+    without_opening = "^.*</think>"             # the opening mark was part of the prompt
+    cut_off = "<think>.*"
+    for thinking in (pair, without_opening, cut_off):       # in this order
         text = re.sub(thinking, "", text, flags=re.DOTALL)
     lines = [line.strip() for line in re.sub(MARK, "\n", text).splitlines()]
     return "\n".join(line for line in lines if line)
@@ -240,20 +243,24 @@ ANSWERS = ("final answer", "answer")    # after which any of them may stand
 # those that begin a turn, and so end what stands before them
 TURNS = ("thought", "action", "free item", "final answer", "observation")
 GAP = r"[ \t*_]{0,9}"
-# A label with a colon counts where it begins something: in "Action: Up" and in "Comedy. Action 3:
-# Up", but not in "I like Action: it is fast". In both patterns spaces and comments do not count.
+# In both patterns spaces and comments do not count.
+# A label with a colon counts where it begins something.
+#     yes: "Action: Up" · "Comedy. Action 3: Up" · "Comedy next Action 3: recommend Up"
+#     no:  "I like Action: it is fast"
 IN_LINE = re.compile(rf"""(?imx)
     (?: ^                           # where a line begins
-      | [^\w\s,] | _                # after a mark that is no comma: "Comedy. Action: ..."
-      | (?=\baction[ ]\d+:[ ]recommend)  # "Comedy next Action 3: recommend ..."
+      | [^\w\s,] | _                # after a mark that is no comma
+      | (?=\baction[ ]\d+:[ ]recommend)
     ) [ \t]*
     (?P<name> {LABELS} ) {GAP} \d*      # "Thought 3", "Final Answer", "item"
     [ \t*_"')]{{0,9}} [:：] [ \t*_"'`-]*     # then a colon
     """)
-# A label without a colon counts alone in its line, with a mark or a number, if text follows below:
-# "**Action**" or "Action 3", then "Up". Else it is an answer, the category Action.
+# A label without a colon counts alone in its line, with a mark or a number, if text follows below.
+# Else it is an answer, the category Action.
+#     yes: "**Action**", then "Up" · "Action 3", then "Up"
+#     no:  "Action", then "Up" · "Next category:", then "**Action**" · "**Action**" at the end
 HEADING = re.compile(rf"""(?imx)
-    (?<! category:\n ) (?<! category:\*\*\n )      # "Next category:", then "**Action**"
+    (?<! category:\n ) (?<! category:\*\*\n )
     ^ (?= [ \t]* [*_\#>] | .*\d) [ \t*_\#>]* (?P<name> {LABELS} ) {GAP} \d* {GAP} $
     (?= \s* \S )                   # with text below
     """)
@@ -284,13 +291,16 @@ def segment(text: str, labels: Sequence[str]) -> str:
     """
     heads = heads_of(text)
     for i, head in enumerate(heads):
-        if head.name in labels:
-            ends = TURNS if head.name in ITEMS else (*TURNS, head.name)
-            next_turns = [later.start for later in heads[i + 1:] if later.name in ends]
-            end = next_turns[0] if next_turns else len(text)
-            content = text[head.end:end].strip()
-            if content:
-                return content
+        if head.name not in labels:
+            continue
+        ends = TURNS
+        if head.name not in ITEMS:          # "Title: Up", "Title: Heat" may be a list
+            ends += (head.name,)
+        next_turns = [later.start for later in heads[i + 1:] if later.name in ends]
+        end = next_turns[0] if next_turns else len(text)
+        content = text[head.end:end].strip()
+        if content:
+            return content
     return ""
 
 
@@ -341,7 +351,8 @@ def unmarked(line: str) -> str:
     # JSON, already cut behind its label: War", "reason": "new"} -> War, reason: new"}
     line = re.sub(r'",\s*"(\w+)":\s*"', r", \1: ", clean(line))
     content = re.sub("[*`]|__", "", line).strip(' _#>-•"{}')
-    if content.count('"') % 2:          # its partner was stripped here, or with a label
+    has_unpaired_quote = content.count('"') % 2 == 1        # the other stood at an end or a label
+    if has_unpaired_quote:
         content = content.replace('"', "")
     return clean(content)               # no two spaces where a mark was
 
@@ -382,12 +393,14 @@ def labelled(text: str, labels: Sequence[str]) -> str:
     if refuses(text, labels):
         return ""
     heads = heads_of(text)
-    before = text[:heads[0].start] if heads else text
+    before_all = text[:heads[0].start] if heads else text
     answer = segment(text, ANSWERS)
     # After a label a line such as "Comedy!" is an answer and no preamble.
-    line = (first_line(after_labels(text, labels), preamble=":") or first_line(before)
-            or first_line(after_labels(answer, labels) or answer))
-    return "" if re.search(r"\b(CATEGORY|REASON)\b(?!:)", line) else line
+    line = first_line(after_labels(text, labels), preamble=":")
+    line = line or first_line(before_all)
+    line = line or first_line(after_labels(answer, labels) or answer)
+    has_placeholder = re.search(r"\b(CATEGORY|REASON)\b(?!:)", line)    # "REASON:" is a heading
+    return "" if has_placeholder else line
 
 
 def item_part(text: str) -> str:
@@ -407,6 +420,7 @@ ARTICLES = frozenset("the a an le la les l un une il lo el los las der das".spli
 LONGEST = 16                        # words of a title that are compared
 YEAR = re.compile("(1[89]|20)[0-9]{2}")
 BOLD = r"\*\*[^*\n]+\*\*(\s*\(\d{4}\))?"
+# '"Up" is fun', "**Up** (2009) is fun"
 EMPHASISED = r"\W*[\"“*](?P<title>[^\"”*]+)[\"”*]+\s*(?P<year>\(\d{4}\))?"
 
 
@@ -483,7 +497,7 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
         as_it_is, inverted, bare = spellings(title)
         whole.append([as_it_is, inverted])
         without_article.append([bare])
-    # "heat" is Heat, not The Heat, if there are both: the right side of | replaces the left one.
+    # Whole names replace those without an article: "heat" is Heat, not The Heat, if there are both.
     by_name = index(without_article) | index(whole)
     by_main = index(spellings(main_title(title)) for title in env.titles)
     vectors = embed(lines)
@@ -519,7 +533,7 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
             items = catalog.mains.get(name, [])
         if items and year_words:
             items = of_year(items, int(following), catalog)
-            if not items:               # "Alien 2009": another film of this title
+            if not items:               # "Alien 2009" is another film: search on behind its title
                 return [], size
         if items:
             return items, size + year_words
@@ -570,8 +584,9 @@ def titles_in_front(text: str, catalog: Catalog) -> list[int]:
         for front in fronts(line):
             words = words_of(front)
             titled, words_used = leading_title(words, catalog)
-            # The front is this one word alone, or title and year, or a longer title.
-            if titled and (len(words) == 1 or words_used > 1):
+            is_alone = len(words) == 1
+            has_more_words = words_used > 1         # of the title, or its year
+            if titled and (is_alone or has_more_words):
                 items += titled
                 break
     return items
@@ -594,42 +609,54 @@ def titles_within(text: str, catalog: Catalog) -> list[int]:
     return items
 
 
-# Words that name what is not recommended, up to the next mark, "but" or "and": "Not Jaws, ...",
-# "Since Jaws was liked, ...", "I would skip Jaws and ..."; "Why not Up?" is a recommendation.
-ASIDE = (r"(?i)\b((?<!why )not|instead of|rather than|skip|avoid|unlike|although|though|while|since"
-         r"|if|given|having|compared)\b((?! (but|and) )[^,.;:!?\n])*"
-         r"|[^,.;:!?\n]{0,80} (discouraged|too (similar|alike)|rated low)\b[^,.;:!?\n]*")
+# Words on what is not recommended. They begin like this and go on to the next mark, "but" or "and":
+#     "Not Jaws, ..." · "Since Jaws was liked, ..." · "I would skip Jaws and ..."; but "Why not Up?"
+ASIDE_FROM = (r"\b((?<!why )not|instead of|rather than|skip|avoid|unlike|although|though|while|since"
+              r"|if|given|having|compared)\b((?! (but|and) )[^,.;:!?\n])*")
+# or they hold such words: "..., Jaws was discouraged, ..."
+ASIDE_WITH = r"[^,.;:!?\n]{0,80} (discouraged|too (similar|alike)|rated low)\b[^,.;:!?\n]*"
+
+
+def without_asides(text: str) -> str:
+    """The text without what it says on items that are not recommended.
+
+    >>> without_asides("Not Jaws, but Alien")
+    ', but Alien'
+    """
+    return re.sub(f"(?i){ASIDE_FROM}|{ASIDE_WITH}", "", text)
 
 
 def mentioned(text: str, catalog: Catalog) -> list[int]:
-    """The items that a text names, the likeliest first.
-
-    They stand behind "I recommend", in bold, at the front of a line, or anywhere else. If the first
-    line begins with a title, the lines below count only where they begin with one, too.
+    """The items that a text names, the likeliest first. An item may come several times.
 
     Case, accents, marks, quotation, the place of an article and words after the title do not
     matter. Titles in a reason count only if they are bold, or if there are no others.
     """
     part = item_part(text)
-    # The first one counts that is free, so it does no harm that an item may come twice.
+    first_line = part.partition("\n")[0]
     bold = "\n".join(match[0] for match in re.finditer(BOLD, part))
-    # "Jaws is old, I recommend Alien"; the whole part if nothing was chosen in such words
+    # "Jaws is old, I recommend Alien, because ..."; the choice is the whole if there are no such
+    # words
     passages = re.split(CHOSEN, part, maxsplit=1)
     choice = before_reason(passages[-1])
-    items = titles_within(choice, catalog) if len(passages) == 2 else []
+    has_choice = len(passages) == 2
+
+    items = titles_within(choice, catalog) if has_choice else []
     items += titles_in_front(bold, catalog)
     items += titles_in_front(part, catalog)
-    first_line, _, _ = part.partition("\n")
     if titles_in_front(first_line, catalog):        # the lines below explain it
         return items + titles_within(before_reason(first_line), catalog)
     # A title may begin like an aside, "Since Otar Left": so each text is also read whole.
-    for passage in (re.sub(ASIDE, "", choice), choice, before_reason(part)):
+    for passage in (without_asides(choice), choice, before_reason(part)):
         items += titles_within(passage, catalog)
     if items:
         return items
-    after_colon = part.rpartition(": ")[2]          # "Something like Alien: Up"
+    # only in a reason: "Something like Alien: Up", "because Up is fun"
+    after_colon = part.rpartition(": ")[2]
     items = titles_in_front(after_colon, catalog)
-    return items + titles_within(re.sub(ASIDE, "", part), catalog) + titles_within(part, catalog)
+    for passage in (without_asides(part), part):
+        items += titles_within(passage, catalog)
+    return items
 
 
 def closest(texts: Sequence[str], catalog: Catalog, taken: Collection[int], k: int) -> list[int]:
@@ -657,17 +684,16 @@ def ground(text: str, catalog: Catalog, exclude: Collection[int] = ()) -> tuple[
     """The item that a text stands for, and whether the text names it.
 
     It is the first item named that is not in `exclude`. If all items named are excluded, it is
-    the item nearest to the categories of the first. If none is named, it is the item nearest to the
-    text. It is not in `exclude`, unless all items are.
+    the item nearest to the categories of the first: one of its kind, not one spelled like it. If
+    none is named, it is the item nearest to the text. An excluded item comes only if all are.
     """
     items = mentioned(text, catalog)
     for item in items:
         if item not in exclude:
             return item, True
     tags = line_tags(catalog.lines[items[0]]) if items else ()
-    if tags:
-        text = in_brackets(tags)
-    return nearest(text, catalog, exclude), False
+    wanted = in_brackets(tags) if tags else text
+    return nearest(wanted, catalog, exclude), False
 
 
 # ---------------------------------------------------------------------- the shared prefix
@@ -739,8 +765,7 @@ Next category: CATEGORY, because REASON"""
 CHOICE = "Which one of the other categories should come next: {other}?"
 NO_CHOICE = "All categories liked before were shown. Which one was shown longest ago?"
 # Categories that the planner chooses among. A small model mostly ignores their order, so only
-# the most liked are offered. At the steps of its logs the user would leave at 4.2 % with the first,
-# at 5.8 % with the second and at 6.5 % with the third.
+# the most liked are offered.
 OFFERED = 3
 
 
@@ -779,7 +804,7 @@ def render_planner(lessons: Sequence[str], tastes: Tastes, lately: int) -> str:
 
 def parse_planner(text: str) -> str | Malformed:
     """The thought, one line."""
-    # a category here, and no label
+    # "**Action**" at the beginning is the category Action here; elsewhere it may be a label
     text = re.sub(r"(?i)\A\W*\*\*action\*\*", "Next category: Action", text)
     return labelled(text, THOUGHTS) or Malformed("the reply held no line 'Next category: ...'")
 
@@ -804,9 +829,12 @@ def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
 
 def parse_reflector(text: str) -> str | Malformed:
     """The reflection, one line."""
-    # two lines become one
-    mark = r'\n[^\w"]{0,9}'
-    text = re.sub(rf'(?i)(?<=because){mark}|{mark}(?="?better[ _]next[ _]time)', " ", text)
+    # "... because", then "War. Better next time: Comedy": lines of one reflection are joined. So
+    # are "... because War.", then "Better next time: Comedy".
+    break_and_marks = r'\n[^\w"]{0,9}'
+    after_because = f"(?<=because){break_and_marks}"
+    before_better = f'{break_and_marks}(?="?better[ _]next[ _]time)'
+    text = re.sub(f"(?i){after_because}|{before_better}", " ", text)
     return labelled(text, REFLECTIONS) or Malformed("the reply held no line 'Reflection: ...'")
 
 
@@ -909,20 +937,23 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     >>> wish_of("Since War was shown, Comedy. They like War", ["Comedy", "War"], [])
     '[Comedy]'
     """
+    # three texts, each a part of the one before
     wanted = re.sub(AVOIDED, " ", thought)
     # "Since War was shown, Comedy comes next" begins with its reason
-    plan = re.split(REASON, re.sub(r"(?i)^\W*(since|because|as)\b[^,]*,", "", wanted))[0]
-    sentence = re.split(r"[.;!?]\s", plan)[0]
-    chosen = named_in(sentence, tags) or named_in(plan, tags) or named_in(wanted, tags)
+    without_opening = re.sub(r"(?i)^\W*(since|because|as)\b[^,]*,", "", wanted)
+    before_any_reason = re.split(REASON, without_opening)[0]
+    first_sentence = re.split(r"[.;!?]\s", before_any_reason)[0]
+    chosen = (named_in(first_sentence, tags) or named_in(before_any_reason, tags)
+              or named_in(wanted, tags))
     fresh = [tag for tag in chosen if tag not in recent]
     return in_brackets(fresh or chosen) if chosen else thought
 
 
 def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
-    """What candidates are retrieved by: the thought's wish, and liked categories not shown lately.
+    """What candidates are retrieved by: two texts, which `closest` adds up.
 
-    With a thought: [what it asks for, liked and not shown lately]. Without: [all that was liked,
-    liked and not shown lately]; `closest` adds them up, so there the latter count twice.
+    - What the thought asks for, or without a thought all liked categories.
+    - The liked categories not shown lately, if there are any.
     """
     wish = in_brackets(tastes.liked)
     if thought:
@@ -1018,25 +1049,22 @@ def last_match(pattern: re.Pattern, text: str) -> re.Match | None:
 
 
 def parse_critic(text: str) -> float | Malformed:
-    """The number in a box, or of the first line "Value ...:", or of the last sentence on a value.
-
-    Or else it stands behind words such as "answer", or alone in the last line. Or else it is the
-    first number, preferably outside parentheses.
+    """The value that a reply states. The first attempt below that finds a number counts.
 
     >>> parse_critic("The value of 3 more films.\\nValue 4: 7.5"), parse_critic("(3 more) 7,5")
     (7.5, 7.5)
     """
     text = re.sub(BEHIND, " ", text)
     outside = re.sub(r"[(（][^()（）\n]*[)）]", " ", text)
-    attempts = (re.search(rf"\\boxed\{{\W*{NUMBER}", text),
-                VALUE_LINE.search(outside),         # "Value: 7"
-                last_match(VALUE_IS, outside),
-                last_match(GUESS, outside),
-                last_match(VALUE_AT, outside),
-                VALUE_LINE.search(text),            # "Value: (7)"
-                re.search(rf"(?m)^[ *_$`]*{NUMBER}[ *_$`.]*\Z", outside),   # alone in the last line
-                re.search(NUMBER, outside),
-                re.search(NUMBER, text))
+    attempts = (re.search(rf"\\boxed\{{\W*{NUMBER}", text),     # "\boxed{7.5}"
+                VALUE_LINE.search(outside),                     # "Value: 7.5"
+                last_match(VALUE_IS, outside),                  # "so the value is 7.5"
+                last_match(GUESS, outside),                     # "I would say 7.5"
+                last_match(VALUE_AT, outside),                  # "I put the value at 7.5"
+                VALUE_LINE.search(text),                        # "Value: (7.5)"
+                re.search(rf"(?m)^[ *_$`]*{NUMBER}[ *_$`.]*\Z", outside),       # the last line
+                re.search(NUMBER, outside),                     # the first number
+                re.search(NUMBER, text))                        # "(7.5)"
     for match in attempts:
         if match:
             return float(match["number"].replace("−", "-").replace(",", "."))
@@ -1119,7 +1147,7 @@ def offline_planner(text: str, seed: int) -> str:
         unwanted.update(tags)
     other = tags_in(question, OTHER) or ["anything"]        # no item is of this category
     options = [tag for tag in other if tag not in unwanted] or other
-    if MOST_LIKED in question:
+    if MOST_LIKED in question:      # a lesson says: begin with the most liked categories
         options = options[:1]       # the tool names the most liked first
     category = pick(options, text, seed)
     keep_away = ", ".join(sorted(unwanted - {category})) or "nothing"
@@ -1194,8 +1222,8 @@ def offline_reflector(text: str, seed: int) -> str:
     """Reads off why the user left: similar items too close together, or a disappointment.
 
     `harmless` is the smallest gap at which the user stayed. `advised` is the gap that the session's
-    thoughts asked for, or if the user left at a gap below `harmless`, one step more than that gap.
-    It is never more than `harmless`.
+    thoughts asked for. If the user left at a gap below `harmless`, it is at least one step more
+    than that gap. It is never more than `harmless`.
     """
     history, session, question = parts_of(text)
     liked = Counter(tags_in(history, LIKED))
