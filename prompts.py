@@ -611,8 +611,8 @@ def titles_within(text: str, catalog: Catalog) -> list[int]:
 
 # Words on what is not recommended. They begin like this and go on to the next mark, "but" or "and":
 #     "Not Jaws, ..." · "Since Jaws was liked, ..." · "I would skip Jaws and ..."; but "Why not Up?"
-ASIDE_FROM = (r"\b((?<!why )not|instead of|rather than|skip|avoid|unlike|although|though|while|since"
-              r"|if|given|having|compared)\b((?! (but|and) )[^,.;:!?\n])*")
+ASIDE_FROM = (r"\b((?<!why )not|instead of|rather than|skip|avoid|unlike|although|though|while"
+              r"|since|if|given|having|compared)\b((?! (but|and) )[^,.;:!?\n])*")
 # or they hold such words: "..., Jaws was discouraged, ..."
 ASIDE_WITH = r"[^,.;:!?\n]{0,80} (discouraged|too (similar|alike)|rated low)\b[^,.;:!?\n]*"
 
@@ -1361,6 +1361,7 @@ OF_A_DAY = r"(?i)(per|a|/)[ _-]?(day|month)\b|daily|weekly|monthly"
 PRIVATE = re.compile(r"[\w-]+(:|/|$)|(10|192\.168|172\.(1[6-9]|2\d|3[01]))\."
                      r"|host\.docker\.internal")
 LOOPBACK = re.compile(r"(([\w-]+\.)*localhost|127\.[\d.]+|0\.0\.0\.0|\[?::1)(?![\w.-])")
+# what Python raises if data from outside has not the shape that the code expects
 MISSHAPEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 LOCK = Lock()                       # guards what threads share: counts and the log
 
@@ -1388,7 +1389,7 @@ class Route:
     url: Any                        # httpx.URL
     secrets: list[str]
     extra: dict = field(default_factory=dict)       # the user's own fields of each request
-    sleep: Callable = time.sleep    # seconds -> true when the run was told to stop
+    sleep: Callable = time.sleep    # waits so many seconds; true if the run was told to stop
     notice: Callable = warnings.warn                # takes a line for the user
     stats: dict = field(default_factory=dict)       # requests, retries, system_fingerprint
     refused: set = field(default_factory=set)       # names in INSTEAD
@@ -1414,12 +1415,10 @@ def tell(route: Route, topic: str, text: str) -> None:
         route.notice(f"{without_query(route.url)}: {text}")
 
 
-def count(stats: dict, name: str, reason: str = "") -> None:
-    """Add 1 to stats[name], or with a reason to stats[name][reason]. Threads share the stats."""
+def count(counts: dict, name: str) -> None:
+    """Add 1 to counts[name]. Threads share the counts."""
     with LOCK:
-        counts = stats.setdefault(name, {}) if reason else stats
-        entry = reason or name
-        counts[entry] = counts.get(entry, 0) + 1
+        counts[name] = counts.get(name, 0) + 1
 
 
 def fault(route: Route, label: str, shown: str, searched: str = "") -> Fault:
@@ -1456,18 +1455,17 @@ def address(base_url: str, path: str) -> Any:
     if "://" not in base:
         scheme = "http" if LOOPBACK.match(base) or PRIVATE.match(base) else "https"
         base = f"{scheme}://{base}"
-    malformed = EndpointError("the base URL is not a valid address: write it as "
-                              "http://localhost:8080/v1, and a login as --header Authorization=...")
     try:
         url = httpx.URL(base)
-        host = url.host
+        is_whole = bool(url.host) and (url.port or 0) < 65536
     except (httpx.InvalidURL, UnicodeError):
-        raise malformed from None
-    # A login in an address is refused: a / or a ? in a password would end the host part, and the
-    # rest would be shown.
+        is_whole = False
+    # An address with a login, user:password@host, is refused. If the password held a / or a ?, the
+    # host would seem to end there, and the rest of the password would be shown.
     has_form = re.fullmatch("(?i)https?://[^@]+", base)
-    if not (has_form and host and (url.port or 0) < 65536):
-        raise malformed
+    if not (is_whole and has_form):
+        raise EndpointError("the base URL is not a valid address: write it as "
+                            "http://localhost:8080/v1, and a login as --header Authorization=...")
     root = re.sub("/(chat/completions|embeddings)$", "", url.path.rstrip("/") or "/v1")
     return url.copy_with(path=f"{root}/{path}")
 
@@ -1550,26 +1548,33 @@ def is_number(text: str) -> bool:
     return re.fullmatch(r"\d+(\.\d*)?", text) is not None
 
 
+def seconds_until(date: str) -> float | None:
+    """Seconds until a date such as "Wed, 21 Oct 2026 07:28:00 GMT"; None for any other text."""
+    try:
+        return parsedate_to_datetime(date).timestamp() - time.time()
+    except MISSHAPEN:
+        return None
+
+
 def asked_wait(headers: Any, text: str) -> float:
     """Seconds that a server asks us to wait, in its headers or else in the body; 0 if it does not.
 
     A date in the past gives a negative number.
 
-    >>> asked_wait({}, "Rate limit reached. Please try again in 20s.")
-    20.0
+    >>> asked_wait({}, "Rate limit reached. Please try again in 1m20s.")
+    80.0
     """
     after = headers.get("retry-after", "").removesuffix("s")
     milliseconds = headers.get("retry-after-ms", "").removesuffix("ms")
-    try:
-        return parsedate_to_datetime(after).timestamp() - time.time()
-    except MISSHAPEN:
-        pass                        # no date
+    until_date = seconds_until(after)
+    if until_date is not None:
+        return until_date
     if is_number(milliseconds):
         return float(milliseconds) / 1000
     if is_number(after):
         return float(after)
-    duration = re.search(DURATION, text)
     wait = 0.0
+    duration = re.search(DURATION, text)
     if duration:
         for number, unit in re.findall(PERIOD, duration[2], re.IGNORECASE):
             wait += float(number) * SECONDS[unit.lower()]
@@ -1577,19 +1582,26 @@ def asked_wait(headers: Any, text: str) -> float:
 
 
 def decoded(text: str) -> dict:
-    """The JSON object in a body. Some servers stream unasked: pieces are joined to one object."""
-    if not re.match(r"\s*(data|event|id|retry)?:", text):       # a line of comment begins with :
+    """The JSON object in a body. Some servers stream unasked: pieces are joined to one object.
+
+    A stream has lines such as
+        data: {"choices": [{"delta": {"content": "Al"}}]}
+        data: {"choices": [{"delta": {"content": "ien"}, "finish_reason": "stop"}]}
+        data: {"choices": [], "usage": {...}}
+    """
+    is_stream = re.match(r"\s*(data|event|id|retry)?:", text)   # a line of comment begins with :
+    if not is_stream:
         return json.loads(text)
     pieces = [json.loads(line) for line in re.findall(r"(?m)^data:\s*({.*)", text)]
-    last, content = {}, ""
+    last_choice, content = {}, ""
     for piece in pieces:
         for choice in piece.get("choices") or ():
             delta = fields(choice.get("delta"))
             content += delta.get("content") or ""
-            last = choice
-    # The last choice holds the finish_reason, the last piece the usage or the error.
-    joined = {**last, "message": {"content": content}}
-    return {**pieces[-1], "choices": [joined]}
+            last_choice = choice            # it holds the finish_reason
+    joined = last_choice | {"message": {"content": content}}
+    last_piece = pieces[-1]                 # it holds the usage or the error
+    return last_piece | {"choices": [joined]}
 
 
 def send_once(route: Route, body: dict, read: Callable) -> Any:
@@ -1647,22 +1659,26 @@ def status_of(response: Any, error: dict) -> str:
     return code if re.fullmatch("[45][0-9][0-9]", code) else "500"
 
 
+def is_vain(status: str, wait: float, text: str) -> bool:
+    """Whether to ask again is vain: the wait is too long, or the quota of a day is used up."""
+    if wait > LONGEST_WAIT:
+        return True
+    if "PerDay" in text:            # Google, which names a wait of seconds even then
+        return True
+    return status == "429" and wait == 0 and re.search(OF_A_DAY, text) is not None
+
+
 def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     """The Fault in a response that is no answer.
 
-    KINDS is matched with "STATUS ADVICE BODY". The advice is the header x-should-retry: true, false
-    or nothing, as in "429  {...}". It is false if the wait is too long, or if the quota of a day is
-    used up.
+    KINDS is matched with "STATUS ADVICE BODY". The advice tells whether to ask again: true, false,
+    or nothing if it is not known, as in "429  {...}".
     """
     error = fields(data.get("error")) or data           # some servers put its fields at the top
     status = status_of(response, error)         # 200 without a usable body is the kind "page"
     wait = asked_wait(response.headers, text)
     advice = response.headers.get("x-should-retry", "")
-    # Google names a wait of seconds even for the quota of a day, "...PerDayPerProject".
-    is_vain = wait > LONGEST_WAIT or "PerDay" in text
-    if status == "429" and wait == 0 and re.search(OF_A_DAY, text):
-        is_vain = True
-    if is_vain:
+    if is_vain(status, wait, text):
         advice = "false"
     message = error.get("message") or text or "an empty body"
     # what the provider behind OpenRouter says; the name of a refused parameter; a gateway's cause
@@ -1758,10 +1774,12 @@ def persist(route: Route, body: dict, read: Callable) -> Any:
             return got
         is_adapted = adapt(route, sent, got)        # at most once for each name in INSTEAD
         tried[got.kind] += 1
-        if tried[got.kind] >= got.kind.tries and not is_adapted:
+        is_last_try = tried[got.kind] >= got.kind.tries
+        if is_last_try and not is_adapted:
             return got
-        charge()                    # the first request has been paid for by `limited`
-        count(route.stats, "retries", got.kind.name)
+        # It is sent again. `limited` has paid for the first request only.
+        charge()
+        count(route.stats.setdefault("retries", {}), got.kind.name)
         if not is_adapted:
             pause(route, got, tried.total())
 
@@ -1786,6 +1804,19 @@ def usage_of(route: Route, ask: Ask, data: dict) -> Usage:
     return Usage(prompt, cached, token_count(counts.get("completion_tokens")))
 
 
+def choice_of(data: dict) -> dict:
+    """The first choice of a chat completion.
+
+    Some servers give none if they filter a prompt. Then the fields with telling names stand in its
+    error, where KINDS finds the reason.
+    """
+    if data["choices"]:
+        return data["choices"][0]
+    telling = "(?i)message|resp|status|detail|filter|feedback"
+    said = [value for name, value in data.items() if re.search(telling, name)]
+    return {"finish_reason": "missing", "error": json.dumps(said)}
+
+
 def heard(route: Route, ask: Ask, data: dict) -> Any:
     """The reply in a chat completion, or the Fault that tells why there is none.
 
@@ -1796,12 +1827,7 @@ def heard(route: Route, ask: Ask, data: dict) -> Any:
         system = starred(route, str(data["system_fingerprint"]))
         with LOCK:
             route.stats["system_fingerprint"] = clean(system, 200)
-    if data["choices"]:
-        choice = data["choices"][0]
-    else:                           # a filtered prompt, perhaps: other fields tell, see KINDS
-        telling = "(?i)message|resp|status|detail|filter|feedback"         # names hold one of these
-        said = [data[name] for name in data if re.search(telling, name)]
-        choice = {"finish_reason": "missing", "error": json.dumps(said)}
+    choice = choice_of(data)
     finish = choice.get("finish_reason")
     message = fields(choice.get("message"))
     refusal = message.get("refusal")
@@ -1859,6 +1885,8 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
 
 # - embeddings
 
+BATCH = 64                          # texts in one request for embeddings, at most
+
 
 def unpacked(text: str) -> np.ndarray:
     """An embedding from base64."""
@@ -1892,7 +1920,7 @@ def vectors(route: Route, expected: int, data: dict) -> Any:
 def embeddings(base_url: str, model: str, key: str | None = None, **options: Any) -> Embed:
     """An embedding behind an OpenAI-compatible endpoint. The options are those of `connect`."""
     route = connect(base_url, "embeddings", key, **options)
-    batch = 64                      # texts per request, at most
+    batch = BATCH
 
     def answer(texts: Sequence[str]) -> np.ndarray:
         nonlocal batch
@@ -1905,7 +1933,7 @@ def embeddings(base_url: str, model: str, key: str | None = None, **options: Any
             if not isinstance(got, Fault):
                 rows.extend(got)
             elif len(part) > 1 and got.kind.name in ("request", "context"):
-                batch = len(part) // 2      # too much for one request; so it stays from now on
+                batch = len(part) // 2      # it was too much for one request; kept from now on
             else:
                 raise failed(route, got)
         if len({len(row) for row in rows}) > 1:
@@ -1979,7 +2007,7 @@ def unlogged(asked: Any) -> Any:
 
 def recorded_embed(embed: Embed, log: Log) -> Embed:
     """The same embedding, asked once for each text; its rows are logged to the bit."""
-    sizes = set()
+    sizes = set()                       # of all rows so far
 
     def answer(texts: Sequence[str]) -> np.ndarray:
         asks = {text: Ask("embed", (), (("text", text),)) for text in texts}
@@ -1988,11 +2016,11 @@ def recorded_embed(embed: Embed, log: Log) -> Embed:
             reply = log.known.get(hash_of(log, ask))
             if reply:
                 rows[text] = unpacked(reply.text)
-        missing = [text for text in asks if text not in rows]
         sizes.update(map(len, rows.values()))
-        # in parts of ten requests, so that a fault or Ctrl-C costs few of the rows paid for
-        for start in range(0, len(missing), 640):
-            part = missing[start:start + 640]
+        missing = [text for text in asks if text not in rows]
+        # A few requests at a time, so that a fault or Ctrl-C costs few of the rows paid for.
+        for start in range(0, len(missing), 10 * BATCH):
+            part = missing[start:start + 10 * BATCH]
             found = embed(part)
             sizes.update(map(len, found))
             if len(sizes) > 1:          # before they are logged: a logged row is permanent

@@ -617,7 +617,7 @@ def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
         live.stop.set()
         raise
     if reply.reason:
-        prompts.count(live.stats, "empty", reply.reason)
+        prompts.count(live.stats.setdefault("empty", {}), reply.reason)
     with prompts.LOCK:
         counts = live.counts[ask.role]
         counts["calls"] += 1
