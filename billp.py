@@ -8,6 +8,7 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
     action a_n     an item of the catalogue; its reward r_n is the rating, or 0 if the user leaves
     V(s), A(s, a)  the critic's value of a state; the advantage r + gamma V(s') - V(s)
     verdict v_n    what the actor remembers of an action: 1 encouraged if A >= 0, else 0 discouraged
+    reflection     what the reflector writes after an episode; recalled it is a lesson
     M_P, M_A, M_C  the memories of planner, actor and critic (an `Agent`)
     ask            one question to the model (prompts.Ask); its key names the random draw of the
                    answer, so that a run can be repeated
@@ -421,7 +422,7 @@ def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> 
 
 
 def reflector(trajectory: Trajectory, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
-    """Macro level: a principle drawn from a finished episode.
+    """Macro level: a reflection on a finished episode.
 
     It is kept under the episode's first state, so that later sessions of similar users find it.
     Fallback: nothing is kept.

@@ -262,7 +262,7 @@ def unseen(env: Env, users: Array) -> Array:
     """bool [B, m]: the items that are not in each user's history."""
     free = np.ones((len(users), len(env.titles)), bool)
     for row, user in enumerate(users):
-        # as integers, because an empty array may be one of floats
+        # An empty list would make an array of floats, which is no index.
         free[row, np.asarray(env.histories[user], int)] = False
     return free
 

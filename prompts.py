@@ -1007,6 +1007,8 @@ def render_critic(targets: Sequence[tuple[str, float]], as_before: float) -> str
     return CRITIC.format(targets=bullets(known), as_before=as_before, average=average)
 
 
+# In all patterns below that are written (?x) spaces and comments do not count.
+# "7", "7.5", "7,5", "-1", ".5"
 NUMBER = r"(?P<number>[-−]?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
 # SUMS skips a calculation. Each round takes one "... =", so it ends behind the last "=":
 #     "V = 4 + 0.5 * 5 = 6.5"        skips "V = 4 + 0.5 * 5 ="
@@ -1016,30 +1018,30 @@ SUMS = r"""(?:
     (?: [\d\s.+*x×·/÷%$−-] | \\[a-z]+(?![a-z]) | \b(of|r|reward|gamma|next)\b | V(\(s\))? )*
     [=≈]
     ){0,9}"""
-# In all patterns spaces and comments do not count.
-#     "Value 4: about 7,5"           VALUE_LINE
-#     "**Value:**", then "7.5"       VALUE_LINE
-#     "The value of state 4 is 7.5"  VALUE_IS, with PASSAGE between "value" and "is"
-#     "I put the value at 7.5"       VALUE_AT
-#     "So I'd say 7.5"               GUESS
+# "Value 4: about 7,5" · "**Value:**", then "7.5"
 VALUE_LINE = re.compile(rf"""(?imx)
     ^ ([^\w\n] | _)* ((final|estimated)[ ])? value\b [^:=：\n]* [:=：]
     {SUMS} ([\s*_]* | [^\d\n]*?) {NUMBER}            # in the next line, or after words
     """)
-# What may stand behind a value: "7.5 out of 10", "7.5 because the user is at step 4".
-BEHIND = (r"(?i)(?<=\d),? ((out of|of a maximum of|at most) \d+([.,]\d+)?"
-          r"|(because|since|given|as)\b[^,.;:=：\n]*(?![^,.;:=：\n]|.*[:=：]))")
-# words within a sentence, about no other value and no condition: "the value if he leaves is 0"
-PASSAGE = r"(?: (?! \b(?:value|if)\b | [.!?;]\s ) [^:=：\n] )*?"
-# the word itself, but not in "the average value of similar situations is 7"
+# The three parts of a sentence on a value. The word, not in "the average value of such states":
 VALUE = r"(?<! average[ ] ) (?<! mean[ ] ) value\b"
+# then words, but no other value, no "if he leaves" and no end of the sentence;
+PASSAGE = r"(?: (?! \b(?:value|if)\b | [.!?;]\s ) [^:=：\n] )*?"
+# and behind "is" or "at" a calculation or a few words, then the number.
 TO_NUMBER = rf"{SUMS} (?: (?! value\b | [.!?;]\s ) [^\d\n] )*? {NUMBER}"
+# "The value of state 4 is 7.5"
 VALUE_IS = re.compile(rf"(?ix) {VALUE} {PASSAGE} (?: [:=：] | \b(?:is|be)\b ) {TO_NUMBER}")
+# "I put the value at 7.5"
 VALUE_AT = re.compile(rf"(?ix) {VALUE} {PASSAGE} (?: \b(?:of|at)\b | , ) {TO_NUMBER}")
+# "So I'd say 7.5"
 GUESS = re.compile(rf"""(?ix)
     \b (?: answer | estimate | score | say | guess | predict | go[ ]with ) \b
     (?: is | it | at | about | [\s:=*_$] )* {NUMBER}
     """)
+# What may stand behind a value, and is left out: "7.5 out of 10", "7.5 because we are at step 4".
+# A reason with a colon stays: "because the user likes it: 7.5".
+BEHIND = (r"(?i)(?<=\d),? ((out of|of a maximum of|at most) \d+([.,]\d+)?"
+          r"|(because|since|given|as)\b[^,.;:=：\n]*(?![^,.;:=：\n]|.*[:=：]))")
 
 
 def last_match(pattern: re.Pattern, text: str) -> re.Match | None:
@@ -1286,11 +1288,14 @@ class Kind(NamedTuple):
 RESUME = "wait, then run the same command: it resumes"
 ELSEWHERE = "use the address it names as --base-url"
 OTHER_MODEL = "try another --model"
-# The first kind whose signs fit counts. Signs are matched with texts such as
+# The first kind whose signs fit counts, so special kinds stand before general ones. Signs are
+# matched with texts such as
 #     '429 true {"error": {"message": "Rate limit"}}'        status, advice, body
 #     'finish_reason length and no text'
 #     'ReadTimeout timed out'
+# The line above each pattern quotes what it is for.
 KINDS = (
+    # "You exceeded your current quota", code "insufficient_quota"; status 402
     Kind("credit", 1, "top up the account, then run the same command: it resumes",
          r"402|(500|finish_reason missing) .*insufficient[_ ](quota|balance)"
          # except for DashScope's "allocated quota", which is a limit of a minute
@@ -1299,6 +1304,7 @@ KINDS = (
          r"|(enough|out of|no|any|available) credits|credit balance"
          r"|arrearage|overdue|freetieronly|budget.{0,20}exceeded|exceeded.{0,10}budget"
          r"|spend(ing)? limit|api usage limits|exceeded_current_quota)"),
+    # finish_reason "content_filter"; "The response was filtered ... content management policy"
     Kind("blocked", 1, "look at the prompt, or try another --model",
          r"finish_reason (content_filter|refusal|sensitive|safety|missing .*(block|filter))"
          r"|(400|403|422|424) .*(prompt blocked|sensitive.?content|risk.?detect"
@@ -1306,13 +1312,17 @@ KINDS = (
          r"|safety(?!_settings)|inappropriate|guardrail|guideline"
          r"|prohibited.?(content|word|topic|input))",
          patience=1000),                # a user's history may be blocked at every step
+    # finish_reason "error", a text that ends in its middle; "model has crashed"
     Kind("broken off", 4, OTHER_MODEL,
          r"finish_reason ((network_)?error|abort|insufficient|missing)"
          r"|(400|422) .*(tool_use_failed|model unloaded|model has crashed)",
          patience=100),
+    # all tokens went into hidden thinking
     Kind("overrun", 1, "raise --reply-tokens, or switch reasoning off by --extra-body",
          "finish_reason length", patience=20),
+    # finish_reason "stop" and an empty text
     Kind("nothing", 2, OTHER_MODEL, "finish_reason", patience=100),
+    # "This model's maximum context length is 8192 tokens"; status 413
     Kind("context", 1, "allow fewer tokens: --titles, --transcript or --reply-tokens",
          r"413|429 .*request too large"
          r"|(400|422|500) (?!.*(deadline|time exceeded|time limit)).*("
@@ -1322,14 +1332,18 @@ KINDS = (
          # a 500 on a "request" that exceeds something often means a time or a number
          r"|(400|422) .*(request.{0,40}exceed|input_too_large|prompt length"
          r"|\+ \W?max_new_tokens|input length should)"),
+    # "max_tokens must be at most 4096"
     Kind("reply tokens", 1, "choose another --reply-tokens",
          r"(400|422) (?=.*max_\w*tokens).*\b(too|must be|reached|exceed|most|least|less|greater"
          r"|maximum|minimum|range|limit)"),
+    # status 401, or 403 that is no rate limit; Google's 400 "API key not valid"
     Kind("key", 1, "check OPENAI_API_KEY, and whether it may use this model",
          r"401|403 (?!.*rate.?limit)|400 .*(api.?key|expired.?key|authorization header)"),
+    # "model not found"; LM Studio's error for a wrong path, which it sends with status 200
     Kind("address", 1, "check --base-url, --model and --embed-model",
          "404|405|500 .*unexpected endpoint or method"),
     Kind("moved", 1, ELSEWHERE, "3.."),
+    # a web page instead of JSON
     Kind("page", 2, "does --base-url lack its /v1?", "2.."),
     Kind("vectors", 2, "choose another --embed-model", "embeddings"),
     Kind("too late", 1, RESUME, "(408|409|429|5..) false"),     # retrying is vain, see `judged`
@@ -1338,6 +1352,7 @@ KINDS = (
     Kind("request", 1, "correct the request: --model, --extra-body or --header",
          # 423 to 425, 498 and 499 pass: locked, a failed generation, no capacity, cancelled
          "4(?!08|09|2[345]|9[89])..|501|LocalProtocolError"),
+    # nobody listens, an unknown host, a certificate that is not trusted
     Kind("no server", 3, "start the server, or check --base-url, the proxy and SSL_CERT_FILE",
          r"ConnectError|ConnectTimeout|ProxyError|Unicode\w*Error"),
     Kind("slow", 2, "raise --timeout", r"\w*Timeout"),
@@ -1429,7 +1444,7 @@ def fault(route: Route, label: str, shown: str, searched: str = "") -> Fault:
     """
     reason = clean(starred(route, f"{label} {shown}"), 300)
     text = f"{label} {searched or shown}"
-    # The first that fits counts: special kinds stand before general ones. The last fits all.
+    # the last kind fits all
     kind = next(kind for kind in KINDS if re.match(f"(?is){kind.signs}", text))
     return Fault(kind, reason)
 
@@ -1689,10 +1704,10 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
 
 # - requests until there is an answer
 
-# How each request is paid for, where one ask may need several:
-# 1. `limited`, which wraps any LLM, pays for the first request and leaves `charge` in CHARGE.
-# 2. `persist`, deep within an LLM of an endpoint and in the same thread, calls CHARGE before each
-#    further request. It pays, or raises BudgetSpent. Without `limited` nothing is charged.
+# One ask may need several requests, and --max-calls limits the requests. `limited` wraps any LLM
+# and sees asks only. So it pays for the first request itself, and leaves a function in CHARGE for
+# the others: `persist`, which sends them in the same thread, calls it before each. The function
+# pays, or raises BudgetSpent. Without `limited` it does nothing.
 CHARGE = ContextVar("CHARGE", default=lambda: None)
 
 

@@ -738,7 +738,7 @@ def policy_sessions(run: Settings, place: Place, phase: str) -> list[Session]:
 
 def perform(run: Settings, place: Place, agent: Agent, llm: LLM, embed: Embed, pmap: Callable,
             phases: Sequence[str]) -> Outcome:
-    """The phases of a run, in this order: before, learn and after, or only some of them."""
+    """Some phases of a run: before, learn and after, in this order."""
     if run.method in envs.POLICIES:
         asked = [phase for phase in phases if phase != "learn"]
         return Outcome({phase: policy_sessions(run, place, phase) for phase in asked})
