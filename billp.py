@@ -166,15 +166,6 @@ def records(memory: Memory) -> tuple[Record, ...]:
     return sum((chunk.records for chunk in memory), ())
 
 
-def record_at(memory: Memory, i: int) -> Record:
-    """The i-th oldest record."""
-    start = 0
-    for chunk in memory:
-        if i < start + len(chunk.records):
-            return chunk.records[i - start]
-        start += len(chunk.records)
-    raise IndexError("a memory has no record of this number")
-
 
 def nearest_first(distances: np.ndarray, count: int) -> Iterator[int]:
     """Indices from the smallest distance to the largest, the newest first among equals.
@@ -202,11 +193,12 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
         return ()
     cosines = np.concatenate([np.vecdot(chunk.vectors, vector) for chunk in memory])
     distances = (2 - 2 * cosines).round(5)
-    found: dict[tuple[str, str], Record] = {}
+    oldest_first = records(memory)
+    found = {}                          # (text, item) -> record
     for i in nearest_first(distances, 2 * k):       # 2 k, because some may repeat a text and item
         if distances[i] > tau or len(found) == k:
             break
-        record = record_at(memory, i)
+        record = oldest_first[i]
         name = record.text, record.item
         # The same text has the same distance. So of records of one name the newest came first.
         if name not in found:
@@ -285,7 +277,7 @@ def likeness(a: str, b: str) -> float:
 
 def distinct(lessons: Iterable[str], k: int) -> tuple[str, ...]:
     """Up to k lessons in their order. One whose likeness to a chosen one is over 0.8 is skipped."""
-    chosen: list[str] = []
+    chosen = []
     for lesson in lessons:
         if len(chosen) == k:
             break
@@ -299,7 +291,7 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
 
     Fallback: no thought.
     """
-    recalled: tuple[Record, ...] = ()
+    recalled = ()
     if config.lessons == "nearest":
         # four times k: some to spare for `distinct`
         recalled = recall(memory, state.vector, 4 * config.k_lessons)
@@ -513,7 +505,7 @@ def episode(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM,
     """
     env_state = envs.reset(catalog.env, user)
     state = opening(catalog, user, key, config)
-    steps: list[Step] = []
+    steps = []
     left = cut = False
     while not (left or cut):
         plan = Answer("", "")
@@ -537,18 +529,6 @@ def last_item(state: State) -> str:
     return lines[-1] if lines else ""
 
 
-def appraise(trajectory: Trajectory, agent: Agent, llm: LLM,
-             config: Config) -> tuple[tuple[Answer, ...], tuple[float, ...]]:
-    """The critic's answers, and with them V(s_1) .. V(s_{N+1}). After the user left, V is 0."""
-    states = [step.state for step in trajectory.steps]
-    if not trajectory.terminated:
-        states.append(trajectory.last)
-    answers = tuple(critic(state, agent.critic, llm, config)[0] for state in states)
-    values = tuple(answer.value for answer in answers)
-    if trajectory.terminated:
-        values += (0.0,)
-    return answers, values
-
 
 def credit(trajectory: Trajectory, values: Sequence[float],
            gamma: float) -> tuple[list[float], list[float]]:
@@ -564,10 +544,13 @@ def credit(trajectory: Trajectory, values: Sequence[float],
 
 def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAULT) -> Trajectory:
     """The episode with what it teaches: three small memories, not yet merged into the agent's."""
+    states = [step.state for step in trajectory.steps] + [trajectory.last]
+    answers, values = (), [0.0] * len(states)       # the value of a state not asked about stays 0
     asks_critic = config.experience and config.baseline
-    answers, values = (), (0.0,) * (len(trajectory.steps) + 1)
     if asks_critic:
-        answers, values = appraise(trajectory, agent, llm, config)
+        asked = states[:-1] if trajectory.terminated else states
+        answers = tuple(critic(state, agent.critic, llm, config)[0] for state in asked)
+        values[:len(asked)] = [answer.value for answer in answers]
     targets, advantages = credit(trajectory, values, config.gamma)
     m_p, m_a, m_c = EMPTY, EMPTY, EMPTY             # what this episode adds to the three memories
     for step, target, a in zip(trajectory.steps, targets, advantages):
@@ -579,7 +562,7 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
     if config.lessons != "none":
         reflection, m_p = reflector(trajectory, m_p, llm, config)
         answers += (reflection,)
-    return trajectory._replace(values=values, advantages=tuple(advantages), answers=answers,
+    return trajectory._replace(values=tuple(values), advantages=tuple(advantages), answers=answers,
                                gained=Agent(m_p, m_a, m_c))
 
 
@@ -592,9 +575,7 @@ def session(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM,
 
 def absorb(agent: Agent, trajectory: Trajectory) -> Agent:
     """M <- M + M' for each of the three memories, with what an episode teaches."""
-    gained = trajectory.gained
-    return Agent(merge(agent.planner, gained.planner), merge(agent.actor, gained.actor),
-                 merge(agent.critic, gained.critic))
+    return Agent(*map(merge, agent, trajectory.gained))
 
 
 def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, seed: int, phase: str,

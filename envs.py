@@ -192,44 +192,31 @@ def demand(holds: Any, message: str) -> None:
 
 def check_parts(env: Env) -> None:
     """Raise a ValueError of one line if items, categories and histories do not fit together."""
-    n, m = len(env.histories), len(env.titles)
+    n, m, c = len(env.histories), len(env.titles), len(env.categories)
     demand(n > 0 and m > 0, f"a world of {n} users (histories) and {m} items (titles)")
-    is_whole = isinstance(env.learners, (int, np.integer))
-    demand(is_whole and 0 <= env.learners <= n, f"learners is {env.learners} for {n} histories")
-    for name in ("years", "belongs", "vectors"):
-        rows = len(getattr(env, name))
-        demand(rows == m, f"{name} has {rows} rows for {m} titles")
-    for name in ("belongs", "vectors"):
-        array = getattr(env, name)
-        is_matrix = isinstance(array, np.ndarray) and array.ndim == 2
-        demand(is_matrix, f"{name} must be a numpy array [items, columns]")
-    is_text = all(isinstance(text, str) for text in (*env.titles, *env.categories))
-    demand(is_text, "titles and categories must be texts")
-    for year in env.years:
-        is_year = year is None or isinstance(year, (int, np.integer))
-        demand(is_year, f"the year {year!r} is no whole number: use None if it is unknown")
-    c = len(env.categories)
-    demand(np.shape(env.belongs) == (m, c), f"belongs needs a column for each of {c} categories")
-    demand(np.isfinite(env.vectors).all(), "vectors has numbers that are not finite")
+    demand(env.learners in range(n + 1), f"learners is {env.learners} for {n} histories")
+    demand(len(env.years) == m, f"years has {len(env.years)} rows for {m} titles")
+    belongs, vectors = np.shape(env.belongs), np.shape(env.vectors)
+    demand(belongs == (m, c), f"belongs has the shape {belongs}, not {m} items x {c} categories")
+    is_matrix = len(vectors) == 2 and vectors[0] == m
+    demand(is_matrix, f"vectors has the shape {vectors}, not {m} items x numbers")
     items = set(range(m))
     for user, history in enumerate(env.histories):
-        demand(np.ndim(history) == 1, f"the history of user {user} is no list of items")
         strangers = set(history) - items
         demand(not strangers, f"the history of user {user} has {strangers}, not one of 0..{m - 1}")
 
 
 def check_ratings(env: Env) -> None:
     """Raise a ValueError of one line if `rate` or `distance` do not fit the users and items."""
-    demand(callable(env.rate), "rate must be a function, such as table(ratings)")
-    demand(callable(env.distance), "distance must be a function, such as euclidean(vectors)")
     n, m = len(env.histories), len(env.titles)
     every_nth = 1 + n * m // 10 ** 7
     users = np.arange(0, n, every_nth)
     try:
         ratings = env.rate(users[:, None], np.arange(m))
         distances = env.distance(0, np.arange(m), 0)
-    except IndexError as error:
-        raise ValueError(f"rate or distance does not fit {n} users, {m} items: {error}") from None
+    except (IndexError, TypeError) as error:
+        raise ValueError(f"rate or distance does not fit {n} users, {m} items: {error}; "
+                         "`table` and `euclidean` make such functions") from None
     demand(np.shape(ratings) == (len(users), m), "rate does not return the shape of its arguments")
     is_row = np.shape(distances) == (m,) and not np.isnan(distances).any()
     demand(is_row, "distance does not return a number for each of its arguments")
@@ -650,9 +637,8 @@ def bootstrap(figure: Function, samples: Sequence[Array], draws: int) -> Array:
     drawn = np.random.default_rng(0).integers(users, size=(draws, users))
     resampled = []
     for sample in samples:
-        of_draws = sample[:, drawn]                 # [1, draws, N, k]
-        # A figure averages over the axes -3 and -2, seeds and users: so the 1 moves behind draws.
-        resampled.append(of_draws.swapaxes(0, 1))
+        of_draws = sample[0, drawn]                 # [draws, N, k]
+        resampled.append(of_draws[:, None])         # [draws, 1, N, k], as a figure takes it
     return np.quantile(figure(*resampled), [0.025, 0.975], axis=0)
 
 
@@ -666,13 +652,9 @@ def intervals(figure: Function, *samples: Array, draws: int = 1000) -> list[list
     - Several seeds: a t interval over the figures of the seeds. Users of one seed are not
       independent, because they share its world.
     """
-    seeds = len(samples[0])
-    of_seeds = []
-    for seed in range(seeds):
-        # a slice keeps the axis of seeds
-        of_seeds.append(figure(*[sample[seed:seed + 1] for sample in samples]))
-    figures = np.array(of_seeds)                    # [S, numbers]
-    low, high = t_interval(figures) if seeds > 1 else bootstrap(figure, samples, draws)
+    each_alone = [sample[:, None] for sample in samples]        # [S, 1, N, k]
+    figures = figure(*each_alone)                               # [S, numbers]
+    low, high = t_interval(figures) if len(figures) > 1 else bootstrap(figure, samples, draws)
     return np.stack([figures.mean(0), low, high], -1).round(4).tolist()
 
 
@@ -682,10 +664,8 @@ def metrics(samples: Array, reference: Array | None = None) -> dict[str, list[fl
     With a reference they are those of the paired differences.
     """
     if reference is None:
-        rows = intervals(totals, samples)
-    else:
-        rows = intervals(gains, samples, reference)
-    return dict(zip(METRICS, rows))
+        reference = np.zeros_like(samples)
+    return dict(zip(METRICS, intervals(gains, samples, reference)))
 
 
 # ---------------------------------------------------------------------------- the films world
@@ -867,6 +847,12 @@ def find_file(folder: Path, names: Sequence[str], world: str) -> Path | None:
     return min(files, key=rank, default=None)
 
 
+def reason_of(error: Exception) -> str:
+    """What an error says, on one line."""
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return f"no key {reason}" if isinstance(error, KeyError) else reason
+
+
 @contextmanager
 def reading(path: Location, names: Sequence[str], advice: str, world: str = "") -> Iterator[Path]:
     """The file of `find_file`. If anything fails inside the block, BadData names the file."""
@@ -877,10 +863,7 @@ def reading(path: Location, names: Sequence[str], advice: str, world: str = "") 
     try:
         yield file                  # the block runs here, so its errors arrive below
     except Exception as error:      # damaged files make csv, json, numpy, pickle raise anything
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        if isinstance(error, KeyError):
-            reason = f"no key {reason}"
-        raise BadData(f"{file}: {reason}; {advice}") from None
+        raise BadData(f"{file}: {reason_of(error)}; {advice}") from None
 
 
 def encoding(file: Path) -> str:
@@ -1013,8 +996,6 @@ def rescaled(ratings: Array) -> tuple[Array, str]:
     """
     low, high = ratings.min(), ratings.max()
     if low >= 0.5 and high <= 5:
-        if low == high:
-            return ratings, f", all {low:g}: they tell nothing about tastes"
         return ratings, ""
     demand(low < high, f"every rating is {low:g}")
     mapped = 1 + 4 * (ratings - low) / (high - low)
@@ -1205,18 +1186,19 @@ class ArraysOnly(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def load(file: Path) -> Any:
+def load(path: Location, world: str, name: str) -> Any:
     """What a .json file holds, or the finite matrix of a .npy file (memory-mapped) or a pickle."""
-    if file.suffix == ".json":
-        return json.loads(file.read_bytes())
-    if file.suffix == ".npy":
-        matrix = np.load(file, "r", allow_pickle=False)
-    else:
-        with file.open("rb") as stream:
-            matrix = np.asarray(ArraysOnly(stream).load())
-    fit = matrix.ndim == 2 and np.isfinite(matrix).all()
-    demand(fit, "it does not hold one matrix of finite numbers")
-    return matrix
+    with reading(path, [name], AUTHORS, world) as file:
+        if file.suffix == ".json":
+            return json.loads(file.read_bytes())
+        if file.suffix == ".npy":
+            matrix = np.load(file, "r", allow_pickle=False)
+        else:
+            with file.open("rb") as stream:
+                matrix = np.asarray(ArraysOnly(stream).load())
+        fit = matrix.ndim == 2 and np.isfinite(matrix).all()
+        demand(fit, "it does not hold one matrix of finite numbers")
+        return matrix
 
 
 
@@ -1225,17 +1207,14 @@ def read_half(path: Location, world: str, half: str) -> tuple[Array, Array, list
 
     Ratings [users, m], distances [m, m], and of each user the titles seen, oldest first.
     """
-    with reading(path, [f"{world}_{half}.npy"], AUTHORS, world) as file:
-        ratings = load(file)
-        m = ratings.shape[1]
-    with reading(path, [f"{half}_distance_mat.pickle"], AUTHORS, world) as file:
-        distances = load(file)
-        demand(distances.shape == (m, m), f"the distances do not fit {m} items")
-    with reading(path, [f"{half}.json"], AUTHORS, world) as file:
-        users = load(file)
-        rows = [int(user["userid_encoded"]) for user in users]
-        seen = [[html.unescape(title) for title in user["pos_seq_name"]] for user in users]
-        return ratings[rows], distances, seen
+    ratings = load(path, world, f"{world}_{half}.npy")
+    m = ratings.shape[1]
+    distances = load(path, world, f"{half}_distance_mat.pickle")
+    demand(distances.shape == (m, m), f"the distances of {half} do not fit {m} items")
+    users = load(path, world, f"{half}.json")
+    rows = [int(user["userid_encoded"]) for user in users]
+    seen = [[html.unescape(title) for title in user["pos_seq_name"]] for user in users]
+    return ratings[rows], distances, seen
 
 
 def distance_by_half(learners: int, train: Array, test: Array, users: Array, a: Array,
@@ -1244,25 +1223,17 @@ def distance_by_half(learners: int, train: Array, test: Array, users: Array, a: 
     return np.where(users < learners, train[a, b], test[a, b])
 
 
-def released(path: Location, name: str) -> Env:
-    """The authors' world "steam" or "amazon", from their files anywhere under path.
-
-    Users of train.json learn, those of test.json do not. Only `a2c` sees the vectors, which are the
-    genres as rows of length 1.
-    """
+def released_world(path: Location, name: str) -> Env:
+    """The world of `released`. Files that do not fit together raise any error."""
     train, train_distances, train_seen = read_half(path, name, "train")
     test, test_distances, test_seen = read_half(path, name, "test")
-    m = train.shape[1]
-    if test.shape[1] != m:
-        raise BadData(f"{path}: the two halves of {name} do not fit each other; {AUTHORS}")
     ratings = np.concatenate([train, test])
-    with reading(path, ["datamaps.json"], AUTHORS, name) as file:
-        names = load(file)["id2item_dict"]
-        titles = [html.unescape(names[str(item)]) for item in range(m)]
-    with reading(path, ["list_genre.json"], AUTHORS, name) as file:
-        sources = load(file)                # each list of genres is written as Python source
-        genres = {html.unescape(title): ast.literal_eval(sources[title]) for title in sources}
-        categories, belongs = labels([genres.get(title, []) for title in titles])
+    m = ratings.shape[1]
+    names = load(path, name, "datamaps.json")["id2item_dict"]
+    titles = [html.unescape(names[str(item)]) for item in range(m)]
+    sources = load(path, name, "list_genre.json")       # lists of genres, written as Python source
+    genres = {html.unescape(title): ast.literal_eval(sources[title]) for title in sources}
+    categories, belongs = labels([genres.get(title, []) for title in titles])
     index = {title: item for item, title in enumerate(titles)}
     numbers = []
     for seen in train_seen + test_seen:
@@ -1274,3 +1245,18 @@ def released(path: Location, name: str) -> Env:
         distance=partial(distance_by_half, len(train_seen), train_distances, test_distances),
         histories=[last_distinct(items) for items in numbers],
         learners=len(train_seen), beta={"steam": 50.0, "amazon": 15.0}[name], grace=1)
+
+
+def released(path: Location, name: str) -> Env:
+    """The authors' world "steam" or "amazon", from their files anywhere under path.
+
+    Users of train.json learn, those of test.json do not. Only `a2c` sees the vectors, which are the
+    genres as rows of length 1.
+    """
+    try:
+        return released_world(path, name)
+    except BadData:
+        raise
+    except Exception as error:
+        raise BadData(f"{path}: the files of {name} do not fit together: {reason_of(error)}; "
+                      f"{AUTHORS}") from None
