@@ -233,8 +233,6 @@ def spoken(text: str) -> str:
     return "\n".join(line for line in lines if line)
 
 
-LABELS = ("thought|next[ ]category|category|action|final[ ]answer|answer|recommendation"
-          "|free[ ]item|item|title|observation|value|reflection|lesson")
 # the labels after which a thought, an item or a reflection may stand
 THOUGHTS = ("thought", "next category", "category")
 ITEMS = ("action", "free item", "item", "title", "recommendation", "final answer", "answer")
@@ -242,6 +240,8 @@ REFLECTIONS = ("reflection", "lesson")
 ANSWERS = ("final answer", "answer")    # after which any of them may stand
 # those that begin a turn, and so end what stands before them
 TURNS = ("thought", "action", "free item", "final answer", "observation")
+# all of them, as a pattern in which spaces do not count
+LABELS = "|".join([*THOUGHTS, *ITEMS, *REFLECTIONS, "observation", "value"]).replace(" ", "[ ]")
 GAP = r"[ \t*_]{0,9}"
 # In both patterns spaces and comments do not count.
 # A label with a colon counts where it begins something.
@@ -712,12 +712,10 @@ def shared(history: Sequence[str], transcript: str) -> str:
 
 def bounded(transcript: str, limit: int) -> str:
     """The newest whole turns of a transcript: at most `limit` characters, but at least one turn."""
-    ends = [match.end() for match in re.finditer(r"(?m)^Observation .*\n", transcript)]
-    starts = [0, *ends[:-1]]                # where turns begin, oldest first
-    for start in starts:
-        if len(transcript) - start <= limit:
-            return transcript[start:]
-    return transcript[starts[-1]:]
+    turns = re.findall(r"(?ms).*?^Observation [^\n]*\n", transcript)
+    while len(turns) > 1 and sum(map(len, turns)) > limit:
+        turns = turns[1:]
+    return "".join(turns)
 
 
 def turn(n: int, thought: str, line: str, reward: float, left: bool, asked: str = "") -> str:
@@ -1406,7 +1404,8 @@ class Route:
     extra: dict = field(default_factory=dict)       # the user's own fields of each request
     sleep: Callable = time.sleep    # waits so many seconds; true if the run was told to stop
     notice: Callable = warnings.warn                # takes a line for the user
-    stats: dict = field(default_factory=dict)       # requests, retries, system_fingerprint
+    # "requests", "retries: KIND", "system_fingerprint"
+    stats: dict = field(default_factory=dict)
     refused: set = field(default_factory=set)       # names in INSTEAD
     topics: set = field(default_factory=set)        # of which the user was told
 
@@ -1430,10 +1429,10 @@ def tell(route: Route, topic: str, text: str) -> None:
         route.notice(f"{without_query(route.url)}: {text}")
 
 
-def count(counts: dict, name: str) -> None:
-    """Add 1 to counts[name]. Threads share the counts."""
+def count(stats: dict, name: str) -> None:
+    """Add 1 to stats[name]. Threads share the stats."""
     with LOCK:
-        counts[name] = counts.get(name, 0) + 1
+        stats[name] = stats.get(name, 0) + 1
 
 
 def fault(route: Route, label: str, shown: str, searched: str = "") -> Fault:
@@ -1491,13 +1490,11 @@ def checked_headers(key: str, url: Any, headers: dict) -> dict:
     What httpx cannot send is refused here, because the errors of httpx would show it.
     """
     sent = {"content-type": "application/json"}
-    for name, value in headers.items():
-        sent[name.strip().lower()] = value.strip()
-    if key and "authorization" not in sent:
-        if "api-version" in url.params:         # Azure
-            sent.setdefault("api-key", key)
-        else:
-            sent["authorization"] = f"Bearer {key}"
+    if key and "api-version" in url.params:         # Azure
+        sent["api-key"] = key
+    elif key:
+        sent["authorization"] = f"Bearer {key}"
+    sent |= {name.strip().lower(): value.strip() for name, value in headers.items()}
     texts = [*sent, *sent.values()]
     if " " in key or not all(text.isascii() and text.isprintable() for text in texts):
         raise EndpointError("the API key or a header holds a space, a control character or one "
@@ -1794,7 +1791,7 @@ def persist(route: Route, body: dict, read: Callable) -> Any:
             return got
         # It is sent again. `limited` has paid for the first request only.
         charge()
-        count(route.stats.setdefault("retries", {}), got.kind.name)
+        count(route.stats, f"retries: {got.kind.name}")
         if not is_adapted:
             pause(route, got, tried.total())
 
@@ -1819,18 +1816,6 @@ def usage_of(route: Route, ask: Ask, data: dict) -> Usage:
     return Usage(prompt, cached, token_count(counts.get("completion_tokens")))
 
 
-def choice_of(data: dict) -> dict:
-    """The first choice of a chat completion.
-
-    Some servers give none if they filter a prompt. Then the fields with telling names stand in its
-    error, where KINDS finds the reason.
-    """
-    if data["choices"]:
-        return data["choices"][0]
-    telling = "(?i)message|resp|status|detail|filter|feedback"
-    said = [value for name, value in data.items() if re.search(telling, name)]
-    return {"finish_reason": "missing", "error": json.dumps(said)}
-
 
 def heard(route: Route, ask: Ask, data: dict) -> Any:
     """The reply in a chat completion, or the Fault that tells why there is none.
@@ -1842,7 +1827,9 @@ def heard(route: Route, ask: Ask, data: dict) -> Any:
         system = starred(route, str(data["system_fingerprint"]))
         with LOCK:
             route.stats["system_fingerprint"] = clean(system, 200)
-    choice = choice_of(data)
+    # Some servers give no choice if they filter a prompt. KINDS then finds the reason in the body.
+    missing = {"finish_reason": "missing", "error": json.dumps(data)}
+    choice = data["choices"][0] if data["choices"] else missing
     finish = choice.get("finish_reason")
     message = fields(choice.get("message"))
     refusal = message.get("refusal")
@@ -1908,14 +1895,6 @@ def unpacked(text: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), "<f4")
 
 
-def matrix_of(rows: list) -> np.ndarray:
-    """The rows as a matrix, or an empty one if they are not all numbers or not of one length."""
-    try:
-        matrix = np.array(rows, np.float32)
-    except MISSHAPEN:
-        return np.zeros((0, 1))
-    return matrix if matrix.ndim == 2 else np.zeros((0, 1))
-
 
 def vectors(route: Route, expected: int, data: dict) -> Any:
     """Rows of length 1 in the order of the texts, float32 [expected, d], or a Fault."""
@@ -1924,10 +1903,13 @@ def vectors(route: Route, expected: int, data: dict) -> Any:
     rows = [entry["embedding"] for entry in entries]
     if rows and isinstance(rows[0], str):       # base64, although numbers were asked for
         rows = [unpacked(row) for row in rows]
-    matrix = matrix_of(rows)
-    norms = np.linalg.norm(matrix, axis=-1, keepdims=True)
-    if len(matrix) == expected and np.isfinite(norms).all() and norms.all():
-        return matrix / norms
+    try:
+        matrix = np.array(rows, np.float32)
+        norms = np.linalg.norm(matrix, axis=1, keepdims=True)
+        if len(rows) == expected and np.isfinite(norms).all() and norms.all():
+            return matrix / norms
+    except MISSHAPEN:
+        pass                    # not all are numbers, or the rows differ in length
     return fault(route, "embeddings",
                  f"{len(rows)} for {expected} texts, or one is no row of numbers, zero or infinite")
 

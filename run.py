@@ -61,7 +61,7 @@ STAND_IN = ("offline, a rule-based stand-in: it shows the mechanism at work "
             "and is no evidence about real models")
 WORLDS = "films, csv:DIR, movielens:DIR, steam:DIR, amazon:DIR"
 Json = dict[str, Any]               # a JSON object
-Table = Sequence[Sequence[str]]     # rows of texts; the first is the heading
+Table = dict[str, dict[str, str]]   # the cells of each row by the name of their column
 METHOD_NAMES = (*envs.POLICIES, *billp.METHODS)
 ROLES = ("planner", "actor", "critic", "reflector")
 
@@ -154,9 +154,9 @@ OF_METHODS = ("thoughts", "lessons", "experience", "baseline")         # what bi
 CHOICES = {"method": METHOD_NAMES, "lessons": ("none", "latest", "nearest")}
 DEFAULTS = {                            # of flags that are no field of Config or of the rule
     "episodes": 50, "users": 50, "method": "billp", "world": "films", "seed": 0, "seeds": 5,
-    "workers": 0, "timeout": 300.0, "header": (), "extra_body": "{}", "max_calls": MANY,
+    "workers": 0, "timeout": 300.0, "header": (), "extra_body": {}, "max_calls": MANY,
     "replay": False, "pick": "", "prompts": False, "experiment": ""}
-OF_ENDPOINTS = ("base_url", "embed_model", "extra_body", "timeout", "header", "max_calls", "replay")
+
 EXAMPLES = """\
 examples:
   run.py --episodes 50
@@ -183,6 +183,14 @@ def directory(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def json_object(text: str) -> Json:
+    """A JSON object as it is typed, such as {"top_p": 0.9}."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    return value
+
+
 def make_parser() -> Parser:
     """All flags. One that is not given is None. The default tells what a flag takes.
 
@@ -205,6 +213,8 @@ def make_parser() -> Parser:
                 options = {"type": type(default), "metavar": "N"}
             elif name in ("out", "load", "show"):
                 options = {"type": directory, "metavar": "DIR"}
+            elif name == "extra_body":
+                options = {"type": json_object, "metavar": "JSON"}
             else:
                 options = {"choices": CHOICES.get(name), "metavar": name.upper()}
             if title == "method":
@@ -226,51 +236,29 @@ def check_values(args: Namespace) -> None:
     for header in args.header:
         if not re.match(r"[\w.-]+=", header):
             raise UserError("--header takes NAME=VALUE")
-    try:
-        extra = json.loads(args.extra_body)
-    except ValueError:
-        extra = None
-    if not isinstance(extra, dict):
-        raise UserError("--extra-body takes a JSON object, such as '{\"top_p\": 0.9}'")
 
 
-def idle_beside_experiments(args: Namespace) -> list[tuple[Iterable[str], str]]:
-    """Pairs (flags, why they have no effect) that depend on --experiment, for `idle_flags`."""
+
+def idle_flags(args: Namespace) -> list[tuple[Iterable[str], str]]:
+    """Pairs (flags, reason): for this reason these flags have no effect, if they are given.
+
+    Only flags are listed whose silent neglect would mislead about a result.
+    """
+    of_show = FLAGS["look at a finished run"].keys()
+    if args.show:
+        return [(args.given - of_show, "beside --show")]
+    idle = [(of_show, "without --show")]
     if not args.experiment:
-        return [(FLAGS["experiments"], "without --experiment")]
+        return [*idle, (FLAGS["experiments"], "without --experiment")]
     # each row has its own method, which sets these switches
-    idle = [(("method", "load", *OF_METHODS), "beside --experiment")]
+    idle.append((("method", "load", *OF_METHODS), "beside --experiment"))
     varied = {EXPERIMENTS[name].varied for name in args.experiment}      # "" for none
     if "model" not in varied:
         idle.append((["models"], "without --experiment table6"))
-    if args.models:
-        idle.append((["model"], "beside --models"))
-    if args.cluster:
-        idle.append((["workers"], "beside --cluster"))
     # Only if every experiment varies it: in fig4,fig5 the runs of fig5 still use --episodes.
     for name in ("window", "episodes"):
         if varied == {name}:
             idle.append(([name], "here: the experiment varies it"))
-    return idle
-
-
-def idle_flags(args: Namespace) -> list[tuple[Iterable[str], str]]:
-    """Pairs (flags, reason): for this reason these flags have no effect, if they are given."""
-    of_show = FLAGS["look at a finished run"].keys()
-    if args.show:
-        return [(args.given - of_show, "beside --show")]
-    idle = [(of_show, "without --show"), *idle_beside_experiments(args)]
-    if args.method in envs.POLICIES:
-        of_language = {*OF_ENDPOINTS, *Config._fields, "load", "model"}
-        if args.method == "a2c":
-            of_language.remove("gamma")         # it has one, too
-        idle.append((of_language, f"on {args.method}, which asks no language model"))
-    if args.models_asked == ["offline"]:
-        idle.append((OF_ENDPOINTS, "on the stand-in, which asks no endpoint"))
-    else:
-        idle.append((["cluster"], "with a real model: only offline runs are sent there"))
-    if args.candidates != 0:
-        idle.append((["k_actions"], "without --candidates 0"))
     return idle
 
 
@@ -372,11 +360,6 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
-def digest_of_extra(text: str) -> str:
-    """A digest of --extra-body, the same for all ways to write it; "" for an empty one."""
-    extra = json.loads(text)
-    return digest(dumps(extra, sort_keys=True)) if extra else ""
-
 
 def given_of(args: Namespace, names: Iterable[str]) -> Json:
     """The values of the flags among `names` that were given."""
@@ -408,11 +391,12 @@ def settings(args: Namespace, saved: Json) -> Settings:
     config = Config()._asdict()
     if not args.experiment:
         config |= billp.METHODS.get(args.method, {})
+    extra = dumps(args.extra_body, sort_keys=True)          # the same for all ways to write it
     return Settings(
         world=args.world, method=args.method, model=args.models_asked[0],
         embedding=embedding_of(args), seed=args.seed, episodes=args.episodes, users=args.users,
         first=learners_met(saved, args.world, args.seed), load=saved["digest"],
-        extra=digest_of_extra(args.extra_body),
+        extra=digest(extra) if args.extra_body else "",
         config=config | given_of(args, Config._fields), rule=given_of(args, envs.RULE))
 
 
@@ -518,7 +502,7 @@ def memory_text(run: Settings, agent: Agent, met: dict[tuple[str, int], int]) ->
     if run.method in billp.METHODS:         # a policy adds nothing to the memories
         met = met | {(run.world, run.seed): run.first + run.episodes}
     rows = [[*place, learners] for place, learners in met.items() if learners]
-    content = {"billp": 1, "embedding": run.embedding, "met": rows}
+    content = {"embedding": run.embedding, "met": rows}
     for role, memory in agent._asdict().items():
         content[role] = billp.records(memory)
     return dumps(content, indent=1) + "\n"
@@ -593,8 +577,8 @@ def agent_of(saved: Json, embed: Embed) -> Agent:
 class Live(NamedTuple):
     """What is known of a command's calls at any moment, however it ends. Threads share it."""
     counts: dict[str, Counter]  # of each role: calls, and the tokens that the server counts
-    # "asked": answers that were not in the log. "empty": replies without a text, by reason. A
-    # prompts.Route adds requests, retries and system_fingerprint.
+    # "asked": answers that were not in the log. "empty: REASON": replies without a text. A
+    # prompts.Route adds "requests", "retries: KIND" and "system_fingerprint".
     stats: Json
     failures: list[Exception]   # of calls that failed for good
     stop: Event                 # set when no further call shall begin
@@ -617,7 +601,7 @@ def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
         live.stop.set()
         raise
     if reply.reason:
-        prompts.count(live.stats.setdefault("empty", {}), reply.reason)
+        prompts.count(live.stats, f"empty: {reply.reason}")
     with prompts.LOCK:
         counts = live.counts[ask.role]
         counts["calls"] += 1
@@ -649,7 +633,7 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
     # From the inside: the endpoint, its budget, a count of what is asked for now, the log.
     llm = prompts.unlogged
     if not args.replay:
-        llm = prompts.openai(url, run.model, extra=json.loads(args.extra_body), **options)
+        llm = prompts.openai(url, run.model, extra=args.extra_body, **options)
     llm = prompts.limited(llm, args.max_calls)
     llm = prompts.recorded(partial(noted, llm, live.stats), log)
     if run.embedding == "hashed_ngrams":
@@ -814,44 +798,27 @@ def interval(figure: Sequence[float]) -> str:
     return "{:.2f} [{:.2f}, {:.2f}]".format(*figure)
 
 
-def figures_table(rows: dict[str, dict[str, Sequence[float]]]) -> Table:
-    """The intervals of each row, which all have the same names."""
-    names = next(iter(rows.values()))
-    table = [["", *(f"{name} [95 %]" for name in names)]]
-    for label, figures in rows.items():
-        table.append([label, *map(interval, figures.values())])
-    return table
+def spelled(figures: dict[str, Sequence[float]]) -> dict[str, str]:
+    """Means with their intervals, as cells of a `grid`."""
+    return {f"{name} [95 %]": interval(figure) for name, figure in figures.items()}
 
 
 def grid(rows: Table) -> list[str]:
-    """A table as aligned lines, the first column to the left; no lines if it has only a heading.
+    """A table as aligned lines, the first column to the left. A missing cell is 0.
 
-    >>> grid([["", "Len"], ["billp", "9"]])
-    ['       Len', 'billp    9']
+    >>> grid({"actor": {"calls": "12"}, "critic": {}})
+    ['        calls', 'actor      12', 'critic      0']
     """
-    if len(rows) == 1:
-        return []
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = [text.rjust(width) for text, width in zip(row, widths)]
-        cells[0] = row[0].ljust(widths[0])
-        lines.append("  ".join(cells).rstrip())
-    return lines
-
-
-def counts_table(rows: dict[str, dict[str, int]]) -> Table:
-    """Calls and what else is counted in each row, without rows that have no calls.
-
-    >>> counts_table({"actor": {"calls": 2, "prompt": 9}, "critic": {"calls": 0}})
-    [['', 'calls', 'prompt'], ['actor', '2', '9']]
-    """
-    asked = {label: counts for label, counts in rows.items() if counts["calls"]}
-    names = dict.fromkeys(name for counts in asked.values() for name in counts)
+    names = dict.fromkeys(name for cells in rows.values() for name in cells)
     table = [["", *names]]
-    for label, counts in asked.items():
-        table.append([label, *(str(counts.get(name, 0)) for name in names)])
-    return table
+    for label, cells in rows.items():
+        table.append([label, *(cells.get(name, "0") for name in names)])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = []
+    for label, *cells in table:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        lines.append("  ".join([label.ljust(widths[0]), *aligned]).rstrip())
+    return lines
 
 
 def chart(summary: Json) -> list[str]:
@@ -869,17 +836,17 @@ def ledger(live: Live) -> list[str]:
     """Calls and tokens of each role, then what the endpoint's client counted."""
     with prompts.LOCK:                  # threads may still count
         counts, stats = deepcopy(live.counts), deepcopy(live.stats)
-    lines = grid(counts_table(counts))
+    table = {}
+    for role, row in counts.items():
+        if row["calls"]:
+            table[role] = {name: str(number) for name, number in row.items()}
+    lines = grid(table) if table else []
     if stats:
-        asked, requests = stats.get("asked", 0), stats.get("requests", 0)
         answers = sum(row["calls"] for row in counts.values())
+        asked = stats.pop("asked")
         known = max(answers - asked, 0)     # after Ctrl-C an answer may not be counted yet
-        retries = sum(stats.get("retries", {}).values())
-        system = stats.get("system_fingerprint", "not named")
         lines.append(f"answers   {known} from the log, {asked} asked for now")
-        lines.append(f"requests  {requests}, retries {retries}, system {system}")
-        for reason, number in stats.get("empty", {}).items():
-            lines.append(f"empty     {number} replies: {reason}")
+        lines += [f"endpoint  {name}: {value}" for name, value in stats.items()]
     return lines
 
 
@@ -897,7 +864,7 @@ def report(summary: Json, about: str, lessons: Sequence[str], live: Live) -> lis
         lines.append(f"world     {about}")
     # without learning episodes "after" is a copy of "before"
     phases = ("before", "after", "difference") if summary["difference"] else ("before",)
-    table = figures_table({phase: summary[phase] for phase in phases})
+    table = {phase: spelled(summary[phase]) for phase in phases}
     lines += [f"model     {model}", "", *grid(table), ""]
     if summary["learning"]:
         lines += [*chart(summary), ""]
@@ -1290,10 +1257,11 @@ def label_of(row: Row) -> str:
 
 def gains_table(rows: Sequence[Row]) -> Table:
     """How each row compares with billp."""
-    table = [["", "R_traj minus billp's [95 %]", ""]]
+    table = {}
     for row in rows:
         if row.gain:
-            table.append([label_of(row), interval(row.gain), comparison(row.gain)])
+            cells = {"R_traj minus billp's [95 %]": interval(row.gain), "": comparison(row.gain)}
+            table[label_of(row)] = cells
     return table
 
 
@@ -1388,11 +1356,11 @@ def publish(name: str, base: Settings, cells: dict[Cell, Array], folder: Path) -
     write(folder / f"{name}.json", dumps(content) + "\n")
     plot(experiment, heading, rows, folder / f"{name}.png")
     print(heading)
-    figures = {label_of(row): row.figures for row in rows}
-    print("\n".join(["", *grid(figures_table(figures)), ""]))
-    gains = grid(gains_table(rows))
+    figures = {label_of(row): spelled(row.figures) for row in rows}
+    print("\n".join(["", *grid(figures), ""]))
+    gains = gains_table(rows)
     if gains:
-        print("\n".join([*gains, ""]))
+        print("\n".join([*grid(gains), ""]))
 
 
 def experiments(args: Namespace, live: Live) -> None:

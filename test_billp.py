@@ -2264,14 +2264,13 @@ FOLDER = {                                  # what lies in the folder of the tes
 --load nowhere.json ; --load foreign.json ; --load verdict.json | is no memory.json
 --load lesson.json ; --load target.json ; --load met.json | is no memory.json
 --show nowhere | nowhere
---pick after ; --prompts ; --seeds 3 ; --rows react ; --max-calls 9 | has no effect
---show full --seed 1 ; --method greedy --k-values 3 | has no effect
+--pick after ; --prompts ; --seeds 3 ; --rows react ; --show full --seed 1 | has no effect
 --experiment table5 --method act ; --experiment table5 --load full | has no effect
 --out full | full
 --experiment table9 | table9
 --experiment table5 --rows act | only billp-no-macro
 --experiment table6 --models m,n | --base-url
---experiment table6 --models m,n --model o --base-url x | has no effect
+--experiment table3 --models m,n --base-url x ; --experiment fig5 --window 2 | has no effect
 --base-url x | --model
 --replay --model m | --replay
 --base-url x --model m --extra-body 1 | --extra-body
