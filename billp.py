@@ -166,7 +166,6 @@ def records(memory: Memory) -> tuple[Record, ...]:
     return sum((chunk.records for chunk in memory), ())
 
 
-
 def nearest_first(distances: np.ndarray, count: int) -> Iterator[int]:
     """Indices from the smallest distance to the largest, the newest first among equals.
 
@@ -199,10 +198,10 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
         if distances[i] > tau or len(found) == k:
             break
         record = oldest_first[i]
-        name = record.text, record.item
-        # The same text has the same distance. So of records of one name the newest came first.
-        if name not in found:
-            found[name] = record
+        pair = record.text, record.item
+        # The same text has the same distance. So of records with one pair the newest came first.
+        if pair not in found:
+            found[pair] = record
     return tuple(found.values())
 
 
@@ -286,6 +285,16 @@ def distinct(lessons: Iterable[str], k: int) -> tuple[str, ...]:
     return tuple(chosen)
 
 
+def tastes_of(state: State, config: Config) -> prompts.Tastes:
+    """What the category tool reports on a state."""
+    return prompts.category_tool(state.history, state.shown, config.lately)
+
+
+def barred(state: State, config: Config) -> tuple[int, ...]:
+    """The items that cannot be recommended: those taken, or with `repeats` none."""
+    return () if config.repeats else state.taken
+
+
 def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
     """Macro level: the thought t_n, given the state, K reflections and the category tool.
 
@@ -298,7 +307,7 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
     if config.lessons == "latest":
         recalled = records(memory)[::-1]
     lessons = distinct((record.content for record in recalled), config.k_lessons)
-    tastes = prompts.category_tool(state.history, state.shown, config.lately)
+    tastes = tastes_of(state, config)
     question = prompts.render_planner(lessons, tastes, config.lately)
     answer = consult(llm, "planner", state, question, prompts.parse_planner, config, "")
     return answer._replace(recalled=lessons), memory
@@ -338,9 +347,9 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     - Without: those nearest to all liked categories and to those not shown lately.
     - With `candidates` 0, as in the paper: the items of the recalled experience.
     """
-    taken = () if config.repeats else state.taken
+    taken = barred(state, config)
     counts = evidence(state, memory, config)        # (line, verdict) -> times
-    tastes = prompts.category_tool(state.history, state.shown, config.lately)
+    tastes = tastes_of(state, config)
     if config.candidates:
         lines = retrieved(state, catalog, taken, tastes, config)
     else:
@@ -363,7 +372,7 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
 def chosen_item(answer: Answer, state: State, listed: Sequence[Candidate], catalog: Catalog,
                 config: Config) -> tuple[int, bool]:
     """The item that an actor's answer stands for, and whether it names a free item."""
-    taken = () if config.repeats else state.taken
+    taken = barred(state, config)
     if answer.fallback:
         text = listed[0].line if listed else state.text
         return prompts.nearest(text, catalog, taken), False
@@ -371,7 +380,8 @@ def chosen_item(answer: Answer, state: State, listed: Sequence[Candidate], catal
     if exact or not listed or not config.candidates:
         return item, exact
     # A small model repeats recent items. The free item nearest to one of them would often be too
-    # similar. So the nearest of the listed ones is taken.
+    # similar. With all unlisted items excluded, `ground` takes the listed item nearest to the
+    # categories of the item named, or to the reply.
     lines = {candidate.line for candidate in listed}
     others = [item for item, line in enumerate(catalog.lines) if line not in lines]
     item, _ = prompts.ground(answer.value, catalog, exclude=others)
@@ -420,7 +430,7 @@ def reflector(trajectory: Trajectory, memory: Memory, llm: LLM, config: Config =
     Fallback: nothing is kept.
     """
     last = trajectory.last
-    tastes = prompts.category_tool(last.history, last.shown, config.lately)
+    tastes = tastes_of(last, config)
     question = prompts.render_reflector(last.shown[-1], tastes, trajectory.terminated)
     answer = consult(llm, "reflector", last, question, prompts.parse_reflector, config, "")
     if answer.fallback:
@@ -527,7 +537,6 @@ def last_item(state: State) -> str:
     """The line of the last item that was liked or shown; "" if there is none."""
     lines = state.history + state.shown
     return lines[-1] if lines else ""
-
 
 
 def credit(trajectory: Trajectory, values: Sequence[float],

@@ -1201,7 +1201,6 @@ def load(path: Location, world: str, name: str) -> Any:
         return matrix
 
 
-
 def read_half(path: Location, world: str, half: str) -> tuple[Array, Array, list[list[str]]]:
     """What the files hold for the users who learn ("train"), or for the others ("test").
 

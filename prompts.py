@@ -198,7 +198,7 @@ OPENING = re.compile(rf"""(?isx)
     | ^ analysis (?= .*assistantfinal)  # gpt-oss behind a server that drops the marks
     """)
 ENDING = re.compile(rf"""(?isx)
-    # </think>, <|/think|>, <|end_of_thought|>, <|thought_end|>
+    # </think>, <|/think|>, <|end_of_thought|>, and <|thought_end|>, whose _end THINKING takes
     <\|? (/ \|? | end_ (of_)? | (?= \w+_end)) {THINKING} \b [^<>]* >
     | [\[◁] /think(ing)? [\]▷]          # Mistral, Kimi
     | <unused95>                        # MedGemma
@@ -286,15 +286,15 @@ def segment(text: str, labels: Sequence[str]) -> str:
     """The text after the first of these labels with text behind it. It ends at the next turn.
 
     It is "" if there is no such label. Models often play several turns in one reply: only the first
-    counts. So the text also ends where its label comes again, unless that may begin a list of
-    items.
+    counts. So the text also ends where its label comes again. Only a label of ITEMS that begins no
+    turn may come again, because that may be a list: "Title: Up", "Title: Heat".
     """
     heads = heads_of(text)
     for i, head in enumerate(heads):
         if head.name not in labels:
             continue
         ends = TURNS
-        if head.name not in ITEMS:          # "Title: Up", "Title: Heat" may be a list
+        if head.name not in ITEMS:
             ends += (head.name,)
         next_turns = [later.start for later in heads[i + 1:] if later.name in ends]
         end = next_turns[0] if next_turns else len(text)
@@ -431,7 +431,7 @@ class Catalog(NamedTuple):
     lines: tuple[str, ...]              # [m]
     vectors: np.ndarray                 # float32 [m, d], embeddings of the lines
     names: dict[str, list[int]]         # the words of a title, in each spelling -> items
-    mains: dict[str, list[int]]         # the words before a subtitle -> items
+    mains: dict[str, list[int]]         # the words before a subtitle or bracket -> items
 
 
 def words_of(text: str) -> list[str]:
@@ -629,11 +629,13 @@ def without_asides(text: str) -> str:
 def mentioned(text: str, catalog: Catalog) -> list[int]:
     """The items that a text names, the likeliest first. An item may come several times.
 
-    Case, accents, marks, quotation, the place of an article and words after the title do not
-    matter. Titles in a reason count only if they are bold, or if there are no others.
+    First come titles behind words such as "I recommend", then bold ones, then those at the front of
+    a line. If the first line begins with a title, only the rest of this line is searched, too, up
+    to a reason. Otherwise titles anywhere follow, those in asides last. Titles in a reason count
+    only if there are no others.
     """
     part = item_part(text)
-    first_line = part.partition("\n")[0]
+    top_line = part.partition("\n")[0]
     bold = "\n".join(match[0] for match in re.finditer(BOLD, part))
     # "Jaws is old, I recommend Alien, because ..."; the choice is the whole if there are no such
     # words
@@ -644,8 +646,8 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     items = titles_within(choice, catalog) if has_choice else []
     items += titles_in_front(bold, catalog)
     items += titles_in_front(part, catalog)
-    if titles_in_front(first_line, catalog):        # the lines below explain it
-        return items + titles_within(before_reason(first_line), catalog)
+    if titles_in_front(top_line, catalog):          # the lines below explain it
+        return items + titles_within(before_reason(top_line), catalog)
     # A title may begin like an aside, "Since Otar Left": so each text is also read whole.
     for passage in (without_asides(choice), choice, before_reason(part)):
         items += titles_within(passage, catalog)
@@ -787,14 +789,18 @@ def category_tool(history: Sequence[str], shown: Sequence[str], lately: int) -> 
     return Tastes(tuple(recent), other, liked)
 
 
+def offered(tastes: Tastes) -> str:
+    """The categories that a question offers for choice, "" for none."""
+    return ", ".join(tastes.other[:OFFERED])
+
+
 def render_planner(lessons: Sequence[str], tastes: Tastes, lately: int) -> str:
     """The planner's question, given reflections and the category tool."""
     learned = LESSONS.format(lessons=bullets(lessons)) if lessons else ""
     recent = ", ".join(tastes.recent) or "none yet"
-    offered = ", ".join(tastes.other[:OFFERED])
     choice = "What should come next?"               # nothing with a category was liked or shown
-    if offered:
-        choice = CHOICE.format(other=offered)
+    if tastes.other:
+        choice = CHOICE.format(other=offered(tastes))
     elif tastes.recent:
         choice = NO_CHOICE
     return learned + PLANNER.format(lately=lately, recent=recent, choice=choice)
@@ -819,8 +825,9 @@ def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
     The question is a choice, as for the planner. Asked for a rule of its own, a small model writes
     one that fits every session.
     """
-    offered = ", ".join(tastes.other[:OFFERED])
-    better = BETTER.format(other=offered) if offered else "what would have been better"
+    better = "what would have been better"
+    if tastes.other:
+        better = BETTER.format(other=offered(tastes))
     ending = "left" if left else "stayed"
     return REFLECTOR.format(line=line, better=better, ending=ending)
 
@@ -935,14 +942,13 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     >>> wish_of("Since War was shown, Comedy. They like War", ["Comedy", "War"], [])
     '[Comedy]'
     """
-    # three texts, each a part of the one before
     wanted = re.sub(AVOIDED, " ", thought)
     # "Since War was shown, Comedy comes next" begins with its reason
-    without_opening = re.sub(r"(?i)^\W*(since|because|as)\b[^,]*,", "", wanted)
-    before_any_reason = re.split(REASON, without_opening)[0]
-    first_sentence = re.split(r"[.;!?]\s", before_any_reason)[0]
-    chosen = (named_in(first_sentence, tags) or named_in(before_any_reason, tags)
-              or named_in(wanted, tags))
+    plan = re.sub(r"(?i)^\W*(since|because|as)\b[^,]*,", "", wanted)
+    plan = re.split(REASON, plan)[0]
+    first_sentence = re.split(r"[.;!?]\s", plan)[0]
+    # each of these texts is a part of the next
+    chosen = named_in(first_sentence, tags) or named_in(plan, tags) or named_in(wanted, tags)
     fresh = [tag for tag in chosen if tag not in recent]
     return in_brackets(fresh or chosen) if chosen else thought
 
@@ -1039,7 +1045,7 @@ GUESS = re.compile(rf"""(?ix)
 # What may stand behind a value, and is left out: "7.5 out of 10", "7.5 because we are at step 4".
 # A reason with a colon stays: "because the user likes it: 7.5".
 BEHIND = (r"(?i)(?<=\d),? ((out of|of a maximum of|at most) \d+([.,]\d+)?"
-          r"|(because|since|given|as)\b[^,.;:=：\n]*(?![^,.;:=：\n]|.*[:=：]))")
+          r"|(because|since|given|as)\b[^,.;:=：\n]*(?!.*[:=：]))")
 
 
 def last_match(pattern: re.Pattern, text: str) -> re.Match | None:
@@ -1526,7 +1532,7 @@ def connect(base_url: str, path: str, key: str | None = None, *, timeout: float 
     """A client for one route of an endpoint; EndpointError where the user's settings cannot work.
 
     `timeout` is in seconds, for one request. `transport` replaces the network in tests. The other
-    options are the fields of Route that have a default: extra, sleep, notice, stats.
+    options are extra, sleep, notice and stats of Route.
     """
     import httpx
     key = (key or "").strip()
@@ -1643,7 +1649,7 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
         if response.is_success and not data.get("error"):
             return read(data)       # a shape that it cannot read is a bad answer, too
     except MISSHAPEN:
-        data = {}
+        data = {}                   # so a success that cannot be used keeps its status, "page"
     # an error status, an error in the body, or a body that `read` cannot use
     return judged(route, response, data, text)
 
@@ -1687,7 +1693,7 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     or nothing if it is not known, as in "429  {...}".
     """
     error = fields(data.get("error")) or data           # some servers put its fields at the top
-    status = status_of(response, error)         # 200 without a usable body is the kind "page"
+    status = status_of(response, error)
     wait = asked_wait(response.headers, text)
     advice = response.headers.get("x-should-retry", "")
     if is_vain(status, wait, text):
@@ -1711,8 +1717,8 @@ CHARGE = ContextVar("CHARGE", default=lambda: None)
 def limited(llm: LLM, max_calls: int) -> LLM:
     """The same model, which sends at most `max_calls` chat requests, repeats included.
 
-    A run asks counted(recorded(noted(limited(openai)))); `counted` and `noted` of run.py count.
-    Replies from the log never come here: they are free.
+    A run asks counted(recorded(counted_asked(limited(openai)))), see run.py. So replies from the
+    log never come here: they are free.
     """
     sent = 0
 
@@ -1816,7 +1822,6 @@ def usage_of(route: Route, ask: Ask, data: dict) -> Usage:
     return Usage(prompt, cached, token_count(counts.get("completion_tokens")))
 
 
-
 def heard(route: Route, ask: Ask, data: dict) -> Any:
     """The reply in a chat completion, or the Fault that tells why there is none.
 
@@ -1895,7 +1900,6 @@ def unpacked(text: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), "<f4")
 
 
-
 def vectors(route: Route, expected: int, data: dict) -> Any:
     """Rows of length 1 in the order of the texts, float32 [expected, d], or a Fault."""
     # An index of 0 is often left out. Where all are, the order counts: the sort is stable.
@@ -1939,7 +1943,7 @@ def embeddings(base_url: str, model: str, key: str | None = None, **options: Any
     return answer
 
 
-# - the log and the budget
+# - the log
 
 
 class Log(NamedTuple):

@@ -195,7 +195,7 @@ def make_parser() -> Parser:
     """All flags. One that is not given is None. The default tells what a flag takes.
 
     True or False: a switch. (): a text, and the flag may come several times. A number: a number of
-    this type. No default: a text.
+    this type. Any other: a text. Directories and JSON are read here, too.
     """
     parser = Parser("run.py", allow_abbrev=False, epilog=EXAMPLES,
                     formatter_class=RawDescriptionHelpFormatter,
@@ -236,7 +236,6 @@ def check_values(args: Namespace) -> None:
     for header in args.header:
         if not re.match(r"[\w.-]+=", header):
             raise UserError("--header takes NAME=VALUE")
-
 
 
 def idle_flags(args: Namespace) -> list[tuple[Iterable[str], str]]:
@@ -358,7 +357,6 @@ class Settings(NamedTuple):
 def digest(text: str) -> str:
     """A short name for a text."""
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
-
 
 
 def given_of(args: Namespace, names: Iterable[str]) -> Json:
@@ -611,7 +609,7 @@ def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
     return reply
 
 
-def noted(llm: LLM, stats: Json, ask: Ask) -> Reply:
+def counted_asked(llm: LLM, stats: Json, ask: Ask) -> Reply:
     """The model's reply. It adds 1 to `stats["asked"]`."""
     reply = llm(ask)
     prompts.count(stats, "asked")
@@ -635,7 +633,7 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
     if not args.replay:
         llm = prompts.openai(url, run.model, extra=args.extra_body, **options)
     llm = prompts.limited(llm, args.max_calls)
-    llm = prompts.recorded(partial(noted, llm, live.stats), log)
+    llm = prompts.recorded(partial(counted_asked, llm, live.stats), log)
     if run.embedding == "hashed_ngrams":
         return llm, prompts.hashed_ngrams
     embed = prompts.unlogged
@@ -841,7 +839,7 @@ def ledger(live: Live) -> list[str]:
         if row["calls"]:
             table[role] = {name: str(number) for name, number in row.items()}
     lines = grid(table) if table else []
-    if stats:
+    if "asked" in stats:                # an endpoint or its log was opened
         answers = sum(row["calls"] for row in counts.values())
         asked = stats.pop("asked")
         known = max(answers - asked, 0)     # after Ctrl-C an answer may not be counted yet
@@ -977,8 +975,8 @@ def print_prompts(args: Namespace, phase: str, number: int) -> None:
     is_of_this_version = (config.keys() == set(Settings._fields)
                           and config["config"].keys() == set(Config._fields))
     if not is_of_this_version or config["load"]:
-        raise UserError(f"{args.show} was started by --load, --experiment or another version: "
-                        "its prompts cannot be made again")
+        raise UserError(f"{args.show} was started by --load or another version: its prompts "
+                        "cannot be made again")
     run = Settings(**config)
     args.replay = True                  # no endpoint is asked
     llm, embed = open_model(args, run, args.show, new_live())
@@ -1272,7 +1270,7 @@ COLOURS = {
 
 
 def colour_of(series: str) -> str:
-    """The colour of a method. Ablations share that of billp. Models and fixed policies are grey."""
+    """The colour of a method. Ablations share that of billp. Fixed policies are grey."""
     method = series.partition(":")[0].partition("-no-")[0]
     return COLOURS.get(method, "#999999")
 
@@ -1373,12 +1371,12 @@ def experiments(args: Namespace, live: Live) -> None:
         for needed in cells.values():
             jobs += [job for job in needed if job not in jobs]
     jobs.sort(key=lambda job: -job.run.episodes)    # so no core waits long for another at the end
-    flags = {name: getattr(args, name) for name in ("experiment", "seeds", "models", "rows")}
     # The longest job with language needs the most learners, because policies meet the same ones
     # again. It is tried here, so that too few users are found before anything is written.
     language_jobs = [job for job in jobs if job.run.method in billp.METHODS]
-    longest_job = (language_jobs or jobs)[0]
+    longest_job = max(language_jobs or jobs, key=lambda job: job.run.episodes)
     build_place(longest_job.run)
+    flags = {name: getattr(args, name) for name in ("experiment", "seeds", "models", "rows")}
     folder = run_directory(args, base._asdict() | flags)
     results = []
     for samples, job in zip(do_jobs(args, jobs, folder, live), jobs):
