@@ -28,7 +28,8 @@ import json
 import re
 import sys
 import time
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
+from argparse import (ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace,
+                      RawDescriptionHelpFormatter)
 from collections import Counter, defaultdict
 from concurrent import futures
 from contextlib import contextmanager
@@ -185,9 +186,12 @@ def directory(text: str) -> Path:
 
 def json_object(text: str) -> Json:
     """A JSON object as it is typed, such as {"top_p": 0.9}."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError("no JSON object")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):     # the text is not shown: it may hold a secret
+        raise ArgumentTypeError("it takes a JSON object, such as '{\"top_p\": 0.9}'")
     return value
 
 

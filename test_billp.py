@@ -2273,7 +2273,7 @@ FOLDER = {                                  # what lies in the folder of the tes
 --experiment table3 --models m,n --base-url x ; --experiment fig5 --window 2 | has no effect
 --base-url x | --model
 --replay --model m | --replay
---base-url x --model m --extra-body 1 | --extra-body
+--base-url x --model m --extra-body 1 ; --base-url x --model m --extra-body {SECRET} | JSON object
 --base-url x --model m --header a ; --base-url x --model m --header api-key:{SECRET}= | --header
 --model= ; --experiment table5 --rows= | without a value
 --api-key={SECRET} | --api-key
