@@ -195,11 +195,11 @@ def check_parts(env: Env) -> None:
     n, m, c = len(env.histories), len(env.titles), len(env.categories)
     demand(n > 0 and m > 0, f"a world of {n} users (histories) and {m} items (titles)")
     demand(env.learners in range(n + 1), f"learners is {env.learners} for {n} histories")
-    demand(len(env.years) == m, f"years has {len(env.years)} rows for {m} titles")
-    belongs, vectors = np.shape(env.belongs), np.shape(env.vectors)
-    demand(belongs == (m, c), f"belongs has the shape {belongs}, not {m} items x {c} categories")
-    is_matrix = len(vectors) == 2 and vectors[0] == m
-    demand(is_matrix, f"vectors has the shape {vectors}, not {m} items x numbers")
+    d = np.shape(env.vectors)[-1:]              # of any length
+    shapes = {"years": (m,), "belongs": (m, c), "vectors": (m, *d)}
+    for name, shape in shapes.items():
+        found = np.shape(getattr(env, name))
+        demand(found == shape, f"{name} has the shape {found} instead of {shape}")
     items = set(range(m))
     for user, history in enumerate(env.histories):
         strangers = set(history) - items
@@ -1016,7 +1016,7 @@ def groups(keys: Array) -> list[Array]:
 def ridge(own: Array, other: Array, ratings: Array, fixed: Array, count: int) -> Array:
     """float32 [count, k + 1]: factors and bias of each user, while those of the items are fixed.
 
-    It is told for users. `als` also calls it with users and items exchanged.
+    These words speak of users. `als` also calls it with users and items exchanged.
     Vote i is ratings[i], of the user own[i] for the item other[i], less the global offset. There
     are `count` users. `fixed` holds factors and bias [k + 1] of each item. The penalty on a factor
     is 3 + a tenth of the user's number of votes, that on the bias is 3.

@@ -1649,7 +1649,7 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
         if response.is_success and not data.get("error"):
             return read(data)       # a shape that it cannot read is a bad answer, too
     except MISSHAPEN:
-        data = {}                   # so a success that cannot be used keeps its status, "page"
+        data = {}                   # so a success that cannot be used keeps its status
     # an error status, an error in the body, or a body that `read` cannot use
     return judged(route, response, data, text)
 
@@ -1678,7 +1678,7 @@ def status_of(response: Any, error: dict) -> str:
 
 
 def is_vain(status: str, wait: float, text: str) -> bool:
-    """Whether to ask again is vain: the wait is too long, or the quota of a day is used up."""
+    """Whether it is useless to ask again: the wait is too long, or a day's quota is used up."""
     if wait > LONGEST_WAIT:
         return True
     if "PerDay" in text:            # Google, which names a wait of seconds even then

@@ -157,7 +157,6 @@ DEFAULTS = {                            # of flags that are no field of Config o
     "episodes": 50, "users": 50, "method": "billp", "world": "films", "seed": 0, "seeds": 5,
     "workers": 0, "timeout": 300.0, "header": (), "extra_body": {}, "max_calls": MANY,
     "replay": False, "pick": "", "prompts": False, "experiment": ""}
-
 EXAMPLES = """\
 examples:
   run.py --episodes 50

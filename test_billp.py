@@ -1315,7 +1315,7 @@ def test_exactly_beta_and_the_floor_are_borne(place, rating, borne):
     ("titles", (), "0 items"), ("years", (1999,), "years"), ("learners", 2, "learners"),
     ("histories", [], "0 users"), ("histories", [[0.5]], "0.5"), ("histories", [[3]], r"\{3\}"),
     ("belongs", np.ones((2, 3), bool), "belongs"),
-    ("belongs", np.ones((3, 9), bool), "categories"),
+    ("belongs", np.ones((3, 9), bool), "belongs"),
     ("vectors", np.ones((2, 2)), "vectors")])
 def test_check_refuses_a_world_that_does_not_fit(field, value, words):
     env = hand_world((0, 9, 20), (5, 5, 5))
