@@ -662,7 +662,7 @@ def test_a_malformed_reply_is_asked_again():
     llm, asks = noting(scripted({"planner": replies}))
     config = Config(reply_tokens=77, temperature=0.3, transcript=1000, retries=3)
     turn = prompts.turn(1, "", "a line", 5, False)
-    plan, _ = billp.planner(STATE._replace(transcript=9999 * turn), EMPTY, llm, config)
+    plan, _ = billp.planner(STATE._replace(transcript=99 * turn), EMPTY, llm, config)
     assert (plan.value, plan.malformed, plan.fallback, len(asks)) == ("go on", 3, False, 4)
     for attempt, ask in enumerate(asks):
         prompt, complaints = ask.messages[:2], ask.messages[2:]
@@ -924,15 +924,15 @@ def test_parse_inverts_what_a_well_behaved_model_writes(text, n, value):
     "Action 1: recommend {} because it is unlike the last items",
     "Thought 1: new. Action 1: recommend {}"])
 def test_every_item_is_found_in_any_wrapping(form):
-    """By its title, with its year or with its categories, and in any case."""
+    """By its title in any case, with its year or with its categories."""
     titles, years = ODDLY_TITLED.env.titles, ODDLY_TITLED.env.years
     for item, title in enumerate(titles):
         first_of_twins = titles.index(title)
-        for text, found in ((title, first_of_twins), (f"{title} ({years[item] or 2018})", item),
+        for text, found in ((title, first_of_twins), (title.upper(), first_of_twins),
+                            (f"{title.lower()} ({years[item] or 2018})", item),
                             (ODDLY_TITLED.lines[item], item)):
-            for cased in (text, text.upper(), text.lower()):
-                part = prompts.parse_actor(prompts.spoken(form.format(cased, cased)))
-                assert prompts.ground(part, ODDLY_TITLED) == (found, True)
+            part = prompts.parse_actor(prompts.spoken(form.format(text, text)))
+            assert prompts.ground(part, ODDLY_TITLED) == (found, True)
 
 
 def test_a_year_may_be_one_off_and_no_more():
@@ -1087,6 +1087,7 @@ planner ; actor ; reflector | I must decline. ; Unable to comply. ; I'm afraid I
 planner ; actor ; reflector | I'm a language model. ; I'm just a language model. ; I apologize.
 planner ; actor ; reflector | I'm not comfortable with this. ; I'm not programmed to do this.
 planner ; actor ; reflector | I can't continue with this. ; I cannot discuss such films.
+planner ; actor ; reflector | I'm sorry. ; I'm afraid I can't. ; I cannot help with that.
 """))
 def test_a_refusal_or_unfilled_form_is_malformed(role, reply):
     parse = getattr(prompts, f"parse_{role}")
@@ -1123,15 +1124,17 @@ def test_a_reply_that_repeats_itself_is_read_quickly(piece):
     for parse in (prompts.parse_planner, prompts.parse_actor, prompts.parse_critic,
                   prompts.parse_reflector):
         for opening in ("Value: ", ""):
-            parse(prompts.spoken(f"{opening}{6000 * piece} better"))
-    assert time.process_time() - start < 5
+            parse(prompts.spoken(f"{opening}{3000 * piece} better"))
+    assert time.process_time() - start < 2
 
 
 @given(junk | st.sampled_from(FILMS.titles), st.sets(st.integers(0, 199), max_size=198))
 def test_grounding_never_returns_what_is_excluded(text, excluded):
     item, exact = prompts.ground(text, CATALOG, excluded)
     assert item not in excluded
-    assert not exact or prompts.fold(FILMS.titles[item]) in prompts.fold(text)
+    title, written = (" ".join(prompts.words_of(part)).casefold()
+                      for part in (FILMS.titles[item], text))
+    assert not exact or title in written
     second, _ = prompts.ground(text, CATALOG, excluded | {item})
     assert second not in excluded | {item}
 
