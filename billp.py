@@ -8,7 +8,7 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
     action a_n     an item of the catalogue; its reward r_n is the rating, or 0 if the user leaves
     V(s), A(s, a)  the critic's value of a state; the advantage r + gamma V(s') - V(s)
     verdict v_n    what the actor remembers of an action: 1 encouraged if A >= 0, else 0 discouraged
-    reflection     what the reflector writes after an episode; recalled it is a lesson
+    reflection     what the reflector writes after an episode; a recalled reflection is a lesson
     M_P, M_A, M_C  the memories of planner, actor and critic (an `Agent`)
     ask            one question to the model (prompts.Ask); its key names the random draw of the
                    answer, so that a run can be repeated
@@ -129,7 +129,8 @@ class Chunk(NamedTuple):
 
 
 # A memory is a tuple of chunks, oldest first. Each chunk is at least twice as long as the next.
-# So a new record causes little copying on average, and every older memory stays as it was.
+# So a new record causes little copying on average. Nothing is changed in place: the memory before
+# a new record remains valid.
 Memory = tuple[Chunk, ...]
 EMPTY: Memory = ()
 
@@ -240,6 +241,30 @@ class Agent(NamedTuple):
 
 
 NOVICE = Agent()
+
+
+class Step(NamedTuple):
+    """One recommendation: what was known, thought, done and earned."""
+    state: State
+    plan: Answer
+    act: Answer
+    line: str                       # the recommended item as the model reads it
+    reward: float
+
+
+class Trajectory(NamedTuple):
+    """One episode, and what it teaches once it has been studied."""
+    user: int
+    steps: tuple[Step, ...]         # at least one; the last is the leaving step if terminated
+    last: State                     # s_{N+1}, the state after the last step
+    terminated: bool                # the user left
+    # V(s_1) .. V(s_{N+1}); the last is 0 if the user left, and all are 0 without the critic
+    values: tuple[float, ...] = ()
+    advantages: tuple[float, ...] = ()      # A(s_1, a_1) .. A(s_N, a_N)
+    answers: tuple[Answer, ...] = ()        # of critic and reflector
+    gained: Agent = NOVICE                  # what this episode adds to the three memories
+
+
 # What every role returns. Only the reflector writes; the others return the very same memory.
 Output = tuple[Answer, Memory]
 
@@ -302,7 +327,7 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
     """
     recalled = ()
     if config.lessons == "nearest":
-        # four times k: some to spare for `distinct`
+        # four times k, because `distinct` drops near-duplicates
         recalled = recall(memory, state.vector, 4 * config.k_lessons)
     if config.lessons == "latest":
         recalled = records(memory)[::-1]
@@ -332,8 +357,11 @@ def promise(candidate: Candidate, recent: Sequence[str]) -> tuple[bool, float]:
 
 def retrieved(state: State, catalog: Catalog, taken: Sequence[int], tastes: prompts.Tastes,
               config: Config) -> list[str]:
-    """The lines of the `candidates` free items that fit the thought and the liked categories."""
-    # two texts: what the thought asks for, such as "[War]", and liked categories not shown lately
+    """The lines of the free items that fit the thought and the liked categories best.
+
+    There are `config.candidates` of them, or as many as are free.
+    """
+    # what the thought asks for, such as "[War]", and the liked categories not shown lately
     texts = prompts.query(state.thought, catalog.env.categories, tastes)
     items = prompts.closest(texts, catalog, taken, config.candidates)
     return [catalog.lines[item] for item in items]
@@ -344,7 +372,7 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     """The free items that the actor is shown, each once, the most promising first.
 
     - With a thought: those nearest to what it asks for and to liked categories not shown lately.
-    - Without: those nearest to all liked categories and to those not shown lately.
+    - Without: those nearest to all liked categories and to the liked ones not shown lately.
     - With `candidates` 0, as in the paper: the items of the recalled experience.
     """
     taken = barred(state, config)
@@ -355,7 +383,7 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     else:
         in_catalog = set(catalog.lines)             # a loaded memory may come from another world
         lines = [line for line, _ in counts if line in in_catalog]
-    # A remembered item may be taken. A free item may have the same line as a taken one: the model
+    # Some remembered items are taken. Some free items have the same line as a taken one: the model
     # could not tell them apart.
     taken_lines = {catalog.lines[item] for item in taken}
     # A line comes twice if it has both verdicts, or if two items share it.
@@ -371,7 +399,11 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
 
 def chosen_item(answer: Answer, state: State, listed: Sequence[Candidate], catalog: Catalog,
                 config: Config) -> tuple[int, bool]:
-    """The item that an actor's answer stands for, and whether it names a free item."""
+    """The item that an actor's answer stands for, and whether it names a free item.
+
+    If it names none, the item is a listed one, or with `candidates` 0, as in the paper, the nearest
+    of all free ones.
+    """
     taken = barred(state, config)
     if answer.fallback:
         text = listed[0].line if listed else state.text
@@ -379,9 +411,9 @@ def chosen_item(answer: Answer, state: State, listed: Sequence[Candidate], catal
     item, exact = prompts.ground(answer.value, catalog, taken)
     if exact or not listed or not config.candidates:
         return item, exact
-    # A small model repeats recent items. The free item nearest to one of them would often be too
-    # similar. With all unlisted items excluded, `ground` takes the listed item nearest to the
-    # categories of the item named, or to the reply.
+    # No free item is named. Often the reply repeats a recent one, and the free item nearest to that
+    # would be too similar to it. So `ground` is asked again and may choose among listed items only:
+    # it takes the one nearest to the categories of the item named, or else to the reply.
     lines = {candidate.line for candidate in listed}
     others = [item for item, line in enumerate(catalog.lines) if line not in lines]
     item, _ = prompts.ground(answer.value, catalog, exclude=others)
@@ -392,10 +424,8 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
           config: Config = DEFAULT) -> Output:
     """Micro level: the item a_n, given the thought, free items and the evidence for them.
 
-    The item is the free one that the reply names. If it names none, the item is the listed one
-    nearest to the reply (see `prompts.ground`), or with `candidates` 0, as in the paper, the
-    nearest of all free ones. Fallback: the first item listed in the prompt, or else the free item
-    nearest to the state.
+    The item is the free one that the reply names. If it names none, see `chosen_item`. Fallback:
+    the first item listed in the prompt, or else the free item nearest to the state.
     """
     listed = shortlist(state, memory, catalog, config)
     form = prompts.ACTOR if config.candidates else prompts.OPEN_ACTOR
@@ -441,27 +471,6 @@ def reflector(trajectory: Trajectory, memory: Memory, llm: LLM, config: Config =
 
 # -------------------------------------------------------------------------------- episode
 
-
-class Step(NamedTuple):
-    """One recommendation: what was known, thought, done and earned."""
-    state: State
-    plan: Answer
-    act: Answer
-    line: str                       # the recommended item as the model reads it
-    reward: float
-
-
-class Trajectory(NamedTuple):
-    """One episode, and what it teaches once it has been studied."""
-    user: int
-    steps: tuple[Step, ...]         # at least one; the last is the leaving step if terminated
-    last: State                     # s_{N+1}, the state after the last step
-    terminated: bool                # the user left
-    # V(s_1) .. V(s_{N+1}); the last is 0 if the user left, and all are 0 without the critic
-    values: tuple[float, ...] = ()
-    advantages: tuple[float, ...] = ()      # A(s_1, a_1) .. A(s_N, a_N)
-    answers: tuple[Answer, ...] = ()        # of critic and reflector
-    gained: Agent = NOVICE                  # what this episode adds to the three memories
 
 
 def score(trajectory: Trajectory) -> tuple[int, float]:
@@ -601,8 +610,9 @@ def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, see
 def train(catalog: Catalog, users: Sequence[int], llm: LLM, seed: int = 0, agent: Agent = NOVICE,
           config: Config = DEFAULT, pmap: Callable = map,
           first: int = 0) -> Iterator[tuple[Agent, tuple]]:
-    """The paper's algorithm, a left fold. Yields (agent, trajectories) after each batch.
+    """The paper's algorithm. Yields (agent, trajectories) after each batch.
 
+    Each batch plays with the agent that the batch before has made.
     `first` is the number of episodes learned before, so that learning can go on where it stopped.
     """
     for start in range(0, len(users), config.batch):

@@ -1,7 +1,8 @@
 """The world: users, items, and the rule by which a user leaves. No language model here.
 
 An `Env` is a frozen record: the parameters of a simulator. `reset` and `step` are pure. They take
-one user, or B users at once: policies that see numbers need millions of steps.
+one user, or B users at once. Batches are for speed: policies without language need millions of
+steps.
 
     n, m, c, d   numbers of users, items and categories, and the size of an item's vector
     user, item   indices into the world's arrays; item -1 is an empty place
@@ -57,7 +58,8 @@ class Env(NamedTuple):
 
     `rate(users, items)` gives ratings from 1 to 5, none missing. `distance(users, a, b)` is
     how different the items a and b feel to users. Both take int arrays that broadcast together and
-    return an array of that shape. `table` and `euclidean` make such functions.
+    return an array of that shape. The users may be left out of it if they make no difference.
+    `table` and `euclidean` make such functions.
     """
     titles: tuple[str, ...]             # [m], without the year
     years: tuple[int | None, ...]       # [m]
@@ -89,7 +91,8 @@ def sessions_at(state: EnvState, index: Any) -> EnvState:
     return EnvState(*[part[index] for part in state])
 
 
-# `look_up` and `length_between` are no closures, so that a world can be sent to another process.
+# A world is pickled to go to another process, and a closure cannot be pickled. So `table` and
+# `euclidean` return a `partial` of a function of the module.
 
 
 def look_up(ratings: Array, users: Array, items: Array) -> Array:
@@ -134,8 +137,8 @@ def with_all(env: Env, state: EnvState) -> tuple[EnvState, Array]:
     In the sessions user and t become [B, 1], and recent becomes [B, 1, W]. Items are [m]. So
     `env.rate(sessions.user, items)` is [B, m]: each user's rating of each item.
     """
-    with_new_axis = np.s_[:, None]      # of length 1, behind the axis of the sessions
-    return sessions_at(state, with_new_axis), np.arange(len(env.titles))
+    sessions = EnvState(*[part[:, None] for part in state])
+    return sessions, np.arange(len(env.titles))
 
 
 def distance_to_recent(env: Env, state: EnvState, item: Array) -> Array:
@@ -180,7 +183,7 @@ def why_left(env: Env, user: int, items: Sequence[int]) -> str:
     newest_first = earlier[::-1][:env.window]
     for back, other in enumerate(newest_first, 1):
         if env.distance(user, other, item) < env.beta:
-            return f"too like {env.titles[other]}, {back} back"
+            return f"too similar to {env.titles[other]}, {back} back"
     return f"disappointed: would rate it {env.rate(user, item):g}"
 
 
@@ -195,11 +198,11 @@ def check_parts(env: Env) -> None:
     n, m, c = len(env.histories), len(env.titles), len(env.categories)
     demand(n > 0 and m > 0, f"a world of {n} users (histories) and {m} items (titles)")
     demand(env.learners in range(n + 1), f"learners is {env.learners} for {n} histories")
-    d = np.shape(env.vectors)[-1:]              # of any length
-    shapes = {"years": (m,), "belongs": (m, c), "vectors": (m, *d)}
-    for name, shape in shapes.items():
-        found = np.shape(getattr(env, name))
-        demand(found == shape, f"{name} has the shape {found} instead of {shape}")
+    years, belongs, vectors = np.shape(env.years), np.shape(env.belongs), np.shape(env.vectors)
+    demand(years == (m,), f"years has the shape {years} instead of ({m},)")
+    demand(belongs == (m, c), f"belongs has the shape {belongs} instead of ({m}, {c})")
+    is_matrix = len(vectors) == 2 and vectors[0] == m
+    demand(is_matrix, f"vectors has the shape {vectors} instead of ({m}, d)")
     items = set(range(m))
     for user, history in enumerate(env.histories):
         strangers = set(history) - items
@@ -220,8 +223,8 @@ def check_ratings(env: Env) -> None:
     demand(np.shape(ratings) == (len(users), m), "rate does not return the shape of its arguments")
     is_row = np.shape(distances) == (m,) and not np.isnan(distances).any()
     demand(is_row, "distance does not return a number for each of its arguments")
-    fit = (ratings >= 1) & (ratings <= 5)           # false for NaN
-    demand(fit.all(), f"ratings that are not between 1 and 5: {ratings[~fit][:9]}")
+    is_sound = (ratings >= 1) & (ratings <= 5)      # false for NaN
+    demand(is_sound.all(), f"ratings that are not between 1 and 5: {ratings[~is_sound][:9]}")
 
 
 def check(env: Env) -> None:
@@ -249,7 +252,7 @@ def unseen(env: Env, users: Array) -> Array:
     """bool [B, m]: the items that are not in each user's history."""
     free = np.ones((len(users), len(env.titles)), bool)
     for row, user in enumerate(users):
-        # An empty list would make an array of floats, which is no index.
+        # An empty list would make an array of floats, which cannot be an index.
         free[row, np.asarray(env.histories[user], int)] = False
     return free
 
@@ -317,7 +320,7 @@ def oracle(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     return best(ratings, preferred(stays, free))
 
 
-# Two policies see the learners' ratings, and give everybody the same list.
+# Two policies see the learners' ratings. They rank the items in the same order for everybody.
 
 
 def popularity(env: Env) -> Array:
@@ -366,7 +369,8 @@ def mean_liked(rows: Array, env: Env, users: Array) -> Array:
 def affinity(env: Env, state: EnvState) -> Array:
     """float [B, m]: how much the user's history is like each item.
 
-    It is the mean, over the item's categories, of the share of the history in that category.
+    It is the mean, over the item's categories, of the share of the history in that category. If 4
+    of 10 liked items are in War and 2 in Drama, it is (0.4 + 0.2) / 2 for an item in both.
     """
     share = mean_liked(env.belongs, env, state.user)            # [B, c]: of the history
     sizes = np.maximum(env.belongs.sum(1), 1)                   # [m]: categories of each item
@@ -432,11 +436,12 @@ def bandit(weights: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> 
 def learn_bandit(env: Env, episodes: int, seed: int = 0) -> Policy:
     """A linear contextual bandit: ridge regression of the next reward on `features`, penalty 1.
 
-    It learns from the rewards of its own episodes and does not look ahead. It recommends a random
-    item one time in ten.
+    It learns from the rewards of its own episodes and does not look ahead. While it learns, it
+    recommends a random item one time in ten.
     """
     rng = branch(seed, "bandit")
-    # ridge regression solves (sum of x x' + penalty) weights = sum of reward x
+    # The weights solve square @ weights = product. Here square is the penalty times the identity
+    # plus the sum of outer(x, x), and product is the sum of reward * x, over recommended items.
     square, product = np.eye(4), np.zeros(4)
     for state, free in new_sessions(env, episodes, 100, rng):
         while len(free) > 0:
@@ -506,6 +511,8 @@ def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
     # d chance_i / d fit_j = chance_i * ([i is j] - chance_j) follow
     # d log_chance[pick] / d fit_j = [j is the pick] - chance_j
     # d entropy / d fit_j = -chance_j * (log_chance_j + entropy)
+    # For the last line: entropy is -sum of chance_i * log_chance_i, so d entropy / d chance_i is
+    # -(log_chance_i + 1). The 1 drops out, because the chances sum to 1.
     of_pick = picked - chance
     of_entropy = -chance * (log_chance + entropy)
     by_fit = td_error[:, None] * of_pick + ENTROPY * of_entropy
@@ -628,8 +635,8 @@ def t_interval(figures: Array) -> tuple[Array, Array]:
     return figures.mean(0) - margin, figures.mean(0) + margin
 
 
-def bootstrap(figure: Function, samples: Sequence[Array], draws: int) -> Array:
-    """[2, ...]: the 0.025 and 0.975 quantiles of a figure, users drawn with replacement.
+def bootstrap(statistic: Function, samples: Sequence[Array], draws: int) -> Array:
+    """[2, ...]: the 0.025 and 0.975 quantiles of a statistic, users drawn with replacement.
 
     Samples are [1, N, k], of one seed. The same users are drawn from all of them.
     """
@@ -638,23 +645,24 @@ def bootstrap(figure: Function, samples: Sequence[Array], draws: int) -> Array:
     resampled = []
     for sample in samples:
         of_draws = sample[0, drawn]                 # [draws, N, k]
-        resampled.append(of_draws[:, None])         # [draws, 1, N, k], as a figure takes it
-    return np.quantile(figure(*resampled), [0.025, 0.975], axis=0)
+        resampled.append(of_draws[:, None])         # [draws, 1, N, k]: one seed in each draw
+    return np.quantile(statistic(*resampled), [0.025, 0.975], axis=0)
 
 
-def intervals(figure: Function, *samples: Array, draws: int = 1000) -> list[list[float]]:
-    """[mean, low, high] of each number in figure(*samples), with its 95 % confidence interval.
+def intervals(statistic: Function, *samples: Array, draws: int = 1000) -> list[list[float]]:
+    """[mean, low, high] of each number in statistic(*samples), with its 95 % confidence interval.
 
     - Samples are [S, N, k]: S seeds with N users each. All samples have the same users, so that
       differences are paired.
-    - The figure takes [..., S, N, k], averages over S and N, and returns [..., numbers].
+    - The statistic takes [..., S, N, k], averages over S and N, and returns [..., numbers].
     - One seed: a percentile bootstrap interval over its users.
     - Several seeds: a t interval over the figures of the seeds. Users of one seed are not
       independent, because they share its world.
     """
-    each_alone = [sample[:, None] for sample in samples]        # [S, 1, N, k]
-    figures = figure(*each_alone)                               # [S, numbers]
-    low, high = t_interval(figures) if len(figures) > 1 else bootstrap(figure, samples, draws)
+    # [S, 1, N, k]: one seed in each, so that there is a figure for each seed
+    each_alone = [sample[:, None] for sample in samples]
+    figures = statistic(*each_alone)                            # [S, numbers]
+    low, high = t_interval(figures) if len(figures) > 1 else bootstrap(statistic, samples, draws)
     return np.stack([figures.mean(0), low, high], -1).round(4).tolist()
 
 
@@ -769,7 +777,8 @@ def made_up(belongs: Array, users: int, rng: Rng) -> Array:
 
     taste = archetypes[rng.integers(6, size=users)]
     taste = taste + 0.8 * rng.normal(size=taste.shape)
-    # A sum of k independent tastes spreads as the root of k. Dividing by the root undoes this.
+    # The standard deviation of a sum of k independent tastes grows as the root of k. So the sum is
+    # divided by the root.
     liking = taste @ (belongs / np.sqrt(belongs.sum(1, keepdims=True))).T
     noise = 0.5 * rng.normal(size=liking.shape)
     ratings = np.rint(3.8 + 2 * liking + 0.8 * appeal + noise)
@@ -792,8 +801,8 @@ def films(seed: int = 0, users: int = 1000) -> Env:
         years.append(int(year))
         tags.append([CODES[letter] for letter in letters])
     categories, belongs = labels(tags)
-    # Films that share a rare category are nearer to each other: a shared category adds the square
-    # of its weight to their dot product, which is log(1 / its frequency).
+    # The square of a weight is log(1 / the category's frequency). That is what a shared category
+    # adds to the dot product of two films. So films that share a rare one are nearer to each other.
     weight = np.sqrt(np.log(len(titles) / belongs.sum(0)))
     vectors = unit(belongs * weight).astype(np.float32)
     rng = np.random.default_rng(seed)
@@ -1016,10 +1025,11 @@ def groups(keys: Array) -> list[Array]:
 def ridge(own: Array, other: Array, ratings: Array, fixed: Array, count: int) -> Array:
     """float32 [count, k + 1]: factors and bias of each user, while those of the items are fixed.
 
-    These words speak of users. `als` also calls it with users and items exchanged.
-    Vote i is ratings[i], of the user own[i] for the item other[i], less the global offset. There
-    are `count` users. `fixed` holds factors and bias [k + 1] of each item. The penalty on a factor
-    is 3 + a tenth of the user's number of votes, that on the bias is 3.
+    A factor is one of the k numbers by which the model describes a user or an item. `fixed` holds
+    the k factors of each item and, behind them, its bias. The user own[i] gave the item other[i] a
+    rating of ratings[i] + the global offset. There are `count` users. The penalty on a factor is 3
+    + a tenth of the user's number of ratings, that on the bias is 3.
+    `als` also calls it with users and items exchanged.
     """
     # rating - item's bias = [item's factors, 1] @ [user's factors, user's bias]
     targets = ratings - fixed[other, -1]
@@ -1027,7 +1037,7 @@ def ridge(own: Array, other: Array, ratings: Array, fixed: Array, count: int) ->
     inputs[:, -1] = 1
     width = fixed.shape[1]
     fitted = np.zeros((count, width), np.float32)
-    for group in groups(own):                   # the votes of one user
+    for group in groups(own):                   # the ratings of one user
         x = inputs[other[group]]
         penalty = np.full(width, 3 + len(group) / 10)
         penalty[-1] = 3
@@ -1178,7 +1188,10 @@ ADMITTED = ("numpy.ndarray", "numpy.dtype",
 
 
 class ArraysOnly(pickle.Unpickler):
-    """An unpickler that reads numpy arrays and refuses to call anything else."""
+    """An unpickler that reads numpy arrays and refuses everything else.
+
+    pickle calls `find_class` for each function or class that a file names.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in ADMITTED:
@@ -1196,8 +1209,8 @@ def load(path: Location, world: str, name: str) -> Any:
         else:
             with file.open("rb") as stream:
                 matrix = np.asarray(ArraysOnly(stream).load())
-        fit = matrix.ndim == 2 and np.isfinite(matrix).all()
-        demand(fit, "it does not hold one matrix of finite numbers")
+        is_sound = matrix.ndim == 2 and np.isfinite(matrix).all()
+        demand(is_sound, "it does not hold one matrix of finite numbers")
         return matrix
 
 
@@ -1223,7 +1236,7 @@ def distance_by_half(learners: int, train: Array, test: Array, users: Array, a: 
 
 
 def released_world(path: Location, name: str) -> Env:
-    """The world of `released`. Files that do not fit together raise any error."""
+    """The world of `released`. Files that do not fit together may raise any kind of error."""
     train, train_distances, train_seen = read_half(path, name, "train")
     test, test_distances, test_seen = read_half(path, name, "test")
     ratings = np.concatenate([train, test])
@@ -1234,15 +1247,16 @@ def released_world(path: Location, name: str) -> Env:
     genres = {html.unescape(title): ast.literal_eval(sources[title]) for title in sources}
     categories, belongs = labels([genres.get(title, []) for title in titles])
     index = {title: item for item, title in enumerate(titles)}
-    numbers = []
+    histories = []
     for seen in train_seen + test_seen:
-        numbers.append([index[title] for title in seen if title in index])
+        items = [index[title] for title in seen if title in index]
+        histories.append(last_distinct(items))
     return Env(
         titles=tuple(titles), years=(None,) * m,
         categories=categories, belongs=belongs, vectors=unit(belongs).astype(np.float32),
         rate=table(np.clip(ratings, 1, 5)),
         distance=partial(distance_by_half, len(train_seen), train_distances, test_distances),
-        histories=[last_distinct(items) for items in numbers],
+        histories=histories,
         learners=len(train_seen), beta={"steam": 50.0, "amazon": 15.0}[name], grace=1)
 
 

@@ -1,15 +1,15 @@
 """Language: what is asked of a model, how its reply is read, and the models themselves.
 
-An `Ask` is everything that determines an answer. An `LLM` is a function from Ask to Reply. The
-method's only effects are calls of an LLM, and of an Embed if it asks an endpoint. Each of the four
-roles has one trio: templates, `render_*` (the question, from what the role recalls) and `parse_*`
-(a value from any text, or `Malformed`).
+An `Ask` is everything that determines an answer. An `LLM` is a function from Ask to Reply. Calls of
+an LLM are the method's only effects, together with calls of an Embed that asks an endpoint. Each of
+the four roles has one trio: templates, `render_*` (the question, from what the role recalls) and
+`parse_*` (a value from any text, or `Malformed`).
 
     line        one item as the model reads it, "Alien [Horror, Sci-Fi]"
     Catalog     a world as language; `ground` finds the item that a text names
     history     the lines of the last items a user liked before the session, oldest first
     session     the transcript so far: Thought, Note, Action and Observation lines. Lines are
-                appended; only of a very long session the oldest turns are dropped
+                appended; only from a very long session the oldest turns are dropped
     shared      history and session: the part of a prompt that the next prompt extends
     taken       items liked before or recommended in this session; only --repeats allows them
     candidates  free items that the actor is shown, so that it knows what it can name
@@ -56,7 +56,10 @@ class Usage(NamedTuple):
 
 
 class Key(NamedTuple):
-    """Names the random draws of a step's asks, so that equal texts can have different answers."""
+    """Where in a run a question is asked. It seeds the model's random draw, see `seed_of`.
+
+    So equal texts can have different answers.
+    """
     seed: int
     phase: str                      # "before", "learn", "after", or another for separate draws
     episode: int                    # from 0, within its phase
@@ -105,18 +108,19 @@ def clean(text: str, limit: int = 600) -> str:
     >>> clean("Alien\\nObservation 1: rated 5")
     'Alien Observation 1: rated 5'
     """
-    text = text[:4 * limit]         # a long text is slow; some to spare, because spaces collapse
+    # A long text is slow, so it is cut first. It may still shrink: a run of spaces becomes one.
+    text = text[:4 * limit]
     if not text.isprintable():
         text = "".join(c if c.isprintable() else " " for c in text)
     return " ".join(text.split())[:limit].rstrip()
 
 
-ROUND = str.maketrans("[]", "()")
+BRACKETS_TO_PARENTHESES = str.maketrans("[]", "()")
 
 
 def tag_of(category: str) -> str:
     """A category as it stands in item lines: commas and brackets have a meaning there."""
-    return clean(category, 40).translate(ROUND).replace(",", "")
+    return clean(category, 40).translate(BRACKETS_TO_PARENTHESES).replace(",", "")
 
 
 def in_brackets(tags: Iterable[str]) -> str:
@@ -130,8 +134,9 @@ def item_line(title: str, year: int | None, categories: Iterable[str]) -> str:
     >>> item_line("Alien", 1979, ["Horror", "Sci-Fi"])
     'Alien (1979) [Horror, Sci-Fi]'
     """
+    name = clean(title, 200).translate(BRACKETS_TO_PARENTHESES)
     when = f" ({year})" if year else ""
-    return f"{clean(title, 200).translate(ROUND)}{when} {in_brackets(map(tag_of, categories))}"
+    return f"{name}{when} {in_brackets(map(tag_of, categories))}"
 
 
 def split_tags(text: str) -> tuple[str, ...]:
@@ -165,15 +170,20 @@ def fold(text: str) -> str:
 
 
 def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
-    """Embeds texts without a model: signed counts of letter trigrams, float32 [n, d], unit rows."""
+    """Embeds texts without a model: signed counts of character trigrams, float32 [n, d], unit rows.
+
+    Each three neighbouring characters are hashed to a place 0..d-1 and a sign. With signs, trigrams
+    that share a place cancel out on average.
+    """
     rows = np.zeros((len(texts), d), np.float32)
     for row, text in zip(rows, texts):
         codes = np.frombuffer(f" {fold(text)} ".encode("utf-32-le", "replace"), np.uint32)
         # These products wrap at 2^32 on purpose. The factor in `mixed` is from Knuth's hash.
         trigrams = (codes[:-2] * 31 * 31) + (codes[1:-1] * 31) + codes[2:]
         mixed = (trigrams * 2654435761) >> 16       # the upper 16 bits
-        is_negative = mixed >> 15                   # the highest of them
-        row += np.bincount(mixed % d, weights=1.0 - 2.0 * is_negative, minlength=d)
+        place = mixed % d
+        sign = 1.0 - 2.0 * (mixed >> 15)            # the highest bit decides: 1 or -1
+        row += np.bincount(place, weights=sign, minlength=d)
         if not row.any():
             row[0] = 1              # an empty text needs a direction, too
         row /= np.sqrt(row @ row)
@@ -183,7 +193,8 @@ def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
 # -------------------------------------------------------------------- the parts of a reply
 
 # What models think aloud stands between such marks. `spoken` writes each as <think> or </think>,
-# and takes away what lies between. In both patterns spaces and comments do not count.
+# and takes away what lies between. In both patterns spaces and comments do not count; a space that
+# counts is written [ ].
 THINKING = (r"(\w+[_:] | ant)?"        # chain_of_thought, seed:think, antThinking
             "(think|thinking|thoughts?|reason|reasoning|analysis|scratchpad|monologue|cot)"
             r"(_\w+)?")                # reasoning_content
@@ -198,7 +209,8 @@ OPENING = re.compile(rf"""(?isx)
     | ^ analysis (?= .*assistantfinal)  # gpt-oss behind a server that drops the marks
     """)
 ENDING = re.compile(rf"""(?isx)
-    # </think>, <|/think|>, <|end_of_thought|>, and <|thought_end|>, whose _end THINKING takes
+    # </think>, <|/think|>, <|end_of_thought|>
+    # <|thought_end|>, where the last part of THINKING matches _end
     <\|? (/ \|? | end_ (of_)? | (?= \w+_end)) {THINKING} \b [^<>]* >
     | [\[◁] /think(ing)? [\]▷]          # Mistral, Kimi
     | <unused95>                        # MedGemma
@@ -215,16 +227,17 @@ MARK = r"<\|\w+\|>|</?[a-z_]+>"         # any other mark: <|im_end|>, <answer>, 
 def spoken(text: str) -> str:
     """A reply without the model's hidden thinking, whether or not its marks are complete.
 
-    Other marks, blank lines and spaces around lines are dropped, too. A long run of spaces would
-    make some patterns slow.
+    Other marks, blank lines and spaces around lines are dropped, too. Long runs of spaces would
+    make the patterns slow that read the reply later.
 
     >>> spoken("<think>A comedy?</think> Alien"), spoken("A comedy?</think> Alien")
     ('Alien', 'Alien')
     """
     text = OPENING.sub("<think>", text)
     text = ENDING.sub("</think>", text)
-    # A pair holds no other opening mark, because many opening marks in a row would be slow.
-    pair = "<think>((?!<think>).)*?</think>"
+    # A pair holds no other opening mark. If it might, many opening marks in a row would be slow.
+    no_other = "((?!<think>).)*?"
+    pair = f"<think>{no_other}</think>"
     without_opening = "^.*</think>"             # the opening mark was part of the prompt
     cut_off = "<think>.*"
     for thinking in (pair, without_opening, cut_off):       # in this order
@@ -244,25 +257,26 @@ TURNS = ("thought", "action", "free item", "final answer", "observation")
 LABELS = "|".join([*THOUGHTS, *ITEMS, *REFLECTIONS, "observation", "value"]).replace(" ", "[ ]")
 GAP = r"[ \t*_]{0,9}"
 # In both patterns spaces and comments do not count.
-# A label with a colon counts where it begins something.
+# IN_LINE: a label with a colon counts where it begins something.
 #     yes: "Action: Up" · "Comedy. Action 3: Up" · "Comedy next Action 3: recommend Up"
 #     no:  "I like Action: it is fast"
 IN_LINE = re.compile(rf"""(?imx)
     (?: ^                           # where a line begins
-      | [^\w\s,] | _                # after a mark that is no comma
+      | [^\w\s,] | _                # after a mark, but not after a comma
       | (?=\baction[ ]\d+:[ ]recommend)
     ) [ \t]*
     (?P<name> {LABELS} ) {GAP} \d*      # "Thought 3", "Final Answer", "item"
     [ \t*_"')]{{0,9}} [:：] [ \t*_"'`-]*     # then a colon
     """)
-# A label without a colon counts alone in its line, with a mark or a number, if text follows below.
-# Else it is an answer, the category Action.
+# HEADING: a label without a colon counts if three things hold. It is alone in its line; the line
+# has a mark (* _ # >) or a number; text follows below. Otherwise "Action" is the category.
 #     yes: "**Action**", then "Up" · "Action 3", then "Up"
 #     no:  "Action", then "Up" · "Next category:", then "**Action**" · "**Action**" at the end
 HEADING = re.compile(rf"""(?imx)
-    (?<! category:\n ) (?<! category:\*\*\n )
-    ^ (?= [ \t]* [*_\#>] | .*\d) [ \t*_\#>]* (?P<name> {LABELS} ) {GAP} \d* {GAP} $
-    (?= \s* \S )                   # with text below
+    (?<! category:\n ) (?<! category:\*\*\n )       # not below "Next category:"
+    ^ (?= [ \t]* [*_\#>] | .*\d)    # a line with a mark at its front, or a number
+    [ \t*_\#>]* (?P<name> {LABELS} ) {GAP} \d* {GAP} $
+    (?= \s* \S )                    # with text below
     """)
 
 
@@ -286,16 +300,15 @@ def segment(text: str, labels: Sequence[str]) -> str:
     """The text after the first of these labels with text behind it. It ends at the next turn.
 
     It is "" if there is no such label. Models often play several turns in one reply: only the first
-    counts. So the text also ends where its label comes again. Only a label of ITEMS that begins no
-    turn may come again, because that may be a list: "Title: Up", "Title: Heat".
+    counts. So the text also ends where its label comes again. Labels such as "title" may come
+    again, because that may be a list: "Title: Up", "Title: Heat".
     """
     heads = heads_of(text)
     for i, head in enumerate(heads):
         if head.name not in labels:
             continue
-        ends = TURNS
-        if head.name not in ITEMS:
-            ends += (head.name,)
+        may_come_again = head.name in ITEMS and head.name not in TURNS
+        ends = TURNS if may_come_again else (*TURNS, head.name)
         next_turns = [later.start for later in heads[i + 1:] if later.name in ends]
         end = next_turns[0] if next_turns else len(text)
         content = text[head.end:end].strip()
@@ -304,7 +317,7 @@ def segment(text: str, labels: Sequence[str]) -> str:
     return ""
 
 
-# Words before a choice. A reply that holds them is no refusal.
+# Words before a choice. A reply that holds them is not a refusal.
 CHOSEN = (r"(?i)\b(?:I|we)(?:['’]d| would| will|['’]ll| should)? (?:recommend|suggest|choose|pick"
           r"|go with)\b|\b(?:answer|choice|best(?: \w+)?|closest(?: \w+)?) is\b|\\boxed")
 # A title may begin like a refusal, "Sorry, Wrong Number": so more of the sentence is needed.
@@ -348,10 +361,12 @@ def unmarked(line: str) -> str:
     >>> unmarked('- **"Up"** is fun'), unmarked('"Up" is fun')
     ('Up is fun', 'Up is fun')
     """
-    # JSON, already cut behind its label: War", "reason": "new"} -> War, reason: new"}
+    # {"category": "War", "reason": "new"} comes without its label, as War", "reason": "new"}
+    # and becomes War, reason: new"}
     line = re.sub(r'",\s*"(\w+)":\s*"', r", \1: ", clean(line))
     content = re.sub("[*`]|__", "", line).strip(' _#>-•"{}')
-    has_unpaired_quote = content.count('"') % 2 == 1        # the other stood at an end or a label
+    # Its partner was stripped just now, or stood before the label.
+    has_unpaired_quote = content.count('"') % 2 == 1
     if has_unpaired_quote:
         content = content.replace('"', "")
     return clean(content)               # no two spaces where a mark was
@@ -501,8 +516,8 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
     by_name = index(without_article) | index(whole)
     by_main = index(spellings(main_title(title)) for title in env.titles)
     vectors = embed(lines)
-    lengths = np.vecdot(vectors, vectors).round(2)
-    if lengths.tolist() != [1.0] * len(lines):
+    squared_lengths = np.vecdot(vectors, vectors).round(2)
+    if squared_lengths.tolist() != [1.0] * len(lines):
         raise ValueError("embed must give a row of length 1 for each text")
     return Catalog(env, embed, tuple(lines), vectors, by_name, by_main)
 
@@ -517,11 +532,13 @@ def of_year(items: Sequence[int], year: int, catalog: Catalog) -> list[int]:
 
 
 def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], int]:
-    """The items whose title the words begin with, and how many words title and year take.
+    """If the words begin with a title: its items, and the number of words of title and year.
 
     The longest title counts. Its year may be left out or be one off. Its subtitle may be left out
-    if nothing but the year follows. Without a title it is `[], 0`. With a title and another film's
-    year, it is `[]` and the words of the title.
+    if nothing but the year follows.
+        ["Alien", "1979", "is", "old"]      [Alien], 2
+        ["Hello"]                           [], 0
+        ["Alien", "2009"]                   [], 1: this year is that of another film
     """
     for size in range(min(LONGEST, len(words)), 0, -1):
         name = named_by(words[:size])
@@ -533,7 +550,7 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
             items = catalog.mains.get(name, [])
         if items and year_words:
             items = of_year(items, int(following), catalog)
-            if not items:               # "Alien 2009" is another film: search on behind its title
+            if not items:               # the search goes on behind the title
                 return [], size
         if items:
             return items, size + year_words
@@ -546,7 +563,8 @@ def before_reason(text: str) -> str:
     >>> before_reason("Up, because I liked Alien"), before_reason("I'd like Up")
     ('Up, ', "I'd like Up")
     """
-    # no comparison: "I'd like Up", "you would, might, may or will like Up", "they also like Up"
+    # Not a comparison: "I'd like Up", "you would, might, may or will like Up", "they also like Up".
+    # (?<!X) means "not after X". There are seven, because Python wants X to have a fixed length.
     like = r"(?<!['’]d )(?<!['’]ll )(?<!would )(?<!might )(?<!may )(?<!will )(?<!also )like"
     reason = (rf"[Bb]ecause|[Rr]eason[\s*_]*:|[Ee]xplanation[\s*_]*:|{like}|unlike|than|since|as"
               "|given that|similar to|in contrast to|in the spirit of|compared (?:to|with)")
@@ -556,9 +574,9 @@ def before_reason(text: str) -> str:
 def fronts(line: str) -> tuple[str, str, str]:
     """The parts of a line that may begin with a title.
 
-    They are the whole, the whole without its number in a list, and what stands after a colon. The
-    third stops at a reason; without a colon it begins where the line does. A title in quotes or
-    bold letters ends with them: '"Up" is fun' gives "Up".
+    They are the whole, the whole without its number in a list, and what stands after a colon, up to
+    a reason. Without a colon the third is the whole up to a reason. A title in quotes or bold
+    letters ends with them: '"Up" is fun' gives "Up".
 
     >>> fronts("1. The best one: Up [Children]")
     ('1. The best one: Up ', 'The best one: Up ', 'Up ')
@@ -576,8 +594,8 @@ def titles_in_front(text: str, catalog: Catalog) -> list[int]:
     """The items of lines that begin with a title, or have one after a colon.
 
     - A number belongs to the title if there is such a title, "28 Up", or else to a list.
-    - A title of one word fills its line up to a reason, or has its year: "Up, because it is fun",
-      "Up (2009) is fun", not "Up to now".
+    - A title of one word counts only if nothing else stands before a reason, or if its year
+      follows: "Up, because it is fun", "Up (2009) is fun", not "Up to now".
     """
     items = []
     for line in text.splitlines():
@@ -629,35 +647,36 @@ def without_asides(text: str) -> str:
 def mentioned(text: str, catalog: Catalog) -> list[int]:
     """The items that a text names, the likeliest first. An item may come several times.
 
-    First come titles behind words such as "I recommend", then bold ones, then those at the front of
-    a line. If the first line begins with a title, only the rest of this line is searched, too, up
-    to a reason. Otherwise titles anywhere follow, those in asides last. Titles in a reason count
-    only if there are no others.
+    1. Titles behind words such as "I recommend".
+    2. Titles in bold letters.
+    3. Titles at the front of a line.
+    4. Titles elsewhere, up to a reason. If the first line begins with a title, only those in it.
+    5. Titles in asides.
+    6. If there are none so far: titles in a reason.
     """
     part = item_part(text)
     top_line = part.partition("\n")[0]
     bold = "\n".join(match[0] for match in re.finditer(BOLD, part))
-    # "Jaws is old, I recommend Alien, because ..."; the choice is the whole if there are no such
-    # words
-    passages = re.split(CHOSEN, part, maxsplit=1)
-    choice = before_reason(passages[-1])
-    has_choice = len(passages) == 2
+    # "Jaws is old, I recommend Alien, because ...": the choice is "Alien". Without such words it is
+    # the part.
+    before, *behind = re.split(CHOSEN, part, maxsplit=1)
+    choice = before_reason(behind[0] if behind else before)
 
-    items = titles_within(choice, catalog) if has_choice else []
-    items += titles_in_front(bold, catalog)
-    items += titles_in_front(part, catalog)
+    items = titles_within(choice, catalog) if behind else []                    # 1
+    items += titles_in_front(bold, catalog)                                     # 2
+    items += titles_in_front(part, catalog)                                     # 3
     if titles_in_front(top_line, catalog):          # the lines below explain it
-        return items + titles_within(before_reason(top_line), catalog)
-    # A title may begin like an aside, "Since Otar Left": so each text is also read whole.
-    for passage in (without_asides(choice), choice, before_reason(part)):
-        items += titles_within(passage, catalog)
+        return items + titles_within(before_reason(top_line), catalog)          # 4
+    items += titles_within(without_asides(choice), catalog)                     # 4
+    items += titles_within(choice, catalog)                                     # 5
+    items += titles_within(before_reason(part), catalog)                        # 5
     if items:
         return items
-    # only in a reason: "Something like Alien: Up", "because Up is fun"
+    # 6: "Something like Alien: Up", "because Up is fun"
     after_colon = part.rpartition(": ")[2]
     items = titles_in_front(after_colon, catalog)
-    for passage in (without_asides(part), part):
-        items += titles_within(passage, catalog)
+    items += titles_within(without_asides(part), catalog)
+    items += titles_within(part, catalog)
     return items
 
 
@@ -677,7 +696,7 @@ def closest(texts: Sequence[str], catalog: Catalog, taken: Collection[int], k: i
 
 
 def nearest(text: str, catalog: Catalog, taken: Collection[int]) -> int:
-    """The item not taken whose line is nearest to a text, or any item if all are taken."""
+    """The item not taken whose line is nearest to a text. If all are taken, the nearest of all."""
     found = closest([text], catalog, taken, 1) or closest([text], catalog, (), 1)
     return found[0]
 
@@ -687,7 +706,8 @@ def ground(text: str, catalog: Catalog, exclude: Collection[int] = ()) -> tuple[
 
     It is the first item named that is not in `exclude`. If all items named are excluded, it is
     the item nearest to the categories of the first: one of its kind, not one spelled like it. If
-    none is named, it is the item nearest to the text. An excluded item comes only if all are.
+    none is named, it is the item nearest to the text. An excluded item is returned only if all
+    items are excluded.
     """
     items = mentioned(text, catalog)
     for item in items:
@@ -923,6 +943,7 @@ def named_in(text: str, tags: Sequence[str]) -> list[str]:
 AVOIDED = (r"(?i)\b(avoid(ing)?|keep away from|without|not|no|never)\b((?! but )[^.;])*"
            r"|\b(instead of|rather than|anything but|nothing like|(do|does|should)n['’]?t)\b"
            r"[^.;,]*")
+# A parenthesis begins a reason, too. After the colon of "reason:" there is no \b, hence (?!\w).
 REASON = r"(?i)\b(?:because|since|as|due to|reason:)(?!\w)|\("
 
 
@@ -954,7 +975,7 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
 
 
 def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
-    """What candidates are retrieved by: two texts, which `closest` adds up.
+    """What candidates are retrieved by: one text or two, which `closest` adds up.
 
     - What the thought asks for, or without a thought all liked categories.
     - The liked categories not shown lately, if there are any.
@@ -1011,14 +1032,18 @@ def render_critic(targets: Sequence[tuple[str, float]], as_before: float) -> str
     return CRITIC.format(targets=bullets(known), as_before=as_before, average=average)
 
 
-# In all patterns below that are written (?x) spaces and comments do not count.
+# The patterns for values are built from parts. In them spaces and comments do not count.
+#     the value of state 4 is 4 + 3 = 7
+#         VALUE PASSAGE    is SUMS    NUMBER
 # "7", "7.5", "7,5", "-1", ".5"
 NUMBER = r"(?P<number>[-−]?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
 # SUMS skips a calculation. Each round takes one "... =", so it ends behind the last "=":
 #     "V = 4 + 0.5 * 5 = 6.5"        skips "V = 4 + 0.5 * 5 ="
 #     "7.5 = 4 + 3.5"                skips nothing: a number alone before "=" is the value
 SUMS = r"""(?:
-    (?! [\s*_$]* [-−]?[\d.,]+ [\s*_$%]* [=≈] )            # no number alone
+    # not if a number stands alone before "="
+    (?! [\s*_$]* [-−]?[\d.,]+ [\s*_$%]* [=≈] )
+    # digits, operators and the names of a formula, then "="
     (?: [\d\s.+*x×·/÷%$−-] | \\[a-z]+(?![a-z]) | \b(of|r|reward|gamma|next)\b | V(\(s\))? )*
     [=≈]
     ){0,9}"""
@@ -1027,11 +1052,11 @@ VALUE_LINE = re.compile(rf"""(?imx)
     ^ ([^\w\n] | _)* ((final|estimated)[ ])? value\b [^:=：\n]* [:=：]
     {SUMS} ([\s*_]* | [^\d\n]*?) {NUMBER}            # in the next line, or after words
     """)
-# The three parts of a sentence on a value. The word, not in "the average value of such states":
+# the word, but not in "the average value of such states"
 VALUE = r"(?<! average[ ] ) (?<! mean[ ] ) value\b"
-# then words, but no other value, no "if he leaves" and no end of the sentence;
+# words without another "value", without "if he leaves" and without the end of a sentence
 PASSAGE = r"(?: (?! \b(?:value|if)\b | [.!?;]\s ) [^:=：\n] )*?"
-# and behind "is" or "at" a calculation or a few words, then the number.
+# a calculation or a few words, then the number
 TO_NUMBER = rf"{SUMS} (?: (?! value\b | [.!?;]\s ) [^\d\n] )*? {NUMBER}"
 # "The value of state 4 is 7.5"
 VALUE_IS = re.compile(rf"(?ix) {VALUE} {PASSAGE} (?: [:=：] | \b(?:is|be)\b ) {TO_NUMBER}")
@@ -1043,7 +1068,7 @@ GUESS = re.compile(rf"""(?ix)
     (?: is | it | at | about | [\s:=*_$] )* {NUMBER}
     """)
 # What may stand behind a value, and is left out: "7.5 out of 10", "7.5 because we are at step 4".
-# A reason with a colon stays: "because the user likes it: 7.5".
+# A reason with a colon stays, "because the user likes it: 7.5": (?!.*[:=：]) is "no colon follows".
 BEHIND = (r"(?i)(?<=\d),? ((out of|of a maximum of|at most) \d+([.,]\d+)?"
           r"|(because|since|given|as)\b[^,.;:=：\n]*(?!.*[:=：]))")
 
@@ -1087,10 +1112,10 @@ LISTED = r"(?m)^- (.*) \[(.*)\]$"
 EVIDENCE = r"(?m)^(Encouraged in similar situations|Discouraged): (.*)\.$"
 TIMES = r"(.+?) \((\d+) of (\d+)\)(?:, |$)"        # what `times` writes
 OTHER = r"(?m)^Which one of the other categories should come next: (.*)\? "
-# What the stand-in says to itself. Its reflector writes "Keep similar items 3 steps apart. Avoid
-# War." Its planner reads that by APART and AVOID. It writes "Keep away from Drama, War.", which its
-# actor reads by PLAN.
-# `turn` cuts a thought at 300 characters, so its last dot may be missing.
+# What the stand-in says to itself. The reflector writes "Keep similar items 3 steps apart. Avoid
+# War.", which the planner reads by APART and AVOID. The planner writes "Keep away from Drama,
+# War.", which the actor reads by PLAN. `turn` cuts a thought at 300 characters, so its last dot may
+# be missing.
 PLAN = r"(?m)^Thought \d+: (.*), because similar .* Keep away from (.*?)\.?$"
 APART = r"\b([1-9]\d?) steps? apart"
 AVOID = r"Avoid (.*?)\."
@@ -1127,7 +1152,7 @@ def apart_in(text: str) -> int:
     return max(map(int, re.findall(APART, text)), default=1)
 
 
-def steps(count: int) -> str:
+def counted_steps(count: int) -> str:
     """A number with its noun: "1 step", "2 steps"."""
     return f"{count} step" if count == 1 else f"{count} steps"
 
@@ -1145,7 +1170,7 @@ def offline_planner(text: str, seed: int) -> str:
     """
     history, session, question = parts_of(text)
     apart = apart_in(question)
-    # what this user liked is no warning for this user
+    # a warning does not count for a user who liked the category
     warned = set(tags_in(question, AVOID)).difference(tags_in(history, LIKED))
     unwanted = set(warned)
     newest_first = shown_in(session)[::-1]
@@ -1158,7 +1183,7 @@ def offline_planner(text: str, seed: int) -> str:
     category = pick(options, text, seed)
     keep_away = ", ".join(sorted(unwanted - {category})) or "nothing"
     # the actor reads this sentence by PLAN, the reflector by APART
-    return (f"Next category: {category}, because similar items go {steps(apart)} apart."
+    return (f"Next category: {category}, because similar items go {counted_steps(apart)} apart."
             f"{spelled_avoid(warned)} Keep away from {keep_away}.")
 
 
@@ -1228,23 +1253,22 @@ def offline_reflector(text: str, seed: int) -> str:
     """Reads off why the user left: similar items too close together, or a disappointment.
 
     `harmless` is the smallest gap at which the user stayed. `advised` is the gap that the session's
-    thoughts asked for. If the user left at a gap below `harmless`, it is at least one step more
-    than that gap. It is never more than `harmless`.
+    thoughts asked for, but at most `harmless`. If the user left at a gap below `harmless`,
+    `advised` is at least one step more than that gap.
     """
     history, session, question = parts_of(text)
     liked = Counter(tags_in(history, LIKED))
     titles, tags = zip(*shown_in(session))
     *earlier, last = gaps_between(tags)
-    harmless = min(earlier, default=9)              # the smallest gap at which the user stayed
-    # what the thoughts asked for, but not more than a gap that did no harm
+    harmless = min(earlier, default=9)
     advised = min(apart_in(session), harmless)
     warned = set()
     if "the user left" not in question:             # the template itself has "The user left"
-        why = f"The user stayed for all {steps(len(titles))}"
+        why = f"The user stayed for all {counted_steps(len(titles))}"
     elif last < harmless:                           # too similar to an item shown lately
         advised = max(advised, last + 1)
-        why = (f"The user left because {titles[-1]} came {steps(last)} after {titles[-1 - last]}, "
-               "which is similar")
+        why = (f"The user left because {titles[-1]} came {counted_steps(last)} after "
+               f"{titles[-1 - last]}, which is similar")
     else:
         why = f"The user left because {titles[-1]} disappointed"
         warned = set(tags[-1]).difference(liked)
@@ -1252,7 +1276,7 @@ def offline_reflector(text: str, seed: int) -> str:
         if sum(times_liked) < 3 * len(times_liked):         # fewer than three on average
             why += f": begin with the {MOST_LIKED} categories"
     fans = ", ".join(tag for tag, _ in liked.most_common(3))
-    return (f"Reflection: {why}. Keep similar items {steps(advised)} apart "
+    return (f"Reflection: {why}. Keep similar items {counted_steps(advised)} apart "
             f"for those who like {fans}.{spelled_avoid(warned)}")
 
 
@@ -1284,8 +1308,8 @@ class Kind(NamedTuple):
     tries: int                      # how often such a request is sent in all
     cure: str                       # what the user can do after the last one
     signs: str                      # a regular expression for "LABEL ADVICE BODY", see `judged`
-    # The run ends after so many such asks with no text between them: then it is no accident of one
-    # prompt. Before, each gives an empty reply.
+    # The run ends after so many such asks in a row without a text: then one prompt cannot be the
+    # cause. Until then each gives an empty reply.
     patience: int = 1
 
 
@@ -1294,7 +1318,8 @@ ELSEWHERE = "use the address it names as --base-url"
 OTHER_MODEL = "try another --model"
 # The first kind whose signs fit counts, so special kinds stand before general ones. Signs are
 # matched with texts such as
-#     '429 true {"error": {"message": "Rate limit"}}'        status, advice, body
+#     '429 true {"error": {"message": "Rate limit"}}'        status, advice, body; the advice is
+#           true (ask again), false (do not) or nothing, see `judged`
 #     'finish_reason length and no text'
 #     'ReadTimeout timed out'
 # The line above each pattern quotes what it is for.
@@ -1340,7 +1365,7 @@ KINDS = (
     Kind("reply tokens", 1, "choose another --reply-tokens",
          r"(400|422) (?=.*max_\w*tokens).*\b(too|must be|reached|exceed|most|least|less|greater"
          r"|maximum|minimum|range|limit)"),
-    # status 401, or 403 that is no rate limit; Google's 400 "API key not valid"
+    # status 401; 403, if it is not a rate limit; Google's 400 "API key not valid"
     Kind("key", 1, "check OPENAI_API_KEY, and whether it may use this model",
          r"401|403 (?!.*rate.?limit)|400 .*(api.?key|expired.?key|authorization header)"),
     # "model not found"; LM Studio's error for a wrong path, which it sends with status 200
@@ -1350,7 +1375,7 @@ KINDS = (
     # a web page instead of JSON
     Kind("page", 2, "does --base-url lack its /v1?", "2.."),
     Kind("vectors", 2, "choose another --embed-model", "embeddings"),
-    Kind("too late", 1, RESUME, "(408|409|429|5..) false"),     # retrying is vain, see `judged`
+    Kind("too late", 1, RESUME, "(408|409|429|5..) false"),     # it is useless to ask again
     Kind("busy", 17, RESUME, "403|429|503"),    # the waits come to 75 s and more
     Kind("odd", 7, RESUME, "4.. true"),         # advised to retry
     Kind("request", 1, "correct the request: --model, --extra-body or --header",
@@ -1455,7 +1480,7 @@ def fault(route: Route, label: str, shown: str, searched: str = "") -> Fault:
 
 
 def failed(route: Route, got: Fault) -> EndpointError:
-    """The line that a fault ends a run with."""
+    """The error that ends a run because of this fault."""
     return EndpointError(f"{without_query(route.url)}: {got.reason}; {got.kind.cure}")
 
 
@@ -1649,7 +1674,7 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
         if response.is_success and not data.get("error"):
             return read(data)       # a shape that it cannot read is a bad answer, too
     except MISSHAPEN:
-        data = {}                   # so a success that cannot be used keeps its status
+        data = {}                   # without an error in it, the status stays as it is, such as 200
     # an error status, an error in the body, or a body that `read` cannot use
     return judged(route, response, data, text)
 
@@ -1677,7 +1702,7 @@ def status_of(response: Any, error: dict) -> str:
     return code if re.fullmatch("[45][0-9][0-9]", code) else "500"
 
 
-def is_vain(status: str, wait: float, text: str) -> bool:
+def is_useless(status: str, wait: float, text: str) -> bool:
     """Whether it is useless to ask again: the wait is too long, or a day's quota is used up."""
     if wait > LONGEST_WAIT:
         return True
@@ -1687,7 +1712,7 @@ def is_vain(status: str, wait: float, text: str) -> bool:
 
 
 def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
-    """The Fault in a response that is no answer.
+    """The Fault in a response that is not an answer.
 
     KINDS is matched with "STATUS ADVICE BODY". The advice tells whether to ask again: true, false,
     or nothing if it is not known, as in "429  {...}".
@@ -1696,7 +1721,7 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     status = status_of(response, error)
     wait = asked_wait(response.headers, text)
     advice = response.headers.get("x-should-retry", "")
-    if is_vain(status, wait, text):
+    if is_useless(status, wait, text):
         advice = "false"
     message = error.get("message") or text or "an empty body"
     # what the provider behind OpenRouter says; the name of a refused parameter; a gateway's cause
@@ -1708,17 +1733,16 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
 # - requests until there is an answer
 
 # One ask may need several requests, and --max-calls limits the requests. `limited` wraps any LLM
-# and sees asks only. So it pays for the first request itself, and leaves a function in CHARGE for
-# the others: `persist`, which sends them in the same thread, calls it before each. The function
-# pays, or raises BudgetSpent. Without `limited` it does nothing.
+# and sees asks only. So it pays for the first request, and puts its function `charge` into CHARGE.
+# `persist` calls that function before each further request. A ContextVar is a variable with a value
+# of its own in each thread. Without `limited` the value is a function that does nothing.
 CHARGE = ContextVar("CHARGE", default=lambda: None)
 
 
 def limited(llm: LLM, max_calls: int) -> LLM:
     """The same model, which sends at most `max_calls` chat requests, repeats included.
 
-    A run asks counted(recorded(counted_asked(limited(openai)))), see run.py. So replies from the
-    log never come here: they are free.
+    Here no reply comes from the log: `recorded` stands outside, see `open_model` in run.py.
     """
     sent = 0
 
@@ -2007,7 +2031,7 @@ def unlogged(asked: Any) -> Any:
 
 
 def recorded_embed(embed: Embed, log: Log) -> Embed:
-    """The same embedding, asked once for each text; its rows are logged to the bit."""
+    """The same embedding, asked once for each text. The log holds its rows exactly."""
     sizes = set()                       # of all rows so far
 
     def answer(texts: Sequence[str]) -> np.ndarray:

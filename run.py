@@ -78,7 +78,7 @@ def say(text: str) -> None:
 
 # ---------------------------------------------------------------------------------- flags
 
-FLAGS = {                               # of each group: flags and what they do
+FLAGS = {                               # group -> flag -> what it does
     "one run": {
         "method": f"{', '.join(METHOD_NAMES)} (default billp)",
         "world": f"{WORLDS} (default films)",
@@ -93,7 +93,8 @@ FLAGS = {                               # of each group: flags and what they do
     },
     "look at a finished run": {
         "show": "print one episode of this run directory",
-        "pick": "which one: before, learn or after and its number from 0, such as after:3",
+        "pick": "which one: before, learn or after and its number from 0, such as after:3; with "
+                "--load learning goes on counting",
         "prompts": "print the prompts of the episode and their replies",
     },
     "experiments": {
@@ -106,7 +107,7 @@ FLAGS = {                               # of each group: flags and what they do
     "a real model": {
         "model": "model name, or offline (default: OPENAI_MODEL)",
         "base_url": "endpoint (default: OPENAI_BASE_URL); the key is OPENAI_API_KEY",
-        "embed_model": "embedding model (default: OPENAI_EMBED_MODEL, or letter trigrams)",
+        "embed_model": "embedding model (default: OPENAI_EMBED_MODEL, or character trigrams)",
         "extra_body": "a JSON object: more fields for each chat request",
         "header": "one more request header, as NAME=VALUE",
         "timeout": "seconds for one answer (default 300)",
@@ -146,14 +147,14 @@ NOTES = {
               "override it",
     "rule of leaving": "if omitted, the world's own value is used"}
 MANY = 10**9                            # more than anybody asks for
-RANGES = {                              # of numbers; the others may be 0 to MANY
+RANGES = {                              # lowest and highest number; other flags take 0 to MANY
     "users": (1, MANY), "seed": (0, 10**18), "workers": (1, 1000), "seeds": (1, 1000),
     "timeout": (0.001, 10**6), "gamma": (0, 1), "lately": (1, 1000), "titles": (1, 1000),
     "batch": (1, MANY), "transcript": (1000, MANY), "temperature": (0, 2),
     "reply_tokens": (1, MANY), "retries": (0, 100), "window": (1, 1000), "max_steps": (1, 10**5)}
 OF_METHODS = ("thoughts", "lessons", "experience", "baseline")         # what billp.METHODS sets
 CHOICES = {"method": METHOD_NAMES, "lessons": ("none", "latest", "nearest")}
-DEFAULTS = {                            # of flags that are no field of Config or of the rule
+DEFAULTS = {                            # for the flags that are not fields of Config or of the rule
     "episodes": 50, "users": 50, "method": "billp", "world": "films", "seed": 0, "seeds": 5,
     "workers": 0, "timeout": 300.0, "header": (), "extra_body": {}, "max_calls": MANY,
     "replay": False, "pick": "", "prompts": False, "experiment": ""}
@@ -244,7 +245,7 @@ def check_values(args: Namespace) -> None:
 def idle_flags(args: Namespace) -> list[tuple[Iterable[str], str]]:
     """Pairs (flags, reason): for this reason these flags have no effect, if they are given.
 
-    Only flags are listed whose silent neglect would mislead about a result.
+    Listed are only the flags that would mislead about a result if they were silently ignored.
     """
     of_show = FLAGS["look at a finished run"].keys()
     if args.show:
@@ -482,7 +483,7 @@ def run_directory(args: Namespace, config: Json) -> Path:
     # A run that got no answer, perhaps from a mistyped model, leaves nothing but config.json, or a
     # draft of it after a kill. Another run may take its place.
     files = path.iterdir() if path.exists() else ()
-    is_in_use = not all(file.match("config.json*") for file in files)
+    is_in_use = any(not file.match("config.json*") for file in files)
     if earlier and changed and is_in_use:
         raise UserError(f"{path} holds a run of another configuration ({', '.join(changed)}); "
                         "choose another --out")
@@ -502,7 +503,7 @@ def memory_text(run: Settings, agent: Agent, met: dict[tuple[str, int], int]) ->
     """
     if run.method in billp.METHODS:         # a policy adds nothing to the memories
         met = met | {(run.world, run.seed): run.first + run.episodes}
-    rows = [[*place, learners] for place, learners in met.items() if learners]
+    rows = [[world, seed, learners] for (world, seed), learners in met.items() if learners]
     content = {"embedding": run.embedding, "met": rows}
     for role, memory in agent._asdict().items():
         content[role] = billp.records(memory)
@@ -549,13 +550,14 @@ def learners_met(saved: Json, world: str, seed: int) -> int:
 
     UserError if the memory may have learned from users that this seed holds out.
     """
-    # Refused are csv and movielens with another seed. There the seed draws who is held out, and two
-    # folders may hold the same data. In films another seed makes other users. In steam and amazon
-    # the files tell who is held out.
-    drawn = ("csv:", "movielens:")
+    # In csv and movielens the seed decides who is held out. With another seed, users who are held
+    # out now may have been learners then. Two folders may hold the same data, so the folders are
+    # not compared. In films another seed makes other users. In steam and amazon the files tell who
+    # is held out.
+    split_by_seed = ("csv:", "movielens:")
     for earlier_world, earlier_seed in saved["met"]:
-        both_drawn = world.startswith(drawn) and earlier_world.startswith(drawn)
-        if both_drawn and seed != earlier_seed:
+        both_split = world.startswith(split_by_seed) and earlier_world.startswith(split_by_seed)
+        if both_split and seed != earlier_seed:
             raise UserError(f"--load: this memory may know users that --seed {seed} holds out; "
                             f"use its own --seed {earlier_seed}")
     return saved["met"].get((world, seed), 0)
@@ -586,12 +588,12 @@ class Live(NamedTuple):
 
 
 def new_live() -> Live:
-    """Nothing has been asked yet."""
+    """Empty counts, before the first call."""
     return Live({role: Counter(calls=0) for role in ROLES}, {}, [], Event())
 
 
 def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
-    """The model's reply, counted. After one call has failed for good no other begins."""
+    """The model's reply, counted, from the log or not. After a call has failed none begins."""
     if live.stop.is_set():
         raise prompts.EndpointError("stopped")
     try:
@@ -612,8 +614,8 @@ def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
     return reply
 
 
-def counted_asked(llm: LLM, stats: Json, ask: Ask) -> Reply:
-    """The model's reply. It adds 1 to `stats["asked"]`."""
+def counted_new(llm: LLM, stats: Json, ask: Ask) -> Reply:
+    """The model's reply, which was not in the log. It adds 1 to `stats["asked"]`."""
     reply = llm(ask)
     prompts.count(stats, "asked")
     return reply
@@ -636,7 +638,7 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
     if not args.replay:
         llm = prompts.openai(url, run.model, extra=args.extra_body, **options)
     llm = prompts.limited(llm, args.max_calls)
-    llm = prompts.recorded(partial(counted_asked, llm, live.stats), log)
+    llm = prompts.recorded(partial(counted_new, llm, live.stats), log)
     if run.embedding == "hashed_ngrams":
         return llm, prompts.hashed_ngrams
     embed = prompts.unlogged
@@ -681,7 +683,7 @@ class Outcome(NamedTuple):
 
 
 def watched(pmap: Callable, run: Settings) -> Callable:
-    """The same map, which also prints after every tenth episode how far its phase has come."""
+    """The same map, which also reports progress after every tenth episode of a phase."""
     lengths = defaultdict(list)         # of each phase
 
     def watched_map(function: Callable, users: Sequence[int], keys: Sequence[Key]) -> Iterator:
@@ -758,7 +760,8 @@ def describe(env: envs.Env, trajectory: Trajectory) -> Json:
         items = [step.act.value for step in trajectory.steps]
         left = prompts.clean(envs.why_left(env, trajectory.user, items))
     key, gained = trajectory.last.key, trajectory.gained
-    was_credited = bool(gained.actor)   # no: it was not learned from, or without experience
+    # false before and after learning, and without --experience
+    was_credited = bool(gained.actor)
     return {"phase": key.phase, "episode": key.episode, "user": trajectory.user,
             "history": trajectory.last.history, "steps": steps, "left": left,
             "values": trajectory.values if was_credited else (),
@@ -1052,14 +1055,15 @@ Cell = tuple[str, Any]              # the method, and the value of the flag that
 
 def settings_of(base: Settings, varied: str, series: str, x: Any) -> Settings:
     """The settings of a cell's runs, which differ in their seed only."""
-    method, _, budget = series.partition(":")
+    method, _, episodes = series.partition(":")     # such as a2c:10000
     run = base._replace(method=method, config=base.config | billp.METHODS.get(method, {}))
     if varied == "window":
         run = run._replace(rule=base.rule | {"window": x})
     elif varied:                    # episodes or model, which are fields
         run = run._replace(**{varied: x})
-    if budget:
-        run = run._replace(episodes=int(budget))
+    if episodes:
+        run = run._replace(episodes=int(episodes))
+    # Then the runs are equal for each number of episodes, and are performed once.
     return run if learns(run) else run._replace(episodes=0)
 
 
@@ -1085,7 +1089,7 @@ def shares(env: envs.Env, sessions: Sequence[Session]) -> list[list[int]]:
     order = np.argsort(envs.popularity(env), kind="stable")         # the least popular first
     m = len(order)
     quintile = np.empty_like(order)
-    quintile[order] = np.arange(m) * 5 // m
+    quintile[order] = np.arange(m) * 5 // m         # of the item at each rank
     return [np.bincount(quintile[session.items], minlength=5).tolist() for session in sessions]
 
 
@@ -1105,12 +1109,12 @@ def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: 
     config = Config(**run.config)
     # Returns are played in a shorter world, which takes half the time. The critic is asked in the
     # full one, because State.top depends on the cap.
-    full_world = prompts.catalog(place.env, embed)
-    short_world = full_world._replace(env=shortened(place.env, config.gamma))
+    full_catalog = prompts.catalog(place.env, embed)
+    short_catalog = full_catalog._replace(env=shortened(place.env, config.gamma))
     agent = perform(run, place, billp.NOVICE, llm, embed, pmap, ("learn",)).agent
     errors = []
     for i, user in enumerate(users):
-        played = billp.evaluate(short_world, [user] * (draws + 1), agent, llm, run.seed,
+        played = billp.evaluate(short_catalog, [user] * (draws + 1), agent, llm, run.seed,
                                 "continue", config, pmap)
         returns = []
         for trajectory in played:
@@ -1119,7 +1123,7 @@ def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: 
         # the first return is judged, the others tell what it should be
         one_return, *others = returns
         reference = np.mean(others)
-        state = billp.opening(full_world, user, Key(run.seed, "value", i), config)
+        state = billp.opening(full_catalog, user, Key(run.seed, "value", i), config)
         answer, _ = billp.critic(state, agent.critic, llm, config)
         errors.append([one_return - reference, answer.value - reference])
     return errors
@@ -1224,9 +1228,9 @@ def share_of(counts: Array) -> Array:
 
 
 def rows_of(series: str, x: Any, samples: dict[Cell, Array], measure: str) -> list[Row]:
-    """The rows of one cell. `samples` holds an array of each cell: [seeds, users or states, k].
+    """The rows of one cell: a row of scores, or one for each quintile, or two of `critic_errors`.
 
-    They are one row of scores, or a row for each quintile, or the two rows of `critic_errors`.
+    `samples` holds an array of every cell, [seeds, users or states, k]: gains need billp's.
     """
     own = samples[series, x]
     if measure == "scores":
@@ -1375,7 +1379,7 @@ def experiments(args: Namespace, live: Live) -> None:
             jobs += [job for job in needed if job not in jobs]
     jobs.sort(key=lambda job: -job.run.episodes)    # so no core waits long for another at the end
     # The longest job with language needs the most learners, because policies meet the same ones
-    # again. It is tried here, so that too few users are found before anything is written.
+    # again. Its world is built here, so that a lack of users is told before anything is written.
     language_jobs = [job for job in jobs if job.run.method in billp.METHODS]
     longest_job = max(language_jobs or jobs, key=lambda job: job.run.episodes)
     build_place(longest_job.run)

@@ -1295,7 +1295,7 @@ def test_users_at_once_fare_as_each_alone_by_the_rule(seed, kind, grace, window)
             assert np.array_equal(alone[user].recent, together.recent[user])
             if left:
                 reason = envs.why_left(env, user, items)
-                assert reason.startswith("too like" if alike else "disappointed")
+                assert reason.startswith("too similar" if alike else "disappointed")
 
 
 @pytest.mark.parametrize("place, rating, borne", [(10, 2, True), (9.99, 5, False), (20, 1, False)])
