@@ -203,6 +203,9 @@ def check_parts(env: Env) -> None:
     demand(belongs == (m, c), f"belongs has the shape {belongs} instead of ({m}, {c})")
     is_matrix = len(vectors) == 2 and vectors[0] == m
     demand(is_matrix, f"vectors has the shape {vectors} instead of ({m}, d)")
+    are_arrays = isinstance(env.belongs, np.ndarray) and isinstance(env.vectors, np.ndarray)
+    demand(are_arrays and np.isfinite(env.vectors).all(),
+           "belongs or vectors is not an array, or vectors holds a number that is not finite")
     items = set(range(m))
     for user, history in enumerate(env.histories):
         strangers = set(history) - items
@@ -900,11 +903,12 @@ def columns(header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
             places[name] = plain.index(present[0])
         elif name in needed:
             start = str(header)[:80]
-            raise ValueError(f"no column for the {name} ({aliases}) in the header {start}")
+            raise ValueError(f"no column for the {name} ({aliases}) in the first line, which should "
+                             f"be a header: {start}")
     return places
 
 
-Row = dict[str, str]                # the texts of a line by the names in ALIASES
+Fields = dict[str, str]             # the texts of a line by the names in ALIASES
 Numbers = dict[str, int]            # the number of each id or title
 
 
@@ -960,7 +964,7 @@ def split_title(text: str) -> tuple[str, int | None]:
     return re.sub("^L' ", "L'", title), year        # this article takes no space
 
 
-def parse_entry(items: Numbers, row: Row) -> tuple:
+def parse_entry(items: Numbers, row: Fields) -> tuple:
     """The title, year and tags of an item. It adds the item's id and number to `items`."""
     demand(row["item"] and row["title"], "an item without id or title")
     demand(row["item"] not in items, f"item {row['item']} is listed twice")
@@ -986,7 +990,7 @@ def seconds(text: str) -> float:
 VOTE = [("user", int), ("item", int), ("rating", float), ("time", float)]
 
 
-def parse_vote(users: Numbers, items: Numbers, row: Row) -> tuple:
+def parse_vote(users: Numbers, items: Numbers, row: Fields) -> tuple:
     """One VOTE. `users` and `items` map ids to numbers. A new user is added to `users`."""
     rating = float(row["rating"])
     demand(np.isfinite(rating), f"the rating {rating} is not finite")
@@ -1004,9 +1008,9 @@ def rescaled(ratings: Array) -> tuple[Array, str]:
     (array([1., 3., 5.]), ', mapped linearly from 0..100 onto 1..5')
     """
     low, high = ratings.min(), ratings.max()
+    demand(low < high, f"every rating is {low:g}")
     if low >= 0.5 and high <= 5:
         return ratings, ""
-    demand(low < high, f"every rating is {low:g}")
     mapped = 1 + 4 * (ratings - low) / (high - low)
     return mapped, f", mapped linearly from {low:g}..{high:g} onto 1..5"
 
@@ -1174,7 +1178,7 @@ def ratings_folder(path: Location, seed: int = 0) -> Env:
         return fitted_world(entries, votes, len(users), seed)
 
 
-movielens = ratings_folder          # MovieLens needs no reader of its own
+movielens = ratings_folder          # a MovieLens folder is one of them
 
 
 # ------------------------------------------------------- data files: the authors' two worlds

@@ -196,13 +196,14 @@ def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
 # and takes away what lies between. In both patterns spaces and comments do not count; a space that
 # counts is written [ ].
 THINKING = (r"(\w+[_:] | ant)?"        # chain_of_thought, seed:think, antThinking
-            "(think|thinking|thoughts?|reason|reasoning|analysis|scratchpad|monologue|cot)"
+            "(think|thinking|thoughts?|reason|reasoning|analysis|scratchpad|monologue|cot"
+            "|deliberation|planning)"
             r"(_\w+)?")                # reasoning_content
 OPENING = re.compile(rf"""(?isx)
     # <think>, <|thinking|>, <thinking type="a">
     # but not <end_of_thought>, <no_think>, <|thought_end|>, <think/>
     <\|? (?! end_ | no_ | \w+_end) {THINKING} \b [^<>]* (?<!/) >
-    | [\[◁] think [\]▷]                 # Mistral: [THINK], Kimi: ◁think▷
+    | [\[◁] (think|reason)(ing)? [\]▷]  # Mistral: [THINK], Kimi: ◁think▷
     | <unused94>                        # MedGemma
     | <\|channel>thought                # Gemma
     | <\|channel\|> (?! \s*final)       # gpt-oss: <|channel|>analysis, <|channel|>commentary
@@ -212,7 +213,7 @@ ENDING = re.compile(rf"""(?isx)
     # </think>, <|/think|>, <|end_of_thought|>
     # <|thought_end|>, where the last part of THINKING matches _end
     <\|? (/ \|? | end_ (of_)? | (?= \w+_end)) {THINKING} \b [^<>]* >
-    | [\[◁] /think(ing)? [\]▷]          # Mistral, Kimi
+    | [\[◁] /(think|reason)(ing)? [\]▷]     # Mistral, Kimi
     | <unused95>                        # MedGemma
     # Granite has no opening mark: "Here is my thought process: ... Here is my response:"
     | ^ \s* here(['’]s|[ ]is)[ ]my[ ]thought[ ]process: .* here(['’]s|[ ]is)[ ]my[ ]response:
@@ -265,8 +266,11 @@ IN_LINE = re.compile(rf"""(?imx)
       | [^\w\s,] | _                # after a mark, but not after a comma
       | (?=\baction[ ]\d+:[ ]recommend)
     ) [ \t]*
-    (?P<name> {LABELS} ) {GAP} \d*      # "Thought 3", "Final Answer", "item"
-    [ \t*_"')]{{0,9}} [:：] [ \t*_"'`-]*     # then a colon
+    (?P<name> {LABELS} ) {GAP} \#?\d*   # "Thought 3", "Thought #3", "Final Answer", "item"
+    (?: [ ]\([^()\n]{{1,20}}\) )?       # "Thought 3 (planning)"
+    (?: [ \t*_"')]{{0,9}} [:：]         # then a colon,
+      | (?<=\d) (?: [ ][–—-] | \. ) (?=\s)      # or behind a number a dash or a dot
+    ) [ \t*_"'`-]*
     """)
 # HEADING: a label without a colon counts if three things hold. It is alone in its line; the line
 # has a mark (* _ # >) or a number; text follows below. Otherwise "Action" is the category.
@@ -320,6 +324,9 @@ def segment(text: str, labels: Sequence[str]) -> str:
 # Words before a choice. A reply that holds them is not a refusal.
 CHOSEN = (r"(?i)\b(?:I|we)(?:['’]d| would| will|['’]ll| should)? (?:recommend|suggest|choose|pick"
           r"|go with)\b|\b(?:answer|choice|best(?: \w+)?|closest(?: \w+)?) is\b|\\boxed")
+# The same, but a refusal may hold them, too: "Rocky is old, so Jaws", "..., but Jaws is better"
+CONCLUDED = (r"(?m:^|[,;.] )(?:so|therefore|thus|hence),? "
+             r"|[,;] but (?=[^.;\n]*\b(?:better|best)\b)")
 # A title may begin like a refusal, "Sorry, Wrong Number": so more of the sentence is needed.
 I_AM = "(i am|i ?['’]?m)"
 I_CANNOT = f"({I_AM} afraid (that )?)?i (can(not|['’]?t| not)|won['’]?t)"
@@ -328,12 +335,16 @@ REFUSALS = (
     rf"({I_AM} (\w+ )?)?sorry\W+(but|that|as)\b",              # "I'm really sorry, but"
     rf"({I_AM} (\w+ )?)?sorry\W+i(['’]m| (am|can|could|do|won))",
     r"i apologi[sz]e\b",
-    r"my apologies\W+(but|i)\b",
-    r"i must decline\b",
-    r"as an? (\w+ )?(ai|language model)\b",                    # "As an AI"
-    rf"{I_AM} ((just|only) )?an? (\w+ )?language model\b",     # "I'm just a language model"
+    r"(my )?apologies\W+(but|i)\b",
+    r"i (must|have to) (\w+ )?decline\b",
+    r"i regret (that|to)\b",
+    r"as an? (\w+ )?(ai|language model|assistant)\b",          # "As an AI"
+    # "I'm just a language model", "I am an AI and"
+    rf"{I_AM} ((just|only) )?an? (\w+ )?(ai|language model)\b",
     rf"{I_AM} (unable|not able|not programmed) to\b",
-    rf"{I_AM} not comfortable\b",
+    r"i won['’]?t be able to\b",
+    rf"({I_AM} not|i do(n['’]?t| not) feel) comfortable\b",
+    r"this (request|prompt|question) (goes against|violates)\b",
     r"unable to (comply|help|assist|answer|provide|recommend)\b",
     r"i (do not|don['’]?t) have (enough|access|any)\b",
     rf"{I_CANNOT}\W*$",
@@ -372,16 +383,19 @@ def unmarked(line: str) -> str:
     return clean(content)               # no two spaces where a mark was
 
 
+CHATTER = r"(?i)(ok(ay)?|sure|of course|certainly|absolutely|all ?right|let['’]s (see|think))\W*"
+
+
 def first_line(text: str, preamble: str = ":!") -> str:
     """The first line that says something, without marks; "" if there is none.
 
-    A line that ends in a character of `preamble`, such as "Here is my thought:" or "Sure!", counts
-    only if there is no other.
+    A line of CHATTER, or one that ends in a character of `preamble`, such as "Here is my thought:"
+    or "I can help!", counts only if there is no other.
     """
     text = re.sub(r"(?m)^\s*```\w*\s*$", "", text)         # the fences of code
     lines = [content for content in map(unmarked, text.splitlines()) if content]
     for line in lines:
-        if line[-1] not in preamble:
+        if line[-1] not in preamble and not re.fullmatch(CHATTER, line):
             return line
     return lines[0] if lines else ""
 
@@ -546,6 +560,9 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
         year_words = 1 if YEAR.fullmatch(following) else 0
         nothing_follows = size + year_words == len(words)
         items = catalog.names.get(name, [])
+        # "The Terminator 2" is Terminator 2, not The Terminator
+        if not items and size > 2 and words[0].casefold() in ARTICLES:
+            items = catalog.names.get(named_by(words[1:size]), [])
         if not items and nothing_follows:
             items = catalog.mains.get(name, [])
         if items and year_words:
@@ -659,7 +676,7 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     bold = "\n".join(match[0] for match in re.finditer(BOLD, part))
     # "Jaws is old, I recommend Alien, because ...": the choice is "Alien". Without such words it is
     # the part.
-    before, *behind = re.split(CHOSEN, part, maxsplit=1)
+    before, *behind = re.split(f"{CHOSEN}|{CONCLUDED}", part, maxsplit=1)
     choice = before_reason(behind[0] if behind else before)
 
     items = titles_within(choice, catalog) if behind else []                    # 1
@@ -1094,6 +1111,7 @@ def parse_critic(text: str) -> float | Malformed:
                 last_match(VALUE_AT, outside),                  # "I put the value at 7.5"
                 VALUE_LINE.search(text),                        # "Value: (7.5)"
                 re.search(rf"(?m)^[ *_$`]*{NUMBER}[ *_$`.]*\Z", outside),       # the last line
+                re.search(rf"[=≈:]\s*{NUMBER}\W*\Z", text),     # "(5 + 5.5) / 2 = 5.25"
                 re.search(NUMBER, outside),                     # the first number
                 re.search(NUMBER, text))                        # "(7.5)"
     for match in attempts:
@@ -1344,16 +1362,16 @@ KINDS = (
     # finish_reason "error", a text that ends in its middle; "model has crashed"
     Kind("broken off", 4, OTHER_MODEL,
          r"finish_reason ((network_)?error|abort|insufficient|missing)"
-         r"|(400|422) .*(tool_use_failed|model unloaded|model has crashed)",
+         r"|(400|422) .*((tool_use|parse|json_validate)_failed|model (unloaded|has crashed))",
          patience=100),
     # all tokens went into hidden thinking
     Kind("overrun", 1, "raise --reply-tokens, or switch reasoning off by --extra-body",
-         "finish_reason length", patience=20),
+         "finish_reason (length|max_tokens)", patience=20),
     # finish_reason "stop" and an empty text
     Kind("nothing", 2, OTHER_MODEL, "finish_reason", patience=100),
     # "This model's maximum context length is 8192 tokens"; status 413
     Kind("context", 1, "allow fewer tokens: --titles, --transcript or --reply-tokens",
-         r"413|429 .*request too large"
+         r"413|429 .*(request too large|too many tokens per request)"
          r"|(400|422|500) (?!.*(deadline|time exceeded|time limit)).*("
          r"context.{0,20}(length|size|window|limit)|too many tokens"
          r"|(prompt|input|request).{0,40}too (long|large)|(prompt|input).{0,40}exceed"
@@ -1364,13 +1382,14 @@ KINDS = (
     # "max_tokens must be at most 4096"
     Kind("reply tokens", 1, "choose another --reply-tokens",
          r"(400|422) (?=.*max_\w*tokens).*\b(too|must be|reached|exceed|most|least|less|greater"
-         r"|maximum|minimum|range|limit)"),
+         r"|larger|maximum|minimum|range|limit)"),
     # status 401; 403, if it is not a rate limit; Google's 400 "API key not valid"
     Kind("key", 1, "check OPENAI_API_KEY, and whether it may use this model",
-         r"401|403 (?!.*rate.?limit)|400 .*(api.?key|expired.?key|authorization header)"),
-    # "model not found"; LM Studio's error for a wrong path, which it sends with status 200
+         r"401|403 (?!.*rate.?limit)|(400|422) .*(api.?key|expired.?key|authorization)"),
+    # "model 'x' not found"; LM Studio's error for a wrong path, which it sends with status 200
     Kind("address", 1, "check --base-url, --model and --embed-model",
-         "404|405|500 .*unexpected endpoint or method"),
+         "404|405|500 .*unexpected endpoint or method"
+         r"|400 .*(model.{0,60}(not (found|exist)|does not exist)|not a valid model)"),
     Kind("moved", 1, ELSEWHERE, "3.."),
     # a web page instead of JSON
     Kind("page", 2, "does --base-url lack its /v1?", "2.."),
@@ -1380,7 +1399,8 @@ KINDS = (
     Kind("odd", 7, RESUME, "4.. true"),         # advised to retry
     Kind("request", 1, "correct the request: --model, --extra-body or --header",
          # 423 to 425, 498 and 499 pass: locked, a failed generation, no capacity, cancelled
-         "4(?!08|09|2[345]|9[89])..|501|LocalProtocolError"),
+         "4(?!08|09|2[345]|9[89])..|501|LocalProtocolError",
+         patience=20),                  # for prompts that are refused in words of another provider
     # nobody listens, an unknown host, a certificate that is not trusted
     Kind("no server", 3, "start the server, or check --base-url, the proxy and SSL_CERT_FILE",
          r"ConnectError|ConnectTimeout|ProxyError|Unicode\w*Error"),
@@ -1396,8 +1416,11 @@ SECRET = re.compile("(?i)auth|key|cookie|token|secret|password")
 LONGEST_WAIT = 120.0                # seconds; after 408, 409, 429, 5xx a longer wait ends the run
 # "5 m" is five minutes; the m of "20 milliseconds", "5 more seconds" and "5 months" is not.
 PERIOD = r"(\d+(?:\.\d*)?) ?(ms|[smhd](?!illi|ore|onth))"
-# "1m59s", "1 minute 59 seconds"
-DURATION = rf"(?i)(retryDelay|again in|retry in|retry after|wait)\W*(({PERIOD}[a-z]*[ ,]*)+)"
+# "retryDelay: 1m59s", "try again in about 1 minute 59 seconds", "limit resets in 45s"
+DURATION = (r"(?i)(retryDelay|(again|retry|resets?)[ _](in|after)|retryAfter|wait)( for| about)*"
+            rf"\W*(?P<periods>({PERIOD}[a-z]*[ ,]*)+)")
+# '"retry_after": 25' is in seconds
+AFTER = r"(?i)retry.?after\W*(?P<seconds>\d+(\.\d+)?)(?![ .\w])"
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 # quotas for which no wait is short: "free-models-per-day", "monthly usage limit"
 OF_A_DAY = r"(?i)(per|a|/)[ _-]?(day|month)\b|daily|weekly|monthly"
@@ -1431,7 +1454,8 @@ class Route:
     """One route of an endpoint, and what its client has learned about it."""
     http: Any                       # httpx.Client; threads share it
     url: Any                        # httpx.URL
-    secrets: list[str]
+    key: str
+    secrets: list[str]              # longest first
     extra: dict = field(default_factory=dict)       # the user's own fields of each request
     sleep: Callable = time.sleep    # waits so many seconds; true if the run was told to stop
     notice: Callable = warnings.warn                # takes a line for the user
@@ -1473,6 +1497,8 @@ def fault(route: Route, label: str, shown: str, searched: str = "") -> Fault:
     the body, because signs may stand outside the message.
     """
     reason = clean(starred(route, f"{label} {shown}"), 300)
+    if len(route.key) > 3:          # here the key is starred even if it is a short or ordinary word
+        reason = reason.replace(route.key, "***")
     text = f"{label} {searched or shown}"
     # the last kind fits all
     kind = next(kind for kind in KINDS if re.match(f"(?is){kind.signs}", text))
@@ -1575,7 +1601,7 @@ def connect(base_url: str, path: str, key: str | None = None, *, timeout: float 
     except (ImportError, ValueError, OSError, httpx.InvalidURL):
         raise EndpointError("no client can be made: check HTTP_PROXY, HTTPS_PROXY, ALL_PROXY "
                             "(socks needs httpx[socks]), NO_PROXY and SSL_CERT_FILE") from None
-    return Route(client, url, secrets_of(key, url, sent), **options)
+    return Route(client, url, key, secrets_of(key, url, sent), **options)
 
 
 # - one request
@@ -1616,10 +1642,11 @@ def asked_wait(headers: Any, text: str) -> float:
         return float(milliseconds) / 1000
     if is_number(after):
         return float(after)
-    wait = 0.0
+    bare = re.search(AFTER, text)
+    wait = float(bare["seconds"]) if bare else 0.0
     duration = re.search(DURATION, text)
     if duration:
-        for number, unit in re.findall(PERIOD, duration[2], re.IGNORECASE):
+        for number, unit in re.findall(PERIOD, duration["periods"], re.IGNORECASE):
             wait += float(number) * SECONDS[unit.lower()]
     return wait
 
@@ -1639,7 +1666,7 @@ def decoded(text: str) -> dict:
     last_choice, content = {}, ""
     for piece in pieces:
         for choice in piece.get("choices") or ():
-            delta = fields(choice.get("delta"))
+            delta = fields(choice.get("delta") or choice.get("message"))
             content += delta.get("content") or ""
             last_choice = choice            # it holds the finish_reason
     joined = last_choice | {"message": {"content": content}}
@@ -1863,8 +1890,10 @@ def heard(route: Route, ask: Ask, data: dict) -> Any:
     message = fields(choice.get("message"))
     refusal = message.get("refusal")
     content = message.get("content") or ""
-    if isinstance(content, list):               # of parts
-        content = "".join(part.get("text") or "" for part in content)
+    if isinstance(content, list):               # of parts: texts, and perhaps hidden thinking
+        texts = [part.get("text") or "" for part in content
+                 if part.get("type") not in ("thinking", "reasoning")]
+        content = "".join(texts)
     text = spoken(starred(route, content))
     usage = usage_of(route, ask, data)
     broken_off = re.match("(?i)(network_)?error|abort|insufficient|content_filter|sensitive|safety",
@@ -1906,8 +1935,9 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
             silent.clear()
             return got
         silent[got.kind] += 1
-        is_mute = not has_spoken and silent.total() >= 10
-        if is_mute or silent[got.kind] >= got.kind.patience:
+        # Before any text a refused request means wrong settings. Later it must be the prompt.
+        is_misset = not has_spoken and (got.kind.name == "request" or silent.total() >= 10)
+        if is_misset or silent[got.kind] >= got.kind.patience:
             raise failed(route, got)
         tell(route, "empty", f"an empty reply, because {got.reason}; {got.kind.cure}")
         return Reply("", got.usage, got.reason)
@@ -1920,8 +1950,8 @@ BATCH = 64                          # texts in one request for embeddings, at mo
 
 
 def unpacked(text: str) -> np.ndarray:
-    """An embedding from base64."""
-    return np.frombuffer(base64.b64decode(text), "<f4")
+    """An embedding from base64, with or without the = at its end."""
+    return np.frombuffer(base64.b64decode(text + "=="), "<f4")
 
 
 def vectors(route: Route, expected: int, data: dict) -> Any:
@@ -1934,7 +1964,8 @@ def vectors(route: Route, expected: int, data: dict) -> Any:
     try:
         matrix = np.array(rows, np.float32)
         norms = np.linalg.norm(matrix, axis=1, keepdims=True)
-        if len(rows) == expected and np.isfinite(norms).all() and norms.all():
+        is_sound = matrix.ndim == 2 and np.isfinite(norms).all() and norms.all()
+        if len(rows) == expected and is_sound:
             return matrix / norms
     except MISSHAPEN:
         pass                    # not all are numbers, or the rows differ in length
@@ -1957,10 +1988,11 @@ def embeddings(base_url: str, model: str, key: str | None = None, **options: Any
             got = persist(route, body, lambda data: vectors(route, len(part), data))
             if not isinstance(got, Fault):
                 rows.extend(got)
-            elif len(part) > 1 and got.kind.name in ("request", "context"):
-                batch = len(part) // 2      # it was too much for one request; kept from now on
-            else:
+                continue
+            is_too_much = got.kind.name in ("request", "context") or "batch" in got.reason.lower()
+            if len(part) == 1 or not is_too_much:
                 raise failed(route, got)
+            batch = len(part) // 2          # kept from now on
         if len({len(row) for row in rows}) > 1:
             raise EndpointError(f"{without_query(route.url)}: embeddings of different sizes")
         return np.array(rows)

@@ -12,7 +12,7 @@ A run directory holds config.json (what determines the result), calls.jsonl (the
 model), episodes.jsonl, memory.json and summary.json. A directory of experiments holds config.json,
 MODEL/calls.jsonl, and NAME.json and NAME.png of each experiment. The same command continues or
 repeats a run. Results and answers of another configuration are never touched.
-Exit codes: 0 done, 2 a mistake that can be mended, 3 the budget is spent, 130 interrupted.
+Exit codes: 0 done, 2 a mistake that the user can correct, 3 the budget is spent, 130 interrupted.
 """
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ from prompts import LLM, Ask, Embed, Key, Reply
 
 
 class UserError(Exception):
-    """A mistake that the person at the keyboard can mend: one line, exit code 2."""
+    """A mistake that the user can correct: one line, exit code 2."""
 
 
 MENDABLE = (UserError, prompts.EndpointError, envs.BadData, OSError, MemoryError,
@@ -243,14 +243,15 @@ def check_values(args: Namespace) -> None:
 
 
 def idle_flags(args: Namespace) -> list[tuple[Iterable[str], str]]:
-    """Pairs (flags, reason): for this reason these flags have no effect, if they are given.
-
-    Listed are only the flags that would mislead about a result if they were silently ignored.
-    """
+    """Pairs (flags, reason): for this reason these flags have no effect, if they are given."""
     of_show = FLAGS["look at a finished run"].keys()
     if args.show:
         return [(args.given - of_show, "beside --show")]
     idle = [(of_show, "without --show")]
+    if args.models_asked == ["offline"]:
+        idle.append((FLAGS["a real model"].keys() - {"model"}, "without a real model"))
+    if args.method in envs.POLICIES:        # a2c uses gamma
+        idle.append((FLAGS["method"].keys() - {"gamma"} | {"model"}, f"beside {args.method}"))
     if not args.experiment:
         return [*idle, (FLAGS["experiments"], "without --experiment")]
     # each row has its own method, which sets these switches
@@ -469,17 +470,29 @@ def read_object(path: Path) -> Json:
         raise UserError(f"{path} is damaged: delete it, or choose another directory") from None
 
 
+def flattened(config: Json) -> Json:
+    """The fields of a config.json, with those of "config" and "rule" beside the others."""
+    inner = config.get("config", {}) | config.get("rule", {})
+    outer = {name: value for name, value in config.items() if name not in ("config", "rule")}
+    return outer | inner
+
+
 def run_directory(args: Namespace, config: Json) -> Path:
     """The directory of this run, made if need be. UserError if it holds anything else.
 
-    Its name tells the world, the method and a digest of the configuration, unless --out names it.
+    Unless --out names it, its name tells the world, the method, the flags given for them and a
+    digest of the configuration.
     """
     label = "+".join(args.experiment) or args.method
     kind = args.world.partition(":")[0]
-    name = f"{kind}-{label}-seed{args.seed}-{digest(dumps(config))[:6]}"
+    varied = given_of(args, [*Config._fields, *envs.RULE])
+    flags = "".join(f"-{name}{value}" for name, value in varied.items())
+    name = f"{kind}-{label}-seed{args.seed}{flags}-{digest(dumps(config))[:6]}"
     path = args.out or Path("runs", name)
     earlier = read_object(path / "config.json")
-    changed = [field for field in {**earlier, **config} if earlier.get(field) != config.get(field)]
+    fields, earlier_fields = flattened(config), flattened(earlier)
+    changed = [name for name in {**earlier_fields, **fields}
+               if earlier_fields.get(name) != fields.get(name)]
     # A run that got no answer, perhaps from a mistyped model, leaves nothing but config.json, or a
     # draft of it after a kill. Another run may take its place.
     files = path.iterdir() if path.exists() else ()
@@ -682,7 +695,7 @@ class Outcome(NamedTuple):
     agent: Agent = billp.NOVICE
 
 
-def watched(pmap: Callable, run: Settings) -> Callable:
+def watched(pmap: Callable, run: Settings, stats: Json) -> Callable:
     """The same map, which also reports progress after every tenth episode of a phase."""
     lengths = defaultdict(list)         # of each phase
 
@@ -694,7 +707,8 @@ def watched(pmap: Callable, run: Settings) -> Callable:
             lengths[phase].append(length)
             done, mean = len(lengths[phase]), np.mean(lengths[phase])
             if done % 10 == 0 or done == total:
-                say(f"{phase}: {done} of {total} episodes, mean Len {mean:.1f}")
+                asked = f", {stats['asked']} answers asked for now" if "asked" in stats else ""
+                say(f"{phase}: {done} of {total} episodes, mean Len {mean:.1f}{asked}")
             yield trajectory
     return watched_map
 
@@ -900,7 +914,7 @@ def one_run(args: Namespace, live: Live) -> None:
     workers = args.workers or (1 if run.model == "offline" else run.config["batch"])
     with parallel(futures.ThreadPoolExecutor(workers), live.stop) as pmap:
         outcome = perform(run, place, agent, partial(counted, llm, live), embed,
-                          watched(pmap, run), phases_of(run))
+                          watched(pmap, run, live.stats), phases_of(run))
     summary = summarise(run, outcome, live, began)
     episodes = [dumps(describe(place.env, played)) + "\n" for played in outcome.trajectories]
     write(folder / "episodes.jsonl", "".join(episodes))
@@ -1209,7 +1223,7 @@ def do_jobs(args: Namespace, jobs: Sequence[Job], folder: Path, live: Live) -> I
                 models[name] = open_model(args, job.run, folder / quote(name, safe=""), live)
             llm, embed = models[name]
             # fig4 also plays sessions that belong to no phase, so no progress is shown.
-            job_map = pmap if job.measure == "errors" else watched(pmap, job.run)
+            job_map = pmap if job.measure == "errors" else watched(pmap, job.run, live.stats)
             yield measure_job(job, partial(counted, llm, live), embed, job_map)
 
 
@@ -1282,20 +1296,20 @@ def colour_of(series: str) -> str:
     return COLOURS.get(method, "#999999")
 
 
-def drawn(rows: Sequence[Row]) -> Array:
-    """[3, rows]: the means, lows and highs of what is drawn, the last figure of each row."""
+def pictured(rows: Sequence[Row]) -> Array:
+    """[3, rows]: the means, lows and highs in a picture, of the last figure of each row."""
     return np.transpose([list(row.figures.values())[-1] for row in rows])
 
 
 def limit_of(rows: Sequence[Row]) -> float:
     """Where an axis ends: just past the highest interval, at most 1.6 times the largest mean."""
-    means, _, highs = drawn(rows)
+    means, _, highs = pictured(rows)
     return min(1.05 * highs.max(), 1.6 * means.max())
 
 
 def plot_bars(axes: Any, rows: Sequence[Row]) -> None:
     """Horizontal bars with intervals. A bar much longer than those of language methods is cut."""
-    means, lows, highs = drawn(rows)
+    means, lows, highs = pictured(rows)
     names = [f"{label_of(row)}: {mean:.0f}" for row, mean in zip(rows, means)]
     colours = [colour_of(row.series) for row in rows]
     axes.barh(names, means, xerr=[means - lows, highs - means], color=colours, capsize=3)
@@ -1310,7 +1324,7 @@ def plot_lines(axes: Any, rows: Sequence[Row]) -> None:
     """One line with intervals for each series."""
     for series in dict.fromkeys(row.series for row in rows):
         points = [row for row in rows if row.series == series]
-        mean, low, high = drawn(points)
+        mean, low, high = pictured(points)
         axes.errorbar([row.x for row in points], mean, [mean - low, high - mean], label=series,
                       color=colour_of(series), marker="o", capsize=3)
     axes.set_xticks(sorted({row.x for row in rows}))
@@ -1382,7 +1396,9 @@ def experiments(args: Namespace, live: Live) -> None:
     # again. Its world is built here, so that a lack of users is told before anything is written.
     language_jobs = [job for job in jobs if job.run.method in billp.METHODS]
     longest_job = max(language_jobs or jobs, key=lambda job: job.run.episodes)
-    build_place(longest_job.run)
+    about = build_place(longest_job.run).env.about
+    if about:
+        say(f"world {about}")
     flags = {name: getattr(args, name) for name in ("experiment", "seeds", "models", "rows")}
     folder = run_directory(args, base._asdict() | flags)
     results = []

@@ -501,6 +501,13 @@ def test_a_text_lies_at_distance_0_from_itself(text):
     assert recall(memory, vector, 1, tau=0.0) == (Record(text, "", 1),)
 
 
+@given(numbers, gammas, numbers, numbers, st.booleans(), numbers)
+def test_an_advantage_falls_as_its_baseline_rises(reward, gamma, value, next_value, left, rise):
+    before = billp.advantage(reward, gamma, value, next_value, left)
+    after = billp.advantage(reward, gamma, value + rise, next_value, left)
+    assert after == pytest.approx(before - rise, abs=1e-9)
+
+
 @given(st.lists(st.tuples(numbers, numbers), min_size=1), numbers, gammas, st.booleans())
 def test_discounted_advantages_telescope_to_return_minus_first_value(pairs, last, gamma, left):
     rewards, values = zip(*pairs)
@@ -814,6 +821,19 @@ def test_the_run_of_seed_0_keeps_its_golden_numbers():
     assert len(records(agent.actor)) == GOLDEN_TRIED
 
 
+@pytest.mark.parametrize("form", [
+    "**{}**", '```json\n{{"item": "{}"}}\n```', "{} because it is tense", "Sure!\n\n{}", '"{}"',
+    "1. {}\n2. {}"])
+def test_a_model_plays_the_same_session_in_any_wrapping(form):
+    def wrapped(ask):
+        reply = prompts.offline(ask)
+        title = reply.text.removeprefix("Free item: ")
+        return Reply(form.format(title, title)) if ask.role == "actor" else reply
+    plain, played = (billp.evaluate(CATALOG, [500, 501], NOVICE, llm, 0, "after")
+                     for llm in (prompts.offline, wrapped))
+    assert told([(NOVICE, plain)]) == told([(NOVICE, played)])
+
+
 def test_the_stand_in_tells_which_items_were_too_close():
     lines = ["Alien [War]", "Up [Comedy]", "Jaws [War]"]
     session = "".join(prompts.turn(n, "", line, 4, n == 3) for n, line in enumerate(lines, 1))
@@ -956,6 +976,9 @@ Jaws | {"thought": "tense", "action": "recommend Jaws (1975)"} ; <answer>Jaws</a
 Jaws | Action 1: recommend Jaws - a shark hunts, unlike Alien ; Up next: **Jaws** (1975) |
 Jaws | Alien was discouraged once. So the best one is: Jaws |
 Jaws | While Alien is tense, too, **Jaws** fits the thought best. |
+Jaws | Alien is old; they want a shark, so Jaws. ; Alien is old.\nTherefore, Jaws. |
+Jaws | I considered Alien and Heat, but Jaws is the better option. |
+Terminator 2: Judgment Day | The Terminator 2: Judgment Day |
 Jaws | up to now all was tame, so Jaws it is ; Jaws<|eot_id|><|start_header_id|>assistant |
 Jaws | 1. Alien (1979)\n2. Jaws (1975)\n3. Up (2009) | Alien
 Alien | Free item: Alien\nFree item: Jaws ; I recommend Alien. Do not choose Jaws. |
@@ -1029,6 +1052,8 @@ planner | ```\nThought 3: Comedy next\n``` ; ```json\n{"thought": "Comedy next"}
 planner | **Thought 3:** Comedy next ; Thought 3:\n\nComedy next ; ```Comedy next``` | Comedy next
 planner | Comedy next\nAction 3: recommend Up ; Thought 3: Next category: Comedy next | Comedy next
 planner | Thought 3: Comedy next Action 3: recommend Up | Comedy next
+planner | Thought #3: Comedy next ; Thought 3 (planning): Comedy next | Comedy next
+planner | Thought 3 - Comedy next ; Thought 3.\nComedy next ; Okay.\nComedy next | Comedy next
 planner | Sure, here is my thought:\nComedy next ; Certainly!\n\nComedy next | Comedy next
 planner | Action ; **Action** ; Next category:\n**Action** | Action
 planner | **Next category:**\n**Action**\nIt is new. ; Next category:\n*Action*\nWhy not? | Action
@@ -1059,7 +1084,7 @@ critic | Value: 4 + 0.5 * 7 = 4 + 3.5 = 7.5 ; Value: \frac12 \cdot 15 = 7.5 | 7.
 critic | The value is 7.5 out of 10 ; Three of 5 liked it. Final Answer: 7.5 ; 5 steps.\n\n7.5 | 7.5
 critic | The value is 7.5 because he is at step 4 ; The value is 7.5, given 4 ratings of 5 | 7.5
 critic | Value at step 4 given the history: 7.5 ; Value: r + gamma * next = 4 + 3.5 = 7.5 | 7.5
-critic | Similar ones have 6 as average, so the value is 7.5. | 7.5
+critic | Similar ones have 6 as average, so the value is 7.5. ; (8 + 7) / 2 = 7.5 | 7.5
 critic | Value: at most 7.5 ; Value: at most 7,5 ; 7.5\n\nThis answer is based on 8 cases. | 7.5
 critic | 8 cases have 6 on average. Thus: \boxed{7.5} ; ## Step 1: 6\n$\boxed{7.5}$ | 7.5
 critic | The value is 7.5. If the user leaves, it is 0. ; The value is 7.5, above 7.2. | 7.5
@@ -1088,6 +1113,10 @@ planner ; actor ; reflector | I'm a language model. ; I'm just a language model.
 planner ; actor ; reflector | I'm not comfortable with this. ; I'm not programmed to do this.
 planner ; actor ; reflector | I can't continue with this. ; I cannot discuss such films.
 planner ; actor ; reflector | I'm sorry. ; I'm afraid I can't. ; I cannot help with that.
+planner ; actor ; reflector | I must respectfully decline. ; Apologies, but I can't do that.
+planner ; actor ; reflector | As a helpful assistant, I cannot. ; I am an AI and have no taste.
+planner ; actor ; reflector | I won't be able to help. ; I regret that I cannot help.
+planner ; actor ; reflector | I don't feel comfortable. ; This request goes against my rules.
 """))
 def test_a_refusal_or_unfilled_form_is_malformed(role, reply):
     parse = getattr(prompts, f"parse_{role}")
@@ -1104,6 +1133,7 @@ def test_a_refusal_or_unfilled_form_is_malformed(role, reply):
     "Here is my thought process:\nJaws?\nHere is my response:\n{}",
     "Jaws?\n[BEGIN FINAL RESPONSE]\n{}", "<antThinking>Jaws?</antThinking>{}",
     "<|thinking_start|>Jaws?<|thinking_end|>{}", "<no_think>{}", "<think/>{}",
+    "[REASONING]Jaws?[/REASONING]{}", "<deliberation>Jaws?</deliberation>{}",
     "<reasoning_content>Jaws?</reasoning_content>{}", "<inner_monologue>Jaws?</inner_monologue>{}",
     "<|channel|>analysis<|message|>Jaws?<|end|><|start|>assistant<|channel|>final<|message|>{}"])
 def test_hidden_thinking_is_never_stored(hidden):
@@ -1298,6 +1328,19 @@ def test_users_at_once_fare_as_each_alone_by_the_rule(seed, kind, grace, window)
                 assert reason.startswith("too similar" if alike else "disappointed")
 
 
+@given(seeds, st.permutations(range(9)))
+def test_new_numbers_for_the_items_change_no_session(seed, new_number):
+    env, ratings, _ = small_world(seed)
+    order = np.argsort(new_number)                          # the old number of each new one
+    renamed = env._replace(rate=envs.table(ratings[:, order]),
+                           distance=envs.euclidean(env.vectors[order]))
+    states = [envs.reset(env, 0), envs.reset(renamed, 0)]
+    for item in range(6):
+        states[0], *outcome = envs.step(env, states[0], item)
+        states[1], *renamed_outcome = envs.step(renamed, states[1], new_number[item])
+        assert outcome == renamed_outcome
+
+
 @pytest.mark.parametrize("place, rating, borne", [(10, 2, True), (9.99, 5, False), (20, 1, False)])
 def test_exactly_beta_and_the_floor_are_borne(place, rating, borne):
     env = hand_world((9, place, 0), (5, rating, 5), max_steps=2)
@@ -1319,7 +1362,8 @@ def test_exactly_beta_and_the_floor_are_borne(place, rating, borne):
     ("histories", [], "0 users"), ("histories", [[0.5]], "0.5"), ("histories", [[3]], r"\{3\}"),
     ("belongs", np.ones((2, 3), bool), "belongs"),
     ("belongs", np.ones((3, 9), bool), "belongs"),
-    ("vectors", np.ones((2, 2)), "vectors")])
+    ("vectors", np.ones((2, 2)), "vectors"), ("vectors", np.full((3, 1), np.inf), "finite"),
+    ("belongs", [[1, 0]] * 3, "an array")])
 def test_check_refuses_a_world_that_does_not_fit(field, value, words):
     env = hand_world((0, 9, 20), (5, 5, 5))
     envs.check(env)
@@ -1518,6 +1562,7 @@ ratings.csv | user,item,rating\na,77,4 | line 2: item 77 is not
 ratings.csv | user,item,rating\n,1,4 | line 2: a rating without user
 ratings.csv | user,item,rating\na,1,4 | fewer than two users
 ratings.csv | user,item,rating\na,1,9\nb,1,9 | every rating is 9
+ratings.csv | user,item,rating\na,1,1\nb,1,1 | every rating is 1
 """))
 def test_bad_ratings_are_refused_in_one_line(tmp_path, name, text, words):
     lay(tmp_path, {"items.csv": ITEMS, "ratings.csv": RATINGS} | {name: text})
@@ -1677,6 +1722,7 @@ def test_a_single_fault_is_survived(row):
 200 | {"choices": [{"message": {"content": "<think>so</think>"}}]} | no text | 2
 200 | {"choices": [{"message": {"content": "a"}, "finish_reason": "error"}]} | error | 4
 400 | {"error": {"message": "x", "code": "tool_use_failed"}} | x | 4
+400 | {"error": {"message": "x", "code": "output_parse_failed"}} | x | 4
 """))
 def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times):
     seen = client(*[response(status, body)] * int(times))
@@ -1709,7 +1755,9 @@ def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times
 400 | max_tokens is too large: 9 | | --reply-tokens | 1
 400 | max_tokens is too large: 9. This model's maximum context length is 8 | | --reply-tokens | 1
 422 | inputs + max_new_tokens must be <= 4096 | | --titles --transcript | 1
-422 | max_new_tokens must be <= 512 | | choose --reply-tokens | 1
+422 | max_new_tokens must be <= 512 ; max_tokens is larger than allowed | | --reply-tokens | 1
+400 | Model Not Exist ; m is not a valid model ID | | --model --base-url | 1
+422 | api key is invalid ; missing Authorization | | OPENAI_API_KEY | 1
 429 | Insufficient balance ; ExceededBudget: 9 ; Budget has been exceeded | | top up | 1
 429 | Request too large (TPM): Limit 9, Requested 10 | | --transcript | 1
 400 | Missing or invalid Authorization header | | OPENAI_API_KEY | 1
@@ -1810,6 +1858,8 @@ x: y | {{"error": {{"details": [{{"retryDelay": "36s"}}]}}}} | 36 | 36
 x: y | try again in 1m59.5s | 119.5 | 119.5
 x: y | Please retry after 2 minutes | 120 | 120
 x: y | Please wait 1 minute 30 seconds | 90 | 90
+x: y | {{"retry_after": 25}} ; {{"retryAfter": "25s"}} ; Limit resets in 25s | 25 | 25
+x: y | Try again after 30 seconds ; try again in about 30s ; wait for 30 seconds | 30 | 30
 x: y | wait a moment ; retry after 500 milliseconds ; Please wait 5 more seconds | .37 | .5
 """))
 def test_waits_are_what_the_server_asks_or_back_off(header, message, low, high):
@@ -1849,6 +1899,14 @@ def test_empty_replies_in_a_row_end_the_run(acts, words, patience):
         assert words in failure(seen.ask, ASK) and len(seen.notices) == 1
     seen = client(*[completion(), *acts * (patience - 1)] * 2)
     assert sum(not seen.ask(ASK).text for _ in range(2 * patience)) == 2 * patience - 2
+
+
+@pytest.mark.parametrize("words", ["violates our terms of service", "NSFW content detected", "1301"])
+def test_a_refused_prompt_is_empty_once_the_settings_have_worked(words):
+    """At the start a refused request means wrong settings: see the fatal faults."""
+    seen = client(completion(), response("400", words), completion())
+    assert [seen.ask(ASK).text for _ in range(3)] == ["hello", "", "hello"]
+    assert words in seen.notices[0]
 
 
 def test_empty_replies_are_counted_by_their_kind():
@@ -1924,6 +1982,13 @@ def test_no_secret_is_in_errors_and_notices(secret, status):
     line = failure(seen.ask, ASK)
     assert secret not in line + "".join(seen.notices)
     assert "***" in line and "-more" not in line
+
+
+@pytest.mark.parametrize("key", ["mysecret", "hunterhunter", "s3cr1"])
+def test_a_key_is_never_in_an_error_however_plain(key):
+    seen = client(response("401", f"Incorrect API key: {key}"), key=key)
+    line = failure(seen.ask, ASK)
+    assert key not in line and "***" in line
 
 
 def test_a_key_is_starred_as_json_writes_it():
@@ -2012,7 +2077,8 @@ def test_bad_embeddings_end_in_one_line(act):
 
 
 @pytest.mark.parametrize("most, status, text", [
-    (10, "400", "at most 10 inputs"), (1, "422", "too large"), (7, "413", "too large")])
+    (10, "400", "at most 10 inputs"), (1, "422", "too large"), (7, "413", "too large"),
+    (9, "500", "batch too big"), (9, "429", "Too many tokens per request")])
 def test_a_batch_is_halved_until_it_is_taken(most, status, text):
     refusal = response(status, text)
 
@@ -2025,7 +2091,7 @@ def test_a_batch_is_halved_until_it_is_taken(most, status, text):
     seen.bodies.clear()
     seen.ask(["a"] * 30)
     assert max(len(body["input"]) for body in seen.bodies) <= most
-    assert text in failure(embedder(*[refusal] * 9).ask, ["a", "b"])
+    assert text in failure(embedder(*[refusal] * 99).ask, ["a", "b"])
 
 
 def test_a_log_replays_without_the_model(tmp_path):
@@ -2224,7 +2290,7 @@ def test_without_learning_no_difference_is_claimed(tmp_path):
 def test_a_run_directory_is_never_touched_by_another_run(finished):
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
     line = refuse(*SMALL, "--out", finished, "--seed", 1, "--gamma", 0.9)
-    assert "(seed, config)" in line
+    assert "(seed, gamma)" in line
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
@@ -2268,6 +2334,8 @@ FOLDER = {                                  # what lies in the folder of the tes
 --load lesson.json ; --load target.json ; --load met.json | is no memory.json
 --show nowhere | nowhere
 --pick after ; --prompts ; --seeds 3 ; --rows react ; --show full --seed 1 | has no effect
+--timeout 9 ; --max-calls 9 ; --header a=b ; --model offline --replay | has no effect
+--method greedy --lately 3 ; --method a2c --model m --base-url x | has no effect
 --experiment table5 --method act ; --experiment table5 --load full | has no effect
 --out full | full
 --experiment table9 | table9
@@ -2426,6 +2494,17 @@ def test_a_run_over_http_is_the_offline_run_and_replays(workers, finished, tmp_p
     log = (tmp_path / "calls.jsonl").read_bytes().splitlines(True)
     (tmp_path / "calls.jsonl").write_bytes(b"".join(log[:-1]))
     assert "--replay" in refuse(*flags, "--replay")
+
+
+def test_faults_change_no_file(finished, tmp_path):
+    turns = count()
+
+    def act(body):
+        return (503, "busy") if next(turns) % 12 == 0 else None
+    with endpoint(act) as server:
+        succeed(*flags_of(server.url, tmp_path, "--workers", 8))
+    assert len(server.asked) > len(set(server.asked))
+    assert files(tmp_path) == files(finished)
 
 
 def test_embeddings_over_http_are_recorded_and_never_mixed(tmp_path):
