@@ -903,8 +903,8 @@ def columns(header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
             places[name] = plain.index(present[0])
         elif name in needed:
             start = str(header)[:80]
-            raise ValueError(f"no column for the {name} ({aliases}) in the first line, which should "
-                             f"be a header: {start}")
+            raise ValueError(f"no column for the {name} ({aliases}) in the first line, the header: "
+                             f"{start}")
     return places
 
 
