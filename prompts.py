@@ -871,8 +871,9 @@ def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
 
 def parse_reflector(text: str) -> str | Malformed:
     """The reflection, one line."""
-    # "... because", then "War. Better next time: Comedy": lines of one reflection are joined. So
-    # are "... because War.", then "Better next time: Comedy".
+    # Two lines of one reflection are joined:
+    #     "... because", then "War. Better next time: Comedy"
+    #     "... because War.", then "Better next time: Comedy"
     break_and_marks = r'\n[^\w"]{0,9}'
     after_because = f"(?<=because){break_and_marks}"
     before_better = f'{break_and_marks}(?="?better[ _]next[ _]time)'

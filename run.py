@@ -136,7 +136,7 @@ FLAGS = {                               # group -> flag -> what it does
     },
     "rule of leaving": {
         "window": "items that a user remembers; the paper's W",
-        "beta": "an item nearer than this to one of them is too similar",
+        "beta": "an item nearer than this to one of them is too similar; the paper's beta",
         "floor": "a rating below this disappoints",
         "grace": "first steps at which a low rating is forgiven",
         "max_steps": "the cap at which an episode is cut",
@@ -145,7 +145,8 @@ FLAGS = {                               # group -> flag -> what it does
 NOTES = {
     "method": "--method sets --thoughts, --lessons, --experience and --baseline; these flags "
               "override it",
-    "rule of leaving": "if omitted, the world's own value is used"}
+    "rule of leaving": "default: the world's own value. films has window 4, beta 0.9, floor 2, grace 0 "
+                       "and 50 steps"}
 MANY = 10**9                            # more than anybody asks for
 RANGES = {                              # lowest and highest number; other flags take 0 to MANY
     "users": (1, MANY), "seed": (0, 10**18), "workers": (1, 1000), "seeds": (1, 1000),
