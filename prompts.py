@@ -448,6 +448,8 @@ def item_part(text: str) -> str:
 ARTICLES = frozenset("the a an le la les l un une il lo el los las der das".split())
 LONGEST = 16                        # words of a title that are compared
 YEAR = re.compile("(1[89]|20)[0-9]{2}")
+# What follows a title in that of a sequel: "Frozen II", "Jaws 2 (1978)", "Heat Part 2"
+SEQUEL = re.compile(rf"(II|III|IV|Part [\dI]+|[2-9]( {YEAR.pattern}|$))\b")
 BOLD = r"\*\*[^*\n]+\*\*(\s*\(\d{4}\))?"
 # '"Up" is fun', "**Up** (2009) is fun"
 EMPHASISED = r"\W*[\"“*](?P<title>[^\"”*]+)[\"”*]+\s*(?P<year>\(\d{4}\))?"
@@ -553,6 +555,7 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
         ["Alien", "1979", "is", "old"]      [Alien], 2
         ["Hello"]                           [], 0
         ["Alien", "2009"]                   [], 1: this year is that of another film
+        ["Frozen", "II"]                    [], 1: the catalogue lacks this sequel
     """
     for size in range(min(LONGEST, len(words)), 0, -1):
         name = named_by(words[:size])
@@ -565,12 +568,13 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
             items = catalog.names.get(named_by(words[1:size]), [])
         if not items and nothing_follows:
             items = catalog.mains.get(name, [])
-        if items and year_words:
+        if not items:
+            continue
+        if year_words:
             items = of_year(items, int(following), catalog)
-            if not items:               # the search goes on behind the title
-                return [], size
-        if items:
-            return items, size + year_words
+        if not items or SEQUEL.match(" ".join(words[size:size + 2])):
+            return [], size             # the search goes on behind the title
+        return items, size + year_words
     return [], 0
 
 
