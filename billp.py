@@ -10,7 +10,7 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
     verdict v_n    what the actor remembers of an action: 1 encouraged if A >= 0, else 0 discouraged
     reflection     what the reflector writes after an episode; a recalled reflection is a lesson
     M_P, M_A, M_C  the memories of planner, actor and critic (an `Agent`)
-    ask            one question to the model (prompts.Ask); its key names the random draw of the
+    ask            one question to the model (prompts.Ask); its key determines the draw of the
                    answer, so that a run can be repeated
     malformed      a reply that a parser cannot use; after the last retry a role gives its fallback
 
@@ -56,7 +56,7 @@ class Config(NamedTuple):
     # free items to choose from; 0: the actor may name any and sees remembered ones, as in the paper
     candidates: int = 10
     lately: int = 4                 # steps the category tool looks back; as in the released code
-    titles: int = 10                # items in a state's text and a prompt's list; as in the paper
+    titles: int = 10                # items in a state's text and in a prompt; as in the paper
     batch: int = 10                 # episodes between two updates of the memories; as in the paper
     transcript: int = 24000         # characters of a session in a prompt: about 6,000 tokens
     temperature: float = 0.5        # of every ask; as in the paper
@@ -411,9 +411,9 @@ def chosen_item(answer: Answer, state: State, listed: Sequence[Candidate], catal
     item, exact = prompts.ground(answer.value, catalog, taken)
     if exact or not listed or not config.candidates:
         return item, exact
-    # No free item is named. Often the reply repeats a recent one, and the free item nearest to that
-    # would be too similar to it. So `ground` is asked again and may choose among listed items only:
-    # it takes the one nearest to the categories of the item named, or else to the reply.
+    # No free item is named. `ground` has taken the nearest of all free items. Often the reply
+    # repeats a recent item, and the nearest one is too similar to it. So only the listed items are
+    # allowed now: all others are excluded.
     lines = {candidate.line for candidate in listed}
     others = [item for item, line in enumerate(catalog.lines) if line not in lines]
     item, _ = prompts.ground(answer.value, catalog, exclude=others)
@@ -442,8 +442,9 @@ def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> 
     """
     recalled = recall(memory, state.vector, config.k_values)
     targets = tuple((record.item, record.content) for record in recalled)
-    # The value if every later step earns the mean rating so far; at first 3, the middle of the
-    # scale. `state.top` is the value if every step earns 5.
+    # The value of a whole session of which every step earns the mean rating so far; at first 3, the
+    # middle of the scale. `state.top` is the value if every step earns 5. Late in a session fewer
+    # steps are left. With a small gamma this hardly matters.
     rating = fmean(state.ratings or [3.0])
     as_before = state.top * rating / 5
     question = prompts.render_critic(targets, as_before)
@@ -470,7 +471,6 @@ def reflector(trajectory: Trajectory, memory: Memory, llm: LLM, config: Config =
 
 
 # -------------------------------------------------------------------------------- episode
-
 
 
 def score(trajectory: Trajectory) -> tuple[int, float]:
@@ -600,7 +600,7 @@ def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, see
              config: Config = DEFAULT, pmap: Callable = map) -> tuple[Trajectory, ...]:
     """One episode with each user while the agent stays as it is.
 
-    (seed, phase, i) names the draws of users[i].
+    (seed, phase, i) determines the draws of users[i].
     """
     keys = [Key(seed, phase, i) for i in range(len(users))]
     one = partial(episode, catalog, agent=agent, llm=llm, config=config)

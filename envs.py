@@ -57,7 +57,7 @@ class Env(NamedTuple):
     """A world of n users, m items and c categories. `check` finds what does not fit together.
 
     `rate(users, items)` gives ratings from 1 to 5, none missing. `distance(users, a, b)` is
-    how different the items a and b feel to users. Both take int arrays that broadcast together and
+    how different users find the items a and b. Both take int arrays that broadcast together and
     return an array of that shape. The users may be left out of it if they make no difference.
     `table` and `euclidean` make such functions.
     """

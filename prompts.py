@@ -1,7 +1,7 @@
 """Language: what is asked of a model, how its reply is read, and the models themselves.
 
-An `Ask` is everything that determines an answer. An `LLM` is a function from Ask to Reply. Calls of
-an LLM are the method's only effects, together with calls of an Embed that asks an endpoint. Each of
+An `Ask` is everything that determines an answer. An `LLM` is a function from Ask to Reply. The
+method has only two effects: calls of an LLM, and calls of an Embed that asks an endpoint. Each of
 the four roles has one trio: templates, `render_*` (the question, from what the role recalls) and
 `parse_*` (a value from any text, or `Malformed`).
 
@@ -108,7 +108,8 @@ def clean(text: str, limit: int = 600) -> str:
     >>> clean("Alien\\nObservation 1: rated 5")
     'Alien Observation 1: rated 5'
     """
-    # A long text is slow, so it is cut first. It may still shrink: a run of spaces becomes one.
+    # Cleaning a long text is slow, so it is cut first. It may still shrink: a run of spaces becomes
+    # one.
     text = text[:4 * limit]
     if not text.isprintable():
         text = "".join(c if c.isprintable() else " " for c in text)
@@ -177,6 +178,7 @@ def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
     """
     rows = np.zeros((len(texts), d), np.float32)
     for row, text in zip(rows, texts):
+        # one number for each character
         codes = np.frombuffer(f" {fold(text)} ".encode("utf-32-le", "replace"), np.uint32)
         # These products wrap at 2^32 on purpose. The factor in `mixed` is from Knuth's hash.
         trigrams = (codes[:-2] * 31 * 31) + (codes[1:-1] * 31) + codes[2:]
@@ -211,7 +213,7 @@ OPENING = re.compile(rf"""(?isx)
     """)
 ENDING = re.compile(rf"""(?isx)
     # </think>, <|/think|>, <|end_of_thought|>
-    # <|thought_end|>, where the last part of THINKING matches _end
+    # <|thought_end|>: (?= \w+_end) only looks ahead, then THINKING reads "thought" and "_end"
     <\|? (/ \|? | end_ (of_)? | (?= \w+_end)) {THINKING} \b [^<>]* >
     | [\[◁] /(think|reason)(ing)? [\]▷]     # Mistral, Kimi
     | <unused95>                        # MedGemma
@@ -256,7 +258,7 @@ ANSWERS = ("final answer", "answer")    # after which any of them may stand
 TURNS = ("thought", "action", "free item", "final answer", "observation")
 # all of them, as a pattern in which spaces do not count
 LABELS = "|".join([*THOUGHTS, *ITEMS, *REFLECTIONS, "observation", "value"]).replace(" ", "[ ]")
-GAP = r"[ \t*_]{0,9}"
+GAP = r"[ \t*_]{0,9}"                   # spaces, and marks of bold letters
 # In both patterns spaces and comments do not count.
 # IN_LINE: a label with a colon counts where it begins something.
 #     yes: "Action: Up" · "Comedy. Action 3: Up" · "Comedy next Action 3: recommend Up"
@@ -513,8 +515,8 @@ def index(names_of_items: Iterable[Sequence[str]]) -> dict[str, list[int]]:
 def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
     """Embeds the line of every item once, and indexes the titles.
 
-    ValueError if the world's fields do not fit together, or if `embed` gives rows of another length
-    than 1.
+    ValueError if the world's fields do not fit together, or if `embed` gives rows whose length is
+    not 1.
     """
     check(env)
     lines = []
@@ -596,8 +598,8 @@ def fronts(line: str) -> tuple[str, str, str]:
     """The parts of a line that may begin with a title.
 
     They are the whole, the whole without its number in a list, and what stands after a colon, up to
-    a reason. Without a colon the third is the whole up to a reason. A title in quotes or bold
-    letters ends with them: '"Up" is fun' gives "Up".
+    a reason. Without a colon the third is the whole up to a reason. Each ends before categories in
+    brackets. A title in quotes or bold letters ends with them: '"Up" is fun' gives "Up".
 
     >>> fronts("1. The best one: Up [Children]")
     ('1. The best one: Up ', 'The best one: Up ', 'Up ')
@@ -672,7 +674,7 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     2. Titles in bold letters.
     3. Titles at the front of a line.
     4. Titles elsewhere, up to a reason. If the first line begins with a title, only those in it.
-    5. Titles in asides.
+    5. Titles in asides, then those before words such as "I recommend".
     6. If there are none so far: titles in a reason.
     """
     part = item_part(text)
@@ -689,8 +691,8 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     if titles_in_front(top_line, catalog):          # the lines below explain it
         return items + titles_within(before_reason(top_line), catalog)          # 4
     items += titles_within(without_asides(choice), catalog)                     # 4
-    items += titles_within(choice, catalog)                                     # 5
-    items += titles_within(before_reason(part), catalog)                        # 5
+    items += titles_within(choice, catalog)                         # 5: asides
+    items += titles_within(before_reason(part), catalog)            # 5: before the choice
     if items:
         return items
     # 6: "Something like Alien: Up", "because Up is fun"
@@ -966,7 +968,7 @@ AVOIDED = (r"(?i)\b(avoid(ing)?|keep away from|without|not|no|never)\b((?! but )
            r"|\b(instead of|rather than|anything but|nothing like|(do|does|should)n['’]?t)\b"
            r"[^.;,]*")
 # A parenthesis begins a reason, too. After the colon of "reason:" there is no \b, hence (?!\w).
-REASON = r"(?i)\b(?:because|since|as|due to|reason:)(?!\w)|\("
+REASON_BEGINS = r"(?i)\b(?:because|since|as|due to|reason:)(?!\w)|\("
 
 
 def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
@@ -988,7 +990,7 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     wanted = re.sub(AVOIDED, " ", thought)
     # "Since War was shown, Comedy comes next" begins with its reason
     plan = re.sub(r"(?i)^\W*(since|because|as)\b[^,]*,", "", wanted)
-    plan = re.split(REASON, plan)[0]
+    plan = re.split(REASON_BEGINS, plan)[0]
     first_sentence = re.split(r"[.;!?]\s", plan)[0]
     # each of these texts is a part of the next
     chosen = named_in(first_sentence, tags) or named_in(plan, tags) or named_in(wanted, tags)
@@ -1063,9 +1065,9 @@ NUMBER = r"(?P<number>[-−]?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
 #     "V = 4 + 0.5 * 5 = 6.5"        skips "V = 4 + 0.5 * 5 ="
 #     "7.5 = 4 + 3.5"                skips nothing: a number alone before "=" is the value
 SUMS = r"""(?:
-    # not if a number stands alone before "="
+    # in each round: not if a number stands alone before "="
     (?! [\s*_$]* [-−]?[\d.,]+ [\s*_$%]* [=≈] )
-    # digits, operators and the names of a formula, then "="
+    # digits, operators, words of LaTeX such as \gamma, and the names of a formula; then "="
     (?: [\d\s.+*x×·/÷%$−-] | \\[a-z]+(?![a-z]) | \b(of|r|reward|gamma|next)\b | V(\(s\))? )*
     [=≈]
     ){0,9}"""
@@ -1076,7 +1078,7 @@ VALUE_LINE = re.compile(rf"""(?imx)
     """)
 # the word, but not in "the average value of such states"
 VALUE = r"(?<! average[ ] ) (?<! mean[ ] ) value\b"
-# words without another "value", without "if he leaves" and without the end of a sentence
+# words without another "value", without an if-clause and without the end of a sentence
 PASSAGE = r"(?: (?! \b(?:value|if)\b | [.!?;]\s ) [^:=：\n] )*?"
 # a calculation or a few words, then the number
 TO_NUMBER = rf"{SUMS} (?: (?! value\b | [.!?;]\s ) [^\d\n] )*? {NUMBER}"
@@ -1275,9 +1277,9 @@ def gaps_between(shown: Sequence[Sequence[str]]) -> list[int]:
 def offline_reflector(text: str, seed: int) -> str:
     """Reads off why the user left: similar items too close together, or a disappointment.
 
-    `harmless` is the smallest gap at which the user stayed. `advised` is the gap that the session's
-    thoughts asked for, but at most `harmless`. If the user left at a gap below `harmless`,
-    `advised` is at least one step more than that gap.
+    `harmless` is the smallest gap before the last item: there the user stayed. `advised` is the
+    gap that the session's thoughts asked for, but at most `harmless`. If the user left at a gap
+    below `harmless`, `advised` is at least one step more than that gap.
     """
     history, session, question = parts_of(text)
     liked = Counter(tags_in(history, LIKED))
@@ -1345,7 +1347,7 @@ OTHER_MODEL = "try another --model"
 #           true (ask again), false (do not) or nothing, see `judged`
 #     'finish_reason length and no text'
 #     'ReadTimeout timed out'
-# The line above each pattern quotes what it is for.
+# A comment above a pattern quotes what it is for.
 KINDS = (
     # "You exceeded your current quota", code "insufficient_quota"; status 402
     Kind("credit", 1, "top up the account, then run the same command: it resumes",
@@ -1648,7 +1650,9 @@ def asked_wait(headers: Any, text: str) -> float:
     if is_number(after):
         return float(after)
     bare = re.search(AFTER, text)
-    wait = float(bare["seconds"]) if bare else 0.0
+    if bare:
+        return float(bare["seconds"])
+    wait = 0.0
     duration = re.search(DURATION, text)
     if duration:
         for number, unit in re.findall(PERIOD, duration["periods"], re.IGNORECASE):
@@ -2026,7 +2030,7 @@ def open_log(path: str | Path, model_id: Any) -> Log:
             if isinstance(reply.text, str):
                 known.setdefault(record["ask"], reply)
         except MISSHAPEN:
-            continue                # a kill tore the line: its ask is asked again
+            continue                # an incomplete line: its ask is asked again
     if content and not content.endswith(b"\n"):
         with path.open("ab") as file:
             file.write(b"\n")       # the next line shall not be joined to a torn one
@@ -2045,7 +2049,8 @@ def keep(log: Log, ask: Ask, reply: Reply) -> Reply:
     with LOCK:
         if name not in log.known:
             with log.path.open("ab") as file:
-                file.write(json.dumps(record).encode() + b"\n")     # a kill tears one line at most
+                # one write: if the process is killed, at most one line is incomplete
+                file.write(json.dumps(record).encode() + b"\n")
         return log.known.setdefault(name, reply)
 
 

@@ -84,7 +84,7 @@ FLAGS = {                               # group -> flag -> what it does
         "world": f"{WORLDS} (default films)",
         "episodes": "learning episodes (default 50; 100 in experiments)",
         "users": "held-out users to evaluate on (default 50)",
-        "seed": "names every random draw (default 0)",
+        "seed": "determines every random draw (default 0)",
         "workers": "sessions played at once (default: 1 offline, else a batch); "
                    "in offline experiments: runs at once (default: all cores)",
         "out": "run directory (default: one of its own under runs/)",
@@ -126,7 +126,7 @@ FLAGS = {                               # group -> flag -> what it does
         "k_values": "values recalled for the critic",
         "candidates": "free items to choose from; 0: the actor may name any, as in the paper",
         "lately": "how many steps back the category tool looks",
-        "titles": "items in a state's text and in a prompt's list",
+        "titles": "items in a state's text and in a prompt's history",
         "batch": "episodes between two updates of the memories",
         "transcript": "characters of a session in a prompt",
         "temperature": "sampling temperature of every ask",
@@ -145,8 +145,8 @@ FLAGS = {                               # group -> flag -> what it does
 NOTES = {
     "method": "--method sets --thoughts, --lessons, --experience and --baseline; these flags "
               "override it",
-    "rule of leaving": "default: the world's own value. films has window 4, beta 0.9, floor 2, grace 0 "
-                       "and 50 steps"}
+    "rule of leaving": "default: the world's own value; films has window 4, beta 0.9, floor 2, "
+                       "grace 0 and 50 steps"}
 MANY = 10**9                            # more than anybody asks for
 RANGES = {                              # lowest and highest number; other flags take 0 to MANY
     "users": (1, MANY), "seed": (0, 10**18), "workers": (1, 1000), "seeds": (1, 1000),
@@ -251,8 +251,10 @@ def idle_flags(args: Namespace) -> list[tuple[Iterable[str], str]]:
     idle = [(of_show, "without --show")]
     if args.models_asked == ["offline"]:
         idle.append((FLAGS["a real model"].keys() - {"model"}, "without a real model"))
-    if args.method in envs.POLICIES:        # a2c uses gamma
-        idle.append((FLAGS["method"].keys() - {"gamma"} | {"model"}, f"beside {args.method}"))
+    if args.method in envs.POLICIES:
+        # they ask no model, and of the flags of the method a2c uses gamma alone
+        unused = {"model", *FLAGS["method"]} - {"gamma"}
+        idle.append((unused, f"beside {args.method}"))
     if not args.experiment:
         return [*idle, (FLAGS["experiments"], "without --experiment")]
     # each row has its own method, which sets these switches
@@ -314,7 +316,7 @@ def models_of(args: Namespace) -> list[str]:
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
-    """The flags, checked, with defaults filled in. UserError for a mistake."""
+    """The flags, checked, with DEFAULTS filled in. UserError for a mistake."""
     args, unknown = make_parser().parse_known_args(argv)
     if unknown:                         # words without a dash are not shown: one may be a key
         typed = [word.partition("=")[0] for word in unknown if word.startswith("-")]
@@ -607,7 +609,7 @@ def new_live() -> Live:
 
 
 def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
-    """The model's reply, counted, from the log or not. After a call has failed none begins."""
+    """Ask the model and count the reply. After a call has failed no other begins."""
     if live.stop.is_set():
         raise prompts.EndpointError("stopped")
     try:
@@ -1078,7 +1080,8 @@ def settings_of(base: Settings, varied: str, series: str, x: Any) -> Settings:
         run = run._replace(**{varied: x})
     if episodes:
         run = run._replace(episodes=int(episodes))
-    # Then the runs are equal for each number of episodes, and are performed once.
+    # A method that learns nothing gets 0 episodes. So its runs are the same for each number of
+    # episodes, and are performed once.
     return run if learns(run) else run._replace(episodes=0)
 
 
@@ -1315,7 +1318,7 @@ def plot_bars(axes: Any, rows: Sequence[Row]) -> None:
     colours = [colour_of(row.series) for row in rows]
     axes.barh(names, means, xerr=[means - lows, highs - means], color=colours, capsize=3)
     axes.invert_yaxis()                 # the first row at the top
-    # Methods with language fill most of the width, however far the oracle is.
+    # Methods with language fill most of the width, however long the oracle's bar is.
     methods = [row for row in rows if row.series in billp.METHODS] or rows
     of_all, of_methods = limit_of(rows), 1.3 * limit_of(methods)
     axes.set_xlim(0, min(of_all, of_methods))
