@@ -649,7 +649,7 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
     model_id = [run.model, run.embedding, run.extra]
     log = prompts.open_log(folder / "calls.jsonl", model_id)
     live.stats.setdefault("asked", 0)
-    # From the inside: the endpoint, its budget, a count of what is asked for now, the log.
+    # From the inside: the endpoint, its budget, a count of new answers, the log.
     llm = prompts.unlogged
     if not args.replay:
         llm = prompts.openai(url, run.model, extra=args.extra_body, **options)
@@ -710,7 +710,7 @@ def watched(pmap: Callable, run: Settings, stats: Json) -> Callable:
             lengths[phase].append(length)
             done, mean = len(lengths[phase]), np.mean(lengths[phase])
             if done % 10 == 0 or done == total:
-                asked = f", {stats['asked']} answers asked for now" if "asked" in stats else ""
+                asked = f", {stats['asked']} new answers" if "asked" in stats else ""
                 say(f"{phase}: {done} of {total} episodes, mean Len {mean:.1f}{asked}")
             yield trajectory
     return watched_map
@@ -866,7 +866,7 @@ def ledger(live: Live) -> list[str]:
         answers = sum(row["calls"] for row in counts.values())
         asked = stats.pop("asked")
         known = max(answers - asked, 0)     # after Ctrl-C an answer may not be counted yet
-        lines.append(f"answers   {known} from the log, {asked} asked for now")
+        lines.append(f"answers   {known} from the log, {asked} new")
         lines += [f"endpoint  {name}: {value}" for name, value in stats.items()]
     return lines
 

@@ -2490,7 +2490,7 @@ def test_a_run_over_http_is_the_offline_run_and_replays(workers, finished, tmp_p
     assert read(tmp_path / "summary.json")["endpoint"]["system_fingerprint"] == "fp_1"
     for name in ("episodes.jsonl", "memory.json", "summary.json"):
         (tmp_path / name).unlink()
-    assert "from the log, 0 asked" in succeed(*flags, "--replay")       # the server is gone
+    assert "from the log, 0 new" in succeed(*flags, "--replay")       # the server is gone
     assert files(tmp_path) == files(finished)
     log = (tmp_path / "calls.jsonl").read_bytes().splitlines(True)
     (tmp_path / "calls.jsonl").write_bytes(b"".join(log[:-1]))
