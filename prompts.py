@@ -1468,6 +1468,7 @@ class Route:
     notice: Callable = warnings.warn                # takes a line for the user
     # "requests", "retries: KIND", "system_fingerprint"
     stats: dict = field(default_factory=dict)
+    has_spoken: bool = False        # a reply had a text, perhaps in an earlier run
     refused: set = field(default_factory=set)       # names in INSTEAD
     topics: set = field(default_factory=set)        # of which the user was told
 
@@ -1590,7 +1591,7 @@ def connect(base_url: str, path: str, key: str | None = None, *, timeout: float 
     """A client for one route of an endpoint; EndpointError where the user's settings cannot work.
 
     `timeout` is in seconds, for one request. `transport` replaces the network in tests. The other
-    options are extra, sleep, notice and stats of Route.
+    options are extra, sleep, notice, stats and has_spoken of Route.
     """
     import httpx
     key = (key or "").strip()
@@ -1928,25 +1929,23 @@ def chat_body(model: str, ask: Ask) -> dict:
 def openai(base_url: str, model: str, key: str | None = None, **options: Any) -> LLM:
     """A model behind any OpenAI-compatible endpoint. The options are those of `connect`.
 
-    The run ends when one kind of fault reaches its patience, or after ten empty replies if there
-    has been no text at all: then some setting must be wrong.
+    The run ends when one kind of fault reaches its patience. If there has been no text at all, some
+    setting must be wrong: then it ends at the first refused request, or after ten empty replies.
     The seed is a hint: only a recorded log repeats a run. No stop sequences are sent.
     """
     route = connect(base_url, "chat/completions", key, **options)
-    has_spoken = False              # some reply had a text
     silent = Counter()              # asks without a text since the last text, of each kind
 
     def answer(ask: Ask) -> Reply:
-        nonlocal has_spoken
         got = persist(route, chat_body(model, ask), lambda data: heard(route, ask, data))
         if isinstance(got, Reply):
-            has_spoken = True
+            route.has_spoken = True
             silent.clear()
             return got
         silent[got.kind] += 1
-        # Before any text a refused request means wrong settings. Later it must be the prompt.
-        is_misset = not has_spoken and (got.kind.name == "request" or silent.total() >= 10)
-        if is_misset or silent[got.kind] >= got.kind.patience:
+        is_misset = got.kind.name == "request" or silent.total() >= 10
+        is_hopeless = silent[got.kind] >= got.kind.patience
+        if is_hopeless or (is_misset and not route.has_spoken):
             raise failed(route, got)
         tell(route, "empty", f"an empty reply, because {got.reason}; {got.kind.cure}")
         return Reply("", got.usage, got.reason)

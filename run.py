@@ -652,7 +652,9 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
     # From the inside: the endpoint, its budget, a count of new answers, the log.
     llm = prompts.unlogged
     if not args.replay:
-        llm = prompts.openai(url, run.model, extra=args.extra_body, **options)
+        has_spoken = any(reply.text for reply in log.known.values())
+        llm = prompts.openai(url, run.model, extra=args.extra_body, has_spoken=has_spoken,
+                             **options)
     llm = prompts.limited(llm, args.max_calls)
     llm = prompts.recorded(partial(counted_new, llm, live.stats), log)
     if run.embedding == "hashed_ngrams":

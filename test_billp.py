@@ -1889,6 +1889,7 @@ def test_a_wait_is_bounded_and_ends_with_the_run():
 # `acts` are the answers to the requests of one ask: "abort" is asked four times
 @pytest.mark.parametrize("acts, words, patience", [
     ([completion("", "length")], "--reply-tokens", 20),
+    ([completion("", "MAX_TOKENS")], "--reply-tokens", 20),
     ([completion("", "abort")] * 4, "abort", 100),
     ([completion("", refusal="No.")], "No.", 1000)])
 def test_empty_replies_in_a_row_end_the_run(acts, words, patience):
@@ -1908,6 +1909,8 @@ def test_a_refused_prompt_is_empty_once_the_settings_have_worked(words):
     seen = client(completion(), response("400", words), completion())
     assert [seen.ask(ASK).text for _ in range(3)] == ["hello", "", "hello"]
     assert words in seen.notices[0]
+    resumed = client(response("400", words), has_spoken=True)
+    assert resumed.ask(ASK).text == ""
 
 
 def test_empty_replies_are_counted_by_their_kind():
