@@ -313,8 +313,7 @@ def segment(text: str, labels: Sequence[str]) -> str:
     for i, head in enumerate(heads):
         if head.name not in labels:
             continue
-        may_come_again = head.name in ITEMS and head.name not in TURNS
-        ends = TURNS if may_come_again else (*TURNS, head.name)
+        ends = TURNS if head.name in ITEMS else (*TURNS, head.name)
         next_turns = [later.start for later in heads[i + 1:] if later.name in ends]
         end = next_turns[0] if next_turns else len(text)
         content = text[head.end:end].strip()
@@ -674,7 +673,7 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     2. Titles in bold letters.
     3. Titles at the front of a line.
     4. Titles elsewhere, up to a reason. If the first line begins with a title, only those in it.
-    5. Titles in asides, then those before words such as "I recommend".
+    5. Titles in asides, or before words such as "I recommend".
     6. If there are none so far: titles in a reason.
     """
     part = item_part(text)
@@ -691,8 +690,7 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     if titles_in_front(top_line, catalog):          # the lines below explain it
         return items + titles_within(before_reason(top_line), catalog)          # 4
     items += titles_within(without_asides(choice), catalog)                     # 4
-    items += titles_within(choice, catalog)                         # 5: asides
-    items += titles_within(before_reason(part), catalog)            # 5: before the choice
+    items += titles_within(before_reason(part), catalog)                        # 5
     if items:
         return items
     # 6: "Something like Alien: Up", "because Up is fun"

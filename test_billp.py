@@ -1040,7 +1040,7 @@ def test_a_taken_title_stands_for_its_categories(name, reply):
 
 @pytest.mark.parametrize("reply", [
     "Alien (2009)", "Terminator 2: Judgment Day (1996)", "Donnie Darko (2001)", "Fargo (2001)",
-    "Frozen II", "Jaws 2 (1978)", "Toy Story 3", "The Godfather: Part II (1974)"])
+    "The up side", "Frozen II", "Jaws 2 (1978)", "Toy Story 3", "The Godfather: Part II (1974)"])
 def test_another_films_year_or_a_sequel_names_nothing(reply):
     """Neither The Terminator nor 2001: A Space Odyssey is meant."""
     _, is_named = prompts.ground(reply, ODDLY_TITLED)
@@ -1666,9 +1666,11 @@ data: {"choices": [{"delta": {"content": "lo"}, "finish_reason": "stop"}]}
 data: {"choices": [], "usage": USAGE}
 data: [DONE]
 """.replace("USAGE", json.dumps(USAGE))
-PARTS = [{"type": "thinking", "text": None}, {"type": "text", "text": "hel"},
+PARTS = [{"type": "thinking", "text": "so"}, {"type": "text", "text": "hel"},
          {"type": "output_text", "text": "lo"}]
-BASE64 = [base64.b64encode(np.array(row, "<f4")).decode() for row in ([3, 4], [4, 3])]
+# one without the = at its end
+BASE64 = [base64.b64encode(np.array(row, "<f4")).decode().rstrip("=" * n)
+          for n, row in enumerate(([3, 4], [4, 3]))]
 SOON = email.utils.formatdate(time.time() + 115, usegmt=True)
 ACTS = [
     completion(), completion(""), response("403", "flagged"), response("429", "try again in 20s"),
@@ -1791,7 +1793,8 @@ def test_a_fatal_fault_ends_in_one_line_that_helps(status, body, header, words, 
 def test_streams_parts_and_keep_alive_lines_are_read():
     hidden = "<think>a</think>hello"
     plain, parts, thinking = (completion(text).text for text in ("hello", PARTS, hidden))
-    for text in (STREAM, ": hi\n" + STREAM, "\n\n" + plain, "\ufeff" + plain, parts, thinking):
+    whole = STREAM.replace("delta", "message")      # what some servers stream
+    for text in (STREAM, whole, ": hi\n" + STREAM, "\n\n" + plain, "\ufeff" + plain, parts, thinking):
         seen = client(httpx.Response(200, content=text.encode()))
         assert seen.ask(ASK) == GOOD and len(seen.requests) == 1
 
@@ -2075,7 +2078,8 @@ def test_embeddings_are_read_by_index_order_or_from_base64(act):
 
 @pytest.mark.parametrize("act", [
     given_rows([1, 1]), given_rows([1, 1], [0, 0]), given_rows([1, 1], ["x", 1]),
-    given_rows([1], [10 ** 400]), given_rows([1], [1, 1]), given_rows(1, 1)])
+    given_rows([1], [10 ** 400]), given_rows([1], [1, 1]), given_rows(1, 1),
+    given_rows([[1, 1]], [[1, 0]])])
 def test_bad_embeddings_end_in_one_line(act):
     assert "--embed-model" in failure(embedder(act, act).ask, ["a", "b"])
 
@@ -2401,6 +2405,13 @@ def test_a_flag_beats_the_environment(variables, flags, asked, monkeypatch, caps
     found = settings_of(flags)
     assert f"{found.model} {found.embedding}" == asked
     assert ("without a model" in capsys.readouterr().err) == (variables == "API_KEY=k")
+
+
+def test_a_run_is_named_by_the_flags_that_differ(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    succeed("--episodes", 0, "--users", 1, "--gamma", 0.1, "--window", 2)
+    [folder] = Path("runs").iterdir()
+    assert folder.name.startswith("films-billp-seed0-gamma0.1-window2-")
 
 
 def test_spellings_of_one_setting_are_one_run():
