@@ -1582,6 +1582,9 @@ def test_another_scale_is_mapped_and_told(tmp_path):
     env = envs.ratings_folder(tmp_path)
     assert "from 0..100 onto 1..5" in env.about and env.years[4] == 1984
     assert [history.tolist() for history in env.histories] == [[*range(19, -1, -1)]] * 2
+    flags = "--experiment table3 --rows random --seeds 1 --users 1 --out".split()
+    code, _, err = command(*flags, tmp_path / "out", "--world", f"csv:{tmp_path}")
+    assert code == 0 and "from 0..100 onto 1..5" in err
 
 
 def release(path, world="steam"):
@@ -1794,7 +1797,8 @@ def test_streams_parts_and_keep_alive_lines_are_read():
     hidden = "<think>a</think>hello"
     plain, parts, thinking = (completion(text).text for text in ("hello", PARTS, hidden))
     whole = STREAM.replace("delta", "message")      # what some servers stream
-    for text in (STREAM, whole, ": hi\n" + STREAM, "\n\n" + plain, "\ufeff" + plain, parts, thinking):
+    streams = (STREAM, whole, ": hi\n" + STREAM)
+    for text in (*streams, "\n\n" + plain, "\ufeff" + plain, parts, thinking):
         seen = client(httpx.Response(200, content=text.encode()))
         assert seen.ask(ASK) == GOOD and len(seen.requests) == 1
 
