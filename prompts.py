@@ -673,8 +673,7 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     2. Titles in bold letters.
     3. Titles at the front of a line.
     4. Titles elsewhere, up to a reason. If the first line begins with a title, only those in it.
-    5. Titles in asides, or before words such as "I recommend".
-    6. If there are none so far: titles in a reason.
+    5. If there are none so far: titles in a reason, last those in asides.
     """
     part = item_part(text)
     top_line = part.partition("\n")[0]
@@ -690,10 +689,9 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     if titles_in_front(top_line, catalog):          # the lines below explain it
         return items + titles_within(before_reason(top_line), catalog)          # 4
     items += titles_within(without_asides(choice), catalog)                     # 4
-    items += titles_within(before_reason(part), catalog)                        # 5
     if items:
         return items
-    # 6: "Something like Alien: Up", "because Up is fun"
+    # 5: "Something like Alien: Up", "because Up is fun"
     after_colon = part.rpartition(": ")[2]
     items = titles_in_front(after_colon, catalog)
     items += titles_within(without_asides(part), catalog)
