@@ -1708,6 +1708,7 @@ ReadError ; ReadTimeout ; ConnectError ; RemoteProtocolError | no
 def test_a_single_fault_is_survived(row):
     seen = client(response(*row))
     assert seen.ask(ASK) == GOOD and len(seen.requests) == 2
+    assert [seen.stats[name] for name in seen.stats if name.startswith("retries: ")] == [1]
 
 
 @pytest.mark.parametrize("status, body, reason, times", table("""
@@ -1821,6 +1822,9 @@ def test_what_is_asked():
         "enable_thinking": False}
     headers = seen.requests[0].headers
     assert headers["Authorization"] == f"Bearer {SECRET}" and headers["X-Team"] == "a b"
+    seen = client(headers={"Authorization": "Basic me"})
+    seen.ask(ASK)
+    assert seen.requests[0].headers.get_list("authorization") == ["Basic me"]       # and no key
     seen = client(key=" \n")
     assert seen.ask(ASK) == GOOD and "Authorization" not in seen.requests[0].headers
     seen = client(headers={"authorization": "Bearer mine"})
@@ -2426,6 +2430,7 @@ def test_spellings_of_one_setting_are_one_run():
     assert settings_of(f"{endpoint_flags} {{}}") == bare
     both = [settings_of(f"{endpoint_flags} {text}") for text in ('{"a":1,"b":2}', '{"b":2,"a":1}')]
     assert both[0] == both[1] != bare
+    assert "{" not in both[0].extra             # config.json holds no secret of the body
     assert run.parse(["--experiment", "all,fig5"]).experiment == list(run.EXPERIMENTS)
 
 
