@@ -193,11 +193,10 @@ def demand(holds: Any, message: str) -> None:
         raise ValueError(message)
 
 
-def check_parts(env: Env) -> None:
-    """Raise a ValueError of one line if items, categories and histories do not fit together."""
-    n, m, c = len(env.histories), len(env.titles), len(env.categories)
-    demand(n > 0 and m > 0, f"a world of {n} users (histories) and {m} items (titles)")
-    demand(env.learners in range(n + 1), f"learners is {env.learners} for {n} histories")
+def check_items(env: Env) -> None:
+    """Raise a ValueError of one line if titles, years, categories and vectors do not fit."""
+    m, c = len(env.titles), len(env.categories)
+    demand(m > 0, "a world of 0 items (titles)")
     years, belongs, vectors = np.shape(env.years), np.shape(env.belongs), np.shape(env.vectors)
     demand(years == (m,), f"years has the shape {years} instead of ({m},)")
     demand(belongs == (m, c), f"belongs has the shape {belongs} instead of ({m}, {c})")
@@ -206,6 +205,13 @@ def check_parts(env: Env) -> None:
     are_arrays = isinstance(env.belongs, np.ndarray) and isinstance(env.vectors, np.ndarray)
     demand(are_arrays and np.isfinite(env.vectors).all(),
            "belongs or vectors is not an array, or vectors holds a number that is not finite")
+
+
+def check_histories(env: Env) -> None:
+    """Raise a ValueError of one line if the histories do not fit the items and the learners."""
+    n, m = len(env.histories), len(env.titles)
+    demand(n > 0, "a world of 0 users (histories)")
+    demand(env.learners in range(n + 1), f"learners is {env.learners} for {n} histories")
     items = set(range(m))
     for user, history in enumerate(env.histories):
         strangers = set(history) - items
@@ -235,7 +241,8 @@ def check(env: Env) -> None:
 
     It looks at all ratings if there are fewer than 10^7, otherwise at those of some users.
     """
-    check_parts(env)
+    check_items(env)
+    check_histories(env)
     check_ratings(env)
 
 

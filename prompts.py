@@ -1939,9 +1939,9 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
             silent.clear()
             return got
         silent[got.kind] += 1
-        is_misset = got.kind.name == "request" or silent.total() >= 10
-        is_hopeless = silent[got.kind] >= got.kind.patience
-        if is_hopeless or (is_misset and not route.has_spoken):
+        is_suspect = got.kind.name == "request" or silent.total() >= 10
+        has_wrong_settings = is_suspect and not route.has_spoken
+        if has_wrong_settings or silent[got.kind] >= got.kind.patience:
             raise failed(route, got)
         tell(route, "empty", f"an empty reply, because {got.reason}; {got.kind.cure}")
         return Reply("", got.usage, got.reason)

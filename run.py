@@ -700,6 +700,11 @@ class Outcome(NamedTuple):
     agent: Agent = billp.NOVICE
 
 
+def new_answers(stats: Json) -> str:
+    """How many answers were not in the log; "" for the stand-in, which has none."""
+    return f", {stats['asked']} new answers" if "asked" in stats else ""
+
+
 def watched(pmap: Callable, run: Settings, stats: Json) -> Callable:
     """The same map, which also reports progress after every tenth episode of a phase."""
     lengths = defaultdict(list)         # of each phase
@@ -707,13 +712,13 @@ def watched(pmap: Callable, run: Settings, stats: Json) -> Callable:
     def watched_map(function: Callable, users: Sequence[int], keys: Sequence[Key]) -> Iterator:
         for trajectory in pmap(function, users, keys):
             phase = trajectory.last.key.phase
-            total = run.episodes if phase == "learn" else run.users
             length, _ = billp.score(trajectory)
             lengths[phase].append(length)
-            done, mean = len(lengths[phase]), np.mean(lengths[phase])
+            total = run.episodes if phase == "learn" else run.users
+            done = len(lengths[phase])
             if done % 10 == 0 or done == total:
-                asked = f", {stats['asked']} new answers" if "asked" in stats else ""
-                say(f"{phase}: {done} of {total} episodes, mean Len {mean:.1f}{asked}")
+                mean = np.mean(lengths[phase])
+                say(f"{phase}: {done} of {total} episodes, mean Len {mean:.1f}{new_answers(stats)}")
             yield trajectory
     return watched_map
 
