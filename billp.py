@@ -76,6 +76,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "billp-no-macro": {"lessons": "none"},
     "billp-no-micro": {"experience": False},
     "billp-no-critic": {"baseline": False},
+    # Nothing is asked: each role gives its fallback. So the rows above show what a model adds.
+    "billp-no-model": {"retries": -1},
 }
 
 # --------------------------------------------------------------------------------- credit

@@ -883,8 +883,8 @@ def report(summary: Json, about: str, lessons: Sequence[str], live: Live) -> lis
     model = summary["model"]
     if model == "offline":
         model = STAND_IN
-    if summary["method"] in envs.POLICIES:
-        model = "none: this policy asks no language model"
+    if not any(row["calls"] for row in summary["calls"].values()):
+        model = "none: this method asks no language model"
     heading = ("{method} on {world}, seed {seed}: {episodes} learning episodes, "
                "then {users} held-out users")
     lines = [heading.format_map(summary)]
@@ -1054,7 +1054,8 @@ EXPERIMENTS = {
     "table3": Experiment("Main comparison",
                          "random popular greedy varied common-sense one-list bandit a2c a2c:100000 "
                          "act react reflexion billp oracle"),
-    "table5": Experiment("Ablation", "billp-no-macro billp-no-micro billp-no-critic billp"),
+    "table5": Experiment("Ablation", "billp-no-macro billp-no-micro billp-no-critic "
+                                     "billp-no-model billp"),
     "fig3": Experiment("Popularity of what is recommended", "billp a2c:10000", measure="shares",
                        axis="popularity of items, by quintile", label="share of recommendations"),
     "fig4": Experiment("The critic's estimate and one return", "billp", "episodes", (10, 50, 100),

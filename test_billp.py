@@ -645,6 +645,7 @@ billp | planner actor critic reflector | planner actor critic
 billp-no-macro | planner actor critic | actor critic
 billp-no-micro | planner actor reflector | planner
 billp-no-critic | planner actor reflector | planner actor
+billp-no-model | | actor critic
 """))
 def test_a_method_asks_its_roles_and_writes_its_memories(method, roles, memories):
     """And no two asks share role and key."""
@@ -661,6 +662,16 @@ def test_a_method_asks_its_roles_and_writes_its_memories(method, roles, memories
     assert played == set(roles.split()) - {"critic", "reflector"}
     assert t.gained == NOVICE
     assert len({(ask.role, ask.key) for ask in asks}) == len(asks)
+
+
+def test_no_model_does_what_a_silent_one_does():
+    played = []
+    for llm, method in ((prompts.unlogged, "billp-no-model"),           # it raises if it is asked
+                        (lambda ask: Reply(""), "billp")):
+        agent, trajectories = learn(llm=llm, config=Config(**billp.METHODS[method]))[-1]
+        played.append((agent.actor, [[step.line for step in t.steps] for t in trajectories]))
+    (actor, lines), (silent_actor, silent_lines) = played
+    assert lines == silent_lines and records(actor) == records(silent_actor)
 
 
 def test_a_malformed_reply_is_asked_again():
@@ -2217,7 +2228,7 @@ def test_every_method_runs_and_shows_its_episodes(method, tmp_path):
     assert is_learner == ("learns nothing" not in err)
     code, out, _ = command("--show", tmp_path)
     assert code == (2 if method in envs.POLICIES else 0)
-    credited = method in ("billp", "billp-no-macro", "billp-no-critic")
+    credited = method in ("billp", "billp-no-macro", "billp-no-critic", "billp-no-model")
     assert ("advantage" in out) == credited
 
 
