@@ -1064,8 +1064,8 @@ EXPERIMENTS = {
     "fig5": Experiment("How many items a user remembers", "react a2c reflexion billp", "window",
                        (1, 2, 4, 6, 8), axis="window W (items that a user remembers)"),
     "table6": Experiment("Language models", "billp", "model"),
-    "curve": Experiment("Learning curve", "common-sense bandit a2c billp", "episodes",
-                        (0, 10, 20, 50, 100, 200), axis="learning episodes"),
+    "curve": Experiment("Learning curve", "common-sense bandit a2c billp-no-model billp",
+                        "episodes", (0, 10, 20, 50, 100, 200), axis="learning episodes"),
 }
 
 
@@ -1298,13 +1298,16 @@ def gains_table(rows: Sequence[Row]) -> Table:
 
 # Okabe and Ito's colours: one for a method in all pictures
 COLOURS = {
-    "billp": "#0072B2", "reflexion": "#D55E00", "react": "#009E73", "act": "#CC79A7",
-    "a2c": "#E69F00", "bandit": "#56B4E9", "critic": "#0072B2", "one return": "#E69F00"}
+    "billp": "#0072B2", "billp-no-model": "#000000", "reflexion": "#D55E00", "react": "#009E73",
+    "act": "#CC79A7", "a2c": "#E69F00", "bandit": "#56B4E9",
+    "critic": "#0072B2", "one return": "#E69F00"}
 
 
 def colour_of(series: str) -> str:
-    """The colour of a method. Ablations share that of billp. Fixed policies are grey."""
-    method = series.partition(":")[0].partition("-no-")[0]
+    """The colour of a method. Other ablations share that of billp. Fixed policies are grey."""
+    method = series.partition(":")[0]
+    if method not in COLOURS:
+        method = method.partition("-no-")[0]
     return COLOURS.get(method, "#999999")
 
 
