@@ -61,7 +61,7 @@ class Config(NamedTuple):
     transcript: int = 24000         # characters of a session in a prompt: about 6,000 tokens
     temperature: float = 0.5        # of every ask; as in the paper
     reply_tokens: int = 256         # longest reply asked for; models that reason need thousands
-    retries: int = 2                # how often a malformed reply is asked for again
+    retries: int = 2                # how often a malformed reply is asked for again; -1: no ask
     repeats: bool = False           # whether an item may come twice or come from the history
 
 
@@ -76,7 +76,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "billp-no-macro": {"lessons": "none"},
     "billp-no-micro": {"experience": False},
     "billp-no-critic": {"baseline": False},
-    # Nothing is asked: each role gives its fallback. So the rows above show what a model adds.
+    # Nothing is asked: each role gives its fallback. So the difference is what a model adds.
     "billp-no-model": {"retries": -1},
 }
 
@@ -276,7 +276,7 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
     """Put a role's question to the model.
 
     After a malformed reply the model is told what was wrong and asked again, at most
-    `config.retries` times. Then the fallback answers.
+    `config.retries` times. Then the fallback answers. With -1 retries it answers at once.
     """
     # without its oldest turns if it is too long
     transcript = prompts.bounded(state.transcript, config.transcript)
