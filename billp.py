@@ -16,6 +16,8 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
 
 Recording (s, a) as encouraged makes it likelier that a is chosen in similar states. A
 policy-gradient step also raises pi(a | s), by changing weights and in proportion to A.
+Ours, not the paper's: the actor chooses from a list of free items (`candidates=0` leaves it out),
+and the planner is told which categories were shown lately.
 
 All functions are pure. The model comes in as the argument `llm`, the embedding with the catalogue.
 Parallelism comes in as the argument `pmap`: any function that works like the built-in `map` and

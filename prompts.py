@@ -93,7 +93,7 @@ Embed = Callable[[Sequence[str]], np.ndarray]       # n texts -> float32 [n, d],
 
 
 def seed_of(key: Key) -> int:
-    """The 31-bit seed that a model draws with: the only trace of a key that a model gets."""
+    """The 31-bit seed that a model draws with: the only trace of a key that an endpoint gets."""
     return crc32(repr(tuple(key)).encode()) >> 1
 
 
@@ -449,8 +449,9 @@ def item_part(text: str) -> str:
 ARTICLES = frozenset("the a an le la les l un une il lo el los las der das".split())
 LONGEST = 16                        # words of a title that are compared
 YEAR = re.compile("(1[89]|20)[0-9]{2}")
-# What follows a title in that of a sequel: "Frozen II", "Jaws 2 (1978)", "Heat Part 2"
-SEQUEL = re.compile(rf"(II|III|IV|Part [\dI]+|[2-9]( {YEAR.pattern}|$))\b")
+# What follows a title in that of a sequel: "Frozen II", "Jaws 2 (1978)", "Dune: Part Two"
+SEQUEL = re.compile(rf"(II|III|IV|VI{{0,3}}|(Part|Episode) ([\dIV]+|Two|Three|Four|Five|Six)"
+                    rf"|[2-9]( {YEAR.pattern}|$))\b")
 BOLD = r"\*\*[^*\n]+\*\*(\s*\(\d{4}\))?"
 # '"Up" is fun', "**Up** (2009) is fun"
 EMPHASISED = r"\W*[\"“*](?P<title>[^\"”*]+)[\"”*]+\s*(?P<year>\(\d{4}\))?"

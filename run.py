@@ -132,7 +132,8 @@ FLAGS = {                               # group -> flag -> what it does
         "temperature": "sampling temperature of every ask",
         "reply_tokens": "longest reply asked for; models that reason need thousands",
         "retries": "how often a malformed reply is asked for again",
-        "repeats": "allow an item to come twice in a session, or from the history",
+        "repeats": "allow an item to come twice in a session, or from the history; policies never "
+                   "repeat one",
     },
     "rule of leaving": {
         "window": "items that a user remembers; the paper's W",
@@ -143,8 +144,8 @@ FLAGS = {                               # group -> flag -> what it does
     },
 }
 NOTES = {
-    "method": "--method sets --thoughts, --lessons, --experience and --baseline; these flags "
-              "override it",
+    "method": "--method sets --thoughts, --lessons, --experience and --baseline (billp-no-model: "
+              "--retries); these flags override it",
     "rule of leaving": "default: the world's own value; films has window 4, beta 0.9, floor 2, "
                        "grace 0 and 50 steps"}
 MANY = 10**9                            # more than anybody asks for
@@ -947,7 +948,7 @@ def step_rows(step: Json) -> list[tuple[str, str]]:
     rows += [("listed", item.line) for item in listed]
     why = ""
     if not step["exact"]:
-        why = "in its place: no free title was named" if step["said"] else "no reply could be read"
+        why = "in its place: no free title was named" if step["said"] else "no usable reply"
     rows += [("said", step["said"]), ("item", step["item"]), ("", why)]
     return [*rows, ("reward", f"{step['reward']:g}")]
 
