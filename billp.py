@@ -505,9 +505,8 @@ def advance(state: State, catalog: Catalog, step: Step, left: bool, config: Conf
     n = state.key.step + 1
     shown = state.shown + (step.line,)
     text = "\n".join((state.history + shown)[-config.titles:])
-    asked = ""
-    if not step.act.exact and not step.act.fallback:
-        asked = step.act.said       # the model asked for something that could not be recommended
+    # what the model asked for if it could not be recommended; a fallback has said ""
+    asked = "" if step.act.exact else step.act.said
     return state._replace(
         key=state.key._replace(step=n),
         shown=shown,
