@@ -359,18 +359,6 @@ def promise(candidate: Candidate, recent: Sequence[str]) -> tuple[bool, float]:
     return is_new, prompts.chance(candidate)
 
 
-def retrieved(state: State, catalog: Catalog, taken: Sequence[int], tastes: prompts.Tastes,
-              config: Config) -> list[str]:
-    """The lines of the free items that fit the thought and the liked categories best.
-
-    There are `config.candidates` of them, or as many as are free.
-    """
-    # what the thought asks for, such as "[War]", and the liked categories not shown lately
-    texts = prompts.query(state.thought, catalog.env.categories, tastes)
-    items = prompts.closest(texts, catalog, taken, config.candidates)
-    return [catalog.lines[item] for item in items]
-
-
 def shortlist(state: State, memory: Memory, catalog: Catalog,
               config: Config) -> tuple[Candidate, ...]:
     """The free items that the actor is shown, each once, the most promising first.
@@ -383,7 +371,10 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     counts = evidence(state, memory, config)        # (line, verdict) -> times
     tastes = tastes_of(state, config)
     if config.candidates:
-        lines = retrieved(state, catalog, taken, tastes, config)
+        # what the thought asks for, such as "[War]", and the liked categories not shown lately
+        texts = prompts.query(state.thought, catalog.env.categories, tastes)
+        items = prompts.closest(texts, catalog, taken, config.candidates)
+        lines = [catalog.lines[item] for item in items]
     else:
         in_catalog = set(catalog.lines)             # a loaded memory may come from another world
         lines = [line for line, _ in counts if line in in_catalog]
