@@ -404,15 +404,14 @@ def chosen_item(answer: Answer, state: State, listed: Sequence[Candidate], catal
         text = listed[0].line if listed else state.text
         return prompts.nearest(text, catalog, taken), False
     item, exact = prompts.ground(answer.value, catalog, taken)
-    if exact or not listed or not config.candidates:
-        return item, exact
-    # No free item is named. `ground` has taken the nearest of all free items. Often the reply
-    # repeats a recent item, and the nearest one is too similar to it. So only the listed items are
-    # allowed now: all others are excluded.
-    lines = {candidate.line for candidate in listed}
-    others = [item for item, line in enumerate(catalog.lines) if line not in lines]
-    item, _ = prompts.ground(answer.value, catalog, exclude=others)
-    return item, False
+    if listed and config.candidates and not exact:
+        # No free item is named. `ground` has taken the nearest of all free items. Often the reply
+        # repeats a recent item, and the nearest one is too similar to it. So only the listed items
+        # are allowed now: all others are excluded.
+        lines = {candidate.line for candidate in listed}
+        others = [item for item, line in enumerate(catalog.lines) if line not in lines]
+        item, exact = prompts.ground(answer.value, catalog, exclude=others)
+    return item, exact
 
 
 def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
