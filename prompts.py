@@ -286,20 +286,10 @@ HEADING = re.compile(rf"""(?imx)
     """)
 
 
-class Head(NamedTuple):
-    """A label in a reply."""
-    name: str
-    start: int
-    end: int                        # where the text after it begins
-
-
-def heads_of(text: str) -> list[Head]:
-    """The labels in a reply, in order."""
-    heads = []
-    for pattern in (IN_LINE, HEADING):
-        for match in pattern.finditer(text):
-            heads.append(Head(match["name"].lower(), match.start("name"), match.end()))
-    return sorted(heads, key=lambda head: head.start)
+def heads_of(text: str) -> list[re.Match]:
+    """The labels in a reply, in order. The text after a label begins at the end of its match."""
+    heads = [*IN_LINE.finditer(text), *HEADING.finditer(text)]
+    return sorted(heads, key=lambda head: head.start("name"))
 
 
 def segment(text: str, labels: Sequence[str]) -> str:
@@ -311,12 +301,13 @@ def segment(text: str, labels: Sequence[str]) -> str:
     """
     heads = heads_of(text)
     for i, head in enumerate(heads):
-        if head.name not in labels:
+        name = head["name"].lower()
+        if name not in labels:
             continue
-        ends = TURNS if head.name in ITEMS else (*TURNS, head.name)
-        next_turns = [later.start for later in heads[i + 1:] if later.name in ends]
-        end = next_turns[0] if next_turns else len(text)
-        content = text[head.end:end].strip()
+        ends = TURNS if name in ITEMS else (*TURNS, name)
+        next_turns = [later for later in heads[i + 1:] if later["name"].lower() in ends]
+        end = next_turns[0].start("name") if next_turns else len(text)
+        content = text[head.end():end].strip()
         if content:
             return content
     return ""
@@ -423,7 +414,7 @@ def labelled(text: str, labels: Sequence[str]) -> str:
     if refuses(text, labels):
         return ""
     heads = heads_of(text)
-    before_all = text[:heads[0].start] if heads else text
+    before_all = text[:heads[0].start("name")] if heads else text
     answer = segment(text, ANSWERS)
     # After a label a line such as "Comedy!" is an answer and no preamble.
     line = first_line(after_labels(text, labels), preamble=":")
