@@ -856,14 +856,13 @@ def find_file(folder: Path, names: Sequence[str], world: str) -> Path | None:
     """
     files = []
     for name in names:
-        files += folder.rglob(name)
+        files += sorted(folder.rglob(name))
 
-    def rank(file: Path) -> tuple:
+    def rank(file: Path) -> tuple[bool, int]:
         parts = file.relative_to(folder).parts          # folders, then the file's name
-        is_elsewhere, depth = world not in parts, len(parts)
-        return is_elsewhere, depth, names.index(file.name), file
+        return world not in parts, len(parts)           # elsewhere, depth
 
-    return min(files, key=rank, default=None)
+    return min(files, key=rank, default=None)           # the first of equals
 
 
 def reason_of(error: Exception) -> str:
