@@ -165,11 +165,6 @@ def unaccented(text: str) -> str:
     return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
 
-def fold(text: str) -> str:
-    """The text without case and accents: how `hashed_ngrams` reads it."""
-    return unaccented(text.casefold())
-
-
 def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
     """Embeds texts without a model: signed counts of character trigrams, float32 [n, d], unit rows.
 
@@ -178,8 +173,9 @@ def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
     """
     rows = np.zeros((len(texts), d), np.float32)
     for row, text in zip(rows, texts):
-        # one number for each character
-        codes = np.frombuffer(f" {fold(text)} ".encode("utf-32-le", "replace"), np.uint32)
+        # without case and accents, and one number for each character
+        plain = f" {unaccented(text.casefold())} "
+        codes = np.frombuffer(plain.encode("utf-32-le", "replace"), np.uint32)
         # These products wrap at 2^32 on purpose. The factor in `mixed` is from Knuth's hash.
         trigrams = (codes[:-2] * 31 * 31) + (codes[1:-1] * 31) + codes[2:]
         mixed = (trigrams * 2654435761) >> 16       # the upper 16 bits
