@@ -86,11 +86,6 @@ class EnvState(NamedTuple):
     t: Array                            # int [...]: steps taken
 
 
-def sessions_at(state: EnvState, index: Any) -> EnvState:
-    """The sessions at an index of the leading axis."""
-    return EnvState(*[part[index] for part in state])
-
-
 # A world is pickled to go to another process, and a closure cannot be pickled. So `table` and
 # `euclidean` return a `partial` of a function of the module.
 
@@ -425,7 +420,7 @@ def remaining(state: EnvState, free: Array, item: Array, over: Array) -> tuple[E
     on = ~over
     still_free = free[on]               # a copy
     still_free[np.arange(len(still_free)), item[on]] = False
-    return sessions_at(state, on), still_free
+    return EnvState(*[part[on] for part in state]), still_free
 
 
 def features(env: Env, state: EnvState) -> Array:
