@@ -1114,9 +1114,8 @@ def cells_of(args: Namespace, base: Settings, name: str) -> dict[Cell, list[Job]
 def shares(env: envs.Env, sessions: Sequence[Session]) -> list[list[int]]:
     """[sessions, 5]: how many of the items are in each quintile of popularity, the least first."""
     order = np.argsort(envs.popularity(env), kind="stable")         # the least popular first
-    m = len(order)
-    quintile = np.empty_like(order)
-    quintile[order] = np.arange(m) * 5 // m         # of the item at each rank
+    ranks = np.argsort(order)                       # of the items
+    quintile = ranks * 5 // len(ranks)
     return [np.bincount(quintile[session.items], minlength=5).tolist() for session in sessions]
 
 
