@@ -270,16 +270,17 @@ def idle_flags(args: Namespace) -> list[tuple[Iterable[str], str]]:
     return idle
 
 
-ADDRESS = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
 
 
-def variable(*names: str) -> str:
-    """The first of these environment variables that is set, or ""."""
-    for name in names:
-        value = os.environ.get(name, "").strip()
-        if value:
-            return value
-    return ""
+
+def variable(name: str) -> str:
+    """The value of an environment variable, or ""."""
+    return os.environ.get(name, "").strip()
+
+
+def base_url_of(args: Namespace) -> str:
+    """The endpoint that the flags or the environment name, or ""."""
+    return args.base_url or variable("OPENAI_BASE_URL") or variable("OPENAI_API_BASE")
 
 
 def parts(names: str) -> list[str]:
@@ -304,8 +305,8 @@ def models_of(args: Namespace) -> list[str]:
     if names == ["offline"]:
         return names
     # A replay asks no endpoint, but its log is that of a real model.
-    has_endpoint = bool(args.base_url or args.replay or variable(*ADDRESS))
-    has_key = bool(variable("OPENAI_API_KEY"))
+    has_endpoint = args.replay or base_url_of(args) != ""
+    has_key = variable("OPENAI_API_KEY") != ""
     if names == [""] and not has_endpoint:
         if has_key:                 # many people have one in their environment
             say("OPENAI_API_KEY is set without a model: the stand-in answers")
@@ -642,7 +643,7 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
     """The model and the embedding of a run. Those of an endpoint are recorded in the folder."""
     if run.model == "offline":
         return prompts.offline, prompts.hashed_ngrams
-    url = args.base_url or variable(*ADDRESS) or "https://api.openai.com/v1"
+    url = base_url_of(args) or "https://api.openai.com/v1"
     headers = dict(header.split("=", 1) for header in args.header)
     options = {"key": variable("OPENAI_API_KEY"), "timeout": args.timeout, "headers": headers,
                "notice": say, "sleep": live.stop.wait, "stats": live.stats}
