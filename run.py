@@ -232,8 +232,10 @@ def make_parser() -> Parser:
 def check_values(args: Namespace) -> None:
     """UserError for a value that a flag does not take."""
     for name in sorted(args.given):
-        low, high = RANGES.get(name, (0, MANY))
         value = getattr(args, name)
+        if value in ("", []):           # often a variable of the shell that is not set
+            raise UserError(f"{flag(name)} is given without a value")
+        low, high = RANGES.get(name, (0, MANY))
         if type(value) in (int, float) and not low <= value <= high:
             raise UserError(f"{flag(name)} takes a number from {low} to {high}")
     for name in args.experiment:
@@ -330,9 +332,6 @@ def parse(argv: Sequence[str] | None) -> Namespace:
             setattr(args, name, default)
     if args.experiment and "episodes" not in args.given:
         args.episodes = 100
-    for name in sorted(args.given):
-        if getattr(args, name) in ("", []):     # often a variable of the shell that is not set
-            raise UserError(f"{flag(name)} is given without a value")
     args.experiment = parts(args.experiment) if args.experiment else []
     check_values(args)
     if "all" in args.experiment:
