@@ -762,8 +762,7 @@ def perform(run: Settings, place: Place, agent: Agent, llm: LLM, embed: Embed, p
         if phase == "learn":
             batches = billp.train(catalog, place.learners, llm, run.seed, agent, config, pmap,
                                   run.first)
-            for learned, batch in batches:
-                agent = learned         # for the phase after this one
+            for agent, batch in batches:        # the last agent is for the phase after this one
                 played += batch
         else:
             played = billp.evaluate(catalog, place.held_out, agent, llm, run.seed, phase, config,
