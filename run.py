@@ -584,8 +584,7 @@ def agent_of(saved: Json, embed: Embed) -> Agent:
     """The agent with the records that `read_memory` gave. Vectors are made again."""
     memories = {}
     for role in Agent._fields:
-        memories[role] = billp.EMPTY
-        if saved[role]:
+        if saved[role]:                 # a memory that is left out is empty
             vectors = embed([record.text for record in saved[role]])
             memories[role] = billp.push(billp.EMPTY, billp.Chunk(tuple(saved[role]), vectors))
     return Agent(**memories)
