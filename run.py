@@ -499,8 +499,7 @@ def run_directory(args: Namespace, config: Json) -> Path:
                if earlier_fields.get(name) != fields.get(name)]
     # A run that got no answer, perhaps from a mistyped model, leaves nothing but config.json, or a
     # draft of it after a kill. Another run may take its place.
-    files = path.iterdir() if path.exists() else ()
-    is_in_use = any(not file.match("config.json*") for file in files)
+    is_in_use = any(not file.match("config.json*") for file in path.glob("*"))
     if earlier and changed and is_in_use:
         raise UserError(f"{path} holds a run of another configuration ({', '.join(changed)}); "
                         "choose another --out")
