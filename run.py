@@ -62,7 +62,7 @@ STAND_IN = ("offline, a rule-based stand-in: it shows the mechanism at work "
             "and is no evidence about real models")
 WORLDS = "films, csv:DIR, movielens:DIR, steam:DIR, amazon:DIR"
 Json = dict[str, Any]               # a JSON object
-Table = dict[str, dict[str, str]]   # the cells of each row by the name of their column
+Table = dict[str, dict[str, Any]]   # the cells of each row by the name of their column
 METHOD_NAMES = (*envs.POLICIES, *billp.METHODS)
 ROLES = ("planner", "actor", "critic", "reflector")
 
@@ -832,13 +832,13 @@ def spelled(figures: dict[str, Sequence[float]]) -> dict[str, str]:
 def grid(rows: Table) -> list[str]:
     """A table as aligned lines, the first column to the left. A missing cell is 0.
 
-    >>> grid({"actor": {"calls": "12"}, "critic": {}})
+    >>> grid({"actor": {"calls": 12}, "critic": {}})
     ['        calls', 'actor      12', 'critic      0']
     """
     names = dict.fromkeys(name for cells in rows.values() for name in cells)
     table = [["", *names]]
     for label, cells in rows.items():
-        table.append([label, *(cells.get(name, "0") for name in names)])
+        table.append([label, *(str(cells.get(name, 0)) for name in names)])
     widths = [max(map(len, column)) for column in zip(*table)]
     lines = []
     for label, *cells in table:
@@ -862,10 +862,7 @@ def ledger(live: Live) -> list[str]:
     """Calls and tokens of each role, then what the endpoint's client counted."""
     with prompts.LOCK:                  # threads may still count
         counts, stats = deepcopy(live.counts), deepcopy(live.stats)
-    table = {}
-    for role, row in counts.items():
-        if row["calls"]:
-            table[role] = {name: str(number) for name, number in row.items()}
+    table = {role: row for role, row in counts.items() if row["calls"]}
     lines = grid(table) if table else []
     if "asked" in stats:                # an endpoint or its log was opened
         answers = sum(row["calls"] for row in counts.values())
