@@ -272,9 +272,6 @@ def idle_flags(args: Namespace) -> list[tuple[Iterable[str], str]]:
     return idle
 
 
-
-
-
 def variable(name: str) -> str:
     """The value of an environment variable, or ""."""
     return os.environ.get(name, "").strip()
