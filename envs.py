@@ -646,11 +646,9 @@ def bootstrap(statistic: Function, samples: Sequence[Array], draws: int) -> Arra
     Samples are [1, N, k], of one seed. The same users are drawn from all of them.
     """
     users = samples[0].shape[1]
-    drawn = np.random.default_rng(0).integers(users, size=(draws, users))
-    resampled = []
-    for sample in samples:
-        of_draws = sample[0, drawn]                 # [draws, N, k]
-        resampled.append(of_draws[:, None])         # [draws, 1, N, k]: one seed in each draw
+    # [draws, 1, N]: one seed in each draw
+    drawn = np.random.default_rng(0).integers(users, size=(draws, 1, users))
+    resampled = [sample[0, drawn] for sample in samples]        # each [draws, 1, N, k]
     return np.quantile(statistic(*resampled), [0.025, 0.975], axis=0)
 
 
