@@ -696,25 +696,25 @@ class Outcome(NamedTuple):
     agent: Agent = billp.NOVICE
 
 
-def new_answers(stats: Json) -> str:
-    """How many answers were not in the log; "" for the stand-in, which has none."""
-    return f", {stats['asked']} new answers" if "asked" in stats else ""
+
 
 
 def watched(pmap: Callable, run: Settings, stats: Json) -> Callable:
     """The same map, which also reports progress after every tenth episode of a phase."""
-    lengths = defaultdict(list)         # of each phase
+    lengths_of = defaultdict(list)      # of the episodes so far, by phase
 
     def watched_map(function: Callable, users: Sequence[int], keys: Sequence[Key]) -> Iterator:
         for trajectory in pmap(function, users, keys):
             phase = trajectory.last.key.phase
+            lengths = lengths_of[phase]
             length, _ = billp.score(trajectory)
-            lengths[phase].append(length)
+            lengths.append(length)
             total = run.episodes if phase == "learn" else run.users
-            done = len(lengths[phase])
+            done = len(lengths)
             if done % 10 == 0 or done == total:
-                mean = np.mean(lengths[phase])
-                say(f"{phase}: {done} of {total} episodes, mean Len {mean:.1f}{new_answers(stats)}")
+                # the stand-in has no log, so its answers are not told as new
+                new = f", {stats['asked']} new answers" if "asked" in stats else ""
+                say(f"{phase}: {done} of {total} episodes, mean Len {np.mean(lengths):.1f}{new}")
             yield trajectory
     return watched_map
 
