@@ -1117,11 +1117,11 @@ def shortened(env: envs.Env, gamma: float) -> envs.Env:
 
 
 def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Callable,
-                     users: Sequence[int], draws: int) -> list[list[float]]:
+                     draws: int) -> list[list[float]]:
     """[users, 2]: after one learning run, the error of one return and the error of the critic's V.
 
-    The state is the first one of a session with each user. The reference is the mean of `draws`
-    further returns of the same agent from there.
+    The state is the first one of a session with each held-out user. The reference is the mean of
+    `draws` further returns of the same agent from there.
     """
     config = Config(**run.config)
     # Returns are played in a shorter world, which takes half the time. The critic is asked in the
@@ -1130,7 +1130,7 @@ def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: 
     short_catalog = full_catalog._replace(env=shortened(place.env, config.gamma))
     agent = perform(run, place, billp.NOVICE, llm, embed, pmap, ("learn",)).agent
     errors = []
-    for i, user in enumerate(users):
+    for i, user in enumerate(place.held_out):
         played = billp.evaluate(short_catalog, [user] * (draws + 1), agent, llm, run.seed,
                                 "continue", config, pmap)
         returns = []
@@ -1154,18 +1154,17 @@ def critic_errors(
     Errors are taken over `repeats` learning runs that differ in their random draws. The variance
     divides by `repeats`, so that it and the squared bias add up to the mean squared error.
     """
-    users = place.held_out[:states]
     errors = []
     for repeat in range(repeats):
         # far apart: seed 0 uses 1000, 2000, ..., seed 1 uses 1001, 2001, ...
         again = run._replace(seed=run.seed + 1000 * (repeat + 1))
         # the same world and users, but the learners in another order
         learners = envs.branch(again.seed, "learners").permutation(place.learners).tolist()
-        again_place = place._replace(learners=learners)
-        errors.append(errors_of_values(again, again_place, llm, embed, pmap, users, draws))
+        again_place = place._replace(learners=learners, held_out=place.held_out[:states])
+        errors.append(errors_of_values(again, again_place, llm, embed, pmap, draws))
     bias, variance = np.mean(errors, 0), np.var(errors, 0)              # [states, 2]
     figures = np.stack([bias, variance, bias ** 2 + variance], -1)      # [states, 2, 3]
-    return figures.reshape(len(users), 6).tolist()
+    return figures.reshape(-1, 6).tolist()
 
 
 def measure_job(job: Job, llm: LLM, embed: Embed, pmap: Callable) -> list[list[float]]:
