@@ -439,7 +439,7 @@ YEAR = re.compile("(1[89]|20)[0-9]{2}")
 # What follows a title in that of a sequel: "Frozen II", "Jaws 2 (1978)", "Dune: Part Two"
 SEQUEL = re.compile(rf"(II|III|IV|VI{{0,3}}|(Part|Episode) ([\dIV]+|Two|Three|Four|Five|Six)"
                     rf"|[2-9]( {YEAR.pattern}|$))\b")
-BOLD = r"\*\*[^*\n]+\*\*(\s*\(\d{4}\))?"
+BOLD = r"\*\*[^*\n]+\*\*(?:\s*\(\d{4}\))?"
 # '"Up" is fun', "**Up** (2009) is fun"
 EMPHASISED = r"\W*[\"“*](?P<title>[^\"”*]+)[\"”*]+\s*(?P<year>\(\d{4}\))?"
 
@@ -665,13 +665,13 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     """
     part = item_part(text)
     top_line = part.partition("\n")[0]
-    bold = "\n".join(match[0] for match in re.finditer(BOLD, part))
+    bold = "\n".join(re.findall(BOLD, part))
     # "Jaws is old, I recommend Alien, because ...": the choice is "Alien". Without such words it is
     # the part.
-    before, *behind = re.split(f"{CHOSEN}|{CONCLUDED}", part, maxsplit=1)
-    choice = before_reason(behind[0] if behind else before)
+    *before, last = re.split(f"{CHOSEN}|{CONCLUDED}", part, maxsplit=1)
+    choice = before_reason(last)
 
-    items = titles_within(choice, catalog) if behind else []                    # 1
+    items = titles_within(choice, catalog) if before else []                    # 1
     items += titles_in_front(bold, catalog)                                     # 2
     items += titles_in_front(part, catalog)                                     # 3
     if titles_in_front(top_line, catalog):          # the lines below explain it

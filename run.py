@@ -696,9 +696,6 @@ class Outcome(NamedTuple):
     agent: Agent = billp.NOVICE
 
 
-
-
-
 def watched(pmap: Callable, run: Settings, stats: Json) -> Callable:
     """The same map, which also reports progress after every tenth episode of a phase."""
     lengths_of = defaultdict(list)      # of the episodes so far, by phase
