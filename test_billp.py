@@ -981,6 +981,7 @@ Alien | ```json\n{"item": "Alien (1979)"}\n``` ; Action 1: recommend "Alien" (19
 Alien | Thought 1: something tense. Action 1: recommend Alien (1979) |
 Alien | Action 1: recommend Alien (1979) because it is tense and unlike Jaws. |
 Alien | Action 1: recommend Alien: tense, like Up ; I can't help but recommend Alien |
+Alien | "Alien" is my pick.\nThe Matrix was shown. ; I like **Alien** best.\nThe Matrix is old. |
 Alien | Action 1: recommend Alien\nObservation 1: rated 5 of 5\nAction 2: recommend Jaws |
 Jaws | Sure! I think you will enjoy this:\n\n*Jaws* (1975) ; Thought 2: a shark Action 2: Jaws |
 Jaws | {"thought": "tense", "action": "recommend Jaws (1975)"} ; <answer>Jaws</answer> |
@@ -1096,6 +1097,8 @@ critic | Value（at most 10）：7.5 ; I put a fair value at 7.5 ; Value: 15 ÷ 
 critic | Value: 4 + 0.5 * 7 = 4 + 3.5 = 7.5 ; Value: \frac12 \cdot 15 = 7.5 | 7.5
 critic | The value is 7.5 out of 10 ; Three of 5 liked it. Final Answer: 7.5 ; 5 steps.\n\n7.5 | 7.5
 critic | The value is 7.5 because he is at step 4 ; The value is 7.5, given 4 ratings of 5 | 7.5
+critic | The value is 7.5 because the value of others is 6. ; (7.5) ; Around 7.5, I think | 7.5
+critic | Value: 7.5\nIf the user leaves, the value is 0. ; Value: 7.5. Then the value is 0. | 7.5
 critic | Value at step 4 given the history: 7.5 ; Value: r + gamma * next = 4 + 3.5 = 7.5 | 7.5
 critic | Similar ones have 6 as average, so the value is 7.5. ; (8 + 7) / 2 = 7.5 | 7.5
 critic | Value: at most 7.5 ; Value: at most 7,5 ; 7.5\n\nThis answer is based on 8 cases. | 7.5
