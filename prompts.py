@@ -285,6 +285,7 @@ HEADING = re.compile(rf"""(?imx)
 def heads_of(text: str) -> list[re.Match]:
     """The labels in a reply, in order. The text after a label begins at the end of its match."""
     heads = [*IN_LINE.finditer(text), *HEADING.finditer(text)]
+    # by the name: a match may begin with marks before it
     return sorted(heads, key=lambda head: head.start("name"))
 
 
