@@ -144,8 +144,8 @@ FLAGS = {                               # group -> flag -> what it does
     },
 }
 NOTES = {
-    "method": "--method sets --thoughts, --lessons, --experience and --baseline (billp-no-model: "
-              "--retries); these flags override it",
+    "method": "--method sets --thoughts, --lessons, --experience and --baseline;\n"
+              "  billp-no-model sets --retries; these flags override it",
     "rule of leaving": "default: the world's own value; films has window 4, beta 0.9, floor 2, "
                        "grace 0 and 50 steps"}
 MANY = 10**9                            # more than anybody asks for
