@@ -295,6 +295,11 @@ def segment(text: str, labels: Sequence[str]) -> str:
     It is "" if there is no such label. Models often play several turns in one reply: only the first
     counts. So the text also ends where its label comes again. Labels such as "title" may come
     again, because that may be a list: "Title: Up", "Title: Heat".
+
+    >>> segment("Thought 1: a comedy. Action 1: Up", THOUGHTS)
+    'a comedy.'
+    >>> segment("**Action 3**\\nUp\\nThought 4: a comedy", ITEMS)
+    'Up'
     """
     heads = heads_of(text)
     for i, head in enumerate(heads):

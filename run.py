@@ -145,7 +145,7 @@ FLAGS = {                               # group -> flag -> what it does
 }
 NOTES = {
     "method": "--method sets --thoughts, --lessons, --experience and --baseline;\n"
-              "  billp-no-model sets --retries; these flags override it",
+              "billp-no-model sets --retries; these flags override it",
     "rule of leaving": "default: the world's own value; films has window 4, beta 0.9, floor 2, "
                        "grace 0 and 50 steps"}
 MANY = 10**9                            # more than anybody asks for
@@ -205,7 +205,7 @@ def make_parser() -> Parser:
     """
     parser = Parser("run.py", allow_abbrev=False, epilog=EXAMPLES,
                     formatter_class=RawDescriptionHelpFormatter,
-                    description=f"Learn, then evaluate. The default model is {STAND_IN}.")
+                    description=f"Learn, then evaluate. The default model is\n{STAND_IN}.")
     defaults = {**envs.Env._field_defaults, **Config._field_defaults, **DEFAULTS}
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title, NOTES.get(title))
