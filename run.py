@@ -1291,7 +1291,11 @@ COLOURS = {
 
 
 def colour_of(series: str) -> str:
-    """The colour of a method. Other ablations share that of billp. Fixed policies are grey."""
+    """The colour of a method. Other ablations share that of billp. Fixed policies are grey.
+
+    >>> colour_of("billp-no-macro") == colour_of("billp") != colour_of("billp-no-model")
+    True
+    """
     method = series.partition(":")[0]
     if method not in COLOURS:
         method = method.partition("-no-")[0]

@@ -2228,6 +2228,8 @@ def test_every_method_runs_and_shows_its_episodes(method, tmp_path):
     flags = ("--episodes", 2, "--users", 2, "--max-steps", 3, "--method", method)
     code, out, err = command(*flags, "--out", tmp_path)
     assert code == 0 and f"{method} on films" in out
+    asks_nothing = method in (*envs.POLICIES, "billp-no-model")
+    assert asks_nothing == ("asks no language model" in out)
     is_learner = method in ("bandit", "a2c", "reflexion") or method.startswith("billp")
     assert is_learner == ("learns nothing" not in err)
     code, out, _ = command("--show", tmp_path)
