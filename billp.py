@@ -63,7 +63,8 @@ class Config(NamedTuple):
     transcript: int = 24000         # characters of a session in a prompt: about 6,000 tokens
     temperature: float = 0.5        # of every ask; as in the paper
     reply_tokens: int = 256         # longest reply asked for; models that reason need thousands
-    retries: int = 2                # how often a malformed reply is asked for again; -1: no ask
+    # how often a malformed reply is asked for again; with -1 the model is not asked at all
+    retries: int = 2
     repeats: bool = False           # whether an item may come twice or come from the history
 
 
@@ -78,7 +79,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "billp-no-macro": {"lessons": "none"},
     "billp-no-micro": {"experience": False},
     "billp-no-critic": {"baseline": False},
-    # Nothing is asked: each role gives its fallback. So the difference is what a model adds.
+    # Nothing is asked: each role gives its fallback. The model adds what billp has beyond this.
     "billp-no-model": {"retries": -1},
 }
 

@@ -188,18 +188,23 @@ def demand(holds: Any, message: str) -> None:
         raise ValueError(message)
 
 
+def demand_shape(env: Env, name: str, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError unless the field of this name has this shape."""
+    found = np.shape(getattr(env, name))
+    demand(found == shape, f"{name} has the shape {found} instead of {shape}")
+
+
 def check_items(env: Env) -> None:
     """Raise a ValueError of one line if titles, years, categories and vectors do not fit."""
     m, c = len(env.titles), len(env.categories)
     demand(m > 0, "a world of 0 items (titles)")
-    years, belongs, vectors = np.shape(env.years), np.shape(env.belongs), np.shape(env.vectors)
-    demand(years == (m,), f"years has the shape {years} instead of ({m},)")
-    demand(belongs == (m, c), f"belongs has the shape {belongs} instead of ({m}, {c})")
-    is_matrix = len(vectors) == 2 and vectors[0] == m
-    demand(is_matrix, f"vectors has the shape {vectors} instead of ({m}, d)")
-    are_arrays = isinstance(env.belongs, np.ndarray) and isinstance(env.vectors, np.ndarray)
-    demand(are_arrays and np.isfinite(env.vectors).all(),
-           "belongs or vectors is not an array, or vectors holds a number that is not finite")
+    demand_shape(env, "years", (m,))
+    demand_shape(env, "belongs", (m, c))
+    demand(isinstance(env.belongs, np.ndarray), "belongs is not an array")
+    demand(isinstance(env.vectors, np.ndarray), "vectors is not an array")
+    demand(env.vectors.ndim == 2, "vectors is not a matrix [m, d]")
+    demand_shape(env, "vectors", (m, env.vectors.shape[1]))
+    demand(np.isfinite(env.vectors).all(), "vectors holds a number that is not finite")
 
 
 def check_histories(env: Env) -> None:

@@ -1380,7 +1380,8 @@ def test_exactly_beta_and_the_floor_are_borne(place, rating, borne):
     ("belongs", np.ones((2, 3), bool), "belongs"),
     ("belongs", np.ones((3, 9), bool), "belongs"),
     ("vectors", np.ones((2, 2)), "vectors"), ("vectors", np.full((3, 1), np.inf), "finite"),
-    ("belongs", [[1, 0]] * 3, "an array")])
+    ("belongs", [[1, 0]] * 3, "an array"), ("vectors", [[1, 0]] * 3, "an array"),
+    ("vectors", np.ones(3), "a matrix")])
 def test_check_refuses_a_world_that_does_not_fit(field, value, words):
     env = hand_world((0, 9, 20), (5, 5, 5))
     envs.check(env)
