@@ -52,13 +52,14 @@ class Config(NamedTuple):
     baseline: bool = True
     gamma: float = 0.5              # discount of later rewards; the paper's gamma
     k_lessons: int = 2              # reflections recalled; the paper's K
-    k_experience: int = 200         # experiences recalled for the actor and counted for each item
+    # experiences recalled for the actor and counted for each item: in films about five an item
+    k_experience: int = 1000
     k_actions: int = 10             # remembered items shown to the actor if candidates is 0
     k_values: int = 8               # values recalled for the critic, enough to average
     # free items to choose from; 0: the actor may name any and sees remembered ones, as in the paper
     candidates: int = 10
     lately: int = 4                 # steps the category tool looks back; as in the released code
-    titles: int = 10                # items in a state's text and in a prompt; as in the paper
+    titles: int = 10                # items in a state's text and in a prompt's history; the paper's
     batch: int = 10                 # episodes between two updates of the memories; as in the paper
     transcript: int = 24000         # characters of a session in a prompt: about 6,000 tokens
     temperature: float = 0.5        # of every ask; as in the paper
@@ -123,7 +124,8 @@ def discounted_return(rewards: Sequence[float], gamma: float) -> float:
 class Record(NamedTuple):
     """One thing remembered."""
     text: str                       # the state it is found by
-    item: str                       # M_A: the item recommended; M_C: the state's last item; M_P: ""
+    # an item line: in M_A that of the recommended item, in M_C of the state's last item; in M_P ""
+    item: str
     content: Any                    # a reflection, a verdict or a TD target
 
 
@@ -173,10 +175,11 @@ def records(memory: Memory) -> tuple[Record, ...]:
 
 
 def nearest_first(distances: np.ndarray, count: int) -> Iterator[int]:
-    """Indices from the smallest distance to the largest, the newest first among equals.
+    """Indices from the smallest distance to the largest.
 
-    This is quicker than sorting all of them: the `count` nearest are sorted first, and the others
-    only if the caller goes on.
+    Among equals the highest index, which is that of the newest record, comes first. This is quicker
+    than sorting all of them: the `count` nearest are sorted first, and the others only if the
+    caller goes on.
     """
     count = min(count, len(distances))
     limit = np.partition(distances, count - 1)[count - 1]       # the distance at place `count`
@@ -354,7 +357,8 @@ def evidence(state: State, memory: Memory, config: Config) -> Counter:
 def promise(candidate: Candidate, recent: Sequence[str]) -> tuple[bool, float]:
     """How promising an item is: first whether it has no category shown lately, then the evidence.
 
-    The evidence does not decide alone: a small model would then too often repeat a category.
+    The evidence does not decide alone. A small model tends to take the first item, and would then
+    too often repeat a category.
     """
     is_new = set(recent).isdisjoint(prompts.line_tags(candidate.line))
     return is_new, prompts.chance(candidate)
@@ -368,22 +372,22 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     - Without: those nearest to all liked categories and to the liked ones not shown lately.
     - With `candidates` 0, as in the paper: the items of the recalled experience.
     """
-    taken = barred(state, config)
+    excluded = barred(state, config)
     counts = evidence(state, memory, config)        # (line, verdict) -> times
     tastes = tastes_of(state, config)
     if config.candidates:
         # what the thought asks for, such as "[War]", and the liked categories not shown lately
         texts = prompts.query(state.thought, catalog.env.categories, tastes)
-        items = prompts.closest(texts, catalog, taken, config.candidates)
+        items = prompts.closest(texts, catalog, excluded, config.candidates)
         lines = [catalog.lines[item] for item in items]
     else:
         in_catalog = set(catalog.lines)             # a loaded memory may come from another world
         lines = [line for line, _ in counts if line in in_catalog]
-    # Some remembered items are taken. Some free items have the same line as a taken one: the model
-    # could not tell them apart.
-    taken_lines = {catalog.lines[item] for item in taken}
+    # Some remembered items are excluded. Some free items have the same line as an excluded one: the
+    # model could not tell them apart.
+    excluded_lines = {catalog.lines[item] for item in excluded}
     # A line comes twice if it has both verdicts, or if two items share it.
-    free = [line for line in dict.fromkeys(lines) if line not in taken_lines]
+    free = [line for line in dict.fromkeys(lines) if line not in excluded_lines]
     listed = []
     for line in free:
         listed.append(Candidate(line, encouraged=counts[line, 1], discouraged=counts[line, 0]))
@@ -397,21 +401,22 @@ def chosen_item(answer: Answer, state: State, listed: Sequence[Candidate], catal
                 config: Config) -> tuple[int, bool]:
     """The item that an actor's answer stands for, and whether it names a free item.
 
-    If it names none, the item is a listed one, or with `candidates` 0, as in the paper, the nearest
-    of all free ones.
+    A fallback stands for the first listed item. If a reply names no free item, its item is a listed
+    one, or with `candidates` 0, as in the paper, the nearest of all free ones.
     """
-    taken = barred(state, config)
+    excluded = barred(state, config)
     if answer.fallback:
+        # the nearest item to a line is the item of this line
         text = listed[0].line if listed else state.text
-        return prompts.nearest(text, catalog, taken), False
-    item, exact = prompts.ground(answer.value, catalog, taken)
+        return prompts.nearest(text, catalog, excluded), False
+    item, exact = prompts.ground(answer.value, catalog, excluded)
     if listed and config.candidates and not exact:
         # No free item is named. `ground` has taken the nearest of all free items. Often the reply
         # repeats a recent item, and the nearest one is too similar to it. So only the listed items
         # are allowed now: all others are excluded.
         lines = {candidate.line for candidate in listed}
         others = [item for item, line in enumerate(catalog.lines) if line not in lines]
-        item, exact = prompts.ground(answer.value, catalog, exclude=others)
+        item, _ = prompts.ground(answer.value, catalog, exclude=others)
     return item, exact
 
 
@@ -557,7 +562,8 @@ def credit(trajectory: Trajectory, values: Sequence[float],
 def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAULT) -> Trajectory:
     """The episode with what it teaches: three small memories, not yet merged into the agent's."""
     states = [step.state for step in trajectory.steps] + [trajectory.last]
-    answers, values = (), [0.0] * len(states)       # the value of a state not asked about stays 0
+    answers = ()
+    values = [0.0] * len(states)                    # the value of a state not asked about stays 0
     asks_critic = config.experience and config.baseline
     if asks_critic:
         asked = states[:-1] if trajectory.terminated else states

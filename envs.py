@@ -50,16 +50,17 @@ def branch(seed: int, purpose: str) -> Rng:
 
 # ------------------------------------------------------------- the world and its leaving rule
 
+# the fields of Env that make up the rule of leaving; run.py makes them flags
 RULE = ("window", "beta", "floor", "grace", "max_steps")
 
 
 class Env(NamedTuple):
     """A world of n users, m items and c categories. `check` finds what does not fit together.
 
-    `rate(users, items)` gives ratings from 1 to 5, none missing. `distance(users, a, b)` is
-    how different users find the items a and b. Both take int arrays that broadcast together and
-    return an array of that shape. The users may be left out of it if they make no difference.
-    `table` and `euclidean` make such functions.
+    `rate(users, items)` gives ratings from 1 to 5, none missing. `distance(users, a, b)` tells how
+    unlike the items a and b are to these users. Both take int arrays that broadcast together and
+    return an array of that shape. If distances are the same for all users, the result may have the
+    shape of a and b alone. `table` and `euclidean` make such functions.
     """
     titles: tuple[str, ...]             # [m], without the year
     years: tuple[int | None, ...]       # [m]
@@ -680,7 +681,7 @@ def metrics(samples: Array, reference: Array | None = None) -> dict[str, list[fl
     With a reference they are those of the paired differences.
     """
     if reference is None:
-        reference = np.zeros_like(samples)
+        reference = np.zeros_like(samples)      # its totals are 0, so nothing is subtracted
     return dict(zip(METRICS, intervals(gains, samples, reference)))
 
 
@@ -774,8 +775,8 @@ def labels(tags: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], Array]:
 def made_up(belongs: Array, users: int, rng: Rng) -> Array:
     """int8 [n, m]: ratings of films, given their categories; see `films`.
 
-    The numbers are chosen so that taste matters: random items keep a user for 3 to 5 steps, and one
-    list for everybody keeps a user for at most 32 of 50.
+    The numbers are chosen so that taste matters. On average random items keep a user for 3 to 5
+    steps, and one list for everybody keeps a user for at most 32 of 50.
     """
     m, c = belongs.shape
     # archetypes and appeal are the same for every seed
@@ -798,9 +799,10 @@ def films(seed: int = 0, users: int = 1000) -> Env:
 
     Titles, years and categories are facts; ratings are made up. A rating is mostly taste: how much
     the user likes the film's categories, which is in part the taste of one of six archetypes. Then
-    comes the film's general appeal, then noise. Two films are too similar when they share about
-    half of their categories or more, which is about one pair in 25. A history is ten films, drawn
-    without replacement with weights exp(rating). Half of the users learn.
+    comes the film's general appeal, then noise. Two films are too similar if at least half of the
+    categories that either has are in both: about one pair in 25. (17 pairs of one category and
+    three are an exception.) A history is ten films, drawn without replacement with weights
+    exp(rating). Half of the users learn.
     """
     titles, years, tags = [], [], []
     for film in FILMS.split(";"):
@@ -913,7 +915,7 @@ def columns(header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
 
 
 Fields = dict[str, str]             # the texts of a line by the names in ALIASES
-Numbers = dict[str, int]            # the number of each id or title
+Numbers = dict[str, int]            # the number of each id
 
 
 def split_lines(stream: Iterator[str], suffix: str) -> Any:
@@ -1034,9 +1036,9 @@ def ridge(own: Array, other: Array, ratings: Array, fixed: Array, count: int) ->
     """float32 [count, k + 1]: factors and bias of each user, while those of the items are fixed.
 
     A factor is one of the k numbers by which the model describes a user or an item. `fixed` holds
-    the k factors of each item and, behind them, its bias. The user own[i] gave the item other[i] a
-    rating of ratings[i] + the global offset. There are `count` users. The penalty on a factor is 3
-    + a tenth of the user's number of ratings, that on the bias is 3.
+    the k factors of each item and, behind them, its bias. ratings[i] is the rating of item other[i]
+    by user own[i], minus the global offset. There are `count` users. The penalty on a factor is 3 +
+    a tenth of the user's number of ratings, that on the bias is 3.
     `als` also calls it with users and items exchanged.
     """
     # rating - item's bias = [item's factors, 1] @ [user's factors, user's bias]
@@ -1262,10 +1264,11 @@ def released_world(path: Location, name: str) -> Env:
     return Env(
         titles=tuple(titles), years=(None,) * m,
         categories=categories, belongs=belongs, vectors=unit(belongs).astype(np.float32),
-        rate=table(np.clip(ratings, 1, 5)),
+        rate=table(np.clip(ratings, 1, 5)),         # predictions may lie outside the scale
         distance=partial(distance_by_half, len(train_seen), train_distances, test_distances),
-        histories=histories,
-        learners=len(train_seen), beta={"steam": 50.0, "amazon": 15.0}[name], grace=1)
+        histories=histories, learners=len(train_seen),
+        beta={"steam": 50.0, "amazon": 15.0}[name],         # the paper's
+        grace=1)                                    # in the authors' code the first item ends none
 
 
 def released(path: Location, name: str) -> Env:

@@ -293,8 +293,8 @@ def segment(text: str, labels: Sequence[str]) -> str:
     """The text after the first of these labels with text behind it. It ends at the next turn.
 
     It is "" if there is no such label. Models often play several turns in one reply: only the first
-    counts. So the text also ends where its label comes again. Labels such as "title" may come
-    again, because that may be a list: "Title: Up", "Title: Heat".
+    counts. So the text also ends where its label comes again. The labels of ITEMS that begin no
+    turn, such as "title", may come again, because that may be a list: "Title: Up", "Title: Heat".
 
     >>> segment("Thought 1: a comedy. Action 1: Up", THOUGHTS)
     'a comedy.'
@@ -357,7 +357,7 @@ def refuses(text: str, labels: Sequence[str]) -> bool:
     (False, True)
     """
     is_refusal = REFUSAL.match(segment(text, labels) or text) is not None
-    return is_refusal and not re.search(CHOSEN, text)       # "Sorry, no War is left; I'd pick Up"
+    return is_refusal and not re.search(CHOSEN, text)   # "Sorry, but no War is left; I'd pick Up"
 
 
 def unmarked(line: str) -> str:
@@ -557,12 +557,13 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
         following = words[size] if size < len(words) else ""
         year_words = 1 if YEAR.fullmatch(following) else 0
         nothing_follows = size + year_words == len(words)
-        items = catalog.names.get(name, [])
-        # "The Terminator 2" is Terminator 2, not The Terminator
-        if not items and size > 2 and words[0].casefold() in ARTICLES:
-            items = catalog.names.get(named_by(words[1:size]), [])
-        if not items and nothing_follows:
-            items = catalog.mains.get(name, [])
+        names = [name]
+        if size > 2 and words[0].casefold() in ARTICLES:
+            names.append(named_by(words[1:size]))   # "The Terminator 2" is not The Terminator
+        items = []
+        for known in (catalog.names, catalog.mains if nothing_follows else {}):
+            for name in names:
+                items = items or known.get(name, [])
         if not items:
             continue
         if year_words:
@@ -600,10 +601,10 @@ def fronts(line: str) -> tuple[str, str, str]:
     emphasised = re.match(EMPHASISED, line)
     if emphasised:
         line = f"{emphasised['title']} {emphasised['year'] or ''}"
-    title = line.partition("[")[0]
-    unnumbered = re.sub(r"^\W*\d{1,2}\b\W*", "", title)
-    after_colon = before_reason(title).rpartition(": ")[2]
-    return title, unnumbered, after_colon
+    whole = line.partition("[")[0]
+    unnumbered = re.sub(r"^\W*\d{1,2}\b\W*", "", whole)
+    after_colon = before_reason(whole).rpartition(": ")[2]
+    return whole, unnumbered, after_colon
 
 
 def titles_in_front(text: str, catalog: Catalog) -> list[int]:
@@ -666,7 +667,9 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     1. Titles behind words such as "I recommend".
     2. Titles in bold letters.
     3. Titles at the front of a line.
-    4. Titles elsewhere, up to a reason. If the first line begins with a title, only those in it.
+    4. Titles elsewhere, up to a reason:
+       a. only those in the first line, if it begins with a title,
+       b. or else those that are not in asides.
     5. If there are none so far: titles in a reason, last those in asides.
     """
     part = item_part(text)
@@ -674,15 +677,17 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     bold = "\n".join(re.findall(BOLD, part))
     # "Jaws is old, I recommend Alien, because ...": the choice is "Alien". Without such words it is
     # the part.
-    *before, last = re.split(f"{CHOSEN}|{CONCLUDED}", part, maxsplit=1)
-    choice = before_reason(last)
+    pieces = re.split(f"{CHOSEN}|{CONCLUDED}", part, maxsplit=1)
+    choice = before_reason(pieces[-1])
 
-    items = titles_within(choice, catalog) if before else []                    # 1
+    items = []
+    if len(pieces) > 1:                             # there are such words
+        items += titles_within(choice, catalog)                                 # 1
     items += titles_in_front(bold, catalog)                                     # 2
     items += titles_in_front(part, catalog)                                     # 3
     if titles_in_front(top_line, catalog):          # the lines below explain it
-        return items + titles_within(before_reason(top_line), catalog)          # 4
-    items += titles_within(without_asides(choice), catalog)                     # 4
+        return items + titles_within(before_reason(top_line), catalog)          # 4a
+    items += titles_within(without_asides(choice), catalog)                     # 4b
     if items:
         return items
     # 5: "Something like Alien: Up", "because Up is fun"
@@ -698,7 +703,7 @@ def closest(texts: Sequence[str], catalog: Catalog, taken: Collection[int], k: i
 
     One product of all m items with the sum of the texts' embeddings: half a second for a million.
     """
-    vector = catalog.embed(texts).sum(0, dtype=np.float32)
+    vector = catalog.embed(texts).sum(0)
     # In double precision and rounded, so that the order does not depend on the processor.
     products = np.vecdot(catalog.vectors, vector, dtype=float).round(5)
     products[list(taken)] = -np.inf
@@ -806,18 +811,18 @@ class Tastes(NamedTuple):
     """What the category tool reports."""
     recent: tuple[str, ...]         # categories of the items recommended lately
     other: tuple[str, ...]          # liked before and not recommended lately, the most liked first
-    liked: dict[str, int]           # how often each category was liked before, the most liked first
+    liked: tuple[str, ...]          # all liked before, the most liked first
 
 
 def category_tool(history: Sequence[str], shown: Sequence[str], lately: int) -> Tastes:
     """The tool: categories of the last `lately` items shown, and the others of the history.
 
     >>> category_tool(["A [War, Drama]", "B [Drama]"], ["C [War]"], 4)
-    Tastes(recent=('War',), other=('Drama',), liked={'Drama': 2, 'War': 1})
+    Tastes(recent=('War',), other=('Drama',), liked=('Drama', 'War'))
     """
     recent = dict.fromkeys(tag for line in shown[-lately:] for tag in line_tags(line))
     counts = Counter(tag for line in history for tag in line_tags(line))
-    liked = dict(counts.most_common())
+    liked = tuple(tag for tag, _ in counts.most_common())
     other = tuple(tag for tag in liked if tag not in recent)
     return Tastes(tuple(recent), other, liked)
 
@@ -831,10 +836,10 @@ def render_planner(lessons: Sequence[str], tastes: Tastes, lately: int) -> str:
     """The planner's question, given reflections and the category tool."""
     learned = LESSONS.format(lessons=bullets(lessons)) if lessons else ""
     recent = ", ".join(tastes.recent) or "none yet"
-    choice = "What should come next?"               # nothing with a category was liked or shown
+    choice = "What should come next?"               # nothing with a category was liked
     if tastes.other:
         choice = CHOICE.format(other=offered(tastes))
-    elif tastes.recent:
+    elif tastes.liked:
         choice = NO_CHOICE
     return learned + PLANNER.format(lately=lately, recent=recent, choice=choice)
 
@@ -1127,7 +1132,7 @@ LISTED = r"(?m)^- (.*) \[(.*)\]$"
 EVIDENCE = r"(?m)^(Encouraged in similar situations|Discouraged): (.*)\.$"
 TIMES = r"(.+?) \((\d+) of (\d+)\)(?:, |$)"        # what `times` writes
 OTHER = r"(?m)^Which one of the other categories should come next: (.*)\? "
-# What the stand-in says to itself. The reflector writes "Keep similar items 3 steps apart. Avoid
+# What the stand-in says to itself. The reflector writes "Keep similar items 3 steps apart ... Avoid
 # War.", which the planner reads by APART and AVOID. The planner writes "Keep away from Drama,
 # War.", which the actor reads by PLAN. `turn` cuts a thought at 300 characters, so its last dot may
 # be missing.
@@ -1207,8 +1212,10 @@ def chances_in(question: str) -> dict[str, float]:
     chances = {}
     for verdict, items in re.findall(EVIDENCE, question):
         for title, more, total in re.findall(TIMES, items):
-            of_verdict = chance(Candidate(title, int(more), int(total) - int(more)))
-            chances[title] = 1 - of_verdict if verdict == "Discouraged" else of_verdict
+            encouraged, discouraged = int(more), int(total) - int(more)
+            if verdict == "Discouraged":            # then the first number counts these
+                encouraged, discouraged = discouraged, encouraged
+            chances[title] = chance(Candidate(title, encouraged, discouraged))
     return chances
 
 
@@ -1267,9 +1274,10 @@ def gaps_between(shown: Sequence[Sequence[str]]) -> list[int]:
 def offline_reflector(text: str, seed: int) -> str:
     """Reads off why the user left: similar items too close together, or a disappointment.
 
-    `harmless` is the smallest gap before the last item: there the user stayed. `advised` is the
-    gap that the session's thoughts asked for, but at most `harmless`. If the user left at a gap
-    below `harmless`, `advised` is at least one step more than that gap.
+    A gap is the number of steps from an item back to the nearest similar one. `harmless` is the
+    smallest gap of all items but the last, at which the user stayed. `advised` is the gap that the
+    session's thoughts asked for, but at most `harmless`. If the user left at a gap below
+    `harmless`, `advised` is at least one step more than that gap.
     """
     history, session, question = parts_of(text)
     liked = Counter(tags_in(history, LIKED))
@@ -1313,8 +1321,8 @@ def offline(ask: Ask) -> Reply:
 # ---------------------------------------------------------------------- the outside world
 # Endpoints over HTTP, the log of a run and its budget: the only effects of this module.
 # A request without a usable answer is a value, a Fault. Its label is the HTTP status, the name of
-# an exception or the finish_reason. The label, a server's advice and the body decide its Kind. The
-# Kind says how often such a request is sent, and what the user can do after that.
+# an exception, the finish_reason or "embeddings". The label, a server's advice and the body decide
+# its Kind. The Kind says how often such a request is sent, and what the user can do after that.
 
 
 class Kind(NamedTuple):
@@ -1323,8 +1331,8 @@ class Kind(NamedTuple):
     tries: int                      # how often such a request is sent in all
     cure: str                       # what the user can do after the last one
     signs: str                      # a regular expression for "LABEL ADVICE BODY", see `judged`
-    # The run ends after so many such asks in a row without a text: then one prompt cannot be the
-    # cause. Until then each gives an empty reply.
+    # The run ends after so many such asks in a row without a text. Until then each gives an empty
+    # reply. 1 is for faults that no prompt causes. More is for those that one prompt may cause.
     patience: int = 1
 
 
@@ -1348,7 +1356,7 @@ KINDS = (
          r"|(enough|out of|no|any|available) credits|credit balance"
          r"|arrearage|overdue|freetieronly|budget.{0,20}exceeded|exceeded.{0,10}budget"
          r"|spend(ing)? limit|api usage limits|exceeded_current_quota)"),
-    # finish_reason "content_filter"; "The response was filtered ... content management policy"
+    # finish_reason or code "content_filter"; "Prompt blocked", "flagged by moderation"
     Kind("blocked", 1, "look at the prompt, or try another --model",
          r"finish_reason (content_filter|refusal|sensitive|safety|missing .*(block|filter))"
          r"|(400|403|422|424) .*(prompt blocked|sensitive.?content|risk.?detect"
@@ -1395,7 +1403,8 @@ KINDS = (
     Kind("busy", 17, RESUME, "403|429|503"),    # the waits come to 75 s and more
     Kind("odd", 7, RESUME, "4.. true"),         # advised to retry
     Kind("request", 1, "correct the request: --model, --extra-body or --header",
-         # 423 to 425, 498 and 499 pass: locked, a failed generation, no capacity, cancelled
+         # Not these, which are failures, see below: 408 and 409 (too late), 423 to 425 (locked, a
+         # failed generation, no capacity), 498 and 499 (cancelled)
          "4(?!08|09|2[345]|9[89])..|501|LocalProtocolError",
          patience=20),                  # for prompts that are refused in words of another provider
     # nobody listens, an unknown host, a certificate that is not trusted

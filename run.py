@@ -56,6 +56,7 @@ class UserError(Exception):
     """A mistake that the user can correct: one line, exit code 2."""
 
 
+# errors that `main` tells in one line
 MENDABLE = (UserError, prompts.EndpointError, envs.BadData, OSError, MemoryError,
             futures.BrokenExecutor)
 STAND_IN = ("offline, a rule-based stand-in: it shows the mechanism at work "
@@ -114,7 +115,7 @@ FLAGS = {                               # group -> flag -> what it does
         "max_calls": "stop cleanly after this many chat requests to each model",
         "replay": "answer from the run's log alone",
     },
-    "method": {
+    "roles and memories": {
         "thoughts": "ask the planner for a thought before each action",
         "lessons": "reflections to read: none (and write none), latest or nearest",
         "experience": "write and recall the memories of actor and critic",
@@ -144,8 +145,8 @@ FLAGS = {                               # group -> flag -> what it does
     },
 }
 NOTES = {
-    "method": "--method sets --thoughts, --lessons, --experience and --baseline;\n"
-              "billp-no-model sets --retries; these flags override it",
+    "roles and memories": "--method sets --thoughts, --lessons, --experience and --baseline;\n"
+                          "billp-no-model sets --retries; in one run these flags override it",
     "rule of leaving": "default: the world's own value; films has window 4, beta 0.9, floor 2, "
                        "grace 0 and 50 steps"}
 MANY = 10**9                            # more than anybody asks for
@@ -154,9 +155,10 @@ RANGES = {                              # lowest and highest number; other flags
     "timeout": (0.001, 10**6), "gamma": (0, 1), "lately": (1, 1000), "titles": (1, 1000),
     "batch": (1, MANY), "transcript": (1000, MANY), "temperature": (0, 2),
     "reply_tokens": (1, MANY), "retries": (0, 100), "window": (1, 1000), "max_steps": (1, 10**5)}
-OF_METHODS = ("thoughts", "lessons", "experience", "baseline")         # what billp.METHODS sets
+OF_METHODS = ("thoughts", "lessons", "experience", "baseline")  # switches that billp.METHODS sets
 CHOICES = {"method": METHOD_NAMES, "lessons": ("none", "latest", "nearest")}
-DEFAULTS = {                            # for the flags that are not fields of Config or of the rule
+# for flags that are not fields of Config or of the rule; one without a default is a text or None
+DEFAULTS = {
     "episodes": 50, "users": 50, "method": "billp", "world": "films", "seed": 0, "seeds": 5,
     "workers": 0, "timeout": 300.0, "header": (), "extra_body": {}, "max_calls": MANY,
     "replay": False, "pick": "", "prompts": False, "experiment": ""}
@@ -223,7 +225,7 @@ def make_parser() -> Parser:
                 options = {"type": json_object, "metavar": "JSON"}
             else:
                 options = {"choices": CHOICES.get(name), "metavar": name.upper()}
-            if title == "method":
+            if title == "roles and memories":
                 text += f" (default {default})"
             group.add_argument(flag(name), help=text, **options)
     return parser
@@ -254,9 +256,13 @@ def idle_flags(args: Namespace) -> list[tuple[Iterable[str], str]]:
     idle = [(of_show, "without --show")]
     if args.models_asked == ["offline"]:
         idle.append((FLAGS["a real model"].keys() - {"model"}, "without a real model"))
+    else:
+        idle.append((["cluster"], "with a real model"))
+    if args.models:
+        idle.append((["model"], "beside --models"))
     if args.method in envs.POLICIES:
-        # they ask no model, and of the flags of the method a2c uses gamma alone
-        unused = {"model", *FLAGS["method"]} - {"gamma"}
+        # they ask no model and keep no memory; of these flags a2c uses gamma alone
+        unused = {"model", "load", "workers", *FLAGS["roles and memories"]} - {"gamma"}
         idle.append((unused, f"beside {args.method}"))
     if not args.experiment:
         return [*idle, (FLAGS["experiments"], "without --experiment")]
@@ -292,8 +298,7 @@ def models_of(args: Namespace) -> list[str]:
 
     - A policy asks no model and counts as offline, the stand-in.
     - No name and no endpoint: the stand-in.
-    - A name and an endpoint, or a name and a key: that model. With a key alone the endpoint is
-      OpenAI's.
+    - A name and an endpoint, or a name and a key: that model. Without an endpoint it is OpenAI's.
     - Anything else is a UserError.
     """
     if args.method in envs.POLICIES:
@@ -782,6 +787,7 @@ def describe(env: envs.Env, trajectory: Trajectory) -> Json:
             "history": trajectory.last.history, "steps": steps, "left": left,
             "values": trajectory.values if was_credited else (),
             "advantages": trajectory.advantages if was_credited else (),
+            # none, or one
             "reflection": "".join(record.content for record in billp.records(gained.planner))}
 
 
@@ -801,7 +807,7 @@ def summarise(run: Settings, outcome: Outcome, live: Live, began: float) -> Json
     content_of_run = run._asdict()
     rule = content_of_run.pop("rule")
     return content_of_run | {
-        "config": run.config | rule,
+        "config": run.config | rule,            # all numbers that flags set, side by side
         "learning": [float(np.mean(batch)) for batch in batches],
         "before": envs.metrics(before), "after": envs.metrics(after),
         "difference": envs.metrics(after, before) if run.episodes else None,
@@ -1042,7 +1048,7 @@ class Experiment(NamedTuple):
 EXPERIMENTS = {
     "table3": Experiment("Main comparison",
                          "random popular greedy varied common-sense one-list bandit a2c a2c:100000 "
-                         "act react reflexion billp oracle"),
+                         "act react reflexion billp-no-model billp oracle"),
     "table5": Experiment("Ablation", "billp-no-macro billp-no-micro billp-no-critic "
                                      "billp-no-model billp"),
     "fig3": Experiment("Popularity of what is recommended", "billp a2c:10000", measure="shares",
@@ -1064,7 +1070,8 @@ class Job(NamedTuple):
     measure: str
 
 
-Cell = tuple[str, Any]              # the method, and the value of the flag that is varied, if any
+# the series, such as "billp" or "a2c:10000", and the value of the flag that is varied, if any
+Cell = tuple[str, Any]
 
 
 def settings_of(base: Settings, varied: str, series: str, x: Any) -> Settings:
@@ -1102,7 +1109,7 @@ def cells_of(args: Namespace, base: Settings, name: str) -> dict[Cell, list[Job]
 def shares(env: envs.Env, sessions: Sequence[Session]) -> list[list[int]]:
     """[sessions, 5]: how many of the items are in each quintile of popularity, the least first."""
     order = np.argsort(envs.popularity(env), kind="stable")         # the least popular first
-    ranks = np.argsort(order)                       # of the items
+    ranks = np.argsort(order)                       # ranks[item] is its place in this order
     quintile = ranks * 5 // len(ranks)
     return [np.bincount(quintile[session.items], minlength=5).tolist() for session in sessions]
 
@@ -1360,18 +1367,18 @@ def plot(experiment: Experiment, heading: str, rows: Sequence[Row], path: Path) 
     figure.savefig(path)
 
 
-def publish(name: str, base: Settings, cells: dict[Cell, Array], folder: Path) -> None:
+def publish(name: str, base: Settings, samples: dict[Cell, Array], folder: Path) -> None:
     """Print the tables of an experiment, given the samples of each cell; write its files."""
     experiment = EXPERIMENTS[name]
     models = [base.model]
     if experiment.varied == "model":
-        models = [model for _, model in cells]
+        models = [model for _, model in samples]
     texts = [STAND_IN if model == "offline" else model for model in models]
     rows, raw = [], []
-    for series, x in cells:
-        rows += rows_of(series, x, cells, experiment.measure)
-        raw.append({"series": series, "x": x, "samples": cells[series, x].tolist()})
-    any_cell = next(iter(cells.values()))
+    for series, x in samples:
+        rows += rows_of(series, x, samples, experiment.measure)
+        raw.append({"series": series, "x": x, "samples": samples[series, x].tolist()})
+    any_cell = next(iter(samples.values()))
     last = base.seed + len(any_cell) - 1            # the first axis of a cell is its seeds
     units = "states" if experiment.measure == "errors" else "held-out users"
     heading = (f"{name} on {base.world}, seeds {base.seed} to {last}, "
