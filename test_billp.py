@@ -1001,6 +1001,7 @@ Jaws | Alien was fun, and you might like Jaws. ; After Alien the user will like 
 Jaws | - **Alien**: tense\n- **Jaws**: a shark\n\nI'd recommend Jaws. |
 Jaws | The options are **Alien** and **Jaws**. The best fit is **Jaws**. |
 Jaws | Alien was discouraged. Jaws is fine. ; Alien was rated low. Jaws is fine. |
+Jaws | Sorry, but no War is left; I'd pick Jaws |
 Jaws | Sorry, but there is no War. The closest is Jaws. ; Alien is old, so we should pick Jaws |
 Jaws | As an AI, I have no taste, but I'd recommend Jaws. ; I apologize. The best fit is Jaws. |
 Jaws | Since you liked Alien, watch Jaws ; It should be unlike Alien. Jaws fits. |
@@ -1017,7 +1018,7 @@ Up | Free item: Up\nReason: Alien was liked ; Free item: Up\n**Reason**: like Al
 Up | Rather than Alien, I choose: Up |
 Up | The Matrix was shown already, so I recommend Up. ; The Matrix / Up | The Matrix
 Up | Alien (1979)\nJaws (1975)\nUp (2009) | Alien ; Jaws
-Terminator 2: Judgment Day | Free item: Terminator 2 (1991) |
+Terminator 2: Judgment Day | Free item: Terminator 2 (1991) ; Free item: The Terminator 2 |
 Blade Runner | Try Blade Runner tonight ; You might love Blade Runner tonight |
 Amélie | amelie |
 2001: A Space Odyssey | Since Ali (2001) was liked, now 2001: A Space Odyssey comes |
@@ -1216,11 +1217,13 @@ def test_the_category_tool_by_hand():
     assert tastes.other == ("Drama", "Comedy")
     nothing = prompts.category_tool([], [], 2)
     all_shown = prompts.category_tool(["A [War]"], ["B [War]"], 2)
+    unlabelled = prompts.category_tool(["A []"], ["B [War]"], 2)
     in_text = {
         "in the last 2 steps: War, Sci-Fi.\n": prompts.render_planner([], tastes, 2),
         "should come next: Drama, Comedy? ": prompts.render_planner([], tastes, 2),
         "steps: none yet.\nWhat should come next? ": prompts.render_planner([], nothing, 2),
         "Which one was shown longest ago?": prompts.render_planner([], all_shown, 2),
+        "steps: War.\nWhat should come next? ": prompts.render_planner([], unlabelled, 2),
         "\nLessons:\n- Rest\n": prompts.render_planner(["Rest"], tastes, 2),
         "ended with H [War].": prompts.render_reflector("H [War]", tastes, True),
         "better: Drama, Comedy? ": prompts.render_reflector("H [War]", tastes, True),
@@ -2371,6 +2374,9 @@ FOLDER = {                                  # what lies in the folder of the tes
 --pick after ; --prompts ; --seeds 3 ; --rows react ; --show full --seed 1 | has no effect
 --timeout 9 ; --max-calls 9 ; --header a=b ; --model offline --replay | has no effect
 --method greedy --lately 3 ; --method a2c --model m --base-url x | has no effect
+--method a2c --load full ; --method bandit --workers 2 | has no effect
+--model m --base-url x --experiment table5 --cluster a | has no effect
+--experiment table6 --model m --models m,n --base-url x | has no effect
 --experiment table5 --method act ; --experiment table5 --load full | has no effect
 --out full | full
 --experiment table9 | table9
