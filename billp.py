@@ -551,7 +551,7 @@ def credit(trajectory: Trajectory, values: Sequence[float],
            gamma: float) -> tuple[list[float], list[float]]:
     """TD targets and advantages of the N steps, given V(s_1) .. V(s_{N+1})."""
     targets, advantages = [], []
-    # only the last step can be the one at which the user left
+    # Only the last step can be the one at which the user left. V after it is 0 in any case.
     lefts = [False] * (len(trajectory.steps) - 1) + [trajectory.terminated]
     for step, value, next_value, left in zip(trajectory.steps, values, values[1:], lefts):
         targets.append(td_target(step.reward, gamma, next_value, left))
