@@ -1054,7 +1054,7 @@ def test_a_taken_title_stands_for_its_categories(name, reply):
 @pytest.mark.parametrize("reply", [
     "Alien (2009)", "Terminator 2: Judgment Day (1996)", "Donnie Darko (2001)", "Fargo (2001)",
     "The up side", "Frozen II", "Dune: Part Two", "Scream VI", "Jaws 2 (1978)", "Toy Story 3",
-    "The Godfather: Part II (1974)"])
+    "The Godfather: Part II (1974)", "2001 ideas for tonight"])
 def test_another_films_year_or_a_sequel_names_nothing(reply):
     """Neither The Terminator nor 2001: A Space Odyssey is meant."""
     _, is_named = prompts.ground(reply, ODDLY_TITLED)
