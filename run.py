@@ -716,7 +716,8 @@ def watched(pmap: Callable, run: Settings, stats: Json) -> Callable:
             if done % 10 == 0 or done == total:
                 # the stand-in has no log, so its answers are not told as new
                 new = f", {stats['asked']} new answers" if "asked" in stats else ""
-                say(f"{phase}: {done} of {total} episodes, mean Len {np.mean(lengths):.1f}{new}")
+                mean = np.mean(lengths)
+                say(f"{phase}: {done} of {total} episodes, mean Len so far {mean:.1f}{new}")
             yield trajectory
     return watched_map
 
