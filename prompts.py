@@ -553,11 +553,10 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
         ["Frozen", "II"]                    [], 1: the catalogue lacks this sequel
     """
     for size in range(min(LONGEST, len(words)), 0, -1):
-        name = named_by(words[:size])
         following = words[size] if size < len(words) else ""
         year_words = 1 if YEAR.fullmatch(following) else 0
         nothing_follows = size + year_words == len(words)
-        names = [name]
+        names = [named_by(words[:size])]
         if size > 2 and words[0].casefold() in ARTICLES:
             names.append(named_by(words[1:size]))   # "The Terminator 2" is not The Terminator
         items = []
