@@ -52,7 +52,7 @@ class Config(NamedTuple):
     baseline: bool = True
     gamma: float = 0.5              # discount of later rewards; the paper's gamma
     k_lessons: int = 2              # reflections recalled; the paper's K
-    # experiences recalled for the actor and counted for each item: in films about five an item
+    # nearest records of M_A that are counted by item; films has 200 items, so about five for each
     k_experience: int = 1000
     k_actions: int = 10             # remembered items shown to the actor if candidates is 0
     k_values: int = 8               # values recalled for the critic, enough to average
@@ -80,7 +80,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "billp-no-macro": {"lessons": "none"},
     "billp-no-micro": {"experience": False},
     "billp-no-critic": {"baseline": False},
-    # Nothing is asked: each role gives its fallback. The model adds what billp has beyond this.
+    # Nothing is asked: each role gives its fallback. By how much billp beats this is what the model
+    # adds.
     "billp-no-model": {"retries": -1},
 }
 
@@ -208,7 +209,7 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
             break
         record = oldest_first[i]
         pair = record.text, record.item
-        # The same text has the same distance. So of records with one pair the newest came first.
+        # Records of the same pair have the same text, so the same distance: the newest came first.
         if pair not in found:
             found[pair] = record
     return tuple(found.values())
@@ -551,7 +552,8 @@ def credit(trajectory: Trajectory, values: Sequence[float],
            gamma: float) -> tuple[list[float], list[float]]:
     """TD targets and advantages of the N steps, given V(s_1) .. V(s_{N+1})."""
     targets, advantages = [], []
-    # Only the last step can be the one at which the user left. V after it is 0 in any case.
+    # Only at the last step can the user have left. values[-1] is 0 then, too, but `td_target` does
+    # not rely on it.
     lefts = [False] * (len(trajectory.steps) - 1) + [trajectory.terminated]
     for step, value, next_value, left in zip(trajectory.steps, values, values[1:], lefts):
         targets.append(td_target(step.reward, gamma, next_value, left))

@@ -800,9 +800,10 @@ def films(seed: int = 0, users: int = 1000) -> Env:
     Titles, years and categories are facts; ratings are made up. A rating is mostly taste: how much
     the user likes the film's categories, which is in part the taste of one of six archetypes. Then
     comes the film's general appeal, then noise. Two films are too similar if at least half of the
-    categories that either has are in both: about one pair in 25. (17 pairs of one category and
-    three are an exception.) A history is ten films, drawn without replacement with weights
-    exp(rating). Half of the users learn.
+    categories that either has are in both: about one pair in 25. (An exception: 17 pairs of a film
+    with one category and a film with three are too similar, though they share only one of three.)
+    A history is ten films, drawn without replacement with weights exp(rating). Half of the users
+    learn.
     """
     titles, years, tags = [], [], []
     for film in FILMS.split(";"):
@@ -860,7 +861,8 @@ def find_file(folder: Path, names: Sequence[str], world: str) -> Path | None:
 
     def rank(file: Path) -> tuple[bool, int]:
         parts = file.relative_to(folder).parts          # folders, then the file's name
-        return world not in parts, len(parts)           # elsewhere, depth
+        is_elsewhere = world not in parts
+        return is_elsewhere, len(parts)
 
     return min(files, key=rank, default=None)           # the first of equals
 
@@ -1151,7 +1153,8 @@ def fitted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int) -> E
              f"predicted by factors, {rmse(biases, test):.4f} by biases alone")
     vectors = unit(model.q[:, :-1])
     distance = euclidean(vectors)
-    # items without a rating have no place: they lie at 0 and would pull the quantile down
+    # An item without ratings has the zero vector. Its distance to others like it is 0, which would
+    # pull the quantile down.
     rated = np.unique(train["item"])
     beta = near_quantile(distance, rated, rng)
     titles, years, tags = zip(*entries)
@@ -1268,7 +1271,7 @@ def released_world(path: Location, name: str) -> Env:
         distance=partial(distance_by_half, len(train_seen), train_distances, test_distances),
         histories=histories, learners=len(train_seen),
         beta={"steam": 50.0, "amazon": 15.0}[name],         # the paper's
-        grace=1)                                    # in the authors' code the first item ends none
+        grace=1)                # in the authors' code the first item ends no session
 
 
 def released(path: Location, name: str) -> Env:

@@ -306,6 +306,7 @@ def segment(text: str, labels: Sequence[str]) -> str:
         name = head["name"].lower()
         if name not in labels:
             continue
+        # the labels of ITEMS that begin a turn, such as "action", are in TURNS already
         ends = TURNS if name in ITEMS else (*TURNS, name)
         next_turns = [later for later in heads[i + 1:] if later["name"].lower() in ends]
         end = next_turns[0].start("name") if next_turns else len(text)
@@ -316,9 +317,10 @@ def segment(text: str, labels: Sequence[str]) -> str:
 
 
 # Words before a choice. A reply that holds them is not a refusal.
-CHOSEN = (r"(?i)\b(?:I|we)(?:['’]d| would| will|['’]ll| should)? (?:recommend|suggest|choose|pick"
+CHOSEN = (r"\b(?:I|we)(?:['’]d| would| will|['’]ll| should)? (?:recommend|suggest|choose|pick"
           r"|go with)\b|\b(?:answer|choice|best(?: \w+)?|closest(?: \w+)?) is\b|\\boxed")
-# The same, but a refusal may hold them, too: "Rocky is old, so Jaws", "..., but Jaws is better"
+# More words before a choice, but a refusal may hold these: "Rocky is old, so Jaws", "..., but Jaws
+# is better"
 CONCLUDED = (r"(?m:^|[,;.] )(?:so|therefore|thus|hence),? "
              r"|[,;] but (?=[^.;\n]*\b(?:better|best)\b)")
 # A title may begin like a refusal, "Sorry, Wrong Number": so more of the sentence is needed.
@@ -357,7 +359,8 @@ def refuses(text: str, labels: Sequence[str]) -> bool:
     (False, True)
     """
     is_refusal = REFUSAL.match(segment(text, labels) or text) is not None
-    return is_refusal and not re.search(CHOSEN, text)   # "Sorry, but no War is left; I'd pick Up"
+    # "Sorry, but no War is left; I'd pick Up" is none
+    return is_refusal and not re.search(f"(?i){CHOSEN}", text)
 
 
 def unmarked(line: str) -> str:
@@ -558,7 +561,8 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
         nothing_follows = size + year_words == len(words)
         names = [named_by(words[:size])]
         if size > 2 and words[0].casefold() in ARTICLES:
-            names.append(named_by(words[1:size]))   # "The Terminator 2" is not The Terminator
+            # "The Terminator 2" names Terminator 2; else it would be read as The Terminator below
+            names.append(named_by(words[1:size]))
         items = []
         for known in (catalog.names, catalog.mains if nothing_follows else {}):
             for name in names:
@@ -675,8 +679,8 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     top_line = part.partition("\n")[0]
     bold = "\n".join(re.findall(BOLD, part))
     # "Jaws is old, I recommend Alien, because ...": the choice is "Alien". Without such words it is
-    # the part.
-    pieces = re.split(f"{CHOSEN}|{CONCLUDED}", part, maxsplit=1)
+    # the part up to a reason.
+    pieces = re.split(f"(?i){CHOSEN}|{CONCLUDED}", part, maxsplit=1)
     choice = before_reason(pieces[-1])
 
     items = []
@@ -697,24 +701,25 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     return items
 
 
-def closest(texts: Sequence[str], catalog: Catalog, taken: Collection[int], k: int) -> list[int]:
-    """The k items not taken whose lines are nearest to the texts by summed cosine, nearest first.
+def closest(texts: Sequence[str], catalog: Catalog, exclude: Collection[int], k: int) -> list[int]:
+    """The k items not excluded whose lines are nearest to the texts, by summed cosine.
 
-    One product of all m items with the sum of the texts' embeddings: half a second for a million.
+    The nearest comes first. One product of all m items with the sum of the texts' embeddings: half
+    a second for a million.
     """
     vector = catalog.embed(texts).sum(0)
     # In double precision and rounded, so that the order does not depend on the processor.
     products = np.vecdot(catalog.vectors, vector, dtype=float).round(5)
-    products[list(taken)] = -np.inf
+    products[list(exclude)] = -np.inf
     # The sort is stable: among equals the lowest number comes first.
     best_first = np.argsort(-products, stable=True)
     free = best_first[products[best_first] > -np.inf]
     return free[:k].tolist()
 
 
-def nearest(text: str, catalog: Catalog, taken: Collection[int]) -> int:
-    """The item not taken whose line is nearest to a text. If all are taken, the nearest of all."""
-    found = closest([text], catalog, taken, 1) or closest([text], catalog, (), 1)
+def nearest(text: str, catalog: Catalog, exclude: Collection[int]) -> int:
+    """The item not excluded whose line is nearest to a text; if all are excluded, of all items."""
+    found = closest([text], catalog, exclude, 1) or closest([text], catalog, (), 1)
     return found[0]
 
 
@@ -1385,7 +1390,7 @@ KINDS = (
          r"|\+ \W?max_new_tokens|input length should)"),
     # "max_tokens must be at most 4096"
     Kind("reply tokens", 1, "choose another --reply-tokens",
-         r"(400|422) (?=.*max_\w*tokens).*\b(too|must be|reached|exceed|most|least|less|greater"
+         r"(400|422) (?=.*max_\w*tokens).*\b(too\b|must be|reached|exceed|most|least|less|greater"
          r"|larger|maximum|minimum|range|limit)"),
     # status 401; 403, if it is not a rate limit; Google's 400 "API key not valid"
     Kind("key", 1, "check OPENAI_API_KEY, and whether it may use this model",
@@ -1402,8 +1407,8 @@ KINDS = (
     Kind("busy", 17, RESUME, "403|429|503"),    # the waits come to 75 s and more
     Kind("odd", 7, RESUME, "4.. true"),         # advised to retry
     Kind("request", 1, "correct the request: --model, --extra-body or --header",
-         # Not these, which are failures, see below: 408 and 409 (too late), 423 to 425 (locked, a
-         # failed generation, no capacity), 498 and 499 (cancelled)
+         # Not these, which are failures, see below: 408 and 409 (timeout, conflict), 423 to 425
+         # (locked, a failed generation, no capacity), 498 and 499 (cancelled)
          "4(?!08|09|2[345]|9[89])..|501|LocalProtocolError",
          patience=20),                  # for prompts that are refused in words of another provider
     # nobody listens, an unknown host, a certificate that is not trusted
@@ -1709,7 +1714,7 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
         if response.is_success and not data.get("error"):
             return read(data)       # a shape that it cannot read is a bad answer, too
     except MISSHAPEN:
-        data = {}                   # without an error in it, the status stays as it is, such as 200
+        data = {}                   # so `status_of` keeps the status; 200 is then the Kind "page"
     # an error status, an error in the body, or a body that `read` cannot use
     return judged(route, response, data, text)
 

@@ -157,7 +157,7 @@ RANGES = {                              # lowest and highest number; other flags
     "reply_tokens": (1, MANY), "retries": (0, 100), "window": (1, 1000), "max_steps": (1, 10**5)}
 OF_METHODS = ("thoughts", "lessons", "experience", "baseline")  # switches that billp.METHODS sets
 CHOICES = {"method": METHOD_NAMES, "lessons": ("none", "latest", "nearest")}
-# for flags that are not fields of Config or of the rule; one without a default is a text or None
+# for flags that are not fields of Config or of the rule; any other is None unless it is given
 DEFAULTS = {
     "episodes": 50, "users": 50, "method": "billp", "world": "films", "seed": 0, "seeds": 5,
     "workers": 0, "timeout": 300.0, "header": (), "extra_body": {}, "max_calls": MANY,
@@ -261,8 +261,10 @@ def idle_flags(args: Namespace) -> list[tuple[Iterable[str], str]]:
     if args.models:
         idle.append((["model"], "beside --models"))
     if args.method in envs.POLICIES:
-        # they ask no model and keep no memory; of these flags a2c uses gamma alone
-        unused = {"model", "load", "workers", *FLAGS["roles and memories"]} - {"gamma"}
+        # they ask no model and keep no memory; of these flags a2c uses gamma
+        unused = {"model", "load", "workers", *FLAGS["roles and memories"]}
+        if args.method == "a2c":
+            unused.remove("gamma")
         idle.append((unused, f"beside {args.method}"))
     if not args.experiment:
         return [*idle, (FLAGS["experiments"], "without --experiment")]

@@ -2375,6 +2375,7 @@ FOLDER = {                                  # what lies in the folder of the tes
 --timeout 9 ; --max-calls 9 ; --header a=b ; --model offline --replay | has no effect
 --method greedy --lately 3 ; --method a2c --model m --base-url x | has no effect
 --method a2c --load full ; --method bandit --workers 2 | has no effect
+--method bandit --gamma 0.9 | has no effect
 --model m --base-url x --experiment table5 --cluster a | has no effect
 --experiment table6 --model m --models m,n --base-url x | has no effect
 --experiment table5 --method act ; --experiment table5 --load full | has no effect
