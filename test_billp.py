@@ -1791,6 +1791,7 @@ def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times
 200 | {"error": {"message": "who?", "code": "401"}} | | 401 who? OPENAI_API_KEY | 1
 503 | down | x-should-retry: false | 503 down resumes | 1
 400 ; 501 | odd request | | odd --extra-body | 1
+400 | max_new_tokens is odd, tools are fine | | --extra-body | 1
 400 | {"error": {"message": "error", "metadata": {"raw": "bad tea"}}} | | bad tea | 1
 200 | <html> sk-Quite5ecretKey42 | | 200 <html> *** /v1? | 2
 200 | [] ; | | 200 /v1? | 2
