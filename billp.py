@@ -44,8 +44,8 @@ from prompts import LLM, Ask, Candidate, Catalog, Key, Malformed
 class Config(NamedTuple):
     """The numbers and switches of the method. run.py makes them flags."""
     thoughts: bool = True           # the planner is asked for a thought t_n before each action
-    # the reflections that the planner reads: none, latest or nearest; with none, the reflector is
-    # not asked
+    # the reflections that the planner reads: none, latest or nearest; with none, or without
+    # thoughts, the reflector is not asked
     lessons: str = "nearest"
     experience: bool = True         # M_A, and with a baseline M_C, are written and recalled
     # an action is judged by the critic's V; without it V is 0, so A >= 0 and all are encouraged
@@ -193,10 +193,10 @@ def nearest_first(distances: np.ndarray, count: int) -> Iterator[int]:
 def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> tuple[Record, ...]:
     """The k records nearest to a unit vector [d], nearest first, none farther than tau.
 
-    The distance is squared L2, which is 2 - 2 cos between unit vectors. It is rounded, so that
-    equal texts tie. Among equals the newest comes first. Of records with the same text and item
-    only the newest counts: a later verdict or target replaces the earlier one. The paper cuts at a
-    tau; the roles below do not.
+    The distance is squared L2, which is 2 - 2 cos between unit vectors. It is rounded, so that the
+    order does not depend on the processor. Among equals the newest comes first. Of records with the
+    same text and item only the newest counts: a later verdict or target replaces the earlier one.
+    The paper cuts at a tau; the roles below do not.
     """
     if not memory or k < 1:
         return ()
@@ -579,7 +579,7 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
             m_a = remember(m_a, state.text, int(a >= 0), state.vector, step.line)
         if asks_critic:
             m_c = remember(m_c, state.text, target, state.vector, last_item(state))
-    if config.lessons != "none":
+    if config.thoughts and config.lessons != "none":
         reflection, m_p = reflector(trajectory, m_p, llm, config)
         answers += (reflection,)
     return trajectory._replace(values=tuple(values), advantages=tuple(advantages), answers=answers,

@@ -521,9 +521,9 @@ def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
     # First the derivatives by fit [B, k], see `log_chances`. From
     # d chance_i / d fit_j = chance_i * ([i is j] - chance_j) follow
     # d log_chance[pick] / d fit_j = [j is the pick] - chance_j
-    # d entropy / d fit_j = -chance_j * (log_chance_j + entropy)
-    # For the last line: entropy is -sum of chance_i * log_chance_i, so d entropy / d chance_i is
-    # -(log_chance_i + 1). The 1 drops out, because the chances sum to 1.
+    # and, because d entropy / d chance_i = -(log_chance_i + 1),
+    # d entropy / d fit_j = -sum over i of (log_chance_i + 1) * chance_i * ([i is j] - chance_j)
+    #                     = -chance_j * (log_chance_j + entropy)      the chances sum to 1
     of_pick = picked - chance
     of_entropy = -chance * (log_chance + entropy)
     by_fit = td_error[:, None] * of_pick + ENTROPY * of_entropy

@@ -8,14 +8,14 @@ the four roles has one trio: templates, `render_*` (the question, from what the 
     line        one item as the model reads it, "Alien [Horror, Sci-Fi]"
     Catalog     a world as language; `ground` finds the item that a text names
     history     the lines of the last items a user liked before the session, oldest first
-    session     the transcript so far: Thought, Note, Action and Observation lines. Lines are
-                appended; only from a very long session the oldest turns are dropped
-    shared      history and session: the part of a prompt that the next prompt extends
+    transcript  the session so far: Thought, Note, Action and Observation lines. Lines are
+                appended; only of a very long one the oldest turns are dropped
+    shared      history and transcript: the part of a prompt that the next prompt extends
     taken       items liked before or recommended in this session; only --repeats allows them
     candidates  free items that the actor is shown, so that it knows what it can name
 
-Prompts grow at the end: first what is fixed for the run, then the history, then the session, then
-what only this question needs. A server that caches prefixes recomputes little.
+Prompts grow at the end: first what is fixed for the run, then the history, then the transcript,
+then what only this question needs. A server that caches prefixes recomputes little.
 Left out on purpose: asking for streams, tool calls, JSON modes, token counting.
 """
 from __future__ import annotations
@@ -445,9 +445,10 @@ def item_part(text: str) -> str:
 ARTICLES = frozenset("the a an le la les l un une il lo el los las der das".split())
 LONGEST = 16                        # words of a title that are compared
 YEAR = re.compile("(1[89]|20)[0-9]{2}")
-# What follows a title in that of a sequel: "Frozen II", "Jaws 2 (1978)", "Dune: Part Two"
+# What follows a title in that of a sequel: "Frozen II", "Jaws 2 (1978)", "Dune: Part Two", "Toy
+# Story 3, because ..."
 SEQUEL = re.compile(rf"(II|III|IV|VI{{0,3}}|(Part|Episode) ([\dIV]+|Two|Three|Four|Five|Six)"
-                    rf"|[2-9]( {YEAR.pattern}|$))\b")
+                    rf"|[2-9]( {YEAR.pattern}| because| since| as|$))\b")
 BOLD = r"\*\*[^*\n]+\*\*(?:\s*\(\d{4}\))?"
 # '"Up" is fun', "**Up** (2009) is fun"
 EMPHASISED = r"\W*[\"“*](?P<title>[^\"”*]+)[\"”*]+\s*(?P<year>\(\d{4}\))?"
@@ -561,7 +562,8 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
         nothing_follows = size + year_words == len(words)
         names = [named_by(words[:size])]
         if size > 2 and words[0].casefold() in ARTICLES:
-            # "The Terminator 2" names Terminator 2; else it would be read as The Terminator below
+            # "The Terminator 2" names Terminator 2. Otherwise it would seem to be a sequel of The
+            # Terminator that the catalogue lacks.
             names.append(named_by(words[1:size]))
         items = []
         for known in (catalog.names, catalog.mains if nothing_follows else {}):
@@ -792,8 +794,8 @@ def complaint(text: str, malformed: Malformed) -> tuple[tuple[str, str], ...]:
 
 # ------------------------------------------------------------------- planner and reflector
 
-# The lines asked for are not those of the session. A small model that is asked for "Thought 5: ..."
-# or "Action 5: recommend ..." tends to copy thought 4 or action 4.
+# The lines asked for are not those of the transcript. A small model that is asked for "Thought 5:
+# ..." or "Action 5: recommend ..." tends to copy thought 4 or action 4.
 
 LESSONS = """
 Lessons:
@@ -1147,13 +1149,13 @@ MOST_LIKED = "most liked"
 
 
 def parts_of(prompt: str) -> tuple[str, str, str]:
-    """History, session and question.
+    """History, transcript and question.
 
     The last observation counts as part of the question: it tells whether the user left.
     """
     history, _, rest = prompt.partition("\nSession so far:\n")
-    session, _, question = rest.rpartition("\nObservation ")
-    return history, session, question
+    transcript, _, question = rest.rpartition("\nObservation ")
+    return history, transcript, question
 
 
 def tags_in(text: str, pattern: str) -> list[str]:
@@ -1161,9 +1163,9 @@ def tags_in(text: str, pattern: str) -> list[str]:
     return [tag for tags in re.findall(pattern, text) for tag in split_tags(tags)]
 
 
-def shown_in(session: str) -> list[tuple]:
+def shown_in(transcript: str) -> list[tuple]:
     """Pairs (title, categories) of the items recommended, oldest first."""
-    return [(title, split_tags(tags)) for title, tags in re.findall(SHOWN, session)]
+    return [(title, split_tags(tags)) for title, tags in re.findall(SHOWN, transcript)]
 
 
 def pick(options: Sequence, text: str, seed: int) -> Any:
@@ -1192,12 +1194,12 @@ def offline_planner(text: str, seed: int) -> str:
     "Next category: War, because similar items go 3 steps apart. Avoid Horror. Keep away from Drama,
     Horror."
     """
-    history, session, question = parts_of(text)
+    history, transcript, question = parts_of(text)
     apart = apart_in(question)
     # a warning does not count for a user who liked the category
     warned = set(tags_in(question, AVOID)).difference(tags_in(history, LIKED))
     unwanted = set(warned)
-    newest_first = shown_in(session)[::-1]
+    newest_first = shown_in(transcript)[::-1]
     for _, tags in newest_first[:apart - 1]:        # shown fewer than `apart` steps ago
         unwanted.update(tags)
     other = tags_in(question, OTHER) or ["anything"]        # no item is of this category
@@ -1206,7 +1208,8 @@ def offline_planner(text: str, seed: int) -> str:
         options = options[:1]       # the tool names the most liked first
     category = pick(options, text, seed)
     keep_away = ", ".join(sorted(unwanted - {category})) or "nothing"
-    # the actor reads this sentence by PLAN, the reflector by APART
+    # The actor reads this sentence by PLAN, the reflector by APART. No one reads its "Avoid ...":
+    # it shows a person what comes from lessons.
     return (f"Next category: {category}, because similar items go {counted_steps(apart)} apart."
             f"{spelled_avoid(warned)} Keep away from {keep_away}.")
 
@@ -1253,6 +1256,9 @@ def offline_critic(text: str, seed: int) -> str:
 def similar(a: Sequence[str], b: Sequence[str]) -> bool:
     """Whether the cosine of two sets of categories, |a & b| / sqrt(|a| |b|), is at least 1/2.
 
+    This is the stand-in's guess at the rule of leaving, which no prompt tells. In `films` it holds
+    for more pairs than the rule.
+
     >>> similar(["War", "Drama"], ["War", "Crime"]), similar(["War"], ["War", "A", "B", "C", "D"])
     (True, False)
     >>> similar([], ["War"])
@@ -1283,12 +1289,12 @@ def offline_reflector(text: str, seed: int) -> str:
     session's thoughts asked for, but at most `harmless`. If the user left at a gap below
     `harmless`, `advised` is at least one step more than that gap.
     """
-    history, session, question = parts_of(text)
+    history, transcript, question = parts_of(text)
     liked = Counter(tags_in(history, LIKED))
-    titles, tags = zip(*shown_in(session))
+    titles, tags = zip(*shown_in(transcript))
     *earlier, last = gaps_between(tags)
     harmless = min(earlier, default=9)
-    advised = min(apart_in(session), harmless)
+    advised = min(apart_in(transcript), harmless)
     warned = set()
     if "the user left" not in question:             # the template itself has "The user left"
         why = f"The user stayed for all {counted_steps(len(titles))}"

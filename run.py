@@ -273,6 +273,8 @@ def idle_flags(args: Namespace) -> list[tuple[Iterable[str], str]]:
     varied = {EXPERIMENTS[name].varied for name in args.experiment}      # "" for none
     if "model" not in varied:
         idle.append((["models"], "without --experiment table6"))
+    if {EXPERIMENTS[name].measure for name in args.experiment} == {"errors"}:
+        idle.append((["users"], "in fig4, which takes two users"))
     # Only if every experiment varies it: in fig4,fig5 the runs of fig5 still use --episodes.
     for name in ("window", "episodes"):
         if varied == {name}:
@@ -391,7 +393,13 @@ def learns(run: Settings) -> bool:
     """Whether the method can learn from episodes."""
     if run.method in envs.POLICIES:
         return run.method in ("bandit", "a2c")
-    return run.config["experience"] or run.config["lessons"] != "none"
+    reads_lessons = run.config["thoughts"] and run.config["lessons"] != "none"
+    return run.config["experience"] or reads_lessons
+
+
+def without_idle_learning(run: Settings) -> Settings:
+    """The same run. It has no learning episodes if its method learns nothing."""
+    return run if learns(run) else run._replace(episodes=0)
 
 
 def settings(args: Namespace, saved: Json) -> Settings:
@@ -403,12 +411,13 @@ def settings(args: Namespace, saved: Json) -> Settings:
     if not args.experiment:
         config |= billp.METHODS.get(args.method, {})
     extra = dumps(args.extra_body, sort_keys=True)          # the same for all ways to write it
-    return Settings(
+    run = Settings(
         world=args.world, method=args.method, model=args.models_asked[0],
         embedding=embedding_of(args), seed=args.seed, episodes=args.episodes, users=args.users,
         first=learners_met(saved, args.world, args.seed), load=saved["digest"],
         extra=digest(extra) if args.extra_body else "",
         config=config | given_of(args, Config._fields), rule=given_of(args, envs.RULE))
+    return without_idle_learning(run)
 
 
 # ---------------------------------------------------------------------------------- world
@@ -913,8 +922,8 @@ def one_run(args: Namespace, live: Live) -> None:
     began = time.perf_counter()
     saved = read_memory(args.load, embedding_of(args))
     run = settings(args, saved)
-    if run.episodes and not learns(run):
-        say(f"{run.method} learns nothing: --episodes 0 skips its learning episodes")
+    if not learns(run):
+        say(f"{run.method} learns nothing, so it has no learning episodes")
     place = build_place(run)
     folder = run_directory(args, run._asdict())
     llm, embed = open_model(args, run, folder, live)
@@ -1087,9 +1096,9 @@ def settings_of(base: Settings, varied: str, series: str, x: Any) -> Settings:
         run = run._replace(**{varied: x})
     if episodes:
         run = run._replace(episodes=int(episodes))
-    # A method that learns nothing gets 0 episodes. So its runs are the same for each number of
-    # episodes, and are performed once.
-    return run if learns(run) else run._replace(episodes=0)
+    # The runs of a method that learns nothing are the same for each number of episodes, and are
+    # performed once.
+    return without_idle_learning(run)
 
 
 def cells_of(args: Namespace, base: Settings, name: str) -> dict[Cell, list[Job]]:

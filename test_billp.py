@@ -1019,6 +1019,7 @@ Up | Rather than Alien, I choose: Up |
 Up | The Matrix was shown already, so I recommend Up. ; The Matrix / Up | The Matrix
 Up | Alien (1979)\nJaws (1975)\nUp (2009) | Alien ; Jaws
 Terminator 2: Judgment Day | Free item: Terminator 2 (1991) ; Free item: The Terminator 2 |
+Terminator 2: Judgment Day | The Terminator 2, because it is fun |
 Blade Runner | Try Blade Runner tonight ; You might love Blade Runner tonight |
 Amélie | amelie |
 2001: A Space Odyssey | Since Ali (2001) was liked, now 2001: A Space Odyssey comes |
@@ -1054,7 +1055,8 @@ def test_a_taken_title_stands_for_its_categories(name, reply):
 @pytest.mark.parametrize("reply", [
     "Alien (2009)", "Terminator 2: Judgment Day (1996)", "Donnie Darko (2001)", "Fargo (2001)",
     "The up side", "Frozen II", "Dune: Part Two", "Scream VI", "Jaws 2 (1978)", "Toy Story 3",
-    "The Godfather: Part II (1974)", "2001 ideas for tonight"])
+    "Toy Story 3, because it is fun", "Jaws 2, as it is fun", "The Godfather: Part II (1974)",
+    "2001 ideas for tonight"])
 def test_another_films_year_or_a_sequel_names_nothing(reply):
     """Neither The Terminator nor 2001: A Space Odyssey is meant."""
     _, is_named = prompts.ground(reply, ODDLY_TITLED)
