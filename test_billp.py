@@ -2230,6 +2230,13 @@ def test_replies_of_no_use_are_counted(tmp_path, monkeypatch):
     assert summary["ungrounded"] == 1
 
 
+def test_no_lesson_is_written_that_nobody_reads(tmp_path):
+    out = succeed(*SMALL, "--no-thoughts", "--out", tmp_path)
+    assert "critic" in out and "reflector" not in out
+    out = succeed(*SMALL, "--method", "act", "--lessons", "nearest", "--out", tmp_path / "act")
+    assert "0 learning episodes" in out
+
+
 @pytest.mark.parametrize("method", run.METHOD_NAMES)
 def test_every_method_runs_and_shows_its_episodes(method, tmp_path):
     flags = ("--episodes", 2, "--users", 2, "--max-steps", 3, "--method", method)
@@ -2239,6 +2246,7 @@ def test_every_method_runs_and_shows_its_episodes(method, tmp_path):
     assert asks_nothing == ("asks no language model" in out)
     is_learner = method in ("bandit", "a2c", "reflexion") or method.startswith("billp")
     assert is_learner == ("learns nothing" not in err)
+    assert is_learner == ("2 learning episodes" in out) == ("difference" in out)
     code, out, _ = command("--show", tmp_path)
     assert code == (2 if method in envs.POLICIES else 0)
     credited = method in ("billp", "billp-no-macro", "billp-no-critic", "billp-no-model")
@@ -2387,6 +2395,7 @@ FOLDER = {                                  # what lies in the folder of the tes
 --experiment table5 --rows act | only billp-no-macro
 --experiment table6 --models m,n | --base-url
 --experiment table3 --models m,n --base-url x ; --experiment fig5 --window 2 | has no effect
+--experiment fig4 --users 9 | has no effect
 --base-url x | --model
 --replay --model m | --replay
 --base-url x --model m --extra-body 1 ; --base-url x --model m --extra-body {SECRET} | JSON object
