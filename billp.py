@@ -58,8 +58,10 @@ class Config(NamedTuple):
     k_values: int = 8               # values recalled for the critic, enough to average
     # free items to choose from; 0: the actor may name any and sees remembered ones, as in the paper
     candidates: int = 10
-    lately: int = 4                 # steps the category tool looks back; as in the released code
-    titles: int = 10                # items in a state's text and in a prompt's history; the paper's
+    # steps the category tool looks back, at least 1; as in the released code
+    lately: int = 4
+    # items in a state's text and in a prompt's history, at least 1; as in the paper
+    titles: int = 10
     batch: int = 10                 # episodes between two updates of the memories; as in the paper
     transcript: int = 24000         # characters of a session in a prompt: about 6,000 tokens
     temperature: float = 0.5        # of every ask; as in the paper
@@ -369,15 +371,16 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
               config: Config) -> tuple[Candidate, ...]:
     """The free items that the actor is shown, each once, the most promising first.
 
-    - With a thought: those nearest to what it asks for and to liked categories not shown lately.
-    - Without: those nearest to all liked categories and to the liked ones not shown lately.
-    - With `candidates` 0, as in the paper: the items of the recalled experience.
+    They are those nearest to two texts, by the sum of the two cosines:
+    - With a thought: what it asks for, and the liked categories not shown lately.
+    - Without: all liked categories, and the liked ones not shown lately.
+    With `candidates` 0, as in the paper, they are the items of the recalled experience.
     """
     excluded = barred(state, config)
     counts = evidence(state, memory, config)        # (line, verdict) -> times
     tastes = tastes_of(state, config)
     if config.candidates:
-        # what the thought asks for, such as "[War]", and the liked categories not shown lately
+        # such as "[War]" and "[Comedy, Drama]"; only the first one if the second would be empty
         texts = prompts.query(state.thought, catalog.env.categories, tastes)
         items = prompts.closest(texts, catalog, excluded, config.candidates)
         lines = [catalog.lines[item] for item in items]

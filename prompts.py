@@ -963,9 +963,9 @@ def named_in(text: str, tags: Sequence[str]) -> list[str]:
     return [tag for tag in tags if spaced(tag) in words]
 
 
-# What to avoid: after "avoid" or "not" the rest of the sentence or up to " but ", after "instead
-# of" or "don't" up to the next comma.
-AVOIDED = (r"(?i)\b(avoid(ing)?|keep away from|without|not|no|never)\b((?! but )[^.;])*"
+# What to avoid: after "avoid" or "not" the rest of the sentence or up to a colon, " but " or
+# ", so "; after "instead of" or "don't" up to the next comma.
+AVOIDED = (r"(?i)\b(avoid(ing)?|keep away from|without|not|no|never)\b((?! but |, so )[^.;:])*"
            r"|\b(instead of|rather than|anything but|nothing like|(do|does|should)n['’]?t)\b"
            r"[^.;,]*")
 # A parenthesis begins a reason, too. After the colon of "reason:" there is no \b, hence (?!\w).
@@ -986,6 +986,10 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     >>> wish_of("War or Comedy", ["Comedy", "War"], ["War"]), wish_of("Avoid War", ["War"], [])
     ('[Comedy]', 'Avoid War')
     >>> wish_of("Since War was shown, Comedy. They like War", ["Comedy", "War"], [])
+    '[Comedy]'
+    >>> wish_of("Something not seen: Comedy", ["Comedy", "War"], [])
+    '[Comedy]'
+    >>> wish_of("They would not like War, so Comedy", ["Comedy", "War"], [])
     '[Comedy]'
     """
     wanted = re.sub(AVOIDED, " ", thought)
@@ -1284,10 +1288,11 @@ def gaps_between(shown: Sequence[Sequence[str]]) -> list[int]:
 def offline_reflector(text: str, seed: int) -> str:
     """Reads off why the user left: similar items too close together, or a disappointment.
 
-    A gap is the number of steps from an item back to the nearest similar one. `harmless` is the
-    smallest gap of all items but the last, at which the user stayed. `advised` is the gap that the
-    session's thoughts asked for, but at most `harmless`. If the user left at a gap below
-    `harmless`, `advised` is at least one step more than that gap.
+    A gap is the number of steps from an item back to the nearest similar one.
+        harmless    the smallest gap before the last item: the user stayed, so no more is needed
+        advised     the gap that the session's thoughts asked for, but at most `harmless`
+    If the last gap is below `harmless`, it is taken for the cause: then at least one step more than
+    this gap is advised.
     """
     history, transcript, question = parts_of(text)
     liked = Counter(tags_in(history, LIKED))
@@ -1374,7 +1379,8 @@ KINDS = (
          r"|safety(?!_settings)|inappropriate|guardrail|guideline"
          r"|prohibited.?(content|word|topic|input))",
          patience=1000),                # a user's history may be blocked at every step
-    # finish_reason "error", a text that ends in its middle; "model has crashed"
+    # finish_reason "error" or DeepSeek's "insufficient_system_resource": a text that ends in its
+    # middle; "model has crashed"
     Kind("broken off", 4, OTHER_MODEL,
          r"finish_reason ((network_)?error|abort|insufficient|missing)"
          r"|(400|422) .*((tool_use|parse|json_validate)_failed|model (unloaded|has crashed))",
@@ -1720,7 +1726,9 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
         if response.is_success and not data.get("error"):
             return read(data)       # a shape that it cannot read is a bad answer, too
     except MISSHAPEN:
-        data = {}                   # so `status_of` keeps the status; 200 is then the Kind "page"
+        # Without data `judged` finds no error in the body, and takes the status as it is. A status
+        # 200 is then the Kind "page".
+        data = {}
     # an error status, an error in the body, or a body that `read` cannot use
     return judged(route, response, data, text)
 

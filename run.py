@@ -1477,6 +1477,7 @@ if __name__ == "__main__":
     if sys.stdout:                      # letters that a terminal cannot show become a ?
         sys.stdout.reconfigure(errors="replace")
     exit_code = main()
+    # `os._exit` drops what is not flushed, such as tables printed before an error.
     try:
         print(end="", flush=True)
     except OSError:
