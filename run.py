@@ -273,8 +273,6 @@ def idle_flags(args: Namespace) -> list[tuple[Iterable[str], str]]:
     varied = {EXPERIMENTS[name].varied for name in args.experiment}      # "" for none
     if "model" not in varied:
         idle.append((["models"], "without --experiment table6"))
-    if {EXPERIMENTS[name].measure for name in args.experiment} == {"errors"}:
-        idle.append((["users"], "in fig4, which takes two users"))
     # Only if every experiment varies it: in fig4,fig5 the runs of fig5 still use --episodes.
     for name in ("window", "episodes"):
         if varied == {name}:

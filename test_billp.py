@@ -2395,7 +2395,6 @@ FOLDER = {                                  # what lies in the folder of the tes
 --experiment table5 --rows act | only billp-no-macro
 --experiment table6 --models m,n | --base-url
 --experiment table3 --models m,n --base-url x ; --experiment fig5 --window 2 | has no effect
---experiment fig4 --users 9 | has no effect
 --base-url x | --model
 --replay --model m | --replay
 --base-url x --model m --extra-body 1 ; --base-url x --model m --extra-body {SECRET} | JSON object
