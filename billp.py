@@ -380,7 +380,7 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     counts = evidence(state, memory, config)        # (line, verdict) -> times
     tastes = tastes_of(state, config)
     if config.candidates:
-        # such as "[War]" and "[Comedy, Drama]"; only the first one if the second would be empty
+        # such as "[War]" and "[Comedy, Drama]"; the second is left out if it would be empty
         texts = prompts.query(state.thought, catalog.env.categories, tastes)
         items = prompts.closest(texts, catalog, excluded, config.candidates)
         lines = [catalog.lines[item] for item in items]

@@ -415,7 +415,9 @@ def settings(args: Namespace, saved: Json) -> Settings:
         first=learners_met(saved, args.world, args.seed), load=saved["digest"],
         extra=digest(extra) if args.extra_body else "",
         config=config | given_of(args, Config._fields), rule=given_of(args, envs.RULE))
-    return without_idle_learning(run)
+    # act and react learn nothing, either. Their learning episodes can be looked at, and their
+    # difference shows how much two draws of the same users differ.
+    return without_idle_learning(run) if args.method in envs.POLICIES else run
 
 
 # ---------------------------------------------------------------------------------- world
@@ -920,8 +922,8 @@ def one_run(args: Namespace, live: Live) -> None:
     began = time.perf_counter()
     saved = read_memory(args.load, embedding_of(args))
     run = settings(args, saved)
-    if not learns(run):
-        say(f"{run.method} learns nothing, so it has no learning episodes")
+    if run.episodes and not learns(run):
+        say(f"{run.method} learns nothing: --episodes 0 skips its learning episodes")
     place = build_place(run)
     folder = run_directory(args, run._asdict())
     llm, embed = open_model(args, run, folder, live)

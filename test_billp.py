@@ -2233,8 +2233,9 @@ def test_replies_of_no_use_are_counted(tmp_path, monkeypatch):
 def test_no_lesson_is_written_that_nobody_reads(tmp_path):
     out = succeed(*SMALL, "--no-thoughts", "--out", tmp_path)
     assert "critic" in out and "reflector" not in out
-    out = succeed(*SMALL, "--method", "act", "--lessons", "nearest", "--out", tmp_path / "act")
-    assert "0 learning episodes" in out
+    flags = ("--method", "act", "--lessons", "nearest", "--out", tmp_path / "act")
+    _, out, err = command(*SMALL, *flags)
+    assert "learns nothing" in err and "reflector" not in out
 
 
 @pytest.mark.parametrize("method", run.METHOD_NAMES)
@@ -2244,9 +2245,9 @@ def test_every_method_runs_and_shows_its_episodes(method, tmp_path):
     assert code == 0 and f"{method} on films" in out
     asks_nothing = method in (*envs.POLICIES, "billp-no-model")
     assert asks_nothing == ("asks no language model" in out)
-    is_learner = method in ("bandit", "a2c", "reflexion") or method.startswith("billp")
-    assert is_learner == ("learns nothing" not in err)
-    assert is_learner == ("2 learning episodes" in out) == ("difference" in out)
+    assert ("learns nothing" in err) == (method in ("act", "react"))
+    has_learning = method in ("bandit", "a2c", *billp.METHODS)
+    assert has_learning == ("2 learning episodes" in out) == ("difference" in out)
     code, out, _ = command("--show", tmp_path)
     assert code == (2 if method in envs.POLICIES else 0)
     credited = method in ("billp", "billp-no-macro", "billp-no-critic", "billp-no-model")
