@@ -425,7 +425,7 @@ def labelled(text: str, labels: Sequence[str]) -> str:
     line = first_line(after_labels(text, labels), preamble=":")
     line = line or first_line(before_all)
     line = line or first_line(after_labels(answer, labels) or answer)
-    has_placeholder = re.search(r"\b(CATEGORY|REASON|WHY)\b(?!:)", line)    # "REASON:" is a heading
+    has_placeholder = re.search(r"\b(CATEGORY|REASON)\b(?!:)", line)    # "REASON:" is a heading
     return "" if has_placeholder else line
 
 
@@ -857,12 +857,9 @@ def parse_planner(text: str) -> str | Malformed:
     return labelled(text, THOUGHTS) or Malformed("the reply held no line 'Next category: ...'")
 
 
-# A free reason would be longer and no more useful: a planner reads these lines at every step.
 REFLECTOR = """
-The session ended with {line}. {why}, and {better}? Reply with one short line:
-Reflection: The user {ending}. Better next time: CATEGORY"""
-LEFT = {"why": "Was it too similar or disappointing", "ending": "left because it was WHY"}
-STAYED = {"why": "Why did the user stay", "ending": "stayed because REASON"}
+The session ended with {line}. Why, and {better}? Reply with one short line:
+Reflection: The user {ending} because REASON. Better next time: CATEGORY"""
 BETTER = "which one of these categories would have been better: {other}"
 
 
@@ -875,7 +872,8 @@ def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
     better = "what would have been better"
     if tastes.other:
         better = BETTER.format(other=offered(tastes))
-    return REFLECTOR.format(line=line, better=better, **(LEFT if left else STAYED))
+    ending = "left" if left else "stayed"
+    return REFLECTOR.format(line=line, better=better, ending=ending)
 
 
 def parse_reflector(text: str) -> str | Malformed:
