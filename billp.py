@@ -177,21 +177,6 @@ def records(memory: Memory) -> tuple[Record, ...]:
     return sum((chunk.records for chunk in memory), ())
 
 
-def nearest_first(distances: np.ndarray, count: int) -> Iterator[int]:
-    """Indices from the smallest distance to the largest.
-
-    Among equals the highest index, which is that of the newest record, comes first. This is quicker
-    than sorting all of them: the `count` nearest are sorted first, and the others only if the
-    caller goes on.
-    """
-    count = min(count, len(distances))
-    limit = np.partition(distances, count - 1)[count - 1]       # the distance at place `count`
-    for group in (distances <= limit, distances > limit):
-        newest_first = np.flatnonzero(group)[::-1]
-        # a stable sort keeps the newest first among equals
-        yield from newest_first[np.argsort(distances[newest_first], stable=True)]
-
-
 def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> tuple[Record, ...]:
     """The k records nearest to a unit vector [d], nearest first, none farther than tau.
 
@@ -205,15 +190,15 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
     cosines = np.concatenate([np.vecdot(chunk.vectors, vector) for chunk in memory])
     distances = (2 - 2 * cosines).round(5)
     oldest_first = records(memory)
+    # Newness below 10^-6 decides between equals only: other distances differ by 10^-5 or more.
+    newness = 1e-6 * np.arange(len(distances)) / len(distances)
     found = {}                          # (text, item) -> record
-    for i in nearest_first(distances, 2 * k):       # 2 k, because some may repeat a text and item
+    for i in np.argsort(distances - newness):
         if distances[i] > tau or len(found) == k:
             break
         record = oldest_first[i]
-        pair = record.text, record.item
         # Records of the same pair have the same text, so the same distance: the newest came first.
-        if pair not in found:
-            found[pair] = record
+        found.setdefault((record.text, record.item), record)
     return tuple(found.values())
 
 
@@ -304,19 +289,17 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
     return Answer(fallback, "", malformed=config.retries + 1, fallback=True)
 
 
-def likeness(a: str, b: str) -> float:
-    """The share of words that two texts have in common: Jaccard's index, 0 to 1."""
+def are_alike(a: str, b: str) -> bool:
+    """Whether more than 4 of 5 words of two texts stand in both."""
     words_a, words_b = set(a.split()), set(b.split())
-    return len(words_a & words_b) / max(len(words_a | words_b), 1)
+    return 5 * len(words_a & words_b) > 4 * len(words_a | words_b)
 
 
 def distinct(lessons: Iterable[str], k: int) -> tuple[str, ...]:
-    """Up to k lessons in their order. One whose likeness to a chosen one is over 0.8 is skipped."""
+    """Up to k lessons in their order. One that is like a chosen one is skipped."""
     chosen = []
     for lesson in lessons:
-        if len(chosen) == k:
-            break
-        if all(likeness(lesson, earlier) <= 0.8 for earlier in chosen):
+        if len(chosen) < k and not any(are_alike(lesson, earlier) for earlier in chosen):
             chosen.append(lesson)
     return tuple(chosen)
 
@@ -349,14 +332,6 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
     return answer._replace(recalled=lessons), memory
 
 
-def evidence(state: State, memory: Memory, config: Config) -> Counter:
-    """Counts of (item line, verdict) among the `k_experience` nearest records of M_A."""
-    if not config.experience:
-        return Counter()
-    similar = recall(memory, state.vector, config.k_experience)
-    return Counter((record.item, record.content) for record in similar)
-
-
 def promise(candidate: Candidate, recent: Sequence[str]) -> tuple[bool, float]:
     """How promising an item is: first whether it has no category shown lately, then the evidence.
 
@@ -377,7 +352,10 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     With `candidates` 0, as in the paper, they are the items of the recalled experience.
     """
     excluded = barred(state, config)
-    counts = evidence(state, memory, config)        # (line, verdict) -> times
+    recalled = ()
+    if config.experience:
+        recalled = recall(memory, state.vector, config.k_experience)
+    counts = Counter((record.item, record.content) for record in recalled)
     tastes = tastes_of(state, config)
     if config.candidates:
         # such as "[War]" and "[Comedy, Drama]"; the second is left out if it would be empty
@@ -401,41 +379,31 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     return tuple(listed[:limit])
 
 
-def chosen_item(answer: Answer, state: State, listed: Sequence[Candidate], catalog: Catalog,
-                config: Config) -> tuple[int, bool]:
-    """The item that an actor's answer stands for, and whether it names a free item.
-
-    A fallback stands for the first listed item. If a reply names no free item, its item is a listed
-    one, or with `candidates` 0, as in the paper, the nearest of all free ones.
-    """
-    excluded = barred(state, config)
-    if answer.fallback:
-        # the nearest item to a line is the item of this line
-        text = listed[0].line if listed else state.text
-        return prompts.nearest(text, catalog, excluded), False
-    item, exact = prompts.ground(answer.value, catalog, excluded)
-    if listed and config.candidates and not exact:
-        # No free item is named. `ground` has taken the nearest of all free items. Often the reply
-        # repeats a recent item, and the nearest one is too similar to it. So only the listed items
-        # are allowed now: all others are excluded.
-        lines = {candidate.line for candidate in listed}
-        others = [item for item, line in enumerate(catalog.lines) if line not in lines]
-        item, _ = prompts.ground(answer.value, catalog, exclude=others)
-    return item, exact
-
-
 def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
           config: Config = DEFAULT) -> Output:
     """Micro level: the item a_n, given the thought, free items and the evidence for them.
 
-    The item is the free one that the reply names. If it names none, see `chosen_item`. Fallback:
-    the first item listed in the prompt, or else the free item nearest to the state.
+    The item is the free one that the reply names. If it names none, it is a listed one, or with
+    `candidates` 0, as in the paper, the nearest of all free ones. Fallback: the first item listed
+    in the prompt, or else the free item nearest to the state.
     """
     listed = shortlist(state, memory, catalog, config)
     form = prompts.ACTOR if config.candidates else prompts.OPEN_ACTOR
     question = prompts.render_actor(state.key.step + 1, state.thought, listed, form)
     answer = consult(llm, "actor", state, question, prompts.parse_actor, config, "")
-    item, exact = chosen_item(answer, state, listed, catalog, config)
+    excluded = barred(state, config)
+    lines = [candidate.line for candidate in listed]
+    if answer.fallback:
+        # the nearest item to a line is the item of this line
+        text = lines[0] if lines else state.text
+        item, exact = prompts.nearest(text, catalog, excluded), False
+        return answer._replace(value=item, recalled=listed, exact=exact), memory
+    unlisted = ()
+    if lines and config.candidates:
+        # A reply that names no free item often names a recent one. The nearest of all free items
+        # would be too similar to it. So a listed item replaces it.
+        unlisted = [item for item, line in enumerate(catalog.lines) if line not in lines]
+    item, exact = prompts.ground(answer.value, catalog, excluded, unlisted)
     return answer._replace(value=item, recalled=listed, exact=exact), memory
 
 
@@ -555,10 +523,9 @@ def credit(trajectory: Trajectory, values: Sequence[float],
            gamma: float) -> tuple[list[float], list[float]]:
     """TD targets and advantages of the N steps, given V(s_1) .. V(s_{N+1})."""
     targets, advantages = [], []
-    # Only at the last step can the user have left. values[-1] is 0 then, too, but `td_target` does
-    # not rely on it.
-    lefts = [False] * (len(trajectory.steps) - 1) + [trajectory.terminated]
-    for step, value, next_value, left in zip(trajectory.steps, values, values[1:], lefts):
+    for step, value, next_value in zip(trajectory.steps, values, values[1:]):
+        # only at the last step can the user have left
+        left = trajectory.terminated and step is trajectory.steps[-1]
         targets.append(td_target(step.reward, gamma, next_value, left))
         advantages.append(advantage(step.reward, gamma, value, next_value, left))
     return targets, advantages

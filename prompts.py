@@ -33,12 +33,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from itertools import compress
-from math import sqrt
 from pathlib import Path
 from statistics import fmean
 from threading import Lock
 from typing import Any, Callable, Collection, Iterable, NamedTuple, Sequence
-from urllib.parse import unquote_plus
 from zlib import crc32
 
 import numpy as np
@@ -397,18 +395,8 @@ def first_line(text: str, preamble: str = ":!") -> str:
     return lines[0] if lines else ""
 
 
-def after_labels(text: str, labels: Sequence[str]) -> str:
-    """The text after the first of these labels, or after another one within that text.
-
-    In "Thought 3: War was shown. Next category: Comedy" the first step gives all behind
-    "Thought 3:". The second step gives "Comedy".
-    """
-    part = segment(text, labels)
-    return segment(part, labels) or part
-
-
 def labelled(text: str, labels: Sequence[str]) -> str:
-    """The first line after one of these labels, or else before all labels, or else after "answer".
+    """The first line after one of these labels, or else before all labels.
 
     It is "" if there is no such line, if it still holds a placeholder of the form asked for, or if
     the reply is a refusal.
@@ -420,11 +408,12 @@ def labelled(text: str, labels: Sequence[str]) -> str:
         return ""
     heads = heads_of(text)
     before_all = text[:heads[0].start("name")] if heads else text
-    answer = segment(text, ANSWERS)
+    part = segment(text, labels)        # "War was shown. Next category: Comedy"
+    part = segment(part, labels) or part            # "Comedy"
     # After a label a line such as "Comedy!" is an answer and no preamble.
-    line = first_line(after_labels(text, labels), preamble=":")
-    line = line or first_line(before_all)
-    line = line or first_line(after_labels(answer, labels) or answer)
+    line = first_line(part, preamble=":") or first_line(before_all)
+    answer = segment(text, ANSWERS)
+    line = line or first_line(segment(answer, labels) or answer)
     has_placeholder = re.search(r"\b(CATEGORY|REASON)\b(?!:)", line)    # "REASON:" is a heading
     return "" if has_placeholder else line
 
@@ -725,13 +714,14 @@ def nearest(text: str, catalog: Catalog, exclude: Collection[int]) -> int:
     return found[0]
 
 
-def ground(text: str, catalog: Catalog, exclude: Collection[int] = ()) -> tuple[int, bool]:
+def ground(text: str, catalog: Catalog, exclude: Collection[int] = (),
+           unlisted: Collection[int] = ()) -> tuple[int, bool]:
     """The item that a text stands for, and whether the text names it.
 
     It is the first item named that is not in `exclude`. If all items named are excluded, it is
     the item nearest to the categories of the first: one of its kind, not one spelled like it. If
     none is named, it is the item nearest to the text. An excluded item is returned only if all
-    items are excluded.
+    items are excluded. An `unlisted` item must be named: it does not replace another.
     """
     items = mentioned(text, catalog)
     for item in items:
@@ -739,7 +729,7 @@ def ground(text: str, catalog: Catalog, exclude: Collection[int] = ()) -> tuple[
             return item, True
     tags = line_tags(catalog.lines[items[0]]) if items else ()
     wanted = in_brackets(tags) if tags else text
-    return nearest(wanted, catalog, exclude), False
+    return nearest(wanted, catalog, {*exclude, *unlisted}), False
 
 
 # ---------------------------------------------------------------------- the shared prefix
@@ -878,13 +868,8 @@ def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
 
 def parse_reflector(text: str) -> str | Malformed:
     """The reflection, one line."""
-    # Two lines of one reflection are joined:
-    #     "... because", then "War. Better next time: Comedy"
-    #     "... because War.", then "Better next time: Comedy"
-    break_and_marks = r'\n[^\w"]{0,9}'
-    after_because = f"(?<=because){break_and_marks}"
-    before_better = f'{break_and_marks}(?="?better[ _]next[ _]time)'
-    text = re.sub(f"(?i){after_because}|{before_better}", " ", text)
+    # Two lines of one reflection are joined: "... because War.", then "Better next time: Comedy".
+    text = re.sub(r'(?i)\n[^\w"]{0,9}(?="?better[ _]next[ _]time)', " ", text)
     return labelled(text, REFLECTIONS) or Malformed("the reply held no line 'Reflection: ...'")
 
 
@@ -1081,19 +1066,19 @@ VALUE_LINE = re.compile(rf"""(?imx)
     ^ ([^\w\n] | _)* ((final|estimated)[ ])? value\b [^:=：\n]* [:=：]
     {SUMS} ([\s*_]* | [^\d\n]*?) {NUMBER}            # in the next line, or after words
     """)
-# the word, but not in "the average value of such states"
-VALUE = r"(?<! average[ ] ) (?<! mean[ ] ) value\b"
-# words without another "value", without an if-clause and without the end of a sentence
-PASSAGE = r"(?: (?! \b(?:value|if)\b | [.!?;]\s ) [^:=：\n] )*?"
-# a calculation or a few words, then the number
-TO_NUMBER = rf"{SUMS} (?: (?! value\b | [.!?;]\s ) [^\d\n] )*? {NUMBER}"
 # "The value of state 4 is 7.5"
-VALUE_IS = re.compile(rf"(?ix) {VALUE} {PASSAGE} (?: [:=：] | \b(?:is|be)\b ) {TO_NUMBER}")
-# "I put the value at 7.5"
-VALUE_AT = re.compile(rf"(?ix) {VALUE} {PASSAGE} (?: \b(?:of|at)\b | , ) {TO_NUMBER}")
-# "So I'd say 7.5"
+VALUE_IS = re.compile(rf"""(?ix)
+    # the word, but not in "the average value of such states"
+    (?<! average[ ] ) (?<! mean[ ] ) value\b
+    # words without another "value", without an if-clause and without the end of a sentence
+    (?: (?! \b(?:value|if)\b | [.!?;]\s ) [^:=：\n] )*?
+    (?: [:=：] | \b(?:is|be)\b )
+    # a calculation or a few words, then the number
+    {SUMS} (?: (?! value\b | [.!?;]\s ) [^\d\n] )*? {NUMBER}
+    """)
+# "So I'd say 7.5", "\boxed{7.5}"
 GUESS = re.compile(rf"""(?ix)
-    \b (?: answer | estimate | score | say | guess | predict | go[ ]with ) \b
+    (?: \b (?: answer | estimate | score | say | guess | predict | go[ ]with ) \b | \\boxed\{{ )
     (?: is | it | at | about | [\s:=*_$] )* {NUMBER}
     """)
 # What may stand behind a value, and is left out: "7.5 out of 10", "7.5 because we are at step 4".
@@ -1116,14 +1101,11 @@ def parse_critic(text: str) -> float | Malformed:
     """
     text = re.sub(BEHIND, " ", text)
     outside = re.sub(r"[(（][^()（）\n]*[)）]", " ", text)
-    attempts = (re.search(rf"\\boxed\{{\W*{NUMBER}", text),     # "\boxed{7.5}"
-                VALUE_LINE.search(outside),                     # "Value: 7.5"
+    attempts = (VALUE_LINE.search(outside),                     # "Value: 7.5"
                 last_match(VALUE_IS, outside),                  # "so the value is 7.5"
                 last_match(GUESS, outside),                     # "I would say 7.5"
-                last_match(VALUE_AT, outside),                  # "I put the value at 7.5"
                 VALUE_LINE.search(text),                        # "Value: (7.5)"
                 re.search(rf"(?m)^[ *_$`]*{NUMBER}[ *_$`.]*\Z", outside),       # the last line
-                re.search(rf"[=≈:]\s*{NUMBER}\W*\Z", text),     # "(5 + 5.5) / 2 = 5.25"
                 re.search(NUMBER, outside),                     # the first number
                 re.search(NUMBER, text))                        # "(7.5)"
     for match in attempts:
@@ -1269,7 +1251,7 @@ def similar(a: Sequence[str], b: Sequence[str]) -> bool:
     False
     """
     common = len(set(a) & set(b))
-    return common > 0 and common / sqrt(len(a) * len(b)) >= 0.5
+    return common > 0 and 4 * common ** 2 >= len(a) * len(b)    # both sides squared
 
 
 def gaps_between(shown: Sequence[Sequence[str]]) -> list[int]:
@@ -1352,7 +1334,6 @@ class Kind(NamedTuple):
 
 
 RESUME = "wait, then run the same command: it resumes"
-ELSEWHERE = "use the address it names as --base-url"
 OTHER_MODEL = "try another --model"
 # The first kind whose signs fit counts, so special kinds stand before general ones. Signs are
 # matched with texts such as
@@ -1411,7 +1392,7 @@ KINDS = (
     Kind("address", 1, "check --base-url, --model and --embed-model",
          "404|405|500 .*unexpected endpoint or method"
          r"|400 .*(model.{0,60}(not (found|exist)|does not exist)|not a valid model)"),
-    Kind("moved", 1, ELSEWHERE, "3.."),
+    Kind("moved", 4, "use the address it names as --base-url", "3.."),
     # a web page instead of JSON
     Kind("page", 2, "does --base-url lack its /v1?", "2.."),
     Kind("vectors", 2, "choose another --embed-model", "embeddings"),
@@ -1429,23 +1410,19 @@ KINDS = (
     Kind("slow", 2, "raise --timeout", r"\w*Timeout"),
     Kind("failure", 7, RESUME, ""),             # 408, 409, 5xx, a lost connection
 )
-FOLLOWED = Kind("followed", 4, ELSEWHERE, "")       # a redirect that is followed: sent again there
 # Parameters that a server may refuse, and what is sent instead; None: nothing.
 INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
            "temperature": None, "seed": None, "encoding_format": None}
 # Headers whose values are secrets: Authorization, X-API-Key, Cookie, X-Auth-Token ...
 SECRET = re.compile("(?i)auth|key|cookie|token|secret|password")
 LONGEST_WAIT = 120.0                # seconds; after 408, 409, 429, 5xx a longer wait ends the run
-# "5 m" is five minutes; the m of "20 milliseconds", "5 more seconds" and "5 months" is not.
-PERIOD = r"(\d+(?:\.\d*)?) ?(ms|[smhd](?!illi|ore|onth))"
+# "5 m" is five minutes; the m of "20 milliseconds" and "5 months" is not. A number alone, as in
+# '"retry_after": 25', is in seconds.
+PERIOD = r"(\d+(?:\.\d*)?)(?: ?(ms|[smhd])(?!illi|ore|onth)|(?![ .\w]))"
 # "retryDelay: 1m59s", "try again in about 1 minute 59 seconds", "limit resets in 45s"
-DURATION = (r"(?i)(retryDelay|(again|retry|resets?)[ _](in|after)|retryAfter|wait)( for| about)*"
+DURATION = (r"(?i)(retryDelay|(again|retry|resets?)[ _-]?(in|after)|wait)( for| about)*"
             rf"\W*(?P<periods>({PERIOD}[a-z]*[ ,]*)+)")
-# '"retry_after": 25' is in seconds
-AFTER = r"(?i)retry.?after\W*(?P<seconds>\d+(\.\d+)?)(?![ .\w])"
-SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-# quotas for which no wait is short: "free-models-per-day", "monthly usage limit"
-OF_A_DAY = r"(?i)(per|a|/)[ _-]?(day|month)\b|daily|weekly|monthly"
+SECONDS = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 # names without a dot, and private addresses: servers without https
 PRIVATE = re.compile(r"[\w-]+(:|/|$)|(10|192\.168|172\.(1[6-9]|2\d|3[01]))\."
                      r"|host\.docker\.internal")
@@ -1569,7 +1546,7 @@ def checked_headers(key: str, url: Any, headers: dict) -> dict:
 
     What httpx cannot send is refused here, because the errors of httpx would show it.
     """
-    sent = {"content-type": "application/json"}
+    sent = {}
     if key and "api-version" in url.params:         # Azure
         sent["api-key"] = key
     elif key:
@@ -1582,19 +1559,13 @@ def checked_headers(key: str, url: Any, headers: dict) -> dict:
     return sent
 
 
-def secrets_of(key: str, url: Any, headers: dict) -> list[str]:
-    """What must not be shown: the key, the values in the URL and those of secret headers."""
-    secrets = [key]
-    for pair in url.query.decode().split("&"):
-        name, _, value = pair.partition("=")
-        if name != "api-version":                       # Azure's date may stand in answers
-            secrets += [value, unquote_plus(value)]     # as it stands in the URL, and as it is
+def secrets_of(url: Any, headers: dict) -> list[str]:
+    """What must not be shown: values in the URL and those of secret headers, such as the key's."""
+    # Azure's api-version is a date, which may stand in answers.
+    secrets = [value for name, value in url.params.items() if name != "api-version"]
     for name, value in headers.items():
         if SECRET.search(name):
             secrets += [value, *value.split()]          # "Bearer sk-..." and "sk-..."
-    for secret in tuple(secrets):
-        escaped = json.dumps(secret)[1:-1]              # as it stands in a JSON body
-        secrets += [escaped, escaped.replace("/", r"\/")]
     # Shorter ones are ordinary words, such as "none", EMPTY or "message", and may stand in answers.
     long_enough = [text for text in secrets if len(text) >= (16 if text.isalpha() else 6)]
     # One may be part of another: the longest is starred first.
@@ -1617,14 +1588,13 @@ def connect(base_url: str, path: str, key: str | None = None, *, timeout: float 
             headers=sent,
             timeout=httpx.Timeout(timeout, connect=10),
             limits=httpx.Limits(),                          # no limit to connections
-            trust_env=not LOOPBACK.match(url.host),         # a proxy cannot reach this machine
-            # httpx itself reads SSL_CERT_FILE only with trust_env
-            verify=httpx.create_ssl_context() if url.scheme == "https" else True,
+            # A proxy cannot reach this machine. SSL_CERT_FILE is read only with trust_env.
+            trust_env=not LOOPBACK.match(url.host),
             transport=transport)
     except (ImportError, ValueError, OSError, httpx.InvalidURL):
         raise EndpointError("no client can be made: check HTTP_PROXY, HTTPS_PROXY, ALL_PROXY "
                             "(socks needs httpx[socks]), NO_PROXY and SSL_CERT_FILE") from None
-    return Route(client, url, key, secrets_of(key, url, sent), **options)
+    return Route(client, url, key, secrets_of(url, sent), **options)
 
 
 # - one request
@@ -1633,11 +1603,6 @@ def connect(base_url: str, path: str, key: str | None = None, *, timeout: float 
 def fields(value: Any) -> dict:
     """The value if it is a JSON object, else an empty one."""
     return value if isinstance(value, dict) else {}
-
-
-def is_number(text: str) -> bool:
-    """Whether a text is a number such as "20" or "0.5"."""
-    return re.fullmatch(r"\d+(\.\d*)?", text) is not None
 
 
 def seconds_until(date: str) -> float | None:
@@ -1656,24 +1621,17 @@ def asked_wait(headers: Any, text: str) -> float:
     >>> asked_wait({}, "Rate limit reached. Please try again in 1m20s.")
     80.0
     """
-    after = headers.get("retry-after", "").removesuffix("s")
-    milliseconds = headers.get("retry-after-ms", "").removesuffix("ms")
+    after = headers.get("retry-after", "")
+    milliseconds = headers.get("retry-after-ms", "")
     until_date = seconds_until(after)
     if until_date is not None:
         return until_date
-    if is_number(milliseconds):
-        return float(milliseconds) / 1000
-    if is_number(after):
-        return float(after)
-    bare = re.search(AFTER, text)
-    if bare:
-        return float(bare["seconds"])
-    wait = 0.0
-    duration = re.search(DURATION, text)
-    if duration:
-        for number, unit in re.findall(PERIOD, duration["periods"], re.IGNORECASE):
-            wait += float(number) * SECONDS[unit.lower()]
-    return wait
+    for said in (f"wait {milliseconds}ms", f"wait {after}", text):
+        duration = re.search(DURATION, said)
+        if duration:
+            periods = re.findall(PERIOD, duration["periods"].lower())
+            return sum(float(number) * SECONDS[unit] for number, unit in periods)
+    return 0.0
 
 
 def decoded(text: str) -> dict:
@@ -1690,10 +1648,8 @@ def decoded(text: str) -> dict:
     pieces = [json.loads(line) for line in re.findall(r"(?m)^data:\s*({.*)", text)]
     last_choice, content = {}, ""
     for piece in pieces:
-        for choice in piece.get("choices") or ():
-            delta = fields(choice.get("delta") or choice.get("message"))
-            content += delta.get("content") or ""
-            last_choice = choice            # it holds the finish_reason
+        for last_choice in piece.get("choices") or ():      # the last holds the finish_reason
+            content += fields(last_choice.get("delta")).get("content") or ""
     joined = last_choice | {"message": {"content": content}}
     last_piece = pieces[-1]                 # it holds the usage or the error
     return last_piece | {"choices": [joined]}
@@ -1704,11 +1660,9 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
     import httpx
     count(route.stats, "requests")
     deadline = time.monotonic() + route.http.timeout.read
-    # Half of a split character, which a model may send, cannot be encoded: "?" is sent instead.
-    content = json.dumps(body, ensure_ascii=False).encode(errors="replace")
     raw = b""
     try:
-        with route.http.stream("POST", route.url, content=content) as response:
+        with route.http.stream("POST", route.url, json=body) as response:
             for part in response.iter_bytes():
                 raw += part
                 # httpx starts its clock again at each byte, also at those of blank lines that keep
@@ -1740,12 +1694,10 @@ def redirected(route: Route, response: Any) -> Fault:
     into a GET.
     """
     there = response.next_request.url
-    got = fault(route, str(response.status_code), f"redirects to {without_query(there)}")
     is_as_safe = there.scheme in (route.url.scheme, "https")
     if there.netloc == route.url.netloc and is_as_safe and response.status_code > 303:
         route.url = there
-        return got._replace(kind=FOLLOWED)
-    return got
+    return fault(route, str(response.status_code), f"redirects to {without_query(there)}")
 
 
 def status_of(response: Any, error: dict) -> str:
@@ -1754,15 +1706,6 @@ def status_of(response: Any, error: dict) -> str:
         return str(response.status_code)
     code = str(error.get("code"))
     return code if re.fullmatch("[45][0-9][0-9]", code) else "500"
-
-
-def is_useless(status: str, wait: float, text: str) -> bool:
-    """Whether it is useless to ask again: the wait is too long, or a day's quota is used up."""
-    if wait > LONGEST_WAIT:
-        return True
-    if "PerDay" in text:            # Google, which names a wait of seconds even then
-        return True
-    return status == "429" and wait == 0 and re.search(OF_A_DAY, text) is not None
 
 
 def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
@@ -1775,7 +1718,7 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     status = status_of(response, error)
     wait = asked_wait(response.headers, text)
     advice = response.headers.get("x-should-retry", "")
-    if is_useless(status, wait, text):
+    if wait > LONGEST_WAIT:             # it would be useless to ask again
         advice = "false"
     message = error.get("message") or text or "an empty body"
     # what the provider behind OpenRouter says; the name of a refused parameter; a gateway's cause
@@ -2099,19 +2042,15 @@ def recorded_embed(embed: Embed, log: Log) -> Embed:
             reply = log.known.get(hash_of(log, ask))
             if reply:
                 rows[text] = unpacked(reply.text)
-        sizes.update(map(len, rows.values()))
         missing = [text for text in asks if text not in rows]
-        # A few requests at a time, so that a fault or Ctrl-C costs few of the rows paid for.
-        for start in range(0, len(missing), 10 * BATCH):
-            part = missing[start:start + 10 * BATCH]
-            found = embed(part)
-            sizes.update(map(len, found))
-            if len(sizes) > 1:          # before they are logged: a logged row is permanent
-                raise EndpointError(f"embeddings of sizes {sizes} do not mix: keep to the model "
-                                    "this run began with, or use another --out")
-            for text, row in zip(part, found, strict=True):
-                packed = base64.b64encode(row).decode()
-                first = keep(log, asks[text], Reply(packed))    # another thread may have been first
-                rows[text] = unpacked(first.text)
+        found = embed(missing) if missing else []
+        sizes.update(map(len, [*rows.values(), *found]))
+        if len(sizes) > 1:              # before they are logged: a logged row is permanent
+            raise EndpointError(f"embeddings of sizes {sizes} do not mix: keep to the model "
+                                "this run began with, or use another --out")
+        for text, row in zip(missing, found, strict=True):
+            packed = base64.b64encode(row).decode()
+            first = keep(log, asks[text], Reply(packed))        # another thread may have been first
+            rows[text] = unpacked(first.text)
         return np.array([rows[text] for text in texts])
     return answer
