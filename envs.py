@@ -189,62 +189,32 @@ def demand(holds: Any, message: str) -> None:
         raise ValueError(message)
 
 
-def demand_shape(env: Env, name: str, shape: tuple[int, ...]) -> None:
-    """Raise a ValueError unless the field of this name has this shape."""
-    found = np.shape(getattr(env, name))
-    demand(found == shape, f"{name} has the shape {found} instead of {shape}")
-
-
-def check_items(env: Env) -> None:
-    """Raise a ValueError of one line if titles, years, categories and vectors do not fit."""
-    m, c = len(env.titles), len(env.categories)
-    demand(m > 0, "a world of 0 items (titles)")
-    demand_shape(env, "years", (m,))
-    demand_shape(env, "belongs", (m, c))
-    demand(isinstance(env.belongs, np.ndarray), "belongs is not an array")
-    demand(isinstance(env.vectors, np.ndarray), "vectors is not an array")
-    demand(env.vectors.ndim == 2, "vectors is not a matrix [m, d]")
-    demand_shape(env, "vectors", (m, env.vectors.shape[1]))
-    demand(np.isfinite(env.vectors).all(), "vectors holds a number that is not finite")
-
-
-def check_histories(env: Env) -> None:
-    """Raise a ValueError of one line if the histories do not fit the items and the learners."""
-    n, m = len(env.histories), len(env.titles)
-    demand(n > 0, "a world of 0 users (histories)")
-    demand(env.learners in range(n + 1), f"learners is {env.learners} for {n} histories")
-    items = set(range(m))
-    for user, history in enumerate(env.histories):
-        strangers = set(history) - items
-        demand(not strangers, f"the history of user {user} has {strangers}, not one of 0..{m - 1}")
-
-
-def check_ratings(env: Env) -> None:
-    """Raise a ValueError of one line if `rate` or `distance` do not fit the users and items."""
-    n, m = len(env.histories), len(env.titles)
-    every_nth = 1 + n * m // 10 ** 7
-    users = np.arange(0, n, every_nth)
-    try:
-        ratings = env.rate(users[:, None], np.arange(m))
-        distances = env.distance(0, np.arange(m), 0)
-    except (IndexError, TypeError) as error:
-        raise ValueError(f"rate or distance does not fit {n} users, {m} items: {error}; "
-                         "`table` and `euclidean` make such functions") from None
-    demand(np.shape(ratings) == (len(users), m), "rate does not return the shape of its arguments")
-    is_row = np.shape(distances) == (m,) and not np.isnan(distances).any()
-    demand(is_row, "distance does not return a number for each of its arguments")
-    is_sound = (ratings >= 1) & (ratings <= 5)      # false for NaN
-    demand(is_sound.all(), f"ratings that are not between 1 and 5: {ratings[~is_sound][:9]}")
-
-
 def check(env: Env) -> None:
     """Raise a ValueError of one line if the parts of a world do not fit together.
 
     It looks at all ratings if there are fewer than 10^7, otherwise at those of some users.
     """
-    check_items(env)
-    check_histories(env)
-    check_ratings(env)
+    n, m, c = len(env.histories), len(env.titles), len(env.categories)
+    demand(n > 0 and m > 0, f"a world of {n} users (histories) and {m} items (titles)")
+    demand(env.learners in range(n + 1), f"learners is {env.learners} for {n} histories")
+    for name, shape in (("years", (m,)), ("belongs", (m, c))):
+        found = np.shape(getattr(env, name))
+        demand(found == shape, f"{name} has the shape {found} instead of {shape}")
+    demand(len(env.vectors) == m, f"{len(env.vectors)} vectors for {m} items")
+    items = set(range(m))
+    for user, history in enumerate(env.histories):
+        strangers = set(history) - items
+        demand(not strangers, f"the history of user {user} has {strangers}, not one of 0..{m - 1}")
+    every_nth = 1 + n * m // 10 ** 7
+    users = np.arange(0, n, every_nth)
+    try:
+        ratings = env.rate(users[:, None], np.arange(m))
+        env.distance(0, np.arange(m), 0)
+    except (IndexError, TypeError) as error:
+        raise ValueError(f"rate or distance does not fit {n} users, {m} items: {error}; "
+                         "`table` and `euclidean` make such functions") from None
+    is_sound = (ratings >= 1) & (ratings <= 5)      # false for NaN
+    demand(is_sound.all(), f"ratings that are not between 1 and 5: {ratings[~is_sound][:9]}")
 
 
 # ------------------------------------------------------- policies without a language model
@@ -646,19 +616,19 @@ def t_interval(figures: Array) -> tuple[Array, Array]:
     return figures.mean(0) - margin, figures.mean(0) + margin
 
 
-def bootstrap(statistic: Function, samples: Sequence[Array], draws: int) -> Array:
+def bootstrap(statistic: Function, samples: Sequence[Array]) -> Array:
     """[2, ...]: the 0.025 and 0.975 quantiles of a statistic, users drawn with replacement.
 
     Samples are [1, N, k], of one seed. The same users are drawn from all of them.
     """
     users = samples[0].shape[1]
-    # [draws, 1, N]: one seed in each draw
-    drawn = np.random.default_rng(0).integers(users, size=(draws, 1, users))
-    resampled = [sample[0, drawn] for sample in samples]        # each [draws, 1, N, k]
+    # [1000, 1, N]: 1000 draws with one seed in each
+    drawn = np.random.default_rng(0).integers(users, size=(1000, 1, users))
+    resampled = [sample[0, drawn] for sample in samples]        # each [1000, 1, N, k]
     return np.quantile(statistic(*resampled), [0.025, 0.975], axis=0)
 
 
-def intervals(statistic: Function, *samples: Array, draws: int = 1000) -> list[list[float]]:
+def intervals(statistic: Function, *samples: Array) -> list[list[float]]:
     """[mean, low, high] of each number in statistic(*samples), with its 95 % confidence interval.
 
     - Samples are [S, N, k]: S seeds with N users each. All samples have the same users, so that
@@ -671,7 +641,7 @@ def intervals(statistic: Function, *samples: Array, draws: int = 1000) -> list[l
     # [S, 1, N, k]: one seed in each, so that there is a figure for each seed
     each_alone = [sample[:, None] for sample in samples]
     figures = statistic(*each_alone)                            # [S, numbers]
-    low, high = t_interval(figures) if len(figures) > 1 else bootstrap(statistic, samples, draws)
+    low, high = t_interval(figures) if len(figures) > 1 else bootstrap(statistic, samples)
     return np.stack([figures.mean(0), low, high], -1).round(4).tolist()
 
 
@@ -794,7 +764,7 @@ def made_up(belongs: Array, users: int, rng: Rng) -> Array:
     return np.clip(ratings, 1, 5).astype(np.int8)
 
 
-def films(seed: int = 0, users: int = 1000) -> Env:
+def films(seed: int = 0) -> Env:
     """The embedded default: 200 well-known films, and users whose tastes are drawn from `seed`.
 
     Titles, years and categories are facts; ratings are made up. A rating is mostly taste: how much
@@ -817,7 +787,7 @@ def films(seed: int = 0, users: int = 1000) -> Env:
     weight = np.sqrt(np.log(len(titles) / belongs.sum(0)))
     vectors = unit(belongs * weight).astype(np.float32)
     rng = np.random.default_rng(seed)
-    ratings = made_up(belongs, users, rng)
+    ratings = made_up(belongs, 1000, rng)
     # the Gumbel trick: the ten largest of rating + Gumbel noise are a draw without replacement
     keys = ratings + rng.gumbel(size=ratings.shape)
     largest_first = np.argsort(-keys, 1)
@@ -827,7 +797,7 @@ def films(seed: int = 0, users: int = 1000) -> Env:
         titles=tuple(titles), years=tuple(years),
         categories=categories, belongs=belongs, vectors=vectors,
         rate=table(ratings), distance=euclidean(vectors),
-        histories=largest_first[:, :10], learners=users // 2, beta=0.9)
+        histories=largest_first[:, :10], learners=500, beta=0.9)
 
 
 # ------------------------------------------------ data files: ratings, from MovieLens or anybody
@@ -1123,21 +1093,12 @@ def liked_items(votes: Array) -> list[Array]:
     return histories
 
 
-def near_quantile(distance: Function, items: Array, rng: Rng) -> float:
-    """The 0.2 quantile of the distances between two items, over 100,000 random pairs.
-
-    Pairs of an item with itself are left out.
-    """
-    demand(len(items) > 1, "fewer than two items with ratings")
-    a, b = rng.choice(items, size=(2, 100_000))
-    return float(np.quantile(distance(0, a, b)[a != b], 0.2))
-
-
 def fitted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int) -> Env:
     """A world of n users whose ratings `als` predicts.
 
     `about` states the error on a held-out tenth of the votes.
-    Item vectors are item factors scaled to length 1; `beta` is the 0.2 quantile of their distances.
+    Item vectors are item factors scaled to length 1; `beta` is the 0.2 quantile of their distances,
+    over 100,000 random pairs.
     """
     rng = branch(seed, "data")
     m, size = len(entries), len(votes)
@@ -1158,14 +1119,16 @@ def fitted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int) -> E
     # An item without ratings has the zero vector. Its distance to others like it is 0, which would
     # pull the quantile down.
     rated = np.unique(train["item"])
-    beta = near_quantile(distance, rated, rng)
+    a, b = rng.choice(rated, size=(2, 100_000))
+    between_two = distance(0, a, b)[a != b]         # without pairs of an item with itself
     titles, years, tags = zip(*entries)
     categories, belongs = labels(tags)
     return Env(
         titles=titles, years=years,
         categories=categories, belongs=belongs, vectors=vectors,
         rate=partial(rounded, model), distance=distance,
-        histories=liked_items(votes), learners=n // 2, beta=beta, about=about)
+        histories=liked_items(votes), learners=n // 2,
+        beta=float(np.quantile(between_two, 0.2)), about=about)
 
 
 def ratings_folder(path: Location, seed: int = 0) -> Env:

@@ -36,7 +36,7 @@ from itertools import compress
 from pathlib import Path
 from statistics import fmean
 from threading import Lock
-from typing import Any, Callable, Collection, Iterable, NamedTuple, Sequence
+from typing import Any, Callable, Collection, Iterable, Iterator, NamedTuple, Sequence
 from zlib import crc32
 
 import numpy as np
@@ -1254,17 +1254,15 @@ def similar(a: Sequence[str], b: Sequence[str]) -> bool:
     return common > 0 and 4 * common ** 2 >= len(a) * len(b)    # both sides squared
 
 
-def gaps_between(shown: Sequence[Sequence[str]]) -> list[int]:
+def gaps_between(shown: Sequence[Sequence[str]]) -> Iterator[int]:
     """How many steps back the nearest similar item lies, for each item; 9 if none lies within 8.
 
-    >>> gaps_between([["War"], ["Crime"], ["War"]])
+    >>> list(gaps_between([["War"], ["Crime"], ["War"]]))
     [9, 9, 2]
     """
-    gaps = []
     for n, tags in enumerate(shown):
         backs = [back for back in range(1, min(n, 8) + 1) if similar(tags, shown[n - back])]
-        gaps.append(min(backs, default=9))
-    return gaps
+        yield min(backs, default=9)
 
 
 def offline_reflector(text: str, seed: int) -> str:

@@ -33,7 +33,6 @@ from argparse import (ArgumentParser, ArgumentTypeError, BooleanOptionalAction, 
 from collections import Counter, defaultdict
 from concurrent import futures
 from contextlib import contextmanager
-from copy import deepcopy
 from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
@@ -66,6 +65,7 @@ Json = dict[str, Any]               # a JSON object
 Table = dict[str, dict[str, Any]]   # the cells of each row by the name of their column
 METHOD_NAMES = (*envs.POLICIES, *billp.METHODS)
 ROLES = ("planner", "actor", "critic", "reflector")
+LEARN_NOTHING = (*envs.READY, "popular", "one-list", "act", "react")      # methods
 
 
 def say(text: str) -> None:
@@ -248,36 +248,37 @@ def check_values(args: Namespace) -> None:
             raise UserError("--header takes NAME=VALUE")
 
 
-def idle_flags(args: Namespace) -> list[tuple[Iterable[str], str]]:
+def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
     """Pairs (flags, reason): for this reason these flags have no effect, if they are given."""
     of_show = FLAGS["look at a finished run"].keys()
     if args.show:
-        return [(args.given - of_show, "beside --show")]
-    idle = [(of_show, "without --show")]
+        yield args.given - of_show, "beside --show"
+        return
+    yield of_show, "without --show"
     if args.models_asked == ["offline"]:
-        idle.append((FLAGS["a real model"].keys() - {"model"}, "without a real model"))
+        yield FLAGS["a real model"].keys() - {"model"}, "without a real model"
     else:
-        idle.append((["cluster"], "with a real model"))
+        yield ["cluster"], "with a real model"
     if args.models:
-        idle.append((["model"], "beside --models"))
+        yield ["model"], "beside --models"
     if args.method in envs.POLICIES:
         # they ask no model and keep no memory; of these flags a2c uses gamma
         unused = {"model", "load", "workers", *FLAGS["roles and memories"]}
         if args.method == "a2c":
             unused.remove("gamma")
-        idle.append((unused, f"beside {args.method}"))
+        yield unused, f"beside {args.method}"
     if not args.experiment:
-        return [*idle, (FLAGS["experiments"], "without --experiment")]
+        yield FLAGS["experiments"], "without --experiment"
+        return
     # each row has its own method, which sets these switches
-    idle.append((("method", "load", *OF_METHODS), "beside --experiment"))
+    yield ("method", "load", *OF_METHODS), "beside --experiment"
     varied = {EXPERIMENTS[name].varied for name in args.experiment}      # "" for none
     if "model" not in varied:
-        idle.append((["models"], "without --experiment table6"))
+        yield ["models"], "without --experiment table6"
     # Only if every experiment varies it: in fig4,fig5 the runs of fig5 still use --episodes.
     for name in ("window", "episodes"):
         if varied == {name}:
-            idle.append(([name], "here: the experiment varies it"))
-    return idle
+            yield [name], "here: the experiment varies it"
 
 
 def variable(name: str) -> str:
@@ -387,19 +388,6 @@ def embedding_of(args: Namespace) -> str:
     return args.embed_model or variable("OPENAI_EMBED_MODEL") or "hashed_ngrams"
 
 
-def learns(run: Settings) -> bool:
-    """Whether the method can learn from episodes."""
-    if run.method in envs.POLICIES:
-        return run.method in ("bandit", "a2c")
-    reads_lessons = run.config["thoughts"] and run.config["lessons"] != "none"
-    return run.config["experience"] or reads_lessons
-
-
-def without_idle_learning(run: Settings) -> Settings:
-    """The same run. It has no learning episodes if its method learns nothing."""
-    return run if learns(run) else run._replace(episodes=0)
-
-
 def settings(args: Namespace, saved: Json) -> Settings:
     """What the flags and the environment ask for. `saved` is what `read_memory` gives.
 
@@ -417,7 +405,8 @@ def settings(args: Namespace, saved: Json) -> Settings:
         config=config | given_of(args, Config._fields), rule=given_of(args, envs.RULE))
     # act and react learn nothing, either. Their learning episodes can be looked at, and their
     # difference shows how much two draws of the same users differ.
-    return without_idle_learning(run) if args.method in envs.POLICIES else run
+    is_fixed = args.method in envs.POLICIES and args.method in LEARN_NOTHING
+    return run._replace(episodes=0) if is_fixed else run
 
 
 # ---------------------------------------------------------------------------------- world
@@ -487,13 +476,6 @@ def read_object(path: Path) -> Json:
         raise UserError(f"{path} is damaged: delete it, or choose another directory") from None
 
 
-def flattened(config: Json) -> Json:
-    """The fields of a config.json, with those of "config" and "rule" beside the others."""
-    inner = config.get("config", {}) | config.get("rule", {})
-    outer = {name: value for name, value in config.items() if name not in ("config", "rule")}
-    return outer | inner
-
-
 def run_directory(args: Namespace, config: Json) -> Path:
     """The directory of this run, made if need be. UserError if it holds anything else.
 
@@ -506,18 +488,16 @@ def run_directory(args: Namespace, config: Json) -> Path:
     flags = "".join(f"-{name}{value}" for name, value in varied.items())
     name = f"{kind}-{label}-seed{args.seed}{flags}-{digest(dumps(config))[:6]}"
     path = args.out or Path("runs", name)
-    earlier = read_object(path / "config.json")
-    fields, earlier_fields = flattened(config), flattened(earlier)
-    changed = [name for name in {**earlier_fields, **fields}
-               if earlier_fields.get(name) != fields.get(name)]
     # A run that got no answer, perhaps from a mistyped model, leaves nothing but config.json, or a
     # draft of it after a kill. Another run may take its place.
     is_in_use = any(not file.match("config.json*") for file in path.glob("*"))
-    if earlier and changed and is_in_use:
+    earlier = read_object(path / "config.json")
+    if is_in_use and not earlier:
+        raise UserError(f"{path} is not empty and holds no run; choose another --out")
+    changed = [name for name in config if config[name] != earlier.get(name)]
+    if is_in_use and changed:
         raise UserError(f"{path} holds a run of another configuration ({', '.join(changed)}); "
                         "choose another --out")
-    if not earlier and is_in_use:
-        raise UserError(f"{path} is not empty and holds no run; choose another --out")
     if args.replay and not is_in_use:
         raise UserError(f"{path} holds no run to replay: run without --replay, or give its --out")
     path.mkdir(parents=True, exist_ok=True)
@@ -539,17 +519,6 @@ def memory_text(run: Settings, agent: Agent, met: dict[tuple[str, int], int]) ->
     return dumps(content, indent=1) + "\n"
 
 
-def read_record(role: str, row: list) -> billp.Record:
-    """A record of a role's memory; ValueError or TypeError if it is damaged."""
-    text, item, content = row
-    is_sound = {"planner": isinstance(content, str),
-                "actor": content in (0, 1),
-                "critic": isinstance(content, float) and np.isfinite(content)}
-    if not (isinstance(text, str) and isinstance(item, str) and is_sound[role]):
-        raise ValueError("a damaged record")
-    return billp.Record(text, item, content)
-
-
 def read_memory(path: Path | None, embedding: str) -> Json:
     """What `memory_text` wrote, with records for rows, and a digest of the file.
 
@@ -563,7 +532,7 @@ def read_memory(path: Path | None, embedding: str) -> Json:
         content = file.read_text("utf-8")
         saved = json.loads(content) | {"digest": digest(content)}
         for role in Agent._fields:
-            saved[role] = [read_record(role, row) for row in saved[role]]
+            saved[role] = [billp.Record(*row) for row in saved[role]]
         saved["met"] = {(str(world), int(seed)): int(met) for world, seed, met in saved["met"]}
         loaded_embedding = saved["embedding"]
     except (OSError, ValueError, LookupError, TypeError, OverflowError):
@@ -686,15 +655,11 @@ def parallel(pool: futures.Executor, stop: Event) -> Iterator[Callable]:
     """
     try:
         yield pool.map
-    except KeyboardInterrupt:
+    except BaseException as error:
         stop.set()
-        pool.shutdown(wait=False)
+        pool.shutdown(wait=not isinstance(error, KeyboardInterrupt))
         for process in active_children():
             process.terminate()
-        raise
-    except BaseException:
-        stop.set()
-        pool.shutdown()
         raise
     pool.shutdown()
 
@@ -848,44 +813,43 @@ def grid(rows: Table) -> list[str]:
     ['        calls', 'actor      12', 'critic      0']
     """
     names = dict.fromkeys(name for cells in rows.values() for name in cells)
-    table = [["", *names]]
-    for label, cells in rows.items():
-        table.append([label, *(str(cells.get(name, 0)) for name in names)])
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = []
-    for label, *cells in table:
-        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
-        lines.append("  ".join([label.ljust(widths[0]), *aligned]).rstrip())
+    labels = ["", *rows]
+    width = max(map(len, labels))
+    lines = [label.ljust(width) for label in labels]
+    for name in names:
+        column = [name, *(str(cells.get(name, 0)) for cells in rows.values())]
+        width = max(map(len, column))
+        lines = [f"{line}  {cell:>{width}}" for line, cell in zip(lines, column)]
     return lines
 
 
-def chart(summary: Json) -> list[str]:
+def chart(summary: Json) -> Iterator[str]:
     """The learning curve of a run as text, a line for each batch."""
     episodes, size = summary["episodes"], summary["config"]["batch"]
     top = max([1.0, *summary["learning"]])
-    lines = ["learning episodes, mean Len of each batch"]
+    yield "learning episodes, mean Len of each batch"
     for first, mean in zip(range(1, episodes + 1, size), summary["learning"]):
         last = min(first + size - 1, episodes)
-        lines.append(f"{first:5}-{last:<5} {'#' * round(40 * mean / top)} {mean:.1f}")
-    return lines
+        yield f"{first:5}-{last:<5} {'#' * round(40 * mean / top)} {mean:.1f}"
 
 
-def ledger(live: Live) -> list[str]:
+def ledger(live: Live) -> Iterator[str]:
     """Calls and tokens of each role, then what the endpoint's client counted."""
     with prompts.LOCK:                  # threads may still count
-        counts, stats = deepcopy(live.counts), deepcopy(live.stats)
-    table = {role: row for role, row in counts.items() if row["calls"]}
-    lines = grid(table) if table else []
+        table = {role: dict(row) for role, row in live.counts.items() if row["calls"]}
+        stats = dict(live.stats)
+    if table:
+        yield from grid(table)
     if "asked" in stats:                # an endpoint or its log was opened
-        answers = sum(row["calls"] for row in counts.values())
+        answers = sum(row["calls"] for row in table.values())
         asked = stats.pop("asked")
         known = max(answers - asked, 0)     # after Ctrl-C an answer may not be counted yet
-        lines.append(f"answers   {known} from the log, {asked} new")
-        lines += [f"endpoint  {name}: {value}" for name, value in stats.items()]
-    return lines
+        yield f"answers   {known} from the log, {asked} new"
+        for name, value in stats.items():
+            yield f"endpoint  {name}: {value}"
 
 
-def report(summary: Json, about: str, lessons: Sequence[str], live: Live) -> list[str]:
+def report(summary: Json, about: str, lessons: Sequence[str], live: Live) -> Iterator[str]:
     """The results as a person reads them."""
     model = summary["model"]
     if model == "offline":
@@ -894,22 +858,26 @@ def report(summary: Json, about: str, lessons: Sequence[str], live: Live) -> lis
         model = "none: this method asks no language model"
     heading = ("{method} on {world}, seed {seed}: {episodes} learning episodes, "
                "then {users} held-out users")
-    lines = [heading.format_map(summary)]
+    yield heading.format_map(summary)
     if about:
-        lines.append(f"world     {about}")
+        yield f"world     {about}"
+    yield f"model     {model}"
+    yield ""
     # without learning episodes "after" is a copy of "before"
     phases = ("before", "after", "difference") if summary["difference"] else ("before",)
-    table = {phase: spelled(summary[phase]) for phase in phases}
-    lines += [f"model     {model}", "", *grid(table), ""]
+    yield from grid({phase: spelled(summary[phase]) for phase in phases})
+    yield ""
     if summary["learning"]:
-        lines += [*chart(summary), ""]
-    lines += [f"lesson    {lesson}" for lesson in lessons]
-    lines += ledger(live)
+        yield from chart(summary)
+        yield ""
+    for lesson in lessons:
+        yield f"lesson    {lesson}"
+    yield from ledger(live)
     if summary["calls"]["actor"]["calls"]:
         replies = ("replies   malformed {malformed}, fallbacks {fallbacks}, "
                    "actions that named no free item {ungrounded:.0%}")
-        lines.append(replies.format_map(summary))
-    return [*lines, f"seconds   {summary['seconds']}"]
+        yield replies.format_map(summary)
+    yield f"seconds   {summary['seconds']}"
 
 
 def phases_of(run: Settings) -> tuple[str, ...]:
@@ -922,7 +890,7 @@ def one_run(args: Namespace, live: Live) -> None:
     began = time.perf_counter()
     saved = read_memory(args.load, embedding_of(args))
     run = settings(args, saved)
-    if run.episodes and not learns(run):
+    if run.episodes and run.method in LEARN_NOTHING and not run.config["experience"]:
         say(f"{run.method} learns nothing: --episodes 0 skips its learning episodes")
     place = build_place(run)
     folder = run_directory(args, run._asdict())
@@ -945,37 +913,43 @@ def one_run(args: Namespace, live: Live) -> None:
 # ------------------------------------------------------------------------ a look at a run
 
 
-def step_rows(step: Json) -> list[tuple[str, str]]:
-    """A step of an episode in words: labels and texts. A text may be empty."""
-    rows = [("recalled", lesson) for lesson in step["lessons"]]
-    rows.append(("thought", step["thought"]))
+def step_rows(episode: Json, n: int) -> Iterator[tuple[str, str]]:
+    """Step n of an episode in words: labels and texts. A text may be empty."""
+    step = episode["steps"][n]
+    for lesson in step["lessons"]:
+        yield "recalled", lesson
+    yield "thought", step["thought"]
     listed = [prompts.Candidate(*fields) for fields in step["listed"]]
-    rows += [("evidence", line) for line in prompts.render_evidence(listed).splitlines()]
-    rows += [("listed", item.line) for item in listed]
-    why = ""
+    for line in prompts.render_evidence(listed).splitlines():
+        yield "evidence", line
+    for item in listed:
+        yield "listed", item.line
+    yield "said", step["said"]
+    yield "item", step["item"]
     if not step["exact"]:
-        why = "in its place: no free title was named" if step["said"] else "no usable reply"
-    rows += [("said", step["said"]), ("item", step["item"]), ("", why)]
-    return [*rows, ("reward", f"{step['reward']:g}")]
+        yield "", "in its place: no free title was named" if step["said"] else "no usable reply"
+    yield "reward", f"{step['reward']:g}"
+    if episode["advantages"]:
+        value, advantage = episode["values"][n], episode["advantages"][n]
+        remembered = prompts.VERDICT[advantage >= 0]
+        yield "value", f"{value:.2f}, advantage {advantage:+.2f}: {remembered}"
 
 
-def story(episode: Json) -> list[str]:
+def story(episode: Json) -> Iterator[str]:
     """An episode in words: what was recalled, thought, done, seen and learned at each step."""
-    lines = ["{phase} episode {episode}, user {user}".format_map(episode), "", "liked before"]
-    lines += [f"    {line}" for line in episode["history"]]
-    for n, step in enumerate(episode["steps"]):
-        rows = step_rows(step)
-        if episode["advantages"]:
-            value, advantage = episode["values"][n], episode["advantages"][n]
-            remembered = prompts.VERDICT[advantage >= 0]
-            rows.append(("value", f"{value:.2f}, advantage {advantage:+.2f}: {remembered}"))
-        lines += ["", f"step {n + 1}"]
-        lines += [f"    {label:12}{text}" for label, text in rows if text]
+    yield "{phase} episode {episode}, user {user}".format_map(episode)
+    yield "\nliked before"
+    for line in episode["history"]:
+        yield f"    {line}"
+    for n in range(len(episode["steps"])):
+        yield f"\nstep {n + 1}"
+        for label, text in step_rows(episode, n):
+            if text:
+                yield f"    {label:12}{text}"
     left = episode["left"]
-    lines += ["", f"the user left: {left}" if left else "the user stayed to the last step"]
+    yield f"\nthe user left: {left}" if left else "\nthe user stayed to the last step"
     if episode["reflection"]:
-        lines += ["", f"reflection  {episode['reflection']}"]
-    return lines
+        yield f"\nreflection  {episode['reflection']}"
 
 
 def episode_of(folder: Path, pick: str) -> Json:
@@ -1034,13 +1008,14 @@ def show(args: Namespace) -> None:
     """Print one episode of a finished run, or its prompts."""
     try:
         episode = episode_of(args.show, args.pick)
-        lines = story(episode)          # also a check that this version can read the episode
+        # also a check that this version can read the episode
+        text = "\n".join(story(episode))
     except (LookupError, TypeError, ValueError):
         raise UserError(f"{args.show} was made by another version of this program") from None
     if args.prompts:
         print_prompts(args, episode["phase"], episode["episode"])
     else:
-        print("\n".join(lines))
+        print(text)
 
 
 # ------------------------------------------------------------------------------ experiments
@@ -1098,7 +1073,7 @@ def settings_of(base: Settings, varied: str, series: str, x: Any) -> Settings:
         run = run._replace(episodes=int(episodes))
     # The runs of a method that learns nothing are the same for each number of episodes, and are
     # performed once.
-    return without_idle_learning(run)
+    return run._replace(episodes=0) if method in LEARN_NOTHING else run
 
 
 def cells_of(args: Namespace, base: Settings, name: str) -> dict[Cell, list[Job]]:
@@ -1259,7 +1234,7 @@ def share_of(counts: Array) -> Array:
     return sums / np.maximum(sums.sum(-1, keepdims=True), 1)
 
 
-def rows_of(series: str, x: Any, samples: dict[Cell, Array], measure: str) -> list[Row]:
+def rows_of(series: str, x: Any, samples: dict[Cell, Array], measure: str) -> Iterator[Row]:
     """The rows of one cell: a row of scores, or one for each quintile, or two of `critic_errors`.
 
     `samples` holds an array of every cell, [seeds, users or states, k]: gains need billp's.
@@ -1269,14 +1244,15 @@ def rows_of(series: str, x: Any, samples: dict[Cell, Array], measure: str) -> li
         gain = None
         if series != "billp" and ("billp", x) in samples:
             gain = envs.metrics(own, samples["billp", x])["R_traj"]
-        return [Row(series, x, envs.metrics(own), gain)]
+        yield Row(series, x, envs.metrics(own), gain)
     if measure == "shares":
-        intervals = envs.intervals(share_of, own)
-        return [Row(series, n, {"share": share}) for n, share in enumerate(intervals, 1)]
-    names = ("bias", "variance", "MSE")
-    intervals = envs.intervals(partial(np.mean, axis=(-3, -2)), own)
-    return [Row("one return", x, dict(zip(names, intervals[:3]))),
-            Row("critic", x, dict(zip(names, intervals[3:])))]
+        for n, share in enumerate(envs.intervals(share_of, own), 1):
+            yield Row(series, n, {"share": share})
+    if measure == "errors":
+        names = ("bias", "variance", "MSE")
+        intervals = envs.intervals(partial(np.mean, axis=(-3, -2)), own)
+        yield Row("one return", x, dict(zip(names, intervals[:3])))
+        yield Row("critic", x, dict(zip(names, intervals[3:])))
 
 
 def comparison(gain: list[float]) -> str:
