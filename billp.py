@@ -513,12 +513,6 @@ def episode(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM,
 # ------------------------------------------------------------------------------- learning
 
 
-def last_item(state: State) -> str:
-    """The line of the last item that was liked or shown; "" if there is none."""
-    lines = state.history + state.shown
-    return lines[-1] if lines else ""
-
-
 def credit(trajectory: Trajectory, values: Sequence[float],
            gamma: float) -> tuple[list[float], list[float]]:
     """TD targets and advantages of the N steps, given V(s_1) .. V(s_{N+1})."""
@@ -548,7 +542,8 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
         if config.experience:
             m_a = remember(m_a, state.text, int(a >= 0), state.vector, step.line)
         if asks_critic:
-            m_c = remember(m_c, state.text, target, state.vector, last_item(state))
+            last_line = state.text.rpartition("\n")[2]      # of the last item liked or shown
+            m_c = remember(m_c, state.text, target, state.vector, last_line)
     if config.thoughts and config.lessons != "none":
         reflection, m_p = reflector(trajectory, m_p, llm, config)
         answers += (reflection,)
