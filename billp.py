@@ -190,7 +190,8 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
     cosines = np.concatenate([np.vecdot(chunk.vectors, vector) for chunk in memory])
     distances = (2 - 2 * cosines).round(5)
     oldest_first = records(memory)
-    # Newness below 10^-6 decides between equals only: other distances differ by 10^-5 or more.
+    # A newer record counts as nearer, by less than 10^-6. Distances that are not equal differ by
+    # 10^-5 or more, so this decides between equals only.
     newness = 1e-6 * np.arange(len(distances)) / len(distances)
     found = {}                          # (text, item) -> record
     for i in np.argsort(distances - newness):
@@ -290,13 +291,13 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
 
 
 def are_alike(a: str, b: str) -> bool:
-    """Whether more than 4 of 5 words of two texts stand in both."""
+    """Whether more than 4 of 5 words of two texts are in both."""
     words_a, words_b = set(a.split()), set(b.split())
     return 5 * len(words_a & words_b) > 4 * len(words_a | words_b)
 
 
 def distinct(lessons: Iterable[str], k: int) -> tuple[str, ...]:
-    """Up to k lessons in their order. One that is like a chosen one is skipped."""
+    """Up to k lessons in their order. A lesson like one already chosen is skipped."""
     chosen = []
     for lesson in lessons:
         if len(chosen) < k and not any(are_alike(lesson, earlier) for earlier in chosen):
@@ -346,10 +347,10 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
               config: Config) -> tuple[Candidate, ...]:
     """The free items that the actor is shown, each once, the most promising first.
 
-    They are those nearest to two texts, by the sum of the two cosines:
-    - With a thought: what it asks for, and the liked categories not shown lately.
-    - Without: all liked categories, and the liked ones not shown lately.
-    With `candidates` 0, as in the paper, they are the items of the recalled experience.
+    They are those nearest to two texts, by the sum of the two cosines. The first text is what the
+    thought asks for, or without a thought all liked categories. The second text is the liked
+    categories not shown lately. With `candidates` 0, as in the paper, they are the items of the
+    recalled experience.
     """
     excluded = barred(state, config)
     recalled = ()
@@ -383,9 +384,9 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
           config: Config = DEFAULT) -> Output:
     """Micro level: the item a_n, given the thought, free items and the evidence for them.
 
-    The item is the free one that the reply names. If it names none, it is a listed one, or with
-    `candidates` 0, as in the paper, the nearest of all free ones. Fallback: the first item listed
-    in the prompt, or else the free item nearest to the state.
+    The item is the free one that the reply names. If the reply names none, the item is the nearest
+    listed one. With `candidates` 0, as in the paper, it is the nearest of all free ones. Fallback:
+    the first item listed in the prompt, or else the free item nearest to the state.
     """
     listed = shortlist(state, memory, catalog, config)
     form = prompts.ACTOR if config.candidates else prompts.OPEN_ACTOR
@@ -414,9 +415,9 @@ def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> 
     """
     recalled = recall(memory, state.vector, config.k_values)
     targets = tuple((record.item, record.content) for record in recalled)
-    # The value of a whole session of which every step earns the mean rating so far; at first 3, the
-    # middle of the scale. `state.top` is the value if every step earns 5. Late in a session fewer
-    # steps are left. With a small gamma this hardly matters.
+    # `state.top` is the value of a whole session if every step earns 5. Here every step earns the
+    # mean rating so far, or before the first step 3, the middle of the scale. Late in a session
+    # fewer steps are left, but with a small gamma this hardly matters.
     rating = fmean(state.ratings or [3.0])
     as_before = state.top * rating / 5
     question = prompts.render_critic(targets, as_before)

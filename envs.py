@@ -190,9 +190,10 @@ def demand(holds: Any, message: str) -> None:
 
 
 def check(env: Env) -> None:
-    """Raise a ValueError of one line if the parts of a world do not fit together.
+    """Raise a ValueError of one line for what is often wrong in a world.
 
-    It looks at all ratings if there are fewer than 10^7, otherwise at those of some users.
+    It looks at numbers of users and items, histories and ratings: at all ratings if there are fewer
+    than 10^7, otherwise at those of some users.
     """
     n, m, c = len(env.histories), len(env.titles), len(env.categories)
     demand(n > 0 and m > 0, f"a world of {n} users (histories) and {m} items (titles)")
@@ -209,7 +210,7 @@ def check(env: Env) -> None:
     users = np.arange(0, n, every_nth)
     try:
         ratings = env.rate(users[:, None], np.arange(m))
-        env.distance(0, np.arange(m), 0)
+        env.distance(0, np.arange(m), 0)        # only to see that it can be called so
     except (IndexError, TypeError) as error:
         raise ValueError(f"rate or distance does not fit {n} users, {m} items: {error}; "
                          "`table` and `euclidean` make such functions") from None

@@ -244,10 +244,10 @@ def spoken(text: str) -> str:
 
 
 # the labels after which a thought, an item or a reflection may stand
-THOUGHTS = ("thought", "next category", "category")
-ITEMS = ("action", "free item", "item", "title", "recommendation", "final answer", "answer")
-REFLECTIONS = ("reflection", "lesson")
-ANSWERS = ("final answer", "answer")    # after which any of them may stand
+ANSWERS = ("final answer", "answer")    # any of them
+THOUGHTS = ("thought", "next category", "category", *ANSWERS)
+ITEMS = ("action", "free item", "item", "title", "recommendation", *ANSWERS)
+REFLECTIONS = ("reflection", "lesson", *ANSWERS)
 # those that begin a turn, and so end what stands before them
 TURNS = ("thought", "action", "free item", "final answer", "observation")
 # all of them, as a pattern in which spaces do not count
@@ -408,12 +408,11 @@ def labelled(text: str, labels: Sequence[str]) -> str:
         return ""
     heads = heads_of(text)
     before_all = text[:heads[0].start("name")] if heads else text
-    part = segment(text, labels)        # "War was shown. Next category: Comedy"
-    part = segment(part, labels) or part            # "Comedy"
+    part = segment(text, labels)
+    # A label may come again in this part: "Thought 3: War was shown. Next category: Comedy".
+    part = segment(part, labels) or part
     # After a label a line such as "Comedy!" is an answer and no preamble.
     line = first_line(part, preamble=":") or first_line(before_all)
-    answer = segment(text, ANSWERS)
-    line = line or first_line(segment(answer, labels) or answer)
     has_placeholder = re.search(r"\b(CATEGORY|REASON)\b(?!:)", line)    # "REASON:" is a heading
     return "" if has_placeholder else line
 
@@ -720,8 +719,8 @@ def ground(text: str, catalog: Catalog, exclude: Collection[int] = (),
 
     It is the first item named that is not in `exclude`. If all items named are excluded, it is
     the item nearest to the categories of the first: one of its kind, not one spelled like it. If
-    none is named, it is the item nearest to the text. An excluded item is returned only if all
-    items are excluded. An `unlisted` item must be named: it does not replace another.
+    none is named, it is the item nearest to the text. An item in `unlisted` counts only if it is
+    named. So the nearest item is in neither list, unless all items are.
     """
     items = mentioned(text, catalog)
     for item in items:
@@ -868,8 +867,9 @@ def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
 
 def parse_reflector(text: str) -> str | Malformed:
     """The reflection, one line."""
-    # Two lines of one reflection are joined: "... because War.", then "Better next time: Comedy".
-    text = re.sub(r'(?i)\n[^\w"]{0,9}(?="?better[ _]next[ _]time)', " ", text)
+    # Two lines of one reflection are joined: "... because War.", then "- Better next time: Comedy".
+    break_and_marks = r'\n[^\w"]{0,9}'
+    text = re.sub(rf'(?i){break_and_marks}(?="?better[ _]next[ _]time)', " ", text)
     return labelled(text, REFLECTIONS) or Malformed("the reply held no line 'Reflection: ...'")
 
 
@@ -1046,9 +1046,7 @@ def render_critic(targets: Sequence[tuple[str, float]], as_before: float) -> str
     return CRITIC.format(targets=bullets(known), as_before=as_before, average=average)
 
 
-# The patterns for values are built from parts. In them spaces and comments do not count.
-#     the value of state 4 is 4 + 3 = 7
-#         VALUE PASSAGE    is SUMS    NUMBER
+# In the patterns for values spaces and comments do not count.
 # "7", "7.5", "7,5", "-1", ".5"
 NUMBER = r"(?P<number>[-−]?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
 # SUMS skips a calculation. Each round takes one "... =", so it ends behind the last "=":
@@ -1103,7 +1101,7 @@ def parse_critic(text: str) -> float | Malformed:
     outside = re.sub(r"[(（][^()（）\n]*[)）]", " ", text)
     attempts = (VALUE_LINE.search(outside),                     # "Value: 7.5"
                 last_match(VALUE_IS, outside),                  # "so the value is 7.5"
-                last_match(GUESS, outside),                     # "I would say 7.5"
+                last_match(GUESS, outside),                     # "I would say 7.5", "\boxed{7.5}"
                 VALUE_LINE.search(text),                        # "Value: (7.5)"
                 re.search(rf"(?m)^[ *_$`]*{NUMBER}[ *_$`.]*\Z", outside),       # the last line
                 re.search(NUMBER, outside),                     # the first number
@@ -1332,6 +1330,7 @@ class Kind(NamedTuple):
 
 
 RESUME = "wait, then run the same command: it resumes"
+ELSEWHERE = "use the address it names as --base-url"
 OTHER_MODEL = "try another --model"
 # The first kind whose signs fit counts, so special kinds stand before general ones. Signs are
 # matched with texts such as
@@ -1390,7 +1389,7 @@ KINDS = (
     Kind("address", 1, "check --base-url, --model and --embed-model",
          "404|405|500 .*unexpected endpoint or method"
          r"|400 .*(model.{0,60}(not (found|exist)|does not exist)|not a valid model)"),
-    Kind("moved", 4, "use the address it names as --base-url", "3.."),
+    Kind("moved", 1, ELSEWHERE, "3.."),
     # a web page instead of JSON
     Kind("page", 2, "does --base-url lack its /v1?", "2.."),
     Kind("vectors", 2, "choose another --embed-model", "embeddings"),
@@ -1408,14 +1407,15 @@ KINDS = (
     Kind("slow", 2, "raise --timeout", r"\w*Timeout"),
     Kind("failure", 7, RESUME, ""),             # 408, 409, 5xx, a lost connection
 )
+FOLLOWED = Kind("followed", 4, ELSEWHERE, "")       # a redirect that is followed: sent again there
 # Parameters that a server may refuse, and what is sent instead; None: nothing.
 INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
            "temperature": None, "seed": None, "encoding_format": None}
 # Headers whose values are secrets: Authorization, X-API-Key, Cookie, X-Auth-Token ...
 SECRET = re.compile("(?i)auth|key|cookie|token|secret|password")
 LONGEST_WAIT = 120.0                # seconds; after 408, 409, 429, 5xx a longer wait ends the run
-# "5 m" is five minutes; the m of "20 milliseconds" and "5 months" is not. A number alone, as in
-# '"retry_after": 25', is in seconds.
+# A number with a unit, or alone: '"retry_after": 25' is in seconds. "5 m" is five minutes. The m of
+# "20 milliseconds", "5 more seconds" and "5 months" is not.
 PERIOD = r"(\d+(?:\.\d*)?)(?: ?(ms|[smhd])(?!illi|ore|onth)|(?![ .\w]))"
 # "retryDelay: 1m59s", "try again in about 1 minute 59 seconds", "limit resets in 45s"
 DURATION = (r"(?i)(retryDelay|(again|retry|resets?)[ _-]?(in|after)|wait)( for| about)*"
@@ -1544,7 +1544,7 @@ def checked_headers(key: str, url: Any, headers: dict) -> dict:
 
     What httpx cannot send is refused here, because the errors of httpx would show it.
     """
-    sent = {}
+    sent = {"content-type": "application/json"}
     if key and "api-version" in url.params:         # Azure
         sent["api-key"] = key
     elif key:
@@ -1558,7 +1558,7 @@ def checked_headers(key: str, url: Any, headers: dict) -> dict:
 
 
 def secrets_of(url: Any, headers: dict) -> list[str]:
-    """What must not be shown: values in the URL and those of secret headers, such as the key's."""
+    """What must not be shown: values in the URL and those of secret headers, as that of the key."""
     # Azure's api-version is a date, which may stand in answers.
     secrets = [value for name, value in url.params.items() if name != "api-version"]
     for name, value in headers.items():
@@ -1586,7 +1586,8 @@ def connect(base_url: str, path: str, key: str | None = None, *, timeout: float 
             headers=sent,
             timeout=httpx.Timeout(timeout, connect=10),
             limits=httpx.Limits(),                          # no limit to connections
-            # A proxy cannot reach this machine. SSL_CERT_FILE is read only with trust_env.
+            # With trust_env httpx reads the variables for proxies and SSL_CERT_FILE. A proxy cannot
+            # reach this machine.
             trust_env=not LOOPBACK.match(url.host),
             transport=transport)
     except (ImportError, ValueError, OSError, httpx.InvalidURL):
@@ -1624,6 +1625,7 @@ def asked_wait(headers: Any, text: str) -> float:
     until_date = seconds_until(after)
     if until_date is not None:
         return until_date
+    # DURATION reads the headers, too, if "wait" stands before their numbers.
     for said in (f"wait {milliseconds}ms", f"wait {after}", text):
         duration = re.search(DURATION, said)
         if duration:
@@ -1646,8 +1648,10 @@ def decoded(text: str) -> dict:
     pieces = [json.loads(line) for line in re.findall(r"(?m)^data:\s*({.*)", text)]
     last_choice, content = {}, ""
     for piece in pieces:
-        for last_choice in piece.get("choices") or ():      # the last holds the finish_reason
-            content += fields(last_choice.get("delta")).get("content") or ""
+        for choice in piece.get("choices") or ():
+            delta = fields(choice.get("delta") or choice.get("message"))
+            content += delta.get("content") or ""
+            last_choice = choice            # it holds the finish_reason
     joined = last_choice | {"message": {"content": content}}
     last_piece = pieces[-1]                 # it holds the usage or the error
     return last_piece | {"choices": [joined]}
@@ -1658,9 +1662,11 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
     import httpx
     count(route.stats, "requests")
     deadline = time.monotonic() + route.http.timeout.read
+    # Half of a split character, which a model may send, cannot be encoded: "?" is sent instead.
+    content = json.dumps(body, ensure_ascii=False).encode(errors="replace")
     raw = b""
     try:
-        with route.http.stream("POST", route.url, json=body) as response:
+        with route.http.stream("POST", route.url, content=content) as response:
             for part in response.iter_bytes():
                 raw += part
                 # httpx starts its clock again at each byte, also at those of blank lines that keep
@@ -1692,10 +1698,12 @@ def redirected(route: Route, response: Any) -> Fault:
     into a GET.
     """
     there = response.next_request.url
+    got = fault(route, str(response.status_code), f"redirects to {without_query(there)}")
     is_as_safe = there.scheme in (route.url.scheme, "https")
     if there.netloc == route.url.netloc and is_as_safe and response.status_code > 303:
         route.url = there
-    return fault(route, str(response.status_code), f"redirects to {without_query(there)}")
+        return got._replace(kind=FOLLOWED)
+    return got
 
 
 def status_of(response: Any, error: dict) -> str:

@@ -65,7 +65,6 @@ Json = dict[str, Any]               # a JSON object
 Table = dict[str, dict[str, Any]]   # the cells of each row by the name of their column
 METHOD_NAMES = (*envs.POLICIES, *billp.METHODS)
 ROLES = ("planner", "actor", "critic", "reflector")
-LEARN_NOTHING = (*envs.READY, "popular", "one-list", "act", "react")      # methods
 
 
 def say(text: str) -> None:
@@ -200,10 +199,11 @@ def json_object(text: str) -> Json:
 
 
 def make_parser() -> Parser:
-    """All flags. One that is not given is None. The default tells what a flag takes.
+    """All flags. A flag that is not given is None here.
 
-    True or False: a switch. (): a text, and the flag may come several times. A number: a number of
-    this type. Any other: a text. Directories and JSON are read here, too.
+    The type of its default in Env, Config or DEFAULTS tells what a flag takes. True or False: a
+    switch. (): a text, and the flag may come several times. A number: a number of this type. Any
+    other: a text. Directories and JSON are read here, too.
     """
     parser = Parser("run.py", allow_abbrev=False, epilog=EXAMPLES,
                     formatter_class=RawDescriptionHelpFormatter,
@@ -388,6 +388,19 @@ def embedding_of(args: Namespace) -> str:
     return args.embed_model or variable("OPENAI_EMBED_MODEL") or "hashed_ngrams"
 
 
+def learns(run: Settings) -> bool:
+    """Whether the method can learn from episodes."""
+    if run.method in envs.POLICIES:
+        return run.method in ("bandit", "a2c")
+    reads_lessons = run.config["thoughts"] and run.config["lessons"] != "none"
+    return run.config["experience"] or reads_lessons
+
+
+def without_idle_learning(run: Settings) -> Settings:
+    """The same run. It has no learning episodes if its method learns nothing."""
+    return run if learns(run) else run._replace(episodes=0)
+
+
 def settings(args: Namespace, saved: Json) -> Settings:
     """What the flags and the environment ask for. `saved` is what `read_memory` gives.
 
@@ -403,10 +416,10 @@ def settings(args: Namespace, saved: Json) -> Settings:
         first=learners_met(saved, args.world, args.seed), load=saved["digest"],
         extra=digest(extra) if args.extra_body else "",
         config=config | given_of(args, Config._fields), rule=given_of(args, envs.RULE))
-    # act and react learn nothing, either. Their learning episodes can be looked at, and their
-    # difference shows how much two draws of the same users differ.
-    is_fixed = args.method in envs.POLICIES and args.method in LEARN_NOTHING
-    return run._replace(episodes=0) if is_fixed else run
+    # A method with language keeps its learning episodes even if it learns nothing, as act and react
+    # do: the episodes can be looked at, and the difference shows how much two draws of the same
+    # users differ.
+    return without_idle_learning(run) if args.method in envs.POLICIES else run
 
 
 # ---------------------------------------------------------------------------------- world
@@ -435,7 +448,8 @@ class Place(NamedTuple):
 def build_place(run: Settings) -> Place:
     """The world of a run under its rule of leaving, with its users.
 
-    UserError if there are too few of them. Policies meet the same learners again and again.
+    UserError if there are too few of them. A policy never has too few learners, because it meets
+    the same ones again and again.
     """
     env = load_world(run.world, run.seed)._replace(**run.rule)
     # The first env.learners users learn, the others are held out.
@@ -476,6 +490,13 @@ def read_object(path: Path) -> Json:
         raise UserError(f"{path} is damaged: delete it, or choose another directory") from None
 
 
+def flattened(config: Json) -> Json:
+    """The fields of a config.json, with those of "config" and "rule" beside the others."""
+    inner = config.get("config", {}) | config.get("rule", {})
+    outer = {name: value for name, value in config.items() if name not in ("config", "rule")}
+    return outer | inner
+
+
 def run_directory(args: Namespace, config: Json) -> Path:
     """The directory of this run, made if need be. UserError if it holds anything else.
 
@@ -485,7 +506,7 @@ def run_directory(args: Namespace, config: Json) -> Path:
     label = "+".join(args.experiment) or args.method
     kind = args.world.partition(":")[0]
     varied = given_of(args, [*Config._fields, *envs.RULE])
-    flags = "".join(f"-{name}{value}" for name, value in varied.items())
+    flags = "".join(f"-{field}{value}" for field, value in varied.items())
     name = f"{kind}-{label}-seed{args.seed}{flags}-{digest(dumps(config))[:6]}"
     path = args.out or Path("runs", name)
     # A run that got no answer, perhaps from a mistyped model, leaves nothing but config.json, or a
@@ -494,7 +515,10 @@ def run_directory(args: Namespace, config: Json) -> Path:
     earlier = read_object(path / "config.json")
     if is_in_use and not earlier:
         raise UserError(f"{path} is not empty and holds no run; choose another --out")
-    changed = [name for name in config if config[name] != earlier.get(name)]
+    # a field may be in one of the two alone: an experiment has fields that a run lacks
+    fields, earlier_fields = flattened(config), flattened(earlier)
+    changed = [field for field in {**earlier_fields, **fields}
+               if earlier_fields.get(field) != fields.get(field)]
     if is_in_use and changed:
         raise UserError(f"{path} holds a run of another configuration ({', '.join(changed)}); "
                         "choose another --out")
@@ -519,6 +543,17 @@ def memory_text(run: Settings, agent: Agent, met: dict[tuple[str, int], int]) ->
     return dumps(content, indent=1) + "\n"
 
 
+def read_record(role: str, row: list) -> billp.Record:
+    """A record of a role's memory; ValueError or TypeError if it is damaged."""
+    text, item, content = row
+    is_sound = {"planner": isinstance(content, str),
+                "actor": content in (0, 1),
+                "critic": isinstance(content, float) and np.isfinite(content)}
+    if not (isinstance(text, str) and isinstance(item, str) and is_sound[role]):
+        raise ValueError("a damaged record")
+    return billp.Record(text, item, content)
+
+
 def read_memory(path: Path | None, embedding: str) -> Json:
     """What `memory_text` wrote, with records for rows, and a digest of the file.
 
@@ -532,7 +567,7 @@ def read_memory(path: Path | None, embedding: str) -> Json:
         content = file.read_text("utf-8")
         saved = json.loads(content) | {"digest": digest(content)}
         for role in Agent._fields:
-            saved[role] = [billp.Record(*row) for row in saved[role]]
+            saved[role] = [read_record(role, row) for row in saved[role]]
         saved["met"] = {(str(world), int(seed)): int(met) for world, seed, met in saved["met"]}
         loaded_embedding = saved["embedding"]
     except (OSError, ValueError, LookupError, TypeError, OverflowError):
@@ -633,6 +668,7 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
     # From the inside: the endpoint, its budget, a count of new answers, the log.
     llm = prompts.unlogged
     if not args.replay:
+        # if an earlier run got a text, an empty reply is no sign of wrong settings
         has_spoken = any(reply.text for reply in log.known.values())
         llm = prompts.openai(url, run.model, extra=args.extra_body, has_spoken=has_spoken,
                              **options)
@@ -655,11 +691,15 @@ def parallel(pool: futures.Executor, stop: Event) -> Iterator[Callable]:
     """
     try:
         yield pool.map
-    except BaseException as error:
+    except KeyboardInterrupt:
         stop.set()
-        pool.shutdown(wait=not isinstance(error, KeyboardInterrupt))
-        for process in active_children():
+        pool.shutdown(wait=False)
+        for process in active_children():       # those of `offline_pool` ignore Ctrl-C
             process.terminate()
+        raise
+    except BaseException:
+        stop.set()
+        pool.shutdown()
         raise
     pool.shutdown()
 
@@ -814,8 +854,8 @@ def grid(rows: Table) -> list[str]:
     """
     names = dict.fromkeys(name for cells in rows.values() for name in cells)
     labels = ["", *rows]
-    width = max(map(len, labels))
-    lines = [label.ljust(width) for label in labels]
+    label_width = max(map(len, labels))
+    lines = [label.ljust(label_width) for label in labels]
     for name in names:
         column = [name, *(str(cells.get(name, 0)) for cells in rows.values())]
         width = max(map(len, column))
@@ -890,7 +930,7 @@ def one_run(args: Namespace, live: Live) -> None:
     began = time.perf_counter()
     saved = read_memory(args.load, embedding_of(args))
     run = settings(args, saved)
-    if run.episodes and run.method in LEARN_NOTHING and not run.config["experience"]:
+    if run.episodes and not learns(run):
         say(f"{run.method} learns nothing: --episodes 0 skips its learning episodes")
     place = build_place(run)
     folder = run_directory(args, run._asdict())
@@ -927,7 +967,8 @@ def step_rows(episode: Json, n: int) -> Iterator[tuple[str, str]]:
     yield "said", step["said"]
     yield "item", step["item"]
     if not step["exact"]:
-        yield "", "in its place: no free title was named" if step["said"] else "no usable reply"
+        why = "in its place: no free title was named" if step["said"] else "no usable reply"
+        yield "", why
     yield "reward", f"{step['reward']:g}"
     if episode["advantages"]:
         value, advantage = episode["values"][n], episode["advantages"][n]
@@ -1073,7 +1114,7 @@ def settings_of(base: Settings, varied: str, series: str, x: Any) -> Settings:
         run = run._replace(episodes=int(episodes))
     # The runs of a method that learns nothing are the same for each number of episodes, and are
     # performed once.
-    return run._replace(episodes=0) if method in LEARN_NOTHING else run
+    return without_idle_learning(run)
 
 
 def cells_of(args: Namespace, base: Settings, name: str) -> dict[Cell, list[Job]]:
