@@ -306,8 +306,8 @@ def segment(text: str, labels: Sequence[str]) -> str:
             continue
         # the labels of ITEMS that begin a turn, such as "action", are in TURNS already
         ends = TURNS if name in ITEMS else (*TURNS, name)
-        next_turns = [later for later in heads[i + 1:] if later["name"].lower() in ends]
-        end = next_turns[0].start("name") if next_turns else len(text)
+        starts = (later.start("name") for later in heads[i + 1:] if later["name"].lower() in ends)
+        end = next(starts, len(text))           # where the next turn starts
         content = text[head.end():end].strip()
         if content:
             return content
@@ -584,19 +584,21 @@ def before_reason(text: str) -> str:
 def fronts(line: str) -> tuple[str, str, str]:
     """The parts of a line that may begin with a title.
 
-    They are the whole, the whole without its number in a list, and what stands after a colon, up to
-    a reason. Without a colon the third is the whole up to a reason. Each ends before categories in
-    brackets. A title in quotes or bold letters ends with them: '"Up" is fun' gives "Up".
+    They are the whole, the whole without its number in a list, and what stands after a colon, or
+    without a colon the second again. The third ends before a reason, a dash or a parenthesis, but
+    a year may follow. Each ends before categories in brackets. A title in quotes or bold letters
+    ends with them: '"Up" is fun' gives "Up".
 
-    >>> fronts("1. The best one: Up [Children]")
-    ('1. The best one: Up ', 'The best one: Up ', 'Up ')
+    >>> fronts("1. The best one: Up - fun [Children]")
+    ('1. The best one: Up - fun ', 'The best one: Up - fun ', 'Up')
     """
     emphasised = re.match(EMPHASISED, line)
     if emphasised:
         line = f"{emphasised['title']} {emphasised['year'] or ''}"
     whole = line.partition("[")[0]
     unnumbered = re.sub(r"^\W*\d{1,2}\b\W*", "", whole)
-    after_colon = before_reason(whole).rpartition(": ")[2]
+    without_remarks = re.split(r" [-–—] | \((?!\d)", before_reason(unnumbered))[0]
+    after_colon = without_remarks.rpartition(": ")[2]
     return whole, unnumbered, after_colon
 
 
@@ -1017,7 +1019,8 @@ def render_actor(n: int, thought: str, candidates: Sequence[Candidate], form: st
 def parse_actor(text: str) -> str | Malformed:
     """The part of a reply in which the item is named, at most 2,000 characters."""
     part = item_part(text)[:2000]
-    if words_of(part) in ([], ["TITLE"]) or refuses(text, ITEMS):
+    is_empty = named_by(words_of(part)) in ("", "title", "free item")
+    if is_empty or refuses(text, ITEMS):
         return Malformed("the reply held no line 'Free item: ...'")
     return part
 
@@ -1069,15 +1072,16 @@ VALUE_IS = re.compile(rf"""(?ix)
     # the word, but not in "the average value of such states"
     (?<! average[ ] ) (?<! mean[ ] ) value\b
     # words without another "value", without an if-clause and without the end of a sentence
-    (?: (?! \b(?:value|if)\b | [.!?;]\s ) [^:=：\n] )*?
+    (?: (?! \b(?:value|if)\b | [.!?;]\s ) [^:=：\n] ){{0,300}}?
     (?: [:=：] | \b(?:is|be)\b )
     # a calculation or a few words, then the number
     {SUMS} (?: (?! value\b | [.!?;]\s ) [^\d\n] )*? {NUMBER}
     """)
 # "So I'd say 7.5", "\boxed{7.5}"
 GUESS = re.compile(rf"""(?ix)
-    (?: \b (?: answer | estimate | score | say | guess | predict | go[ ]with ) \b | \\boxed\{{ )
-    (?: is | it | at | about | [\s:=*_$] )* {NUMBER}
+    (?: \b (?: answer | estimate | score | say | guess | predict | go[ ]with | put[ ]it
+             | a[ ]value[ ]of ) \b | \\boxed\{{ )
+    (?: is | it | at | about | around | would[ ]be | the[ ]value | [\s:=*_$] )* {NUMBER}
     """)
 # What may stand behind a value, and is left out: "7.5 out of 10", "7.5 because we are at step 4".
 # A reason with a colon stays, "because the user likes it: 7.5": (?!.*[:=：]) is "no colon follows".

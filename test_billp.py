@@ -1018,6 +1018,9 @@ Up | Free item: Up\nReason: Alien was liked ; Free item: Up\n**Reason**: like Al
 Up | Rather than Alien, I choose: Up |
 Up | The Matrix was shown already, so I recommend Up. ; The Matrix / Up | The Matrix
 Up | Alien (1979)\nJaws (1975)\nUp (2009) | Alien ; Jaws
+Jaws | 1. Alien (Horror)\n2. Jaws (Horror)\n3. The Matrix | Alien
+Jaws | 1. Alien - a monster\n2. Jaws - a shark\n3. The Matrix | Alien
+Jaws | 1. Alien because it is tense\n2. Jaws because it is tense | Alien
 Terminator 2: Judgment Day | Free item: Terminator 2 (1991) ; Free item: The Terminator 2 |
 Terminator 2: Judgment Day | The Terminator 2, because it is fun |
 Blade Runner | Try Blade Runner tonight ; You might love Blade Runner tonight |
@@ -1085,6 +1088,7 @@ planner | Comedy, because "Up" and "Big" were liked | Comedy, because "Up" and "
 planner | {"next_category": "Comedy", "reason": "it is new"} | Comedy, reason: it is new
 planner | Next category: Comedy next\nNext category: War | Comedy next
 planner | Here is my thought process:\n\nThought 3: Comedy next | Comedy next
+planner | War was shown.\n\n**Answer:** Comedy next ; War. Final Answer: Comedy next | Comedy next
 reflector | **Lesson:** He left.\n\n**Better next time:** Up | He left. Better next time: Up
 reflector | Sad because of Up.\n> Better next time: M | Sad because of Up. Better next time: M
 reflector | - Lesson: He left.\n- Better next time: Up | He left. Better next time: Up
@@ -1111,6 +1115,8 @@ critic | The value is 7.5. The value if he leaves is 0. ; The value is 7.5 at st
 critic | I'd say the value is 7.5, below the value of 8 if he stays. ; A value of 7.5, of 10 | 7.5
 critic | I'd say 7.5; the mean value is 7.2 ; I say 7.5; the average value is 7.2 | 7.5
 critic | 1. He liked it.\n2. Cases have 6.\n\nMy estimate is 7.5. ; They have 6, so I say 7.5 | 7.5
+critic | With 3 cases at 7.1, I'd estimate the value at 7.5. ; 3 have 7, so I'd put it at 7.5 | 7.5
+critic | The last 2 had 5: my estimate would be 7.5. ; 3 have 7, so a value of about 7.5 | 7.5
 critic | Value: −3 ; Value: -3 = 4 - 7 | -3.0
 """))
 def test_an_answer_is_read_without_its_wrapping(role, reply, value):
@@ -1121,6 +1127,7 @@ def test_an_answer_is_read_without_its_wrapping(role, reply, value):
 @pytest.mark.parametrize("role, reply", table(r"""
 planner ; reflector | Next category: CATEGORY, because REASON ; Comedy, because REASON
 planner ; reflector | Reflection: The user left because it was sad. Better next time: CATEGORY
+actor | Free item: ; **Free item:** ; Free item: title
 planner ; actor ; reflector | Free item: TITLE ; I'm sorry, but I can't help with that. ; \n
 planner ; actor ; reflector | Sorry, I cannot do this. ; As an AI, I have no opinion. ; ```\n```
 planner ; actor ; reflector | I can’t assist with that request. ; I'm really sorry, but I can't.
@@ -1166,7 +1173,7 @@ def test_hidden_thinking_is_never_stored(hidden):
 
 @pytest.mark.parametrize("piece", [
     r"\a1", r"\frac12", "4 + ", "= ", "of V ", "1,", "value: ", "value of the ", "(", "*", "<br>",
-    "\n", " ", "<think>", "\n*", "Reflection: ", "_\n", "(\n", "because "])
+    "value 1", "\n", " ", "<think>", "\n*", "Reflection: ", "_\n", "(\n", "because "])
 def test_a_reply_that_repeats_itself_is_read_quickly(piece):
     """A small model in a loop must not keep a pattern busy for ever."""
     start = time.process_time()
