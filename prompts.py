@@ -316,7 +316,8 @@ def segment(text: str, labels: Sequence[str]) -> str:
 
 # Words before a choice. A reply that holds them is not a refusal.
 CHOSEN = (r"\b(?:I|we)(?:['’]d| would| will|['’]ll| should)? (?:recommend|suggest|choose|pick"
-          r"|go with)\b|\b(?:answer|choice|best(?: \w+)?|closest(?: \w+)?) is\b|\\boxed")
+          r"|go with)\b|\b(?:answer|choice|best(?: \w+)?|closest(?: \w+)?) is\b|\bbest:|\bof these,"
+          r"|\\boxed")
 # More words before a choice, but a refusal may hold these: "Rocky is old, so Jaws", "..., but Jaws
 # is better"
 CONCLUDED = (r"(?m:^|[,;.] )(?:so|therefore|thus|hence),? "

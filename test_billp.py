@@ -1000,6 +1000,7 @@ Jaws | Instead of Alien, I suggest Jaws ; Instead of Alien, Jaws. ; Not Alien, b
 Jaws | Alien was fun, and you might like Jaws. ; After Alien the user will like Jaws. | Alien
 Jaws | - **Alien**: tense\n- **Jaws**: a shark\n\nI'd recommend Jaws. |
 Jaws | The options are **Alien** and **Jaws**. The best fit is **Jaws**. |
+Jaws | - Alien\n- Jaws\n\nBest: Jaws ; 1. **Alien**\n2. **Jaws**\n\nOf these, Jaws fits best. |
 Jaws | Alien was discouraged. Jaws is fine. ; Alien was rated low. Jaws is fine. |
 Jaws | Sorry, but no War is left; I'd pick Jaws |
 Jaws | Sorry, but there is no War. The closest is Jaws. ; Alien is old, so we should pick Jaws |
