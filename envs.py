@@ -190,10 +190,9 @@ def demand(holds: Any, message: str) -> None:
 
 
 def check(env: Env) -> None:
-    """Raise a ValueError of one line for what is often wrong in a world.
+    """Raise a ValueError of one line if the parts of a world do not fit together.
 
-    It looks at numbers of users and items, histories and ratings: at all ratings if there are fewer
-    than 10^7, otherwise at those of some users.
+    It looks at all ratings if there are fewer than 10^7, otherwise at those of some users.
     """
     n, m, c = len(env.histories), len(env.titles), len(env.categories)
     demand(n > 0 and m > 0, f"a world of {n} users (histories) and {m} items (titles)")
@@ -201,7 +200,10 @@ def check(env: Env) -> None:
     for name, shape in (("years", (m,)), ("belongs", (m, c))):
         found = np.shape(getattr(env, name))
         demand(found == shape, f"{name} has the shape {found} instead of {shape}")
-    demand(len(env.vectors) == m, f"{len(env.vectors)} vectors for {m} items")
+    for name in ("belongs", "vectors"):
+        demand(isinstance(getattr(env, name), np.ndarray), f"{name} is not an array")
+    demand(env.vectors.ndim == 2 and len(env.vectors) == m, f"vectors is no matrix of {m} rows")
+    demand(np.isfinite(env.vectors).all(), "vectors holds a number that is not finite")
     items = set(range(m))
     for user, history in enumerate(env.histories):
         strangers = set(history) - items
@@ -210,10 +212,13 @@ def check(env: Env) -> None:
     users = np.arange(0, n, every_nth)
     try:
         ratings = env.rate(users[:, None], np.arange(m))
-        env.distance(0, np.arange(m), 0)        # only to see that it can be called so
+        distances = env.distance(0, np.arange(m), 0)
     except (IndexError, TypeError) as error:
         raise ValueError(f"rate or distance does not fit {n} users, {m} items: {error}; "
                          "`table` and `euclidean` make such functions") from None
+    demand(np.shape(ratings) == (len(users), m), "rate does not return the shape of its arguments")
+    is_row = np.shape(distances) == (m,) and not np.isnan(distances).any()
+    demand(is_row, "distance does not return a number for each of its arguments")
     is_sound = (ratings >= 1) & (ratings <= 5)      # false for NaN
     demand(is_sound.all(), f"ratings that are not between 1 and 5: {ratings[~is_sound][:9]}")
 
@@ -1120,6 +1125,7 @@ def fitted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int) -> E
     # An item without ratings has the zero vector. Its distance to others like it is 0, which would
     # pull the quantile down.
     rated = np.unique(train["item"])
+    demand(len(rated) > 1, "fewer than two items with ratings")
     a, b = rng.choice(rated, size=(2, 100_000))
     between_two = distance(0, a, b)[a != b]         # without pairs of an item with itself
     titles, years, tags = zip(*entries)

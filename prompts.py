@@ -37,6 +37,7 @@ from pathlib import Path
 from statistics import fmean
 from threading import Lock
 from typing import Any, Callable, Collection, Iterable, Iterator, NamedTuple, Sequence
+from urllib.parse import unquote_plus
 from zlib import crc32
 
 import numpy as np
@@ -1564,11 +1565,17 @@ def checked_headers(key: str, url: Any, headers: dict) -> dict:
 
 def secrets_of(url: Any, headers: dict) -> list[str]:
     """What must not be shown: values in the URL and those of secret headers, as that of the key."""
-    # Azure's api-version is a date, which may stand in answers.
-    secrets = [value for name, value in url.params.items() if name != "api-version"]
+    secrets = []
+    for pair in url.query.decode().split("&"):
+        name, _, value = pair.partition("=")
+        if name != "api-version":                       # Azure's date may stand in answers
+            secrets += [value, unquote_plus(value)]     # as it stands in the URL, and as it is
     for name, value in headers.items():
         if SECRET.search(name):
             secrets += [value, *value.split()]          # "Bearer sk-..." and "sk-..."
+    for secret in tuple(secrets):
+        escaped = json.dumps(secret)[1:-1]              # as it stands in a JSON body
+        secrets += [escaped, escaped.replace("/", r"\/")]
     # Shorter ones are ordinary words, such as "none", EMPTY or "message", and may stand in answers.
     long_enough = [text for text in secrets if len(text) >= (16 if text.isalpha() else 6)]
     # One may be part of another: the longest is starred first.
@@ -1591,9 +1598,9 @@ def connect(base_url: str, path: str, key: str | None = None, *, timeout: float 
             headers=sent,
             timeout=httpx.Timeout(timeout, connect=10),
             limits=httpx.Limits(),                          # no limit to connections
-            # With trust_env httpx reads the variables for proxies and SSL_CERT_FILE. A proxy cannot
-            # reach this machine.
-            trust_env=not LOOPBACK.match(url.host),
+            trust_env=not LOOPBACK.match(url.host),         # a proxy cannot reach this machine
+            # httpx itself reads SSL_CERT_FILE only with trust_env
+            verify=httpx.create_ssl_context() if url.scheme == "https" else True,
             transport=transport)
     except (ImportError, ValueError, OSError, httpx.InvalidURL):
         raise EndpointError("no client can be made: check HTTP_PROXY, HTTPS_PROXY, ALL_PROXY "
@@ -1936,7 +1943,7 @@ def unpacked(text: str) -> np.ndarray:
 def vectors(route: Route, expected: int, data: dict) -> Any:
     """Rows of length 1 in the order of the texts, float32 [expected, d], or a Fault."""
     # An index of 0 is often left out. Where all are, the order counts: the sort is stable.
-    entries = sorted(data["data"], key=lambda entry: entry.get("index") or 0)
+    entries = sorted(data["data"], key=lambda entry: int(entry.get("index") or 0))
     rows = [entry["embedding"] for entry in entries]
     if rows and isinstance(rows[0], str):       # base64, although numbers were asked for
         rows = [unpacked(row) for row in rows]

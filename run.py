@@ -860,7 +860,7 @@ def grid(rows: Table) -> list[str]:
         column = [name, *(str(cells.get(name, 0)) for cells in rows.values())]
         width = max(map(len, column))
         lines = [f"{line}  {cell:>{width}}" for line, cell in zip(lines, column)]
-    return lines
+    return [line.rstrip() for line in lines]
 
 
 def chart(summary: Json) -> Iterator[str]:

@@ -1389,7 +1389,12 @@ def test_exactly_beta_and_the_floor_are_borne(place, rating, borne):
     ("histories", [], "0 users"), ("histories", [[0.5]], "0.5"), ("histories", [[3]], r"\{3\}"),
     ("belongs", np.ones((2, 3), bool), "belongs"),
     ("belongs", np.ones((3, 9), bool), "belongs"),
-    ("vectors", np.ones((2, 2)), "vectors")])
+    ("vectors", np.ones((2, 2)), "vectors"), ("vectors", np.full((3, 1), np.inf), "finite"),
+    ("belongs", [[1, 0]] * 3, "an array"), ("vectors", [[1, 0]] * 3, "an array"),
+    ("vectors", np.ones(3), "no matrix"),
+    ("rate", lambda users, items: np.ones(3), "shape"),
+    ("distance", lambda user, a, b: np.full(3, np.nan), "a number for each"),
+    ("distance", lambda user, a, b: 1.0, "a number for each")])
 def test_check_refuses_a_world_that_does_not_fit(field, value, words):
     env = hand_world((0, 9, 20), (5, 5, 5))
     envs.check(env)
@@ -2012,7 +2017,7 @@ def test_a_damaged_key_or_header_is_refused_without_being_shown(mark):
 
 
 @pytest.mark.parametrize("secret", [SECRET, f"{SECRET}-more", f"Bearer {SECRET}", "sk-abc",
-                                    "id=1234", "url/key-42"])
+                                    "id=1234", "url/key-42", "url%2Fkey-42"])
 @pytest.mark.parametrize("status", ["200", "400", "401", "500", "ConnectError", "302"])
 def test_no_secret_is_in_errors_and_notices(secret, status):
     """Nor a part of one: "***-more" would show how the longer one ends."""
@@ -2029,6 +2034,11 @@ def test_a_key_is_never_in_an_error_however_plain(key):
     seen = client(response("401", f"Incorrect API key: {key}"), key=key)
     line = failure(seen.ask, ASK)
     assert key not in line and "***" in line
+
+
+def test_a_key_is_starred_as_json_writes_it():
+    seen = client(*[response("400", r'["a\/b\"c-key"]')] * 9, key='a/b"c-key')
+    assert "***" in failure(seen.ask, ASK)
 
 
 def test_no_key_is_logged_or_kept(tmp_path):
@@ -2052,7 +2062,7 @@ def test_proxies_are_ignored_on_loopback_only(proxy, monkeypatch):
 def test_certificates_are_read_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
     assert client(base="http://localhost").ask(ASK) == GOOD
-    assert "SSL_CERT_FILE" in failure(lambda: client(base="https://a.example", transport=None))
+    assert "SSL_CERT_FILE" in failure(lambda: client(base="https://localhost"))
 
 
 def test_the_deadline_is_one_for_headers_and_body():
@@ -2099,6 +2109,7 @@ def test_embeddings_are_unit_rows_in_order():
 
 @pytest.mark.parametrize("act", [
     given_rows([3, 4], [4, 3]), given_rows([3, 4], [4, 3], index=[0, 0]), given_rows(*BASE64),
+    given_rows([4, 3], [3, 4], index=["10", "9"]),
     given_rows([4, 3], [3, 4], index=[1])])
 def test_embeddings_are_read_by_index_order_or_from_base64(act):
     assert np.allclose(embedder(act).ask(["a", "b"]), [[.6, .8], [.8, .6]])
