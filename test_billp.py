@@ -494,6 +494,14 @@ def test_recall_is_sort_and_cut(a, b, query, k, tau):
     assert recall(memory, VECTORS[query], k, tau) == tuple(near[:k])
 
 
+def test_a_newer_record_is_not_nearer_than_a_nearer_one():
+    """Their squared distances are 0 and 0.00004."""
+    here = np.array([1.0, 0.0])
+    beside = np.array([0.99998, 0.00632])
+    memory = remember(remember(EMPTY, "nearer", 0, here), "newer", 0, beside)
+    assert [record.text for record in recall(memory, here, 2)] == ["nearer", "newer"]
+
+
 @given(junk)
 def test_a_text_lies_at_distance_0_from_itself(text):
     [vector] = prompts.hashed_ngrams([text])
@@ -1594,6 +1602,7 @@ ratings.csv | user,item,rating\n,1,4 | line 2: a rating without user
 ratings.csv | user,item,rating\na,1,4 | fewer than two users
 ratings.csv | user,item,rating\na,1,9\nb,1,9 | every rating is 9
 ratings.csv | user,item,rating\na,1,1\nb,1,1 | every rating is 1
+ratings.csv | user,item,rating\na,1,1\nb,1,5 | fewer than two items
 """))
 def test_bad_ratings_are_refused_in_one_line(tmp_path, name, text, words):
     lay(tmp_path, {"items.csv": ITEMS, "ratings.csv": RATINGS} | {name: text})
@@ -1894,7 +1903,8 @@ def test_a_refused_parameter_may_stand_outside_the_message(place):
 Retry-After: 7 | no | 7 | 7
 Retry-After: soon ; Retry-After: 0 ; Retry-After: Mon, 01 Jan 2001 00:00:00 GMT | no | .37 | .5
 Retry-After: {SOON} | no | 20 | 115
-retry-after-ms: 1500 ; x: y | try again in 1500ms | 1.5 | 1.5
+retry-after-ms: 1500 | no | 1.5 | 1.5
+x: y | try again in 1500ms | 1.5 | 1.5
 x: y | Please try again in 12s. ; Please wait 12 seconds | 12 | 12
 x: y | {{"error": {{"details": [{{"retryDelay": "36s"}}]}}}} | 36 | 36
 x: y | try again in 1m59.5s | 119.5 | 119.5
