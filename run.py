@@ -849,8 +849,8 @@ def spelled(figures: dict[str, Sequence[float]]) -> dict[str, str]:
 def grid(rows: Table) -> list[str]:
     """A table as aligned lines, the first column to the left. A missing cell is 0.
 
-    >>> grid({"actor": {"calls": 12}, "critic": {}})
-    ['        calls', 'actor      12', 'critic      0']
+    >>> grid({"actor": {"calls": 12}, "critic": {}}), grid({"a": {"": "low"}})
+    (['        calls', 'actor      12', 'critic      0'], ['', 'a  low'])
     """
     names = dict.fromkeys(name for cells in rows.values() for name in cells)
     labels = ["", *rows]

@@ -1584,6 +1584,7 @@ def test_every_layout_of_files_gives_the_same_world(tmp_path, monkeypatch, files
     assert env.years == (1999, None, 2001, 1995) and env.learners == 11
     assert env.categories == ("Action", "Comedy", "Drama", "Sci-Fi")
     assert env.belongs.sum(1).tolist() == [2, 0, 1, 1] and "85 ratings; RMSE" in env.about
+    assert env.beta > 0                 # though a quarter of all pairs is an item with itself
     histories = [history.tolist() for history in env.histories]
     assert [2, 0] in histories and [3] in histories      # liked, oldest first; one rated
     assert histories != [history.tolist() for history in envs.movielens("~", 1).histories]
@@ -2504,6 +2505,7 @@ def test_experiments_share_runs_and_are_the_same_for_any_workers(plot, tmp_path)
         assert err.count("runs: billp") == 2                # the tables share their runs
         [row] = read(tmp_path / str(workers) / "table3.json")["cells"]
         assert row["samples"] == expected
+    assert "(experiment, seeds, rows)" in refuse(*SMALL, "--out", tmp_path / "1")
 
 
 def test_cells_hold_all_seeds_and_learn_if_they_can():
