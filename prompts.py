@@ -245,14 +245,15 @@ def spoken(text: str) -> str:
 
 
 # the labels after which a thought, an item or a reflection may stand
-ANSWERS = ("final answer", "answer")    # any of them
+ANSWERS = ("final answer", "answer")    # before any of the three
 THOUGHTS = ("thought", "next category", "category", *ANSWERS)
 ITEMS = ("action", "free item", "item", "title", "recommendation", *ANSWERS)
 REFLECTIONS = ("reflection", "lesson", *ANSWERS)
 # those that begin a turn, and so end what stands before them
 TURNS = ("thought", "action", "free item", "final answer", "observation")
-# all of them, as a pattern in which spaces do not count
-LABELS = "|".join([*THOUGHTS, *ITEMS, *REFLECTIONS, "observation", "value"]).replace(" ", "[ ]")
+# all of them, each once, as a pattern in which spaces do not count
+EACH_LABEL = dict.fromkeys([*THOUGHTS, *ITEMS, *REFLECTIONS, "observation", "value"])
+LABELS = "|".join(EACH_LABEL).replace(" ", "[ ]")
 GAP = r"[ \t*_]{0,9}"                   # spaces, and marks of bold letters
 # In both patterns spaces and comments do not count.
 # IN_LINE: a label with a colon counts where it begins something.
