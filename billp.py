@@ -127,7 +127,8 @@ def discounted_return(rewards: Sequence[float], gamma: float) -> float:
 class Record(NamedTuple):
     """One thing remembered."""
     text: str                       # the state it is found by
-    # an item line: in M_A that of the recommended item, in M_C of the state's last item; in M_P ""
+    # an item line: in M_A that of the recommended item; in M_C that of the state's last item, which
+    # stands for the state in the critic's prompt; in M_P ""
     item: str
     content: Any                    # a reflection, a verdict or a TD target
 
@@ -401,8 +402,8 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
         return answer._replace(value=item, recalled=listed, exact=exact), memory
     unlisted = ()
     if lines and config.candidates:
-        # A reply that names no free item often names a recent one. The nearest of all free items
-        # would be too similar to it. So a listed item replaces it.
+        # These count only if the reply names them. A reply that names no free item often names a
+        # recent one, and the nearest of all free items would be too similar to that one.
         unlisted = [item for item, line in enumerate(catalog.lines) if line not in lines]
     item, exact = prompts.ground(answer.value, catalog, excluded, unlisted)
     return answer._replace(value=item, recalled=listed, exact=exact), memory

@@ -499,7 +499,9 @@ def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
     # d log_chance[pick] / d fit_j = [j is the pick] - chance_j
     # and, because d entropy / d chance_i = -(log_chance_i + 1),
     # d entropy / d fit_j = -sum over i of (log_chance_i + 1) * chance_i * ([i is j] - chance_j)
-    #                     = -chance_j * (log_chance_j + entropy)      the chances sum to 1
+    #                     = -chance_j * (log_chance_j + entropy)
+    # because the chances sum to 1, so that the sum of all (log_chance_i + 1) * chance_i is
+    # 1 - entropy
     of_pick = picked - chance
     of_entropy = -chance * (log_chance + entropy)
     by_fit = td_error[:, None] * of_pick + ENTROPY * of_entropy
@@ -990,6 +992,8 @@ def parse_vote(users: Numbers, items: Numbers, row: Fields) -> tuple:
 def rescaled(ratings: Array) -> tuple[Array, str]:
     """Ratings, and a text for `Env.about`. If not all lie in 0.5..5, they are mapped onto 1..5.
 
+    0.5..5 is the scale of half stars. The world's ratings are clipped to 1..5, see `rounded`.
+
     >>> rescaled(np.array([0, 50, 100]))
     (array([1., 3., 5.]), ', mapped linearly from 0..100 onto 1..5')
     """
@@ -1088,7 +1092,7 @@ def liked_items(votes: Array) -> list[Array]:
     """Each user's history: the last 20 items rated 4 or more.
 
     A user without such an item gets the last 20 of those that he or she rated highest.
-    Votes are in the order of time for each user. Every user from 0 on has one.
+    Votes are in the order of time for each user. Each of the users 0, 1, 2, ... has a vote.
     """
     histories = []
     for group in groups(votes["user"]):         # of user 0, 1, 2, ...
@@ -1221,7 +1225,10 @@ def distance_by_half(learners: int, train: Array, test: Array, users: Array, a: 
 
 
 def released_world(path: Location, name: str) -> Env:
-    """The world of `released`. Files that do not fit together may raise any kind of error."""
+    """The authors' world "steam" or "amazon".
+
+    Files that do not fit together may raise any kind of error; `released` makes it one line.
+    """
     train, train_distances, train_seen = read_half(path, name, "train")
     test, test_distances, test_seen = read_half(path, name, "test")
     ratings = np.concatenate([train, test])

@@ -290,11 +290,11 @@ def heads_of(text: str) -> list[re.Match]:
 
 
 def segment(text: str, labels: Sequence[str]) -> str:
-    """The text after the first of these labels with text behind it. It ends at the next turn.
+    """The text after the first of these labels with text behind it; "" if there is no such label.
 
-    It is "" if there is no such label. Models often play several turns in one reply: only the first
-    counts. So the text also ends where its label comes again. The labels of ITEMS that begin no
-    turn, such as "title", may come again, because that may be a list: "Title: Up", "Title: Heat".
+    Models often play several turns in one reply: only the first counts. So the text ends at the
+    next label of TURNS. It also ends where its own label comes again, unless that is in ITEMS:
+    "Title: Up", "Title: Heat" may be a list.
 
     >>> segment("Thought 1: a comedy. Action 1: Up", THOUGHTS)
     'a comedy.'
@@ -370,8 +370,9 @@ def unmarked(line: str) -> str:
     >>> unmarked('- **"Up"** is fun'), unmarked('"Up" is fun')
     ('Up is fun', 'Up is fun')
     """
-    # {"category": "War", "reason": "new"} comes without its label, as War", "reason": "new"}
-    # and becomes War, reason: new"}
+    # The reply {"category": "War", "reason": "new"} comes without its label:
+    #     War", "reason": "new"}      becomes
+    #     War, reason: new"}
     line = re.sub(r'",\s*"(\w+)":\s*"', r", \1: ", clean(line))
     content = re.sub("[*`]|__", "", line).strip(' _#>-•"{}')
     # Its partner was stripped just now, or stood before the label.
@@ -437,7 +438,7 @@ ARTICLES = frozenset("the a an le la les l un une il lo el los las der das".spli
 LONGEST = 16                        # words of a title that are compared
 YEAR = re.compile("(1[89]|20)[0-9]{2}")
 # What follows a title in that of a sequel: "Frozen II", "Jaws 2 (1978)", "Dune: Part Two", "Toy
-# Story 3, because ..."
+# Story 3, because ...". It is matched with the two words behind the title, without punctuation.
 SEQUEL = re.compile(rf"(II|III|IV|VI{{0,3}}|(Part|Episode) ([\dIV]+|Two|Three|Four|Five|Six)"
                     rf"|[2-9]( {YEAR.pattern}| because| since| as|$))\b")
 BOLD = r"\*\*[^*\n]+\*\*(?:\s*\(\d{4}\))?"
@@ -554,7 +555,8 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
         names = [named_by(words[:size])]
         if size > 2 and words[0].casefold() in ARTICLES:
             # "The Terminator 2" names Terminator 2. Otherwise it would seem to be a sequel of The
-            # Terminator that the catalogue lacks.
+            # Terminator that the catalogue lacks. Titles of one word are left out: "the up side"
+            # does not name Up.
             names.append(named_by(words[1:size]))
         items = []
         for known in (catalog.names, catalog.mains if nothing_follows else {}):
@@ -587,10 +589,10 @@ def before_reason(text: str) -> str:
 def fronts(line: str) -> tuple[str, str, str]:
     """The parts of a line that may begin with a title.
 
-    They are the whole, the whole without its number in a list, and what stands after a colon, or
-    without a colon the second again. The third ends before a reason, a dash or a parenthesis, but
-    a year may follow. Each ends before categories in brackets. A title in quotes or bold letters
-    ends with them: '"Up" is fun' gives "Up".
+    1. The line, up to categories in brackets.
+    2. The same without its number in a list.
+    3. Of 2 the part after a colon, up to a reason, a dash or a parenthesis that holds no year.
+    A title in quotes or bold letters ends with them: '"Up" is fun' gives "Up".
 
     >>> fronts("1. The best one: Up - fun [Children]")
     ('1. The best one: Up - fun ', 'The best one: Up - fun ', 'Up')
@@ -896,7 +898,7 @@ OPEN_ACTOR = """\
 Which item fits {aim} best: one of these, or another that was not seen before? Reply with one line:
 Free item: TITLE"""
 
-VERDICT = ("discouraged", "encouraged")         # v_n = 0 and v_n = 1
+VERDICT = ("discouraged", "encouraged")         # v_n = 0 and v_n = 1 in words, for --show
 
 
 class Candidate(NamedTuple):
@@ -1068,7 +1070,10 @@ SUMS = r"""(?:
 # "Value 4: about 7,5" · "**Value:**", then "7.5"
 VALUE_LINE = re.compile(rf"""(?imx)
     ^ ([^\w\n] | _)* ((final|estimated)[ ])? value\b [^:=：\n]* [:=：]
-    {SUMS} ([\s*_]* | [^\d\n]*?) {NUMBER}            # in the next line, or after words
+    {SUMS} (
+        [\s*_]*                     # line breaks and marks: the number is in the next line
+      | [^\d\n]*?                   # words: "about"
+    ) {NUMBER}
     """)
 # "The value of state 4 is 7.5"
 VALUE_IS = re.compile(rf"""(?ix)
@@ -1093,7 +1098,7 @@ BEHIND = (r"(?i)(?<=\d),? ((out of|of a maximum of|at most) \d+([.,]\d+)?"
 
 
 def last_match(pattern: re.Pattern, text: str) -> re.Match | None:
-    """The last match, or None."""
+    """The last match, or None. In a text of several sentences the conclusion stands last."""
     matches = list(pattern.finditer(text))
     return matches[-1] if matches else None
 
@@ -1274,7 +1279,8 @@ def offline_reflector(text: str, seed: int) -> str:
     """Reads off why the user left: similar items too close together, or a disappointment.
 
     A gap is the number of steps from an item back to the nearest similar one.
-        harmless    the smallest gap before the last item: the user stayed, so no more is needed
+        harmless    the smallest gap before the last item: the user stayed at it, so no larger gap
+                    need be advised
         advised     the gap that the session's thoughts asked for, but at most `harmless`
     If the last gap is below `harmless`, it is taken for the cause: then at least one step more than
     this gap is advised.
@@ -1758,7 +1764,7 @@ CHARGE = ContextVar("CHARGE", default=lambda: None)
 def limited(llm: LLM, max_calls: int) -> LLM:
     """The same model, which sends at most `max_calls` chat requests, repeats included.
 
-    Here no reply comes from the log: `recorded` stands outside, see `open_model` in run.py.
+    A reply from the log does not count: `recorded` stands outside, see `open_model` in run.py.
     """
     sent = 0
 

@@ -156,7 +156,8 @@ RANGES = {                              # lowest and highest number; other flags
     "reply_tokens": (1, MANY), "retries": (0, 100), "window": (1, 1000), "max_steps": (1, 10**5)}
 OF_METHODS = ("thoughts", "lessons", "experience", "baseline")  # switches that billp.METHODS sets
 CHOICES = {"method": METHOD_NAMES, "lessons": ("none", "latest", "nearest")}
-# for flags that are not fields of Config or of the rule; any other is None unless it is given
+# A flag that is missing here, such as --out, --model or --gamma, is None unless it is given. Fields
+# of Config and of the rule then keep their own defaults.
 DEFAULTS = {
     "episodes": 50, "users": 50, "method": "billp", "world": "films", "seed": 0, "seeds": 5,
     "workers": 0, "timeout": 300.0, "header": (), "extra_body": {}, "max_calls": MANY,
@@ -1150,10 +1151,11 @@ def shortened(env: envs.Env, gamma: float) -> envs.Env:
 
 def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Callable,
                      draws: int) -> list[list[float]]:
-    """[users, 2]: after one learning run, the error of one return and the error of the critic's V.
+    """How well two estimates of a state's value do: one sampled return, and the critic's V.
 
-    The state is the first one of a session with each held-out user. The reference is the mean of
-    `draws` further returns of the same agent from there.
+    [users, 2]: their errors after one learning run. The state is the first one of a session with
+    each held-out user. The reference is the mean of `draws` further returns of the same agent from
+    there.
     """
     config = Config(**run.config)
     # Returns are played in a shorter world, which takes half the time. The critic is asked in the
@@ -1344,7 +1346,10 @@ def pictured(rows: Sequence[Row]) -> Array:
 
 
 def limit_of(rows: Sequence[Row]) -> float:
-    """Where an axis ends: just past the highest interval, at most 1.6 times the largest mean."""
+    """Where an axis ends: just past the highest interval, at most 1.6 times the largest mean.
+
+    So one wide interval does not flatten the others.
+    """
     means, _, highs = pictured(rows)
     return min(1.05 * highs.max(), 1.6 * means.max())
 
