@@ -263,7 +263,8 @@ class Trajectory(NamedTuple):
     gained: Agent = NOVICE                  # what this episode adds to the three memories
 
 
-# What every role returns. Only the reflector writes; the others return the very same memory.
+# What every role returns, so that all roles have one form. Only the reflector writes; the others
+# return the very same memory.
 Output = tuple[Answer, Memory]
 
 
@@ -396,7 +397,7 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
     excluded = barred(state, config)
     lines = [candidate.line for candidate in listed]
     if answer.fallback:
-        # the nearest item to a line is the item of this line
+        # `nearest` finds the item of a listed line, too: no other is as near to the line
         text = lines[0] if lines else state.text
         item, exact = prompts.nearest(text, catalog, excluded), False
         return answer._replace(value=item, recalled=listed, exact=exact), memory

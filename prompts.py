@@ -233,7 +233,8 @@ def spoken(text: str) -> str:
     """
     text = OPENING.sub("<think>", text)
     text = ENDING.sub("</think>", text)
-    # A pair holds no other opening mark. If it might, many opening marks in a row would be slow.
+    # A pair holds no other opening mark. If it might, the pattern would search to the end again
+    # from each of many opening marks.
     no_other = "((?!<think>).)*?"
     pair = f"<think>{no_other}</think>"
     without_opening = "^.*</think>"             # the opening mark was part of the prompt
@@ -270,8 +271,9 @@ IN_LINE = re.compile(rf"""(?imx)
       | (?<=\d) (?: [ ][–—-] | \. ) (?=\s)      # or behind a number a dash or a dot
     ) [ \t*_"'`-]*
     """)
-# HEADING: a label without a colon counts if three things hold. It is alone in its line; the line
-# has a mark (* _ # >) or a number; text follows below. Otherwise "Action" is the category.
+# HEADING: a label without a colon counts if four things hold. It is alone in its line; the line
+# has a mark (* _ # >) or a number; text follows below; "Next category:" does not stand above.
+# Otherwise "Action" is the category.
 #     yes: "**Action**", then "Up" · "Action 3", then "Up"
 #     no:  "Action", then "Up" · "Next category:", then "**Action**" · "**Action**" at the end
 HEADING = re.compile(rf"""(?imx)
@@ -375,7 +377,8 @@ def unmarked(line: str) -> str:
     #     War, reason: new"}
     line = re.sub(r'",\s*"(\w+)":\s*"', r", \1: ", clean(line))
     content = re.sub("[*`]|__", "", line).strip(' _#>-•"{}')
-    # Its partner was stripped just now, or stood before the label.
+    # A quote may have lost its partner, which was stripped just now or stood before the label. Then
+    # all quotes go.
     has_unpaired_quote = content.count('"') % 2 == 1
     if has_unpaired_quote:
         content = content.replace('"', "")
@@ -555,7 +558,7 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
         names = [named_by(words[:size])]
         if size > 2 and words[0].casefold() in ARTICLES:
             # "The Terminator 2" names Terminator 2. Otherwise it would seem to be a sequel of The
-            # Terminator that the catalogue lacks. Titles of one word are left out: "the up side"
+            # Terminator that the catalogue lacks. This is not for titles of one word: "the up side"
             # does not name Up.
             names.append(named_by(words[1:size]))
         items = []
@@ -1350,6 +1353,7 @@ OTHER_MODEL = "try another --model"
 #     '429 true {"error": {"message": "Rate limit"}}'        status, advice, body; the advice is
 #           true (ask again), false (do not) or nothing, see `judged`
 #     'finish_reason length and no text'
+#     'finish_reason missing {"choices": []}'       status 200 without a choice, see `heard`
 #     'ReadTimeout timed out'
 # A comment above a pattern quotes what it is for.
 KINDS = (
@@ -1571,7 +1575,7 @@ def checked_headers(key: str, url: Any, headers: dict) -> dict:
 
 
 def secrets_of(url: Any, headers: dict) -> list[str]:
-    """What must not be shown: values in the URL and those of secret headers, as that of the key."""
+    """What must not be shown: values in the URL and in secret headers, one of which has the key."""
     secrets = []
     for pair in url.query.decode().split("&"):
         name, _, value = pair.partition("=")
