@@ -358,6 +358,7 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     recalled = ()
     if config.experience:
         recalled = recall(memory, state.vector, config.k_experience)
+    # (line, verdict) -> times
     counts = Counter((record.item, record.content) for record in recalled)
     tastes = tastes_of(state, config)
     if config.candidates:

@@ -2073,10 +2073,11 @@ def recorded_embed(embed: Embed, log: Log) -> Embed:
                 rows[text] = unpacked(reply.text)
         missing = [text for text in asks if text not in rows]
         found = embed(missing) if missing else []
-        sizes.update(map(len, [*rows.values(), *found]))
-        if len(sizes) > 1:              # before they are logged: a logged row is permanent
-            raise EndpointError(f"embeddings of sizes {sizes} do not mix: keep to the model "
+        all_sizes = sizes.union(map(len, [*rows.values(), *found]))
+        if len(all_sizes) > 1:          # before they are logged: a logged row is permanent
+            raise EndpointError(f"embeddings of sizes {all_sizes} do not mix: keep to the model "
                                 "this run began with, or use another --out")
+        sizes.update(all_sizes)
         for text, row in zip(missing, found, strict=True):
             packed = base64.b64encode(row).decode()
             first = keep(log, asks[text], Reply(packed))        # another thread may have been first

@@ -692,7 +692,7 @@ def parallel(pool: futures.Executor, stop: Event) -> Iterator[Callable]:
     """
     try:
         yield pool.map
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, GeneratorExit):      # the second if Ctrl-C comes between two jobs
         stop.set()
         pool.shutdown(wait=False)
         for process in active_children():       # those of `offline_pool` ignore Ctrl-C
