@@ -2197,6 +2197,7 @@ def test_embeddings_are_recorded_once_to_the_bit_and_never_mix(tmp_path):
     assert prompts.recorded_embed(prompts.unlogged, log)(texts).tobytes() == vectors.tobytes()
     larger = prompts.recorded_embed(lambda texts: np.ones((1, 5), "f4"), log)
     assert "{3, 5}" in failure(larger, ["a", "new"]) and len(log.known) == 3
+    assert larger(["a"]).tobytes() == vectors[:1].tobytes()         # the refused size is forgotten
 
 
 @pytest.mark.parametrize("options", [
