@@ -398,7 +398,7 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
     excluded = barred(state, config)
     lines = [candidate.line for candidate in listed]
     if answer.fallback:
-        # `nearest` finds the item of a listed line, too: no other is as near to the line
+        # `listed` holds lines, not items. The nearest item to a line is the item of this line.
         text = lines[0] if lines else state.text
         item, exact = prompts.nearest(text, catalog, excluded), False
         return answer._replace(value=item, recalled=listed, exact=exact), memory

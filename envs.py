@@ -791,7 +791,8 @@ def films(seed: int = 0) -> Env:
         tags.append([CODES[letter] for letter in letters])
     categories, belongs = labels(tags)
     # The square of a weight is log(1 / the category's frequency). That is what a shared category
-    # adds to the dot product of two films. So films that share a rare one are nearer to each other.
+    # adds to the dot product of two films, before their rows are scaled to length 1. So films that
+    # share a rare one are nearer to each other.
     weight = np.sqrt(np.log(len(titles) / belongs.sum(0)))
     vectors = unit(belongs * weight).astype(np.float32)
     rng = np.random.default_rng(seed)

@@ -1139,8 +1139,8 @@ TIMES = r"(.+?) \((\d+) of (\d+)\)(?:, |$)"        # what `times` writes
 OTHER = r"(?m)^Which one of the other categories should come next: (.*)\? "
 # What the stand-in says to itself. The reflector writes "Keep similar items 3 steps apart ... Avoid
 # War.", which the planner reads by APART and AVOID. The planner writes "Keep away from Drama,
-# War.", which the actor reads by PLAN. `turn` cuts a thought at 300 characters, so its last dot may
-# be missing.
+# War.", which the actor reads by PLAN. `render_actor` cuts a thought at 300 characters, so its last
+# dot may be missing.
 PLAN = r"(?m)^Thought \d+: (.*), because similar .* Keep away from (.*?)\.?$"
 APART = r"\b([1-9]\d?) steps? apart"
 AVOID = r"Avoid (.*?)\."
@@ -1417,7 +1417,7 @@ KINDS = (
          # Not these, which are failures, see below: 408 and 409 (timeout, conflict), 423 to 425
          # (locked, a failed generation, no capacity), 498 and 499 (cancelled)
          "4(?!08|09|2[345]|9[89])..|501|LocalProtocolError",
-         patience=20),                  # for prompts that are refused in words of another provider
+         patience=20),                  # a prompt may be refused in words that no kind above knows
     # nobody listens, an unknown host, a certificate that is not trusted
     Kind("no server", 3, "start the server, or check --base-url, the proxy and SSL_CERT_FILE",
          r"ConnectError|ConnectTimeout|ProxyError|Unicode\w*Error"),
@@ -1707,7 +1707,7 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
         if response.is_success and not data.get("error"):
             return read(data)       # a shape that it cannot read is a bad answer, too
     except MISSHAPEN:
-        # Without data `judged` finds no error in the body, and takes the status as it is. A status
+        # Without data `status_of` finds no error in the body and gives the HTTP status. A status
         # 200 is then the Kind "page".
         data = {}
     # an error status, an error in the body, or a body that `read` cannot use

@@ -511,8 +511,9 @@ def run_directory(args: Namespace, config: Json) -> Path:
     name = f"{kind}-{label}-seed{args.seed}{flags}-{digest(dumps(config))[:6]}"
     path = args.out or Path("runs", name)
     # A run that got no answer, perhaps from a mistyped model, leaves nothing but config.json, or a
-    # draft of it after a kill. Another run may take its place.
-    is_in_use = any(not file.match("config.json*") for file in path.glob("*"))
+    # draft of it after a kill, and in experiments an empty folder. Another run may take its place.
+    files = filter(Path.is_file, path.rglob("*"))
+    is_in_use = any(not file.match("config.json*") for file in files)
     earlier = read_object(path / "config.json")
     if is_in_use and not earlier:
         raise UserError(f"{path} is not empty and holds no run; choose another --out")
@@ -692,7 +693,8 @@ def parallel(pool: futures.Executor, stop: Event) -> Iterator[Callable]:
     """
     try:
         yield pool.map
-    except (KeyboardInterrupt, GeneratorExit):      # the second if Ctrl-C comes between two jobs
+    # `do_jobs` is a generator. If Ctrl-C comes while it waits at its yield, it gets GeneratorExit.
+    except (KeyboardInterrupt, GeneratorExit):
         stop.set()
         pool.shutdown(wait=False)
         for process in active_children():       # those of `offline_pool` ignore Ctrl-C
@@ -1439,8 +1441,8 @@ def experiments(args: Namespace, live: Live) -> None:
         for needed in cells.values():
             jobs += [job for job in needed if job not in jobs]
     jobs.sort(key=lambda job: -job.run.episodes)    # so no core waits long for another at the end
-    # The longest job with language needs the most learners, because policies meet the same ones
-    # again. Its world is built here, so that a lack of users is told before anything is written.
+    # Only jobs with language can lack learners (policies meet the same ones again), and the longest
+    # needs the most. Its world is built here, so that a lack is told before anything is written.
     language_jobs = [job for job in jobs if job.run.method in billp.METHODS]
     longest_job = max(language_jobs or jobs, key=lambda job: job.run.episodes)
     about = build_place(longest_job.run).env.about

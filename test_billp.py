@@ -2367,8 +2367,9 @@ def test_a_run_directory_is_never_touched_by_another_run(finished):
 
 
 def test_a_run_without_an_answer_yields_its_directory(tmp_path):
-    """As when the model was mistyped: config.json alone was written."""
+    """As when the model was mistyped: config.json was written, and a folder was made for it."""
     run.write(tmp_path / "config.json", '{"model": "mistyped"}')
+    (tmp_path / "mistyped").mkdir()
     succeed(*SMALL, "--out", tmp_path)
 
 
