@@ -293,7 +293,10 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
 
 
 def are_alike(a: str, b: str) -> bool:
-    """Whether more than 4 of 5 words of two texts are in both."""
+    """Whether more than 4 of 5 words of two texts are in both: of ten words one may differ.
+
+    Small models write one lesson several times with few words changed.
+    """
     words_a, words_b = set(a.split()), set(b.split())
     return 5 * len(words_a & words_b) > 4 * len(words_a | words_b)
 

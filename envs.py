@@ -630,7 +630,7 @@ def bootstrap(statistic: Function, samples: Sequence[Array]) -> Array:
     Samples are [1, N, k], of one seed. The same users are drawn from all of them.
     """
     users = samples[0].shape[1]
-    # [1000, 1, N]: 1000 draws with one seed in each
+    # [1000, 1, N]: 1000 draws with one seed in each; more would change the ends little
     drawn = np.random.default_rng(0).integers(users, size=(1000, 1, users))
     resampled = [sample[0, drawn] for sample in samples]        # each [1000, 1, N, k]
     return np.quantile(statistic(*resampled), [0.025, 0.975], axis=0)

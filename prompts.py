@@ -1082,7 +1082,8 @@ VALUE_LINE = re.compile(rf"""(?imx)
 VALUE_IS = re.compile(rf"""(?ix)
     # the word, but not in "the average value of such states"
     (?<! average[ ] ) (?<! mean[ ] ) value\b
-    # words without another "value", without an if-clause and without the end of a sentence
+    # words without another "value", without an if-clause and without the end of a sentence; at most
+    # 300 characters, so that a reply that repeats itself is read in time
     (?: (?! \b(?:value|if)\b | [.!?;]\s ) [^:=：\n] ){{0,300}}?
     (?: [:=：] | \b(?:is|be)\b )
     # a calculation or a few words, then the number

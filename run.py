@@ -871,9 +871,11 @@ def chart(summary: Json) -> Iterator[str]:
     episodes, size = summary["episodes"], summary["config"]["batch"]
     top = max([1.0, *summary["learning"]])
     yield "learning episodes, mean Len of each batch"
-    for first, mean in zip(range(1, episodes + 1, size), summary["learning"]):
+    for place, mean in enumerate(summary["learning"]):
+        first = place * size + 1
         last = min(first + size - 1, episodes)
-        yield f"{first:5}-{last:<5} {'#' * round(40 * mean / top)} {mean:.1f}"
+        bar = "#" * round(40 * mean / top)          # the longest has 40 marks, about half a line
+        yield f"{first:5}-{last:<5} {bar} {mean:.1f}"
 
 
 def ledger(live: Live) -> Iterator[str]:
