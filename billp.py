@@ -82,8 +82,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "billp-no-macro": {"lessons": "none"},
     "billp-no-micro": {"experience": False},
     "billp-no-critic": {"baseline": False},
-    # Nothing is asked: each role gives its fallback. A model that is of use beats this, and also one
-    # that always takes the first of what is offered (see the README).
+    # Nothing is asked: each role gives its fallback. A model that is of use beats this. It also
+    # beats a rule that always takes the first of what is offered (see the README).
     "billp-no-model": {"retries": -1},
 }
 
