@@ -83,7 +83,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "billp-no-micro": {"experience": False},
     "billp-no-critic": {"baseline": False},
     # Nothing is asked: each role gives its fallback. A model that is of use beats this. It also
-    # beats a rule that always takes the first of what is offered (see the README).
+    # beats a rule that always takes the first of what is offered (`always_first` in the README).
     "billp-no-model": {"retries": -1},
 }
 
