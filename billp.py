@@ -82,8 +82,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "billp-no-macro": {"lessons": "none"},
     "billp-no-micro": {"experience": False},
     "billp-no-critic": {"baseline": False},
-    # Nothing is asked: each role gives its fallback. A model that is of use beats this. It also
-    # beats a rule that always takes the first of what is offered (`always_first` in the README).
+    # Nothing is asked: each role gives its fallback, planner and actor the first of what the model
+    # would be offered. A model that is of use beats this.
     "billp-no-model": {"retries": -1},
 }
 
@@ -323,7 +323,8 @@ def barred(state: State, config: Config) -> tuple[int, ...]:
 def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
     """Macro level: the thought t_n, given the state, K reflections and the category tool.
 
-    Fallback: no thought.
+    Fallback: the first category offered, the most liked of those not shown lately. With none
+    offered there is no thought.
     """
     recalled = ()
     if config.lessons == "nearest":
@@ -334,7 +335,8 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
     lessons = distinct((record.content for record in recalled), config.k_lessons)
     tastes = tastes_of(state, config)
     question = prompts.render_planner(lessons, tastes, config.lately)
-    answer = consult(llm, "planner", state, question, prompts.parse_planner, config, "")
+    fallback = tastes.other[0] if tastes.other else ""
+    answer = consult(llm, "planner", state, question, prompts.parse_planner, config, fallback)
     return answer._replace(recalled=lessons), memory
 
 

@@ -700,6 +700,15 @@ def test_a_malformed_reply_is_asked_again():
         assert (ask.max_tokens, ask.temperature) == (77, 0.3)
 
 
+def test_an_unreadable_planner_takes_the_first_category_offered():
+    llm, asks = noting(scripted({"planner": ["", ""]}))
+    plan, _ = billp.planner(STATE, EMPTY, llm, Config(retries=0))
+    [first] = re.findall(r"should come next: (.*?), ", asks[0].messages[1][1])
+    assert (plan.value, plan.said, plan.fallback) == (first, "", True)
+    plan, _ = billp.planner(STATE._replace(history=()), EMPTY, llm, Config(retries=0))
+    assert (plan.value, plan.fallback) == ("", True)            # nothing was offered
+
+
 def test_an_unreadable_actor_takes_the_first_item_shown():
     llm, asks = noting(scripted({"actor": [""]}))
     state = STATE._replace(thought="Western next")
