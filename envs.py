@@ -1104,12 +1104,23 @@ def liked_items(votes: Array) -> list[Array]:
     return histories
 
 
-def fitted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int) -> Env:
+def fitted_vectors(factors: Array, rated: Array, rng: Rng) -> tuple[Array, float]:
+    """Item factors scaled to length 1, and the 0.2 quantile of their distances as beta.
+
+    An item without ratings has the zero vector. Its distance to others like it is 0, which would
+    pull the quantile down. So this takes 100,000 random pairs of rated items.
+    """
+    demand(len(rated) > 1, "fewer than two items with ratings")
+    vectors = unit(factors)
+    a, b = rng.choice(rated, size=(2, 100_000))
+    between_two = euclidean(vectors)(0, a, b)[a != b]       # without pairs of an item with itself
+    return vectors, float(np.quantile(between_two, 0.2))
+
+
+def fitted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, fitted: bool) -> Env:
     """A world of n users whose ratings `als` predicts.
 
     `about` states the error on a held-out tenth of the votes.
-    Item vectors are item factors scaled to length 1; `beta` is the 0.2 quantile of their distances,
-    over 100,000 random pairs.
     """
     rng = branch(seed, "data")
     m, size = len(entries), len(votes)
@@ -1125,30 +1136,27 @@ def fitted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int) -> E
     biases = als(train, n, m, rank=0)       # no factors: biases alone
     about = (f"{size} ratings{mapping}; RMSE on the tenth held out: {rmse(model, test):.4f} "
              f"predicted by factors, {rmse(biases, test):.4f} by biases alone")
-    vectors = unit(model.q[:, :-1])
-    distance = euclidean(vectors)
-    # An item without ratings has the zero vector. Its distance to others like it is 0, which would
-    # pull the quantile down.
-    rated = np.unique(train["item"])
-    demand(len(rated) > 1, "fewer than two items with ratings")
-    a, b = rng.choice(rated, size=(2, 100_000))
-    between_two = distance(0, a, b)[a != b]         # without pairs of an item with itself
     titles, years, tags = zip(*entries)
     categories, belongs = labels(tags)
+    # Prompts show categories. So a model can learn what is too similar, as in `films`.
+    vectors, beta = unit(belongs).astype(np.float32), 0.9
+    if fitted or not categories:
+        vectors, beta = fitted_vectors(model.q[:, :-1], np.unique(train["item"]), rng)
     return Env(
         titles=titles, years=years,
         categories=categories, belongs=belongs, vectors=vectors,
-        rate=partial(rounded, model), distance=distance,
-        histories=liked_items(votes), learners=n // 2,
-        beta=float(np.quantile(between_two, 0.2)), about=about)
+        rate=partial(rounded, model), distance=euclidean(vectors),
+        histories=liked_items(votes), learners=n // 2, beta=beta, about=about)
 
 
-def ratings_folder(path: Location, seed: int = 0) -> Env:
+def ratings_folder(path: Location, seed: int = 0, fitted: bool = False) -> Env:
     """The world of anybody's ratings: a folder with `items.csv` and `ratings.csv`.
 
     items.csv: id, title, optional year, optional categories separated by "|". ratings.csv: user,
     item, rating, optional time. The header names the columns by any of ALIASES, in any order; other
     columns are ignored. Ids are any text. Ratings of another scale are mapped: see `rescaled`.
+    Two items are too similar if the cosine of their categories is above 0.595 (a distance below
+    0.9). With `fitted`, or if no item has a category, vectors fitted to the ratings decide.
     MovieLens as GroupLens ships it is such a folder, also with .dat files (ml-1m and ml-10M).
     """
     items, users = {}, {}               # the number of each id; the parsers add to them
@@ -1161,7 +1169,7 @@ def ratings_folder(path: Location, seed: int = 0) -> Env:
         rows = read_rows(rating_file, ("user", "item", "rating"), parse)
         votes = np.fromiter(rows, VOTE)
         demand(len(users) > 1, "fewer than two users")
-        return fitted_world(entries, votes, len(users), seed)
+        return fitted_world(entries, votes, len(users), seed, fitted)
 
 
 movielens = ratings_folder          # a MovieLens folder is one of them

@@ -60,7 +60,8 @@ MENDABLE = (UserError, prompts.EndpointError, envs.BadData, OSError, MemoryError
             futures.BrokenExecutor)
 STAND_IN = ("offline, a rule-based stand-in: it shows the mechanism at work "
             "and is no evidence about real models")
-WORLDS = "films, csv:DIR, movielens:DIR, steam:DIR, amazon:DIR"
+WORLDS = "films, csv:DIR, movielens:DIR, fitted:DIR, steam:DIR, amazon:DIR"
+OF_RATINGS = ("csv", "movielens", "fitted")     # kinds of world that `envs.ratings_folder` reads
 Json = dict[str, Any]               # a JSON object
 Table = dict[str, dict[str, Any]]   # the cells of each row by the name of their column
 METHOD_NAMES = (*envs.POLICIES, *billp.METHODS)
@@ -431,10 +432,10 @@ def load_world(name: str, seed: int) -> envs.Env:
     kind, _, folder = name.partition(":")
     if name == "films":
         return envs.films(seed)
-    if folder and kind in ("csv", "movielens", "steam", "amazon"):
+    if folder and kind in (*OF_RATINGS, "steam", "amazon"):
         say(f"reading {folder}")    # millions of ratings take a while
-        if kind in ("csv", "movielens"):
-            return envs.ratings_folder(folder, seed)
+        if kind in OF_RATINGS:
+            return envs.ratings_folder(folder, seed, kind == "fitted")
         return envs.released(folder, kind)
     raise UserError(f"no world {name!r}; there are {WORLDS}")
 
@@ -585,13 +586,13 @@ def learners_met(saved: Json, world: str, seed: int) -> int:
 
     UserError if the memory may have learned from users that this seed holds out.
     """
-    # In csv and movielens the seed decides who is held out. With another seed, users who are held
+    # In worlds of ratings the seed decides who is held out. With another seed, users who are held
     # out now may have been learners then. Two folders may hold the same data, so the folders are
     # not compared. In films another seed makes other users. In steam and amazon the files tell who
     # is held out.
-    split_by_seed = ("csv:", "movielens:")
     for earlier_world, earlier_seed in saved["met"]:
-        both_split = world.startswith(split_by_seed) and earlier_world.startswith(split_by_seed)
+        kinds = {name.partition(":")[0] for name in (world, earlier_world)}
+        both_split = kinds.issubset(OF_RATINGS)
         if both_split and seed != earlier_seed:
             raise UserError(f"--load: this memory may know users that --seed {seed} holds out; "
                             f"use its own --seed {earlier_seed}")

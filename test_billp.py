@@ -1593,10 +1593,34 @@ def test_every_layout_of_files_gives_the_same_world(tmp_path, monkeypatch, files
     assert env.years == (1999, None, 2001, 1995) and env.learners == 11
     assert env.categories == ("Action", "Comedy", "Drama", "Sci-Fi")
     assert env.belongs.sum(1).tolist() == [2, 0, 1, 1] and "85 ratings; RMSE" in env.about
-    assert env.beta > 0                 # though a quarter of all pairs is an item with itself
+    fitted = envs.movielens("~", fitted=True)
+    assert fitted.beta > 0              # though a quarter of all pairs is an item with itself
     histories = [history.tolist() for history in env.histories]
     assert [2, 0] in histories and [3] in histories      # liked, oldest first; one rated
     assert histories != [history.tolist() for history in envs.movielens("~", 1).histories]
+
+
+@pytest.mark.parametrize("world, tags, similar", [
+    ("csv", ["War|Drama", "War", "War|Drama|Crime", "", "Jazz"], {(0, 1), (0, 2)}),
+    ("fitted", ["War", "War", "Crime", "", "Jazz"], {(2, 3)}),
+    ("csv", ["", "", "", "", ""], {(2, 3)})])
+def test_similarity_is_by_categories_or_by_fitted_vectors(tmp_path, world, tags, similar):
+    """The cosine of War and of War, Drama, Crime is 0.577, below the limit of 0.595.
+
+    All users give the items 2 and 3 the same ratings, so these have the nearest vectors.
+    """
+    items = "id,title,categories\n" + "".join(f"{n},Film {n},{t}\n" for n, t in enumerate(tags))
+    votes = "user,item,rating\n" + "".join(
+        f"{user},{item},{1 + user * step % 5}\n" for user in range(40)
+        for item, step in enumerate((1, 2, 3, 3, 4)))
+    lay(tmp_path, {"items.csv": items, "ratings.csv": votes})
+    env = run.load_world(f"{world}:{tmp_path}", 0)
+    distances = {(a, b): env.distance(0, a, b) for b in range(5) for a in range(b)}
+    nearest_first = sorted(distances, key=distances.get)
+    assert set(nearest_first[:len(similar)]) == similar
+    assert all(distances[pair] < env.beta for pair in similar)
+    if world == "csv" and any(tags):
+        assert distances[nearest_first[len(similar)]] > env.beta
 
 
 @pytest.mark.parametrize("name, text, words", table(r"""
@@ -1617,7 +1641,7 @@ ratings.csv | user,item,rating\na,1,1\nb,1,5 | fewer than two items
 def test_bad_ratings_are_refused_in_one_line(tmp_path, name, text, words):
     lay(tmp_path, {"items.csv": ITEMS, "ratings.csv": RATINGS} | {name: text})
     with pytest.raises(envs.BadData, match=words) as error:
-        envs.ratings_folder(tmp_path)
+        envs.ratings_folder(tmp_path, fitted=True)
     assert "\n" not in str(error.value) and "README" in str(error.value)
 
 
