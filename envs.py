@@ -1120,7 +1120,7 @@ def fitted_vectors(factors: Array, rated: Array, rng: Rng) -> tuple[Array, float
 def fitted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, fitted: bool) -> Env:
     """A world of n users whose ratings `als` predicts.
 
-    `about` states the error on a held-out tenth of the votes.
+    `about` states the error on a held-out tenth of the votes, and what similarity is by.
     """
     rng = branch(seed, "data")
     m, size = len(entries), len(votes)
@@ -1134,14 +1134,16 @@ def fitted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, fitt
     train, test = votes[~held_out], votes[held_out]
     model = als(train, n, m, rank=12)
     biases = als(train, n, m, rank=0)       # no factors: biases alone
-    about = (f"{size} ratings{mapping}; RMSE on the tenth held out: {rmse(model, test):.4f} "
-             f"predicted by factors, {rmse(biases, test):.4f} by biases alone")
     titles, years, tags = zip(*entries)
     categories, belongs = labels(tags)
     # Prompts show categories. So a model can learn what is too similar, as in `films`.
-    vectors, beta = unit(belongs).astype(np.float32), 0.9
+    vectors, beta, similarity = unit(belongs).astype(np.float32), 0.9, "categories"
     if fitted or not categories:
+        similarity = "fitted vectors"
         vectors, beta = fitted_vectors(model.q[:, :-1], np.unique(train["item"]), rng)
+    about = (f"{size} ratings{mapping}; RMSE on the tenth held out: {rmse(model, test):.4f} "
+             f"predicted by factors, {rmse(biases, test):.4f} by biases alone; "
+             f"similarity by {similarity}")
     return Env(
         titles=titles, years=years,
         categories=categories, belongs=belongs, vectors=vectors,

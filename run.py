@@ -82,7 +82,7 @@ def say(text: str) -> None:
 FLAGS = {                               # group -> flag -> what it does
     "one run": {
         "method": f"{', '.join(METHOD_NAMES)} (default billp)",
-        "world": f"{WORLDS} (default films)",
+        "world": f"{WORLDS} (default films); fitted is csv with similarity by fitted vectors",
         "episodes": "learning episodes (default 50; 100 in experiments)",
         "users": "held-out users to evaluate on (default 50)",
         "seed": "determines every random draw (default 0)",

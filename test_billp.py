@@ -1653,7 +1653,8 @@ def test_another_scale_is_mapped_and_told(tmp_path):
         f"{user},{n},{100 if n < 25 else 0},{100 - n}\n" for user in "ab" for n in numbers)
     lay(tmp_path, {"items.csv": items, "ratings.csv": votes})
     env = envs.ratings_folder(tmp_path)
-    assert "from 0..100 onto 1..5" in env.about and env.years[4] == 1984
+    assert "from 0..100 onto 1..5" in env.about and "by fitted vectors" in env.about
+    assert env.years[4] == 1984
     assert [history.tolist() for history in env.histories] == [[*range(19, -1, -1)]] * 2
     flags = "--experiment table3 --rows random --seeds 1 --users 1 --out".split()
     code, _, err = command(*flags, tmp_path / "out", "--world", f"csv:{tmp_path}")
