@@ -83,7 +83,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "billp-no-micro": {"experience": False},
     "billp-no-critic": {"baseline": False},
     # Nothing is asked: each role gives its fallback, planner and actor the first of what the model
-    # would be offered. A model that is of use beats this.
+    # would be offered. M_A and M_C are written, M_P is not. A useful model beats this.
     "billp-no-model": {"retries": -1},
 }
 

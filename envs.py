@@ -1113,14 +1113,15 @@ def fitted_vectors(factors: Array, rated: Array, rng: Rng) -> tuple[Array, float
     demand(len(rated) > 1, "fewer than two items with ratings")
     vectors = unit(factors)
     a, b = rng.choice(rated, size=(2, 100_000))
-    between_two = euclidean(vectors)(0, a, b)[a != b]       # without pairs of an item with itself
+    distances = euclidean(vectors)(0, a, b)         # for user 0: they are the same for every user
+    between_two = distances[a != b]                 # without pairs of an item with itself
     return vectors, float(np.quantile(between_two, 0.2))
 
 
-def fitted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, fitted: bool) -> Env:
+def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, fitted: bool) -> Env:
     """A world of n users whose ratings `als` predicts.
 
-    `about` states the error on a held-out tenth of the votes, and what similarity is by.
+    `about` states the error on a held-out tenth of the votes, and what similarity is based on.
     """
     rng = branch(seed, "data")
     m, size = len(entries), len(votes)
@@ -1158,7 +1159,8 @@ def ratings_folder(path: Location, seed: int = 0, fitted: bool = False) -> Env:
     item, rating, optional time. The header names the columns by any of ALIASES, in any order; other
     columns are ignored. Ids are any text. Ratings of another scale are mapped: see `rescaled`.
     Two items are too similar if the cosine of their categories is above 0.595 (a distance below
-    0.9). With `fitted`, or if no item has a category, vectors fitted to the ratings decide.
+    0.9), or if neither has a category. With `fitted`, or if no item of the world has a category,
+    vectors fitted to the ratings decide instead.
     MovieLens as GroupLens ships it is such a folder, also with .dat files (ml-1m and ml-10M).
     """
     items, users = {}, {}               # the number of each id; the parsers add to them
@@ -1171,7 +1173,7 @@ def ratings_folder(path: Location, seed: int = 0, fitted: bool = False) -> Env:
         rows = read_rows(rating_file, ("user", "item", "rating"), parse)
         votes = np.fromiter(rows, VOTE)
         demand(len(users) > 1, "fewer than two users")
-        return fitted_world(entries, votes, len(users), seed, fitted)
+        return predicted_world(entries, votes, len(users), seed, fitted)
 
 
 movielens = ratings_folder          # a MovieLens folder is one of them
