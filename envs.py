@@ -1104,24 +1104,11 @@ def liked_items(votes: Array) -> list[Array]:
     return histories
 
 
-def fitted_vectors(factors: Array, rated: Array, rng: Rng) -> tuple[Array, float]:
-    """Item factors scaled to length 1, and the 0.2 quantile of their distances as beta.
-
-    An item without ratings has the zero vector. Its distance to others like it is 0, which would
-    pull the quantile down. So this takes 100,000 random pairs of rated items.
-    """
-    demand(len(rated) > 1, "fewer than two items with ratings")
-    vectors = unit(factors)
-    a, b = rng.choice(rated, size=(2, 100_000))
-    distances = euclidean(vectors)(0, a, b)         # for user 0: they are the same for every user
-    between_two = distances[a != b]                 # without pairs of an item with itself
-    return vectors, float(np.quantile(between_two, 0.2))
-
-
 def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, fitted: bool) -> Env:
     """A world of n users whose ratings `als` predicts.
 
     `about` states the error on a held-out tenth of the votes, and what similarity is based on.
+    With `fitted` vectors, `beta` is the 0.2 quantile of the distances.
     """
     rng = branch(seed, "data")
     m, size = len(entries), len(votes)
@@ -1137,14 +1124,20 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
     biases = als(train, n, m, rank=0)       # no factors: biases alone
     titles, years, tags = zip(*entries)
     categories, belongs = labels(tags)
+    # Random pairs of different items. An item without ratings is left out: its factors are 0.
+    rated = np.unique(train["item"])
+    demand(len(rated) > 1, "fewer than two items with ratings")
+    one, other = rng.choice(rated, size=(2, 100_000))
+    one, other = one[one != other], other[one != other]
     # Prompts show categories. So a model can learn what is too similar, as in `films`.
-    vectors, beta, similarity = unit(belongs).astype(np.float32), 0.9, "categories"
+    similarity, vectors, beta = "categories", unit(belongs).astype(np.float32), 0.9
     if fitted or not categories:
-        similarity = "fitted vectors"
-        vectors, beta = fitted_vectors(model.q[:, :-1], np.unique(train["item"]), rng)
+        similarity, vectors = "fitted vectors", unit(model.q[:, :-1])
+        beta = float(np.quantile(length_between(vectors, 0, one, other), 0.2))
+    share = (length_between(vectors, 0, one, other) < beta).mean()
     about = (f"{size} ratings{mapping}; RMSE on the tenth held out: {rmse(model, test):.4f} "
              f"predicted by factors, {rmse(biases, test):.4f} by biases alone; "
-             f"similarity by {similarity}")
+             f"by {similarity} {share:.0%} of all pairs are too similar")
     return Env(
         titles=titles, years=years,
         categories=categories, belongs=belongs, vectors=vectors,
