@@ -1619,8 +1619,13 @@ def test_similarity_is_by_categories_or_by_fitted_vectors(tmp_path, world, tags,
     nearest_first = sorted(distances, key=distances.get)
     assert set(nearest_first[:len(similar)]) == similar
     assert all(distances[pair] < env.beta for pair in similar)
-    if world == "csv" and any(tags):
+    is_fitted = world == "fitted" or not any(tags)
+    if is_fitted:
+        assert env.vectors.shape == (5, 12) and "by fitted vectors" in env.about
+        assert sum(distance < env.beta for distance in distances.values()) <= 3     # of 10
+    else:
         assert distances[nearest_first[len(similar)]] > env.beta
+        assert "by categories 20% of all pairs" in env.about                # 2 of 10
 
 
 @pytest.mark.parametrize("name, text, words", table(r"""
