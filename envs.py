@@ -1135,9 +1135,9 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
         similarity, vectors = "fitted vectors", unit(model.q[:, :-1])
         beta = float(np.quantile(length_between(vectors, 0, one, other), 0.2))
     share = (length_between(vectors, 0, one, other) < beta).mean()
-    about = (f"{size} ratings{mapping}; RMSE on the tenth held out: {rmse(model, test):.4f} "
-             f"predicted by factors, {rmse(biases, test):.4f} by biases alone; "
-             f"by {similarity} {share:.0%} of all pairs are too similar")
+    about = (f"{size} ratings{mapping}; RMSE on a held-out tenth {rmse(model, test):.3f}, by "
+             f"biases alone {rmse(biases, test):.3f}; "
+             f"{share:.0%} of pairs too similar by {similarity}")
     return Env(
         titles=titles, years=years,
         categories=categories, belongs=belongs, vectors=vectors,

@@ -1625,7 +1625,7 @@ def test_similarity_is_by_categories_or_by_fitted_vectors(tmp_path, world, tags,
         assert sum(distance < env.beta for distance in distances.values()) <= 3     # of 10
     else:
         assert distances[nearest_first[len(similar)]] > env.beta
-        assert "by categories 20% of all pairs" in env.about                # 2 of 10
+        assert "20% of pairs too similar by categories" in env.about        # 2 of 10
 
 
 @pytest.mark.parametrize("name, text, words", table(r"""
@@ -1646,7 +1646,7 @@ ratings.csv | user,item,rating\na,1,1\nb,1,5 | fewer than two items
 def test_bad_ratings_are_refused_in_one_line(tmp_path, name, text, words):
     lay(tmp_path, {"items.csv": ITEMS, "ratings.csv": RATINGS} | {name: text})
     with pytest.raises(envs.BadData, match=words) as error:
-        envs.ratings_folder(tmp_path, fitted=True)
+        envs.ratings_folder(tmp_path)
     assert "\n" not in str(error.value) and "README" in str(error.value)
 
 
