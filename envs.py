@@ -1104,11 +1104,26 @@ def liked_items(votes: Array) -> list[Array]:
     return histories
 
 
-def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, fitted: bool) -> Env:
-    """A world of n users whose ratings `als` predicts.
+def similarity_by(belongs: Array, factors: Array, one: Array, other: Array,
+                  fitted: bool) -> tuple[str, Array, float]:
+    """What similarity is based on: its name, vectors of length 1 for the m items, and beta.
 
-    `about` states the error on a held-out tenth of the votes, and what similarity is based on.
-    With `fitted` vectors, `beta` is the 0.2 quantile of the distances.
+    `belongs` is [m, c], `factors` [m, 12]. `one` and `other` [k] are pairs of items.
+    """
+    if belongs.any() and not fitted:
+        # Prompts show categories. So a model can learn what is too similar. `films` has this beta.
+        return "categories", unit(belongs).astype(np.float32), 0.9
+    # Fitted distances have no natural limit. Our choice: one pair in five is too similar.
+    vectors = unit(factors)
+    beta = np.quantile(length_between(vectors, 0, one, other), 0.2)
+    return "fitted vectors", vectors, float(beta)
+
+
+def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, fitted: bool) -> Env:
+    """A world of n users whose ratings `als` predicts from votes, an array of VOTE.
+
+    `entries` are the items: (title, year, categories). `about` states the error on a held-out tenth
+    of the votes, and how many pairs of items are too similar, by categories or by fitted vectors.
     """
     rng = branch(seed, "data")
     m, size = len(entries), len(votes)
@@ -1129,11 +1144,8 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
     demand(len(rated) > 1, "fewer than two items with ratings")
     one, other = rng.choice(rated, size=(2, 100_000))
     one, other = one[one != other], other[one != other]
-    # Prompts show categories. So a model can learn what is too similar, as in `films`.
-    similarity, vectors, beta = "categories", unit(belongs).astype(np.float32), 0.9
-    if fitted or not categories:
-        similarity, vectors = "fitted vectors", unit(model.q[:, :-1])
-        beta = float(np.quantile(length_between(vectors, 0, one, other), 0.2))
+    factors = model.q[:, :-1]
+    similarity, vectors, beta = similarity_by(belongs, factors, one, other, fitted)
     share = (length_between(vectors, 0, one, other) < beta).mean()
     about = (f"{size} ratings{mapping}; RMSE on a held-out tenth {rmse(model, test):.3f}, by "
              f"biases alone {rmse(biases, test):.3f}; "
