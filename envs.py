@@ -811,8 +811,8 @@ def films(seed: int = 0) -> Env:
 
 # ------------------------------------------------ data files: ratings, from MovieLens or anybody
 
-ADVICE = ("the README tells what the files hold; whole copies of MovieLens are at "
-          "grouplens.org/datasets/movielens")
+ADVICE = ("the README tells what the files hold, in fields separated by commas; whole copies of "
+          "MovieLens are at grouplens.org/datasets/movielens")
 ITEM_FILES = ("items.csv", "movies.csv", "movie.csv", "movies.dat")
 HEADERS = {"movies.dat": ["movieId", "title", "genres"],                # .dat files have no header
            "ratings.dat": ["userId", "movieId", "rating", "timestamp"]}
@@ -981,9 +981,10 @@ VOTE = [("user", int), ("item", int), ("rating", float), ("time", float)]
 
 def parse_vote(users: Numbers, items: Numbers, row: Fields) -> tuple:
     """One VOTE. `users` and `items` map ids to numbers. A new user is added to `users`."""
+    demand(row["user"], "a rating without user")
+    demand(row["rating"], "a user and an item without rating")
     rating = float(row["rating"])
     demand(np.isfinite(rating), f"the rating {rating} is not finite")
-    demand(row["user"], "a rating without user")
     demand(row["item"] in items, f"item {row['item']} is not in the list of items")
     # a new user gets the next number
     user = users.setdefault(row["user"], len(users))
@@ -1116,7 +1117,9 @@ def similarity_by(belongs: Array, factors: Array, one: Array, other: Array,
     # Fitted distances have no natural limit. Our choice: one pair in five is too similar.
     vectors = unit(factors)
     beta = np.quantile(length_between(vectors, 0, one, other), 0.2)
-    return "fitted vectors", vectors, float(beta)
+    # perhaps the column of categories has a name that is not known
+    name = "fitted vectors" if fitted else "fitted vectors, because no item has a category"
+    return name, vectors, float(beta)
 
 
 def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, fitted: bool) -> Env:

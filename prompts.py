@@ -1414,7 +1414,7 @@ KINDS = (
     Kind("too late", 1, RESUME, "(408|409|429|5..) false"),     # it is useless to ask again
     Kind("busy", 17, RESUME, "403|429|503"),    # the waits come to 75 s and more
     Kind("odd", 7, RESUME, "4.. true"),         # advised to retry
-    Kind("request", 1, "correct the request: --model, --extra-body or --header",
+    Kind("request", 1, "correct the request: --model, --embed-model, --extra-body or --header",
          # Not these, which are failures, see below: 408 and 409 (timeout, conflict), 423 to 425
          # (locked, a failed generation, no capacity), 498 and 499 (cancelled)
          "4(?!08|09|2[345]|9[89])..|501|LocalProtocolError",

@@ -322,7 +322,8 @@ def models_of(args: Namespace) -> list[str]:
         return ["offline"]
     if "" in names or not (has_endpoint or has_key):
         raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
-                        "or give --base-url and --model; --model offline is the stand-in")
+                        "or give --base-url and --model; --model offline is the stand-in; with "
+                        "--replay --model is enough")
     return names
 
 
@@ -618,13 +619,16 @@ class Live(NamedTuple):
     # "asked": answers that were not in the log. "empty: REASON": replies without a text. A
     # prompts.Route adds "requests", "retries: KIND" and "system_fingerprint".
     stats: Json
+    # of the episodes finished so far: replies that were malformed, fallbacks, actions, and unnamed,
+    # the actions that named no free item
+    replies: Counter
     failures: list[Exception]   # of calls that failed for good
     stop: Event                 # set when no further call shall begin
 
 
 def new_live() -> Live:
     """Empty counts, before the first call."""
-    return Live({role: Counter(calls=0) for role in ROLES}, {}, [], Event())
+    return Live({role: Counter(calls=0) for role in ROLES}, {}, Counter(), [], Event())
 
 
 def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
@@ -721,12 +725,25 @@ class Outcome(NamedTuple):
     agent: Agent = billp.NOVICE
 
 
-def watched(pmap: Callable, run: Settings, stats: Json) -> Callable:
-    """The same map, which also reports progress after every tenth episode of a phase."""
+def count_replies(trajectory: Trajectory, replies: Counter) -> None:
+    """Add the replies of an episode to `Live.replies`."""
+    answers = [*trajectory.answers]
+    for step in trajectory.steps:
+        answers += [step.plan, step.act]
+        replies["actions"] += 1
+        replies["unnamed"] += not step.act.exact
+    replies["malformed"] += sum(answer.malformed for answer in answers)
+    replies["fallbacks"] += sum(answer.fallback for answer in answers)
+
+
+def watched(pmap: Callable, run: Settings, live: Live) -> Callable:
+    """The same map, which also counts replies, and reports every tenth episode of a phase."""
     lengths_of = defaultdict(list)      # of the episodes so far, by phase
 
     def watched_map(function: Callable, users: Sequence[int], keys: Sequence[Key]) -> Iterator:
         for trajectory in pmap(function, users, keys):
+            if run.config["retries"] >= 0:          # otherwise no model is asked
+                count_replies(trajectory, live.replies)
             phase = trajectory.last.key.phase
             lengths = lengths_of[phase]
             length, _ = billp.score(trajectory)
@@ -735,7 +752,8 @@ def watched(pmap: Callable, run: Settings, stats: Json) -> Callable:
             done = len(lengths)
             if done % 10 == 0 or done == total:
                 # the stand-in has no log, so its answers are not told as new
-                new = f", {stats['asked']} new answers" if "asked" in stats else ""
+                asked = live.stats.get("asked")
+                new = "" if asked is None else f", {asked} new answers"
                 mean = np.mean(lengths)
                 say(f"{phase}: {done} of {total} episodes, mean Len so far {mean:.1f}{new}")
             yield trajectory
@@ -819,12 +837,7 @@ def summarise(run: Settings, outcome: Outcome, live: Live, began: float) -> Json
     batches = [lengths[start:start + size] for start in range(0, len(lengths), size)]
     before = scores_of(outcome.sessions["before"])
     after = scores_of(outcome.sessions.get("after", outcome.sessions["before"]))
-    answers, exact = [], []
-    for trajectory in outcome.trajectories:
-        answers += trajectory.answers
-        for step in trajectory.steps:
-            answers += [step.plan, step.act]
-            exact.append(step.act.exact)
+    replies = live.replies
     content_of_run = run._asdict()
     rule = content_of_run.pop("rule")
     return content_of_run | {
@@ -833,9 +846,8 @@ def summarise(run: Settings, outcome: Outcome, live: Live, began: float) -> Json
         "before": envs.metrics(before), "after": envs.metrics(after),
         "difference": envs.metrics(after, before) if run.episodes else None,
         "reflections": len(billp.records(outcome.agent.planner)),
-        "malformed": sum(answer.malformed for answer in answers),
-        "fallbacks": sum(answer.fallback for answer in answers),
-        "ungrounded": round(1 - float(np.mean(exact or [True])), 4),
+        "malformed": replies["malformed"], "fallbacks": replies["fallbacks"],
+        "ungrounded": round(replies["unnamed"] / (replies["actions"] or 1), 4),
         "calls": live.counts, "endpoint": live.stats,
         "seconds": round(time.perf_counter() - began, 2)}
 
@@ -880,7 +892,7 @@ def chart(summary: Json) -> Iterator[str]:
 
 
 def ledger(live: Live) -> Iterator[str]:
-    """Calls and tokens of each role, then what the endpoint's client counted."""
+    """Calls and tokens of each role, what the endpoint's client counted, and unusable replies."""
     with prompts.LOCK:                  # threads may still count
         table = {role: dict(row) for role, row in live.counts.items() if row["calls"]}
         stats = dict(live.stats)
@@ -893,6 +905,11 @@ def ledger(live: Live) -> Iterator[str]:
         yield f"answers   {known} from the log, {asked} new"
         for name, value in stats.items():
             yield f"endpoint  {name}: {value}"
+    replies = live.replies
+    if replies:
+        share = replies["unnamed"] / replies["actions"]
+        yield (f"replies   malformed {replies['malformed']}, fallbacks {replies['fallbacks']}, "
+               f"actions that named no free item {share:.0%}")
 
 
 def report(summary: Json, about: str, lessons: Sequence[str], live: Live) -> Iterator[str]:
@@ -919,10 +936,6 @@ def report(summary: Json, about: str, lessons: Sequence[str], live: Live) -> Ite
     for lesson in lessons:
         yield f"lesson    {lesson}"
     yield from ledger(live)
-    if summary["calls"]["actor"]["calls"]:
-        replies = ("replies   malformed {malformed}, fallbacks {fallbacks}, "
-                   "actions that named no free item {ungrounded:.0%}")
-        yield replies.format_map(summary)
     yield f"seconds   {summary['seconds']}"
 
 
@@ -945,7 +958,7 @@ def one_run(args: Namespace, live: Live) -> None:
     workers = args.workers or (1 if run.model == "offline" else run.config["batch"])
     with parallel(futures.ThreadPoolExecutor(workers), live.stop) as pmap:
         outcome = perform(run, place, agent, partial(counted, llm, live), embed,
-                          watched(pmap, run, live.stats), phases_of(run))
+                          watched(pmap, run, live), phases_of(run))
     summary = summarise(run, outcome, live, began)
     episodes = [dumps(describe(place.env, played)) + "\n" for played in outcome.trajectories]
     write(folder / "episodes.jsonl", "".join(episodes))
@@ -1018,8 +1031,9 @@ def episode_of(folder: Path, pick: str) -> Json:
         if is_phase and number in ("", str(episode["episode"])):
             return episode
     if pick:
+        last = "{phase}:{episode}".format_map(episodes[-1])
         raise UserError(f"the run has no episode {pick!r}: --pick takes before, learn or after, "
-                        "as in after:3")
+                        f"as in after:3; the last one here is {last}")
     return episodes[-1]
 
 
@@ -1264,7 +1278,7 @@ def do_jobs(args: Namespace, jobs: Sequence[Job], folder: Path, live: Live) -> I
                 models[name] = open_model(args, job.run, folder / quote(name, safe=""), live)
             llm, embed = models[name]
             # fig4 also plays sessions that belong to no phase, so no progress is shown.
-            job_map = pmap if job.measure == "errors" else watched(pmap, job.run, live.stats)
+            job_map = pmap if job.measure == "errors" else watched(pmap, job.run, live)
             yield measure_job(job, partial(counted, llm, live), embed, job_map)
 
 

@@ -1627,6 +1627,7 @@ def test_similarity_may_be_by_fitted_vectors(tmp_path, world, tags):
     env, pairs = too_similar(tmp_path, world, tags)
     assert (2, 3) in pairs and len(pairs) <= 3      # beta is the 0.2 quantile of 10 distances
     assert env.vectors.shape == (5, 12) and "by fitted vectors" in env.about
+    assert ("no item has a category" in env.about) == (world == "csv")
 
 
 @pytest.mark.parametrize("name, text, words", table(r"""
@@ -1639,6 +1640,7 @@ ratings.csv | user,item,rating\na,1,nan | ratings.csv: line 2: the rating nan
 ratings.csv | user,item,rating\na,1,good | line 2: .*'good'
 ratings.csv | user,item,rating\na,77,4 | line 2: item 77 is not
 ratings.csv | user,item,rating\n,1,4 | line 2: a rating without user
+ratings.csv | user,item,rating\na,1, | line 2: a user and an item without rating
 ratings.csv | user,item,rating\na,1,4 | fewer than two users
 ratings.csv | user,item,rating\na,1,9\nb,1,9 | every rating is 9
 ratings.csv | user,item,rating\na,1,1\nb,1,1 | every rating is 1
@@ -2290,6 +2292,18 @@ def test_replies_of_no_use_are_counted(tmp_path, monkeypatch):
     assert summary["ungrounded"] == 1
 
 
+def test_an_experiment_counts_replies_of_rows_that_ask(tmp_path):
+    def silent(body):
+        return 200, json.dumps({"choices": [{"message": {"content": "As an AI, I am no critic."}}]})
+
+    with endpoint(silent) as server:
+        rows = ("--seeds", 1, "--experiment", "table5", "--rows", "billp,billp-no-model")
+        out = succeed(*flags_of(server.url, tmp_path, *rows))
+    calls = len(server.asked)
+    counts = f"malformed {calls}, fallbacks {calls // 3}, actions that named no free item 100%"
+    assert f"replies   {counts}\n" in out
+
+
 def test_no_lesson_is_written_that_nobody_reads(tmp_path):
     out = succeed(*SMALL, "--no-thoughts", "--out", tmp_path)
     assert "critic" in out and "reflector" not in out
@@ -2324,7 +2338,8 @@ def test_show_tells_the_episode_picked(pick, number, finished):
     assert bool(gains) == (phase == "learn")
     assert all(("advantage +" in line) == ("encouraged" in line) for line in gains)
     for missing in ("learn:4", "3"):
-        assert f"no episode '{missing}'" in refuse("--show", finished, "--pick", missing)
+        error = refuse("--show", finished, "--pick", missing)
+        assert f"no episode '{missing}'" in error and "the last one here is after:2" in error
 
 
 def test_show_refuses_an_unreadable_episode_in_one_line(finished, tmp_path):
