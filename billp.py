@@ -283,8 +283,7 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
     for attempt in range(config.retries + 1):
         key = state.key._replace(attempt=attempt)
         reply = llm(Ask(role, key, messages, config.reply_tokens, config.temperature))
-        # without <think>...</think>; a client's content may be None
-        text = prompts.spoken(reply.text or "")
+        text = reply.text or ""         # a client's content may be None
         value = parse(text)
         if not isinstance(value, Malformed):
             return Answer(value, str(value), malformed=attempt)

@@ -248,7 +248,8 @@ def spoken(text: str) -> str:
 # the labels after which a thought, an item or a reflection may stand
 ANSWERS = ("final answer", "answer")    # before any of the three
 THOUGHTS = ("thought", "next category", "category", *ANSWERS)
-ITEMS = ("action", "free item", "item", "title", "recommendation", *ANSWERS)
+ITEMS = ("action", "free item", "item", "title", "recommendation", "film", "movie", "pick",
+         "choice", *ANSWERS)
 REFLECTIONS = ("reflection", "lesson", *ANSWERS)
 # those that begin a turn, and so end what stands before them
 TURNS = ("thought", "action", "free item", "final answer", "observation")
@@ -337,6 +338,9 @@ REFUSALS = (
     r"(my )?apologies\W+(but|i)\b",
     r"i (must|have to) (\w+ )?decline\b",
     r"i regret (that|to)\b",
+    r"i ((must|have to) )?refuse\b",
+    r"((the|this|your) )?(content|prompt|request) ((is|was) )?(blocked|denied|refused|rejected)\b",
+    r"(n/?a|none|null)\W*$",
     r"as an? (\w+ )?(ai|language model|assistant)\b",          # "As an AI"
     # "I'm just a language model", "I am an AI and"
     rf"{I_AM} ((just|only) )?an? (\w+ )?(ai|language model)\b",
@@ -362,8 +366,8 @@ def refuses(text: str, labels: Sequence[str]) -> bool:
     (False, True)
     """
     is_refusal = REFUSAL.match(segment(text, labels) or text) is not None
-    # "Sorry, but no War is left; I'd pick Up" is none
-    return is_refusal and not re.search(f"(?i){CHOSEN}", text)
+    # "Sorry, but no War is left; I'd pick Up" is none, nor is "..., but Up is the closest"
+    return is_refusal and not re.search(f"(?i){CHOSEN}|is the (best|closest)", text)
 
 
 def unmarked(line: str) -> str:
@@ -394,7 +398,7 @@ def first_line(text: str, preamble: str = ":!") -> str:
     A line of CHATTER, or one that ends in a character of `preamble`, such as "Here is my thought:"
     or "I can help!", counts only if there is no other.
     """
-    text = re.sub(r"(?m)^\s*```\w*\s*$", "", text)         # the fences of code
+    text = re.sub(r"(?m)^\s*(```|~~~)\w*\s*$", "", text)   # the fences of code
     lines = [content for content in map(unmarked, text.splitlines()) if content]
     for line in lines:
         if line[-1] not in preamble and not re.fullmatch(CHATTER, line):
@@ -444,6 +448,8 @@ YEAR = re.compile("(1[89]|20)[0-9]{2}")
 # Story 3, because ...". It is matched with the two words behind the title, without punctuation.
 SEQUEL = re.compile(rf"(II|III|IV|VI{{0,3}}|(Part|Episode) ([\dIV]+|Two|Three|Four|Five|Six)"
                     rf"|[2-9]( {YEAR.pattern}| because| since| as|$))\b")
+# More words of another film's title, then its year: "[The Matrix] Reloaded (2003)"
+LONGER = re.compile(rf"((in|of|on|the|to|[A-Z0-9]\w*) ){{1,6}}(?P<year>{YEAR.pattern})\b")
 BOLD = r"\*\*[^*\n]+\*\*(?:\s*\(\d{4}\))?"
 # '"Up" is fun', "**Up** (2009) is fun"
 EMPHASISED = r"\W*[\"“*](?P<title>[^\"”*]+)[\"”*]+\s*(?P<year>\(\d{4}\))?"
@@ -550,6 +556,7 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
         ["Hello"]                           [], 0
         ["Alien", "2009"]                   [], 1: this year is that of another film
         ["Frozen", "II"]                    [], 1: the catalogue lacks this sequel
+        ["Alien", "Covenant", "2017"]       [], 1: the year is that of a film with a longer title
     """
     for size in range(min(LONGEST, len(words)), 0, -1):
         following = words[size] if size < len(words) else ""
@@ -569,7 +576,12 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
             continue
         if year_words:
             items = of_year(items, int(following), catalog)
-        if not items or SEQUEL.match(" ".join(words[size:size + 2])):
+        behind = words[size:]
+        longer = LONGER.match(" ".join(behind[:7]))
+        # not "Alien, Jaws (1975)", where another title begins
+        if longer and not leading_title(behind, catalog)[0]:
+            items = of_year(items, int(longer["year"]), catalog)
+        if not items or SEQUEL.match(" ".join(behind[:2])):
             return [], size             # the search goes on behind the title
         return items, size + year_words
     return [], 0
@@ -584,8 +596,9 @@ def before_reason(text: str) -> str:
     # Not a comparison: "I'd like Up", "you would, might, may or will like Up", "they also like Up".
     # (?<!X) means "not after X". There are seven, because Python wants X to have a fixed length.
     like = r"(?<!['’]d )(?<!['’]ll )(?<!would )(?<!might )(?<!may )(?<!will )(?<!also )like"
-    reason = (rf"[Bb]ecause|[Rr]eason[\s*_]*:|[Ee]xplanation[\s*_]*:|{like}|unlike|than|since|as"
-              "|given that|similar to|in contrast to|in the spirit of|compared (?:to|with)")
+    reason = (rf"[Bb]ecause|[Rr]eason[\s*_]*:|[Ee]xplanation[\s*_]*:|{like}|unlike|than"
+              "|since|(?<!such )as|given that|similar to|in contrast to|in the spirit of"
+              "|compared (?:to|with)")
     return re.split(rf"(?<![\w-])(?:{reason})(?![\w-])", text)[0]
 
 
@@ -648,11 +661,15 @@ def titles_within(text: str, catalog: Catalog) -> list[int]:
 
 
 # Words on what is not recommended. They begin like this and go on to the next mark, "but" or "and":
-#     "Not Jaws, ..." · "Since Jaws was liked, ..." · "I would skip Jaws and ..."; but "Why not Up?"
-ASIDE_FROM = (r"\b((?<!why )not|instead of|rather than|skip|avoid|unlike|although|though|while"
-              r"|since|if|given|having|compared)\b((?! (but|and) )[^,.;:!?\n])*")
+#     "Not Jaws, ..." · "Neither Jaws nor Up, ..." · "I'd skip Jaws and ..."; but "Why not Up?"
+ASIDE_FROM = (r"\b((?<!why )not|do(n['’]?t| not) recommend|neither|instead of|rather than"
+              r"|skip|avoid|unlike)\b((?! (but|and) )[^,.;:!?\n])*")
+# or they are a clause of their own: "While Jaws and Up are good, ..." · "Since Jaws was old, ..."
+ASIDE_CLAUSE = (r"\b(although|though|while|since|if|given|having|compared)\b"
+                r"((?! but )[^,.;:!?\n])*")
 # or they hold such words: "..., Jaws was discouraged, ..."
-ASIDE_WITH = r"[^,.;:!?\n]{0,80} (discouraged|too (similar|alike)|rated low)\b[^,.;:!?\n]*"
+ASIDE_WITH = (r"[^,.;:!?\n]{0,80} (discouraged|too (similar|alike)|rated low"
+              r"|do(es)?( not|n['’]?t) fit)\b[^,.;:!?\n]*")
 
 
 def without_asides(text: str) -> str:
@@ -661,7 +678,7 @@ def without_asides(text: str) -> str:
     >>> without_asides("Not Jaws, but Alien")
     ', but Alien'
     """
-    return re.sub(f"(?i){ASIDE_FROM}|{ASIDE_WITH}", "", text)
+    return re.sub(f"(?i){ASIDE_FROM}|{ASIDE_CLAUSE}|{ASIDE_WITH}", "", text)
 
 
 def mentioned(text: str, catalog: Catalog) -> list[int]:
@@ -786,7 +803,7 @@ def bullets(lines: Sequence[str]) -> str:
 
 def complaint(text: str, malformed: Malformed) -> tuple[tuple[str, str], ...]:
     """The messages that follow a malformed reply: the reply, and what was wrong with it."""
-    answer = clean(text, 300) or "(nothing)"
+    answer = clean(spoken(text), 300) or "(nothing)"
     wrong = f"Not usable: {malformed.reason}. Reply with the one line asked for."
     return ("assistant", answer), ("user", wrong)
 
@@ -852,7 +869,7 @@ def render_planner(lessons: Sequence[str], tastes: Tastes, lately: int) -> str:
 def parse_planner(text: str) -> str | Malformed:
     """The thought, one line."""
     # "**Action**" at the beginning is the category Action here; elsewhere it may be a label
-    text = re.sub(r"(?i)\A\W*\*\*action\*\*", "Next category: Action", text)
+    text = re.sub(r"(?i)\A\W*\*\*action\*\*", "Next category: Action", spoken(text))
     return labelled(text, THOUGHTS) or Malformed("the reply held no line 'Next category: ...'")
 
 
@@ -879,7 +896,7 @@ def parse_reflector(text: str) -> str | Malformed:
     """The reflection, one line."""
     # Two lines of one reflection are joined: "... because War.", then "- Better next time: Comedy".
     break_and_marks = r'\n[^\w"]{0,9}'
-    text = re.sub(rf'(?i){break_and_marks}(?="?better[ _]next[ _]time)', " ", text)
+    text = re.sub(rf'(?i){break_and_marks}(?="?better[ _]next[ _]time)', " ", spoken(text))
     return labelled(text, REFLECTIONS) or Malformed("the reply held no line 'Reflection: ...'")
 
 
@@ -1026,6 +1043,7 @@ def render_actor(n: int, thought: str, candidates: Sequence[Candidate], form: st
 
 def parse_actor(text: str) -> str | Malformed:
     """The part of a reply in which the item is named, at most 2,000 characters."""
+    text = spoken(text)
     part = item_part(text)[:2000]
     is_empty = named_by(words_of(part)) in ("", "title", "free item")
     if is_empty or refuses(text, ITEMS):
@@ -1113,13 +1131,14 @@ def parse_critic(text: str) -> float | Malformed:
     >>> parse_critic("The value of 3 more films.\\nValue 4: 7.5"), parse_critic("(3 more) 7,5")
     (7.5, 7.5)
     """
-    text = re.sub(BEHIND, " ", text)
+    text = re.sub(BEHIND, " ", spoken(text))
     outside = re.sub(r"[(（][^()（）\n]*[)）]", " ", text)
     attempts = (VALUE_LINE.search(outside),                     # "Value: 7.5"
                 last_match(VALUE_IS, outside),                  # "so the value is 7.5"
                 last_match(GUESS, outside),                     # "I would say 7.5", "\boxed{7.5}"
                 VALUE_LINE.search(text),                        # "Value: (7.5)"
                 re.search(rf"(?m)^[ *_$`]*{NUMBER}[ *_$`.]*\Z", outside),       # the last line
+                re.search(rf"[:=≈：][\s*_$`]*{NUMBER}[ *_$`.]*\Z", outside),     # "Step 3: 7.5"
                 re.search(NUMBER, outside),                     # the first number
                 re.search(NUMBER, text))                        # "(7.5)"
     for match in attempts:
@@ -1826,9 +1845,10 @@ def pause(route: Route, got: Fault, faults: int) -> None:
     """
     backoff = min(0.5 * 2 ** (faults - 1), 8.0) * random.uniform(0.75, 1.0)
     wait = max(min(got.wait, LONGEST_WAIT), backoff)
-    if wait > 5:
+    is_loading = "loading" in got.reason.casefold()         # a server still reads its model
+    if wait > 5 or is_loading:
         tell(route, "wait", f"{got.reason}; waiting {wait:.0f} s")
-    if route.sleep(wait):
+    if route.sleep(wait) is True:       # an Event that is set
         raise EndpointError("stopped")
 
 
@@ -2010,6 +2030,7 @@ class Log(NamedTuple):
 def open_log(path: str | Path, model_id: Any) -> Log:
     """Read a log; there may be none yet. Of two replies to one ask the first counts."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.exists() else b""
     known: dict[str, Reply] = {}
     for line in content.splitlines():

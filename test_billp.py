@@ -1013,6 +1013,12 @@ Jaws | 1. Alien (1979)\n2. Jaws (1975)\n3. Up (2009) | Alien
 Alien | Free item: Alien\nFree item: Jaws ; I recommend Alien. Do not choose Jaws. |
 Alien | My pick: Alien. I would not recommend Jaws now. ; The best fit is Alien. Then comes Jaws. |
 Jaws | I considered Alien, but it is too similar. I recommend Jaws. |
+Jaws | While Alien and Heat are tense, Jaws is better. ; Neither Alien nor Heat fits; Jaws does. |
+Jaws | I don't recommend Alien; Jaws is tense. ; Alien does not fit. Jaws does. |
+Jaws | I'm sorry, I can't find a perfect match, but Jaws is the closest. |
+Jaws | {"reason": "Alien was liked", "film": "Jaws"} ; My pick: Jaws ; Movie: Jaws |
+Jaws | After Alien the user needs something else, such as Jaws. | Alien
+Alien | Alien, Jaws (1975) ; Alien and Jaws (1975) |
 Jaws | Instead of Alien, I suggest Jaws ; Instead of Alien, Jaws. ; Not Alien, but Jaws. |
 Jaws | Alien was fun, and you might like Jaws. ; After Alien the user will like Jaws. | Alien
 Jaws | - **Alien**: tense\n- **Jaws**: a shark\n\nI'd recommend Jaws. |
@@ -1076,6 +1082,8 @@ def test_a_taken_title_stands_for_its_categories(name, reply):
 @pytest.mark.parametrize("reply", [
     "Alien (2009)", "Terminator 2: Judgment Day (1996)", "Donnie Darko (2001)", "Fargo (2001)",
     "The up side", "Frozen II", "Dune: Part Two", "Scream VI", "Jaws 2 (1978)", "Toy Story 3",
+    "The Matrix Reloaded (2003)", "Alien: Covenant (2017)", "Top Gun: Maverick (2022)",
+    "Home Alone 2: Lost in New York (1992)", "Coco Before Chanel (2009)",
     "Toy Story 3, because it is fun", "Jaws 2, as it is fun", "The Godfather: Part II (1974)",
     "2001 ideas for tonight"])
 def test_another_films_year_or_a_sequel_names_nothing(reply):
@@ -1090,6 +1098,7 @@ planner | ```\nThought 3: Comedy next\n``` ; ```json\n{"thought": "Comedy next"}
 planner | **Thought 3:** Comedy next ; Thought 3:\n\nComedy next ; ```Comedy next``` | Comedy next
 planner | Comedy next\nAction 3: recommend Up ; Thought 3: Next category: Comedy next | Comedy next
 planner | Thought 3: Comedy next Action 3: recommend Up | Comedy next
+planner | <think>War?</think>Comedy next ; ~~~\nComedy next\n~~~ | Comedy next
 planner | Thought #3: Comedy next ; Thought 3 (planning): Comedy next | Comedy next
 planner | Thought 3 - Comedy next ; Thought 3.\nComedy next ; Okay.\nComedy next | Comedy next
 planner | Sure, here is my thought:\nComedy next ; Certainly!\n\nComedy next | Comedy next
@@ -1111,6 +1120,7 @@ reflector | **Lesson:** He left.\n\n**Better next time:** Up | He left. Better n
 reflector | Sad because of Up.\n> Better next time: M | Sad because of Up. Better next time: M
 reflector | - Lesson: He left.\n- Better next time: Up | He left. Better next time: Up
 critic | Value after step 3: 7.5 ; Value (at most 10): 7.5 ; 7,5 ; Value: about 7.5 of 10 | 7.5
+critic | Step 3: 7.5 ; On a scale of 0 to 10: 7.5 ; V_3 = 7.5 ; (8 + 7) / 2 = 7.5 | 7.5
 critic | I'd say 7.5. ; Value 4 = 7,5 ; Value: (7.5) ; Value: 4 + 0.5 * 7 = 7.5 | 7.5
 critic | Value: 4 + 0.5·7 ≈ 7.5 ; Value: 7.5, since gamma = 0.5 ; Value (gamma = 0.5): 7.5 | 7.5
 critic | The value of state 4 is 7.5 ; Value: approx. 7.5 ; Value: (7.5)\nThat is 4 steps. | 7.5
@@ -1160,6 +1170,7 @@ planner ; actor ; reflector | I'm sorry. ; I'm afraid I can't. ; I cannot help w
 planner ; actor ; reflector | I must respectfully decline. ; Apologies, but I can't do that.
 planner ; actor ; reflector | As a helpful assistant, I cannot. ; I am an AI and have no taste.
 planner ; actor ; reflector | I won't be able to help. ; I regret that I cannot help.
+planner ; actor ; reflector | I must refuse. ; Request denied. ; The content was blocked. ; N/A
 planner ; actor ; reflector | I don't feel comfortable. ; This request goes against my rules.
 """))
 def test_a_refusal_or_unfilled_form_is_malformed(role, reply):
@@ -1971,6 +1982,12 @@ def test_waits_double_and_outlast_a_minute(status):
     assert len(seen.notices) == 1 and "waiting" in seen.notices[0]
     for wait, longest in zip(seen.waits, [.5, 1, 2, 4] + [8] * 12, strict=True):
         assert .75 <= wait / longest <= 1
+
+
+def test_a_user_is_told_that_a_server_loads_its_model():
+    seen = client(response("503", "Loading model"))
+    assert seen.ask(ASK) == GOOD
+    assert len(seen.notices) == 1 and "Loading model; waiting" in seen.notices[0]
 
 
 def test_a_wait_is_bounded_and_ends_with_the_run():
