@@ -68,11 +68,11 @@ METHOD_NAMES = (*envs.POLICIES, *billp.METHODS)
 ROLES = ("planner", "actor", "critic", "reflector")
 
 
-def say(text: str) -> None:
-    """Print a message to stderr; a closed stream is ignored."""
+def say(*lines: str) -> None:
+    """Print lines to stderr; a closed stream is ignored."""
     try:
         if sys.stderr:
-            print(text, file=sys.stderr, flush=True)
+            print(*lines, sep="\n", file=sys.stderr, flush=True)
     except OSError:
         pass
 
@@ -966,7 +966,7 @@ def one_run(args: Namespace, live: Live) -> None:
     write(folder / "summary.json", dumps(summary, indent=1) + "\n")
     lessons = [record.content for record in billp.records(outcome.agent.planner)]
     lines = report(summary, place.env.about, lessons[-1:], live)
-    print("\n".join([*lines, f"run       {folder}"]))
+    print(*lines, f"run       {folder}", sep="\n")
 
 
 # ------------------------------------------------------------------------ a look at a run
@@ -1442,10 +1442,10 @@ def publish(name: str, base: Settings, samples: dict[Cell, Array], folder: Path)
     plot(experiment, heading, rows, folder / f"{name}.png")
     print(heading)
     figures = {label_of(row): spelled(row.figures) for row in rows}
-    print("\n".join(["", *grid(figures), ""]))
+    print("", *grid(figures), "", sep="\n")
     gains = gains_table(rows)
     if gains:
-        print("\n".join([*grid(gains), ""]))
+        print(*grid(gains), "", sep="\n")
 
 
 def experiments(args: Namespace, live: Live) -> None:
@@ -1478,8 +1478,8 @@ def experiments(args: Namespace, live: Live) -> None:
             # a Job holds dicts, so it cannot be a key
             finished[cell] = np.array([results[jobs.index(job)] for job in needed], float)
         publish(name, base, finished, folder)
-    print("\n".join([*ledger(live), f"seconds   {time.perf_counter() - began:.1f}",
-                     f"run       {folder}"]))
+    print(*ledger(live), f"seconds   {time.perf_counter() - began:.1f}", f"run       {folder}",
+          sep="\n")
 
 
 # ------------------------------------------------------------------------------------ main
@@ -1501,14 +1501,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:             # the reader of the output has closed it
         return 0
     except KeyboardInterrupt:
-        say("\n".join([*ledger(live), "run.py: interrupted; the same command goes on: no answer in "
-                                      "the log is asked for again"]))
+        say(*ledger(live), "run.py: interrupted; the same command goes on: no answer in the log "
+                           "is asked for again")
         return 130
     except MENDABLE as error:
         cause = (live.failures or [error])[0]       # later ones only follow from the first
         spent = isinstance(cause, prompts.BudgetSpent)
         if spent:
-            say("\n".join(ledger(live)))
+            say(*ledger(live))
         say(f"run.py: {prompts.clean(str(cause), 999)}")
         return 3 if spent else 2
 
