@@ -495,8 +495,8 @@ def read_object(path: Path) -> Json:
 
 def flattened(config: Json) -> Json:
     """The fields of a config.json, with those of "config" and "rule" beside the others."""
-    inner = config.get("config", {}) | config.get("rule", {})
-    outer = {name: value for name, value in config.items() if name not in ("config", "rule")}
+    outer = dict(config)
+    inner = outer.pop("config", {}) | outer.pop("rule", {})
     return outer | inner
 
 
