@@ -1457,11 +1457,12 @@ def experiments(args: Namespace, live: Live) -> None:
     for cells in tables.values():
         for needed in cells.values():
             jobs += [job for job in needed if job not in jobs]
-    jobs.sort(key=lambda job: -job.run.episodes)    # so no core waits long for another at the end
+    # the longest first, so no core waits long for another at the end
+    jobs.sort(key=lambda job: -job.run.episodes)
     # Only jobs with language can lack learners (policies meet the same ones again), and the longest
     # needs the most. Its world is built here, so that a lack is told before anything is written.
     language_jobs = [job for job in jobs if job.run.method in billp.METHODS]
-    longest_job = max(language_jobs or jobs, key=lambda job: job.run.episodes)
+    longest_job = (language_jobs or jobs)[0]
     about = build_place(longest_job.run).env.about
     if about:
         say(f"world {about}")
