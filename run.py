@@ -1186,12 +1186,9 @@ def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: 
     for i, user in enumerate(place.held_out):
         played = billp.evaluate(short_catalog, [user] * (draws + 1), agent, llm, run.seed,
                                 "continue", config, pmap)
-        returns = []
-        for trajectory in played:
-            rewards = [step.reward for step in trajectory.steps]
-            returns.append(billp.discounted_return(rewards, config.gamma))
         # the first return is judged, the others tell what it should be
-        one_return, *others = returns
+        one_return, *others = [billp.discounted_return(trajectory.last.ratings, config.gamma)
+                               for trajectory in played]
         reference = np.mean(others)
         state = billp.opening(full_catalog, user, Key(run.seed, "value", i), config)
         answer, _ = billp.critic(state, agent.critic, llm, config)
