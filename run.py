@@ -407,11 +407,9 @@ def without_idle_learning(run: Settings) -> Settings:
 def settings(args: Namespace, saved: Json) -> Settings:
     """What the flags and the environment ask for. `saved` is what `read_memory` gives.
 
-    In experiments `settings_of` adds the method's row.
+    In experiments the method is the default here; `settings_of` sets that of each row.
     """
-    config = Config()._asdict()
-    if not args.experiment:
-        config |= billp.METHODS.get(args.method, {})
+    config = Config()._asdict() | billp.METHODS.get(args.method, {})
     extra = dumps(args.extra_body, sort_keys=True)          # the same for all ways to write it
     run = Settings(
         world=args.world, method=args.method, model=args.models_asked[0],
