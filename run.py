@@ -910,7 +910,7 @@ def ledger(live: Live) -> Iterator[str]:
                f"actions that named no free item {share:.0%}")
 
 
-def report(summary: Json, about: str, lessons: Sequence[str], live: Live) -> Iterator[str]:
+def report(summary: Json, about: str, agent: Agent, live: Live) -> Iterator[str]:
     """The results as a person reads them."""
     model = summary["model"]
     if model == "offline":
@@ -931,8 +931,8 @@ def report(summary: Json, about: str, lessons: Sequence[str], live: Live) -> Ite
     if summary["learning"]:
         yield from chart(summary)
         yield ""
-    for lesson in lessons:
-        yield f"lesson    {lesson}"
+    for record in billp.records(agent.planner)[-1:]:        # the newest, if there is one
+        yield f"lesson    {record.content}"
     yield from ledger(live)
     yield f"seconds   {summary['seconds']}"
 
@@ -962,8 +962,7 @@ def one_run(args: Namespace, live: Live) -> None:
     write(folder / "episodes.jsonl", "".join(episodes))
     write(folder / "memory.json", memory_text(run, outcome.agent, saved["met"]))
     write(folder / "summary.json", dumps(summary, indent=1) + "\n")
-    lessons = [record.content for record in billp.records(outcome.agent.planner)]
-    lines = report(summary, place.env.about, lessons[-1:], live)
+    lines = report(summary, place.env.about, outcome.agent, live)
     print(*lines, f"run       {folder}", sep="\n")
 
 
