@@ -401,17 +401,17 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
     answer = consult(llm, "actor", state, question, prompts.parse_actor, config, "")
     excluded = barred(state, config)
     lines = [candidate.line for candidate in listed]
-    if answer.fallback:
-        # `listed` holds lines, not items. The nearest item to a line is the item of this line.
-        text = lines[0] if lines else state.text
-        item, exact = prompts.nearest(text, catalog, excluded), False
-        return answer._replace(value=item, recalled=listed, exact=exact), memory
     unlisted = ()
     if lines and config.candidates:
         # These count only if the reply names them. A reply that names no free item often names a
         # recent one, and the nearest of all free items would be too similar to that one.
         unlisted = [item for item, line in enumerate(catalog.lines) if line not in lines]
-    item, exact = prompts.ground(answer.value, catalog, excluded, unlisted)
+    if answer.fallback:
+        # `listed` holds lines, not items. The nearest item to a line is the item of this line.
+        text = lines[0] if lines else state.text
+        item, exact = prompts.nearest(text, catalog, excluded), False
+    else:
+        item, exact = prompts.ground(answer.value, catalog, excluded, unlisted)
     return answer._replace(value=item, recalled=listed, exact=exact), memory
 
 
