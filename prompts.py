@@ -523,13 +523,10 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
         # A year costs a model about six tokens. It stands only where titles alone are not enough.
         year_shown = year if items_with[title] > 1 else None
         lines.append(item_line(title, year_shown, compress(env.categories, belongs)))
-    whole, without_article = [], []
-    for title in env.titles:
-        as_it_is, inverted, bare = spellings(title)
-        whole.append([as_it_is, inverted])
-        without_article.append([bare])
+    all_names = [spellings(title) for title in env.titles]
+    whole_names = [(as_it_is, inverted) for as_it_is, inverted, _ in all_names]
     # Whole names replace those without an article: "heat" is Heat, not The Heat, if there are both.
-    by_name = index(without_article) | index(whole)
+    by_name = index(all_names) | index(whole_names)
     by_main = index(spellings(main_title(title)) for title in env.titles)
     vectors = embed(lines)
     squared_lengths = np.vecdot(vectors, vectors).round(2)
