@@ -560,10 +560,10 @@ def read_memory(path: Path | None, embedding: str) -> Json:
     """What `memory_text` wrote, with records for rows, and a digest of the file.
 
     `path` is the file or its run directory. UserError for any other. Without a path nothing was
-    learned before.
+    learned before: there are no records.
     """
     if path is None:
-        return {"met": {}, "digest": "", **{role: [] for role in Agent._fields}}
+        return {"met": {}, "digest": ""}
     file = path / "memory.json" if path.is_dir() else path
     try:
         content = file.read_text("utf-8")
@@ -602,7 +602,7 @@ def agent_of(saved: Json, embed: Embed) -> Agent:
     """The agent with the records that `read_memory` gave. Vectors are made again."""
     memories = {}
     for role in Agent._fields:
-        if saved[role]:                 # a memory that is left out is empty
+        if saved.get(role):             # a memory that is left out is empty
             vectors = embed([record.text for record in saved[role]])
             memories[role] = billp.push(billp.EMPTY, billp.Chunk(tuple(saved[role]), vectors))
     return Agent(**memories)
