@@ -915,8 +915,6 @@ OPEN_ACTOR = """\
 Which item fits {aim} best: one of these, or another that was not seen before? Reply with one line:
 Free item: TITLE"""
 
-VERDICT = ("discouraged", "encouraged")         # v_n = 0 and v_n = 1 in words, for --show
-
 
 class Candidate(NamedTuple):
     """An item that the actor is shown."""

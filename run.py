@@ -988,8 +988,8 @@ def step_rows(episode: Json, n: int) -> Iterator[tuple[str, str]]:
     yield "reward", f"{step['reward']:g}"
     if episode["advantages"]:
         value, advantage = episode["values"][n], episode["advantages"][n]
-        remembered = prompts.VERDICT[advantage >= 0]
-        yield "value", f"{value:.2f}, advantage {advantage:+.2f}: {remembered}"
+        verdict = "encouraged" if advantage >= 0 else "discouraged"
+        yield "value", f"{value:.2f}, advantage {advantage:+.2f}: {verdict}"
 
 
 def story(episode: Json) -> Iterator[str]:
