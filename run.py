@@ -515,16 +515,17 @@ def run_directory(args: Namespace, config: Json) -> Path:
     files = filter(Path.is_file, path.rglob("*"))
     is_in_use = any(not file.match("config.json*") for file in files)
     earlier = read_object(path / "config.json")
-    if is_in_use and not earlier:
-        raise UserError(f"{path} is not empty and holds no run; choose another --out")
-    # a field may be in one of the two alone: an experiment has fields that a run lacks
-    fields, earlier_fields = flattened(config), flattened(earlier)
-    changed = [field for field in {**earlier_fields, **fields}
-               if earlier_fields.get(field) != fields.get(field)]
-    if is_in_use and changed:
-        raise UserError(f"{path} holds a run of another configuration ({', '.join(changed)}); "
-                        "choose another --out")
-    if args.replay and not is_in_use:
+    if is_in_use:
+        if not earlier:
+            raise UserError(f"{path} is not empty and holds no run; choose another --out")
+        # a field may be in one of the two alone: an experiment has fields that a run lacks
+        fields, earlier_fields = flattened(config), flattened(earlier)
+        changed = [field for field in {**earlier_fields, **fields}
+                   if earlier_fields.get(field) != fields.get(field)]
+        if changed:
+            raise UserError(f"{path} holds a run of another configuration ({', '.join(changed)}); "
+                            "choose another --out")
+    elif args.replay:
         raise UserError(f"{path} holds no run to replay: run without --replay, or give its --out")
     path.mkdir(parents=True, exist_ok=True)
     write(path / "config.json", dumps(config, indent=1) + "\n")
