@@ -777,10 +777,8 @@ def policy_sessions(run: Settings, place: Place, phase: str) -> list[Session]:
     policy = envs.policy_named(run.method, place.env, episodes, run.seed, run.config["gamma"])
     rng = envs.branch(run.seed, "policy")
     played = envs.rollout(place.env, np.array(place.held_out), policy, rng)
-    sessions = []
-    for items, rewards in zip(played.items, played.rewards):
-        sessions.append(Session(items[items >= 0].tolist(), float(rewards.sum())))
-    return sessions
+    return [Session(items[items >= 0].tolist(), float(rewards.sum()))
+            for items, rewards in zip(played.items, played.rewards)]
 
 
 def perform(run: Settings, place: Place, agent: Agent, llm: LLM, embed: Embed, pmap: Callable,
