@@ -1642,14 +1642,6 @@ def fields(value: Any) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def seconds_until(date: str) -> float | None:
-    """Seconds until a date such as "Wed, 21 Oct 2026 07:28:00 GMT"; None for any other text."""
-    try:
-        return parsedate_to_datetime(date).timestamp() - time.time()
-    except MISSHAPEN:
-        return None
-
-
 def asked_wait(headers: Any, text: str) -> float:
     """Seconds that a server asks us to wait, in its headers or else in the body; 0 if it does not.
 
@@ -1660,9 +1652,10 @@ def asked_wait(headers: Any, text: str) -> float:
     """
     after = headers.get("retry-after", "")
     milliseconds = headers.get("retry-after-ms", "")
-    until_date = seconds_until(after)
-    if until_date is not None:
-        return until_date
+    try:                        # a date such as "Wed, 21 Oct 2026 07:28:00 GMT"
+        return parsedate_to_datetime(after).timestamp() - time.time()
+    except MISSHAPEN:
+        pass                    # no date
     # DURATION reads the headers, too, if "wait" stands before their numbers.
     for said in (f"wait {milliseconds}ms", f"wait {after}", text):
         duration = re.search(DURATION, said)
