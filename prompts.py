@@ -1715,8 +1715,8 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
         if response.is_success and not data.get("error"):
             return read(data)       # a shape that it cannot read is a bad answer, too
     except MISSHAPEN:
-        # Without data `status_of` finds no error in the body and gives the HTTP status. A status
-        # 200 is then the Kind "page".
+        # Without data `judged` finds no error in the body and takes the HTTP status. A status 200
+        # is then the Kind "page".
         data = {}
     # an error status, an error in the body, or a body that `read` cannot use
     return judged(route, response, data, text)
@@ -1737,14 +1737,6 @@ def redirected(route: Route, response: Any) -> Fault:
     return got
 
 
-def status_of(response: Any, error: dict) -> str:
-    """The status of a response. If status 200 carries an error, it is the error's code, or 500."""
-    if not (response.is_success and error):
-        return str(response.status_code)
-    code = str(error.get("code"))
-    return code if re.fullmatch("[45][0-9][0-9]", code) else "500"
-
-
 def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     """The Fault in a response that is not an answer.
 
@@ -1752,7 +1744,10 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     or nothing if it is not known, as in "429  {...}".
     """
     error = fields(data.get("error")) or data           # some servers put its fields at the top
-    status = status_of(response, error)
+    status = str(response.status_code)
+    if response.is_success and error:       # a success that carries an error: its code counts
+        code = str(error.get("code"))
+        status = code if re.fullmatch("[45][0-9][0-9]", code) else "500"
     wait = asked_wait(response.headers, text)
     advice = response.headers.get("x-should-retry", "")
     if wait > LONGEST_WAIT:             # it would be useless to ask again
