@@ -901,22 +901,17 @@ Fields = dict[str, str]             # the texts of a line by the names in ALIASE
 Numbers = dict[str, int]            # the number of each id
 
 
-def split_lines(stream: Iterator[str], suffix: str) -> Any:
-    """A csv reader of the lines of a .csv or .dat file."""
-    if suffix == ".csv":
-        return csv.reader(stream, strict=True)
-    # .dat files separate fields by two colons, and csv takes only one character
-    tabbed = (line.replace("::", "\t") for line in stream)
-    return csv.reader(tabbed, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
 def read_rows(file: Path, needed: Sequence[str], parse: Callable) -> Iterator:
     """parse(row) of each line that is not empty, one line at a time.
 
     A ValueError, also one of parse, names the line.
     """
     with file.open(encoding=encoding(file), newline="") as stream:
-        lines = split_lines(stream, file.suffix)
+        lines = csv.reader(stream, strict=True)
+        if file.suffix == ".dat":
+            # they separate fields by two colons, and csv takes only one character
+            tabbed = (line.replace("::", "\t") for line in stream)
+            lines = csv.reader(tabbed, delimiter="\t", quoting=csv.QUOTE_NONE)
         try:
             header = HEADERS.get(file.name) or next(lines, [])
             places = columns(header, needed)
