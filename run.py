@@ -914,7 +914,7 @@ def report(summary: Json, about: str, agent: Agent, live: Live) -> Iterator[str]
     model = summary["model"]
     if model == "offline":
         model = STAND_IN
-    if not any(row["calls"] for row in summary["calls"].values()):
+    if not live.replies:
         model = "none: this method asks no language model"
     heading = ("{method} on {world}, seed {seed}: {episodes} learning episodes, "
                "then {users} held-out users")
