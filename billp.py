@@ -537,12 +537,12 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
     """The episode with what it teaches: three small memories, not yet merged into the agent's."""
     states = [step.state for step in trajectory.steps] + [trajectory.last]
     answers = ()
-    values = [0.0] * len(states)                    # the value of a state not asked about stays 0
     asks_critic = config.experience and config.baseline
     if asks_critic:
         asked = states[:-1] if trajectory.terminated else states
         answers = tuple(critic(state, agent.critic, llm, config)[0] for state in asked)
-        values[:len(asked)] = [answer.value for answer in answers]
+    values = [answer.value for answer in answers]
+    values += [0.0] * (len(states) - len(values))   # of the states not asked about
     targets, advantages = credit(trajectory, values, config.gamma)
     m_p, m_a, m_c = EMPTY, EMPTY, EMPTY             # what this episode adds to the three memories
     for step, target, a in zip(trajectory.steps, targets, advantages):

@@ -843,7 +843,7 @@ def find_file(folder: Path, names: Sequence[str], world: str) -> Path | None:
     def rank(file: Path) -> tuple[bool, int]:
         parts = file.relative_to(folder).parts          # folders, then the file's name
         is_elsewhere = world not in parts
-        return is_elsewhere, len(parts)
+        return is_elsewhere, len(parts)                 # without a world all are elsewhere
 
     return min(files, key=rank, default=None)           # the first of equals
 
@@ -1125,10 +1125,11 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
     """
     rng = branch(seed, "data")
     m, size = len(entries), len(votes)
-    # by user, then by time: the last key counts most
+    # a copy, by user, then by time: the last key counts most
     votes = votes[np.lexsort((votes["time"], votes["user"]))]
     votes["rating"], mapping = rescaled(votes["rating"])
-    # Number the users at random, because the first half of them will learn.
+    # Number the users at random, because the first half of them will learn. The votes of each stay
+    # in the order of time.
     new_number = rng.permutation(n)
     votes["user"] = new_number[votes["user"]]
     held_out = rng.permutation(size) < size // 10           # true for a random tenth
@@ -1277,7 +1278,7 @@ def released(path: Location, name: str) -> Env:
     """
     try:
         return released_world(path, name)
-    except BadData:
+    except BadData:                 # it names its file already
         raise
     except Exception as error:
         raise BadData(f"{path}: the files of {name} do not fit together: {reason_of(error)}; "

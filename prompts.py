@@ -565,12 +565,11 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
             # Terminator that the catalogue lacks. This is not for titles of one word: "the up side"
             # does not name Up.
             names.append(named_by(words[1:size]))
-        items = []
-        for known in (catalog.names, catalog.mains if nothing_follows else {}):
-            for name in names:
-                items = items or known.get(name, [])
-        if not items:
+        tables = [catalog.names, catalog.mains] if nothing_follows else [catalog.names]
+        found = [table[name] for table in tables for name in names if name in table]
+        if not found:
             continue
+        items = found[0]
         if year_words:
             items = of_year(items, int(following), catalog)
         behind = words[size:]
@@ -1398,7 +1397,7 @@ KINDS = (
     # all tokens went into hidden thinking
     Kind("overrun", 1, "raise --reply-tokens, or switch reasoning off by --extra-body",
          "finish_reason (length|max_tokens)", patience=20),
-    # finish_reason "stop" and an empty text
+    # any other finish_reason, such as "stop", and an empty text
     Kind("nothing", 2, OTHER_MODEL, "finish_reason", patience=100),
     # "This model's maximum context length is 8192 tokens"; status 413
     Kind("context", 1, "allow fewer tokens: --titles, --transcript or --reply-tokens",
@@ -1422,7 +1421,7 @@ KINDS = (
          "404|405|500 .*unexpected endpoint or method"
          r"|400 .*(model.{0,60}(not (found|exist)|does not exist)|not a valid model)"),
     Kind("moved", 1, ELSEWHERE, "3.."),
-    # a web page instead of JSON
+    # a web page instead of JSON, or anything else that came with a status of success
     Kind("page", 2, "does --base-url lack its /v1?", "2.."),
     Kind("vectors", 2, "choose another --embed-model", "embeddings"),
     Kind("too late", 1, RESUME, "(408|409|429|5..) false"),     # it is useless to ask again
@@ -1887,8 +1886,8 @@ def heard(route: Route, ask: Ask, data: dict) -> Any:
         with LOCK:
             route.stats["system_fingerprint"] = clean(system, 200)
     # Some servers give no choice if they filter a prompt. KINDS then finds the reason in the body.
-    missing = {"finish_reason": "missing", "error": json.dumps(data)}
-    choice = data["choices"][0] if data["choices"] else missing
+    no_choice = {"finish_reason": "missing", "error": json.dumps(data)}
+    choice = data["choices"][0] if data["choices"] else no_choice
     finish = choice.get("finish_reason")
     message = fields(choice.get("message"))
     refusal = message.get("refusal")

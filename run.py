@@ -204,8 +204,8 @@ def make_parser() -> Parser:
     """All flags. A flag that is not given is None here.
 
     The type of its default in Env, Config or DEFAULTS tells what a flag takes. True or False: a
-    switch. (): a text, and the flag may come several times. A number: a number of this type. Any
-    other: a text. Directories and JSON are read here, too.
+    switch. A number: a number of this type. Any other: a text. --header may come several times.
+    Directories and JSON are read here, too.
     """
     parser = Parser("run.py", allow_abbrev=False, epilog=EXAMPLES,
                     formatter_class=RawDescriptionHelpFormatter,
@@ -217,7 +217,7 @@ def make_parser() -> Parser:
             default = defaults.get(name, "")
             if isinstance(default, bool):
                 options = {"action": BooleanOptionalAction}
-            elif default == ():
+            elif name == "header":
                 options = {"action": "append"}
             elif isinstance(default, (int, float)):
                 options = {"type": type(default), "metavar": "N"}
@@ -237,7 +237,8 @@ def check_values(args: Namespace) -> None:
     """UserError for a value that a flag does not take."""
     for name in sorted(args.given):
         value = getattr(args, name)
-        if value in ("", []):           # often a variable of the shell that is not set
+        # often a variable of the shell that is not set; [] is an empty --experiment
+        if value in ("", []):
             raise UserError(f"{flag(name)} is given without a value")
         low, high = RANGES.get(name, (0, MANY))
         if type(value) in (int, float) and not low <= value <= high:
@@ -637,7 +638,8 @@ def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
     try:
         reply = llm(ask)
     except prompts.EndpointError as error:
-        if not live.stop.is_set():      # later failures only follow from the first
+        # Later failures only follow from the first, or from another error that has set `stop`.
+        if not live.stop.is_set():
             live.failures.append(error)
         live.stop.set()
         raise
@@ -1175,18 +1177,18 @@ def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: 
     config = Config(**run.config)
     # Returns are played in a shorter world, which takes half the time. The critic is asked in the
     # full one, because State.top depends on the cap.
-    full_catalog = prompts.catalog(place.env, embed)
-    short_catalog = full_catalog._replace(env=shortened(place.env, config.gamma))
+    catalog_to_ask = prompts.catalog(place.env, embed)
+    catalog_to_play = catalog_to_ask._replace(env=shortened(place.env, config.gamma))
     agent = perform(run, place, billp.NOVICE, llm, embed, pmap, ("learn",)).agent
     errors = []
     for i, user in enumerate(place.held_out):
-        played = billp.evaluate(short_catalog, [user] * (draws + 1), agent, llm, run.seed,
+        played = billp.evaluate(catalog_to_play, [user] * (draws + 1), agent, llm, run.seed,
                                 "continue", config, pmap)
         # the first return is judged, the others tell what it should be
         one_return, *others = [billp.discounted_return(trajectory.last.ratings, config.gamma)
                                for trajectory in played]
         reference = np.mean(others)
-        state = billp.opening(full_catalog, user, Key(run.seed, "value", i), config)
+        state = billp.opening(catalog_to_ask, user, Key(run.seed, "value", i), config)
         answer, _ = billp.critic(state, agent.critic, llm, config)
         errors.append([one_return - reference, answer.value - reference])
     return errors
