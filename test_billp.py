@@ -195,9 +195,10 @@ def plain_texts(draw):
     `item_part` drops "I would recommend" from the front. "x" stands for a line that is not plain.
     """
     unmarked = re.sub('[*`"]|__', "", draw(st.text(max_size=60)))
-    text = prompts.clean(unmarked).strip("#>_- '“”[]{}:：!•")
+    text = prompts.clean(prompts.spoken(unmarked)).strip("#>_- '“”[]{}:：!•")
     labels = r"(?i)(thought|action|observation|value|reflection|recommend|i |would )"
-    return "x" if not text or re.match(labels, text) else text
+    is_plain = text and not re.match(labels, text) and not prompts.REFUSAL.match(text)
+    return text if is_plain else "x"
 
 
 # ------------------------------------------------- builders: a scripted client, files, logs
