@@ -989,7 +989,7 @@ def parse_vote(users: Numbers, items: Numbers, row: Fields) -> tuple:
 def rescaled(ratings: Array) -> tuple[Array, str]:
     """Ratings, and a text for `Env.about`. If not all lie in 0.5..5, they are mapped onto 1..5.
 
-    0.5..5 is the scale of half stars. The world's ratings are clipped to 1..5, see `rounded`.
+    0.5..5 is the scale of half stars. The world's ratings are 1..5, see `stars`.
 
     >>> rescaled(np.array([0, 50, 100]))
     (array([1., 3., 5.]), ', mapped linearly from 0..100 onto 1..5')
@@ -1045,15 +1045,27 @@ class Model(NamedTuple):
 
 
 def predict(model: Model, users: Array, items: Array) -> Array:
-    """The ratings of items by users, not rounded."""
+    """The ratings of items by users, as real numbers."""
     p, q = model.p[users], model.q[items]
     products = np.einsum("...k,...k->...", p[..., :-1], q[..., :-1])
-    return model.offset + p[..., -1] + q[..., -1] + products
+    # rounded, because the last digits of a sum depend on the shape of the arrays
+    return (model.offset + p[..., -1] + q[..., -1] + products).round(5)
 
 
-def rounded(model: Model, users: Array, items: Array) -> Array:
-    """Predicted ratings, rounded and clipped to 1..5. `partial(rounded, model)` is a `rate`."""
-    return np.clip(np.rint(predict(model, users, items)), 1, 5)
+def star_limits(model: Model, votes: Array) -> Array:
+    """[4]: the predictions from which on a rating is 2, 3, 4 and 5.
+
+    A fitted model predicts few high and few low ratings: users would rarely be disappointed. With
+    these limits each rating is as frequent among the predictions for these votes as among the votes
+    (half stars count upwards).
+    """
+    shares_below = [(votes["rating"] < rating).mean() for rating in (1.5, 2.5, 3.5, 4.5)]
+    return np.quantile(predict(model, votes["user"], votes["item"]), shares_below)
+
+
+def stars(model: Model, limits: Array, users: Array, items: Array) -> Array:
+    """Predicted ratings, whole numbers 1..5. `partial(stars, model, limits)` is a `rate`."""
+    return 1.0 + np.searchsorted(limits, predict(model, users, items), side="right")
 
 
 def als(votes: Array, n: int, m: int, rank: int) -> Model:
@@ -1152,7 +1164,7 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
     return Env(
         titles=titles, years=years,
         categories=categories, belongs=belongs, vectors=vectors,
-        rate=partial(rounded, model), distance=euclidean(vectors),
+        rate=partial(stars, model, star_limits(model, train)), distance=euclidean(vectors),
         histories=liked_items(votes), learners=n // 2, beta=beta, about=about)
 
 

@@ -1365,7 +1365,7 @@ def limit_of(rows: Sequence[Row]) -> float:
     So one wide interval does not flatten the others.
     """
     means, _, highs = pictured(rows)
-    return min(1.05 * highs.max(), 1.6 * means.max())
+    return min(1.05 * highs.max(), 1.6 * means.max()) or 1.0        # an axis needs some length
 
 
 def plot_bars(axes: Any, rows: Sequence[Row]) -> None:

@@ -1548,6 +1548,22 @@ def test_the_error_of_a_fitted_model_by_hand():
     assert envs.rmse(envs.als(votes, 30, 30, rank=0), votes) < 0.2
 
 
+@given(seeds)
+def test_predicted_ratings_are_as_frequent_as_given_ones(seed):
+    rng = np.random.default_rng(seed)
+    votes = np.zeros(200, envs.VOTE)
+    votes["user"], votes["item"] = np.divmod(np.arange(200), 20)
+    votes["rating"] = rng.choice([*np.arange(0.5, 5.5, 0.5), 1, 5], 200)
+    model = envs.Model(rng.normal(size=(10, 3)), rng.normal(size=(20, 3)), 3.0)
+    limits = envs.star_limits(model, votes)
+    predicted = envs.stars(model, limits, votes["user"], votes["item"])
+    half_up = np.maximum(np.floor(votes["rating"] + 0.5), 1)
+    assert np.abs(np.bincount(predicted.astype(int)) - np.bincount(half_up.astype(int))).max() <= 1
+    # a higher prediction never means fewer stars
+    order = np.argsort(envs.predict(model, votes["user"], votes["item"]))
+    assert (np.diff(predicted[order]) >= 0).all() and {*predicted} <= {1, 2, 3, 4, 5}
+
+
 def test_metrics_by_hand():
     before, after = envs.scores([1, 3], [4, 10]), envs.scores([2, 4], [10, 20])
     assert envs.metrics(after) == {"Len": [3, 2, 4], "R_each": [5, 5, 5], "R_traj": [15, 10, 20]}
