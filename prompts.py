@@ -246,10 +246,9 @@ def spoken(text: str) -> str:
 
 
 # the labels after which a thought, an item or a reflection may stand
-ANSWERS = ("final answer", "answer")    # before any of the three
+ANSWERS = ("final answer", "answer", "choice", "pick")      # before any of the three
 THOUGHTS = ("thought", "next category", "category", *ANSWERS)
-ITEMS = ("action", "free item", "item", "title", "recommendation", "film", "movie", "pick",
-         "choice", *ANSWERS)
+ITEMS = ("action", "free item", "item", "title", "recommendation", "film", "movie", *ANSWERS)
 REFLECTIONS = ("reflection", "lesson", *ANSWERS)
 # those that begin a turn, and so end what stands before them
 TURNS = ("thought", "action", "free item", "final answer", "observation")

@@ -1097,6 +1097,7 @@ def test_another_films_year_or_a_sequel_names_nothing(reply):
 planner | ### Thought 3\nComedy next, it was liked. | Comedy next, it was liked.
 planner | ```\nThought 3: Comedy next\n``` ; ```json\n{"thought": "Comedy next"}\n``` | Comedy next
 planner | **Thought 3:** Comedy next ; Thought 3:\n\nComedy next ; ```Comedy next``` | Comedy next
+planner | Choice: Comedy next ; Pick: Comedy next ; Comedy next\nMovie: Up | Comedy next
 planner | Comedy next\nAction 3: recommend Up ; Thought 3: Next category: Comedy next | Comedy next
 planner | Thought 3: Comedy next Action 3: recommend Up | Comedy next
 planner | <think>War?</think>Comedy next ; ~~~\nComedy next\n~~~ | Comedy next
