@@ -542,7 +542,8 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
         asked = states[:-1] if trajectory.terminated else states
         answers = tuple(critic(state, agent.critic, llm, config)[0] for state in asked)
     values = [answer.value for answer in answers]
-    values += [0.0] * (len(states) - len(values))   # of the states not asked about
+    # a state that the critic is not asked about has the value 0
+    values += [0.0] * (len(states) - len(values))
     targets, advantages = credit(trajectory, values, config.gamma)
     m_p, m_a, m_c = EMPTY, EMPTY, EMPTY             # what this episode adds to the three memories
     for step, target, a in zip(trajectory.steps, targets, advantages):

@@ -1045,26 +1045,28 @@ class Model(NamedTuple):
 
 
 def predict(model: Model, users: Array, items: Array) -> Array:
-    """The ratings of items by users, as real numbers."""
+    """float [...]: the ratings of items [...] by users [...], not yet whole numbers."""
     p, q = model.p[users], model.q[items]
     products = np.einsum("...k,...k->...", p[..., :-1], q[..., :-1])
-    # rounded, because the last digits of a sum depend on the shape of the arrays
-    return (model.offset + p[..., -1] + q[..., -1] + products).round(5)
+    biases = p[..., -1] + q[..., -1]
+    ratings = model.offset + biases + products
+    # The last digits of a sum depend on the shape of the arrays.
+    return ratings.round(5)
 
 
 def star_limits(model: Model, votes: Array) -> Array:
-    """[4]: the predictions from which on a rating is 2, 3, 4 and 5.
+    """[4]: the lowest predictions that become a rating of 2, 3, 4 and 5.
 
-    A fitted model predicts few high and few low ratings: users would rarely be disappointed. With
-    these limits each rating is as frequent among the predictions for these votes as among the votes
-    (half stars count upwards).
+    A fitted model predicts few high and few low ratings, and users would rarely be disappointed.
+    With these limits each rating is as frequent among the predictions for the votes as among the
+    votes themselves. Half stars are rounded up.
     """
     shares_below = [(votes["rating"] < rating).mean() for rating in (1.5, 2.5, 3.5, 4.5)]
     return np.quantile(predict(model, votes["user"], votes["item"]), shares_below)
 
 
 def stars(model: Model, limits: Array, users: Array, items: Array) -> Array:
-    """Predicted ratings, whole numbers 1..5. `partial(stars, model, limits)` is a `rate`."""
+    """float [...]: predicted ratings 1, 2, ... 5. `partial(stars, model, limits)` is a `rate`."""
     return 1.0 + np.searchsorted(limits, predict(model, users, items), side="right")
 
 

@@ -728,7 +728,7 @@ class Outcome(NamedTuple):
 
 def count_replies(trajectory: Trajectory, replies: Counter) -> None:
     """Add the replies of an episode to `Live.replies`."""
-    answers = [*trajectory.answers]
+    answers = list(trajectory.answers)
     for step in trajectory.steps:
         answers += [step.plan, step.act]
         replies["actions"] += 1
@@ -779,16 +779,19 @@ def policy_sessions(run: Settings, place: Place, phase: str) -> list[Session]:
     policy = envs.policy_named(run.method, place.env, episodes, run.seed, run.config["gamma"])
     rng = envs.branch(run.seed, "policy")
     played = envs.rollout(place.env, np.array(place.held_out), policy, rng)
-    return [Session(items[items >= 0].tolist(), float(rewards.sum()))
-            for items, rewards in zip(played.items, played.rewards)]
+    sessions = []
+    for items, rewards in zip(played.items, played.rewards):
+        shown = items[items >= 0]                   # -1 stands after the end
+        sessions.append(Session(shown.tolist(), float(rewards.sum())))
+    return sessions
 
 
 def perform(run: Settings, place: Place, agent: Agent, llm: LLM, embed: Embed, pmap: Callable,
             phases: Sequence[str]) -> Outcome:
     """Some phases of a run: before, learn and after, in this order."""
     if run.method in envs.POLICIES:
-        return Outcome({phase: policy_sessions(run, place, phase) for phase in phases
-                        if phase != "learn"})
+        asked = [phase for phase in phases if phase != "learn"]
+        return Outcome({phase: policy_sessions(run, place, phase) for phase in asked})
     config = Config(**run.config)
     catalog = prompts.catalog(place.env, embed)
     sessions, everything = {}, ()

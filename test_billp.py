@@ -2013,6 +2013,8 @@ def test_a_wait_is_bounded_and_ends_with_the_run():
     assert seen.ask(ASK) == GOOD and seen.waits == [prompts.LONGEST_WAIT]
     seen = client(response("429"), sleep=lambda seconds: True)
     assert failure(seen.ask, ASK) == "stopped" and len(seen.requests) == 1
+    seen = client(response("429"), sleep=lambda seconds: "slept")       # only True means stop
+    assert seen.ask(ASK) == GOOD
 
 
 # `acts` are the answers to the requests of one ask: "abort" is asked four times
@@ -2230,7 +2232,7 @@ def test_a_batch_is_halved_until_it_is_taken(most, status, text):
 
 
 def test_a_log_replays_without_the_model(tmp_path):
-    path = tmp_path / "log"
+    path = tmp_path / "a new folder" / "log"
     assert logged_answers(path, LOGGED.get) == logged_answers(path) == list(LOGGED.values())
     replay = prompts.recorded(prompts.unlogged, prompts.open_log(path, "m"))
     assert "'critic', 0, 'learn'" in failure(replay, ASK._replace(role="critic"))
