@@ -685,7 +685,7 @@ def test_no_model_does_what_a_silent_one_does():
 
 def test_a_malformed_reply_is_asked_again():
     """The prompt stays as it was, and each complaint follows it."""
-    replies = [None, "", "Sorry, but\nI can't", "Thought: go on"]
+    replies = [None, "<think>War</think>", "Sorry, but\nI can't", "Thought: go on"]
     llm, asks = noting(scripted({"planner": replies}))
     config = Config(reply_tokens=77, temperature=0.3, transcript=1000, retries=3)
     turn = prompts.turn(1, "", "a line", 5, False)
@@ -695,7 +695,7 @@ def test_a_malformed_reply_is_asked_again():
         prompt, complaints = ask.messages[:2], ask.messages[2:]
         assert prompt == asks[0].messages and prompt[1][1].count(turn) == 1000 // len(turn)
         assert [role for role, _ in complaints] == ["assistant", "user"] * attempt
-        assert all(text.isprintable() for _, text in complaints)
+        assert all(text.isprintable() and "War" not in text for _, text in complaints)
         assert all("no line" in text for role, text in complaints if role == "user")
         assert ask.key == STATE.key._replace(attempt=attempt)
         assert (ask.max_tokens, ask.temperature) == (77, 0.3)
@@ -1122,6 +1122,7 @@ reflector | **Lesson:** He left.\n\n**Better next time:** Up | He left. Better n
 reflector | Sad because of Up.\n> Better next time: M | Sad because of Up. Better next time: M
 reflector | - Lesson: He left.\n- Better next time: Up | He left. Better next time: Up
 critic | Value after step 3: 7.5 ; Value (at most 10): 7.5 ; 7,5 ; Value: about 7.5 of 10 | 7.5
+critic | <think>Value: 1</think>Value: 7.5 ; <think>1</think>\n7.5 | 7.5
 critic | Step 3: 7.5 ; On a scale of 0 to 10: 7.5 ; V_3 = 7.5 ; (8 + 7) / 2 = 7.5 | 7.5
 critic | I'd say 7.5. ; Value 4 = 7,5 ; Value: (7.5) ; Value: 4 + 0.5 * 7 = 7.5 | 7.5
 critic | Value: 4 + 0.5·7 ≈ 7.5 ; Value: 7.5, since gamma = 0.5 ; Value (gamma = 0.5): 7.5 | 7.5
@@ -1561,8 +1562,12 @@ def test_predicted_ratings_are_as_frequent_as_given_ones(seed):
     half_up = np.maximum(np.floor(votes["rating"] + 0.5), 1)
     assert np.abs(np.bincount(predicted.astype(int)) - np.bincount(half_up.astype(int))).max() <= 1
     # a higher prediction never means fewer stars
-    order = np.argsort(envs.predict(model, votes["user"], votes["item"]))
+    real_numbers = envs.predict(model, votes["user"], votes["item"])
+    order = np.argsort(real_numbers)
     assert (np.diff(predicted[order]) >= 0).all() and {*predicted} <= {1, 2, 3, 4, 5}
+    # a limit is the lowest prediction that becomes its rating
+    assert (real_numbers == real_numbers.round(5)).all()
+    assert envs.stars(model, real_numbers[:1], votes["user"][:1], votes["item"][:1]) == 2
 
 
 def test_metrics_by_hand():
@@ -1648,6 +1653,8 @@ def test_similarity_is_by_categories(tmp_path):
     """The cosine of War and of War, Drama, Crime is 0.577, below the limit of 0.595."""
     env, pairs = too_similar(tmp_path, "csv", ["War|Drama", "War", "War|Drama|Crime", "", "Jazz"])
     assert pairs == {(0, 1), (0, 2)}
+    # Rounded predictions would lie between 1 and 5.
+    assert {*env.rate(np.arange(40)[:, None], np.arange(5)).ravel()} == {1, 2, 3, 4, 5}
     assert "20% of pairs too similar by categories" in env.about            # 2 of 10
 
 
@@ -2317,6 +2324,9 @@ def test_the_summary_tells_what_the_episodes_hold(finished):
     means = [length / 3, reward / length, reward / 3]
     assert [interval[0] for interval in summary["after"].values()] == pytest.approx(means, abs=1e-4)
     assert summary["reflections"] == summary["calls"]["reflector"]["calls"] == 4
+    out = succeed(*SMALL, "--out", finished)
+    newest = rows[6]["reflection"]                  # of the last learning episode
+    assert f"lesson    {newest}\n" in out
 
 
 def test_replies_of_no_use_are_counted(tmp_path, monkeypatch):
@@ -2453,6 +2463,7 @@ def test_a_run_directory_is_never_touched_by_another_run(finished):
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
     line = refuse(*SMALL, "--out", finished, "--seed", 1, "--gamma", 0.9)
     assert "(seed, gamma)" in line
+    assert "(window)" in refuse(*SMALL, "--out", finished, "--window", 2)
     line = refuse(*SMALL, "--experiment", "table5", "--rows", "billp", "--out", finished)
     assert "(experiment, seeds, rows)" in line
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
@@ -2638,6 +2649,10 @@ def test_the_leaving_item_is_no_recommendation(method):
     for user, session in zip(place.held_out, outcome.sessions["after"]):
         ratings = place.env.rate(user, np.array(session.items, int))
         assert session.reward == ratings.sum() and (ratings >= 2).all()
+
+
+def test_an_axis_of_zeros_has_some_length():
+    assert run.limit_of([run.Row("random", None, {"R_traj": [0, 0, 0]})]) > 0
 
 
 def test_shares_of_popularity_by_hand():
