@@ -1122,7 +1122,7 @@ reflector | **Lesson:** He left.\n\n**Better next time:** Up | He left. Better n
 reflector | Sad because of Up.\n> Better next time: M | Sad because of Up. Better next time: M
 reflector | - Lesson: He left.\n- Better next time: Up | He left. Better next time: Up
 critic | Value after step 3: 7.5 ; Value (at most 10): 7.5 ; 7,5 ; Value: about 7.5 of 10 | 7.5
-critic | <think>Value: 1</think>Value: 7.5 ; <think>1</think>\n7.5 | 7.5
+critic | <think>\nValue: 1\n</think>\nValue: 7.5 ; 7.5<think>\nValue: 1 | 7.5
 critic | Step 3: 7.5 ; On a scale of 0 to 10: 7.5 ; V_3 = 7.5 ; (8 + 7) / 2 = 7.5 | 7.5
 critic | I'd say 7.5. ; Value 4 = 7,5 ; Value: (7.5) ; Value: 4 + 0.5 * 7 = 7.5 | 7.5
 critic | Value: 4 + 0.5·7 ≈ 7.5 ; Value: 7.5, since gamma = 0.5 ; Value (gamma = 0.5): 7.5 | 7.5
