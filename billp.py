@@ -339,52 +339,54 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
     return answer._replace(recalled=lessons), memory
 
 
-def promise(candidate: Candidate, recent: Sequence[str]) -> tuple[bool, float]:
-    """How promising an item is: first whether it has no category shown lately, then the evidence.
+def experience(state: State, memory: Memory, config: Config) -> dict[str, Candidate]:
+    """The evidence of similar states: how often each remembered item got which verdict.
 
-    The evidence does not decide alone. A small model tends to take the first item, and would then
-    too often repeat a category.
+    The keys are item lines. The item of the nearest state comes first.
     """
-    is_new = set(recent).isdisjoint(prompts.line_tags(candidate.line))
-    return is_new, prompts.chance(candidate)
+    if not config.experience:
+        return {}
+    recalled = recall(memory, state.vector, config.k_experience)
+    counts = Counter((record.item, record.content) for record in recalled)
+    lines = [record.item for record in recalled]
+    return {line: Candidate(line, encouraged=counts[line, 1], discouraged=counts[line, 0])
+            for line in lines}
 
 
 def shortlist(state: State, memory: Memory, catalog: Catalog,
               config: Config) -> tuple[Candidate, ...]:
     """The free items that the actor is shown, each once, the most promising first.
 
-    They are those nearest to two texts, by the sum of the two cosines. The first text is what the
-    thought asks for, or without a thought all liked categories. The second text is the liked
-    categories not shown lately. With `candidates` 0, as in the paper, they are the items of the
-    recalled experience.
+    They are those nearest to two texts, by the sum of the two cosines and of the evidence: the
+    chance that the item is encouraged, minus 1/2. The first text is what the thought asks for, or
+    without a thought all liked categories. The second text is the liked categories not shown
+    lately. With `candidates` 0, as in the paper, they are the remembered items, by evidence alone.
+
+    Items without a category shown lately come first. Otherwise a small model, which tends to take
+    the first item, would too often repeat a category.
     """
     excluded = barred(state, config)
-    recalled = ()
-    if config.experience:
-        recalled = recall(memory, state.vector, config.k_experience)
-    # (line, verdict) -> times
-    counts = Counter((record.item, record.content) for record in recalled)
+    tried = experience(state, memory, config)
     tastes = tastes_of(state, config)
     if config.candidates:
         # such as "[War]" and "[Comedy, Drama]"; the second is left out if it would be empty
         texts = prompts.query(state.thought, catalog.env.categories, tastes)
-        items = prompts.closest(texts, catalog, excluded, config.candidates)
+        bonus = {line: prompts.chance(candidate) - 0.5 for line, candidate in tried.items()}
+        items = prompts.closest(texts, catalog, excluded, config.candidates, bonus)
         lines = [catalog.lines[item] for item in items]
     else:
         in_catalog = set(catalog.lines)             # a loaded memory may come from another world
-        lines = [line for line, _ in counts if line in in_catalog]
+        lines = [line for line in tried if line in in_catalog]
+        lines.sort(key=lambda line: prompts.chance(tried[line]), reverse=True)
     # Some remembered items are excluded. Some free items have the same line as an excluded one: the
     # model could not tell them apart.
     excluded_lines = {catalog.lines[item] for item in excluded}
-    # A line comes twice if it has both verdicts, or if two items share it.
+    # A line comes twice if two items share it.
     free = [line for line in dict.fromkeys(lines) if line not in excluded_lines]
-    listed = []
-    for line in free:
-        listed.append(Candidate(line, encouraged=counts[line, 1], discouraged=counts[line, 0]))
-    # The sort is stable: among equals the nearest stays first.
-    listed.sort(key=lambda candidate: promise(candidate, tastes.recent), reverse=True)
+    # The sort is stable: within both groups the order stays.
+    free.sort(key=lambda line: set(tastes.recent).isdisjoint(prompts.line_tags(line)), reverse=True)
     limit = config.candidates or config.k_actions
-    return tuple(listed[:limit])
+    return tuple(tried.get(line, Candidate(line)) for line in free[:limit])
 
 
 def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,

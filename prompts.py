@@ -36,7 +36,7 @@ from itertools import compress
 from pathlib import Path
 from statistics import fmean
 from threading import Lock
-from typing import Any, Callable, Collection, Iterable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Collection, Iterable, Iterator, Mapping, NamedTuple, Sequence
 from urllib.parse import unquote_plus
 from zlib import crc32
 
@@ -713,15 +713,18 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     return items
 
 
-def closest(texts: Sequence[str], catalog: Catalog, exclude: Collection[int], k: int) -> list[int]:
+def closest(texts: Sequence[str], catalog: Catalog, exclude: Collection[int], k: int,
+            bonus: Mapping[str, float] | None = None) -> list[int]:
     """The k items not excluded whose lines are nearest to the texts, by summed cosine.
 
-    The nearest comes first. One product of all m items with the sum of the texts' embeddings: half
-    a second for a million.
+    The nearest comes first. `bonus` is added to the cosines of these lines. One product of all m
+    items with the sum of the texts' embeddings: half a second for a million.
     """
     vector = catalog.embed(texts).sum(0)
     # In double precision and rounded, so that the order does not depend on the processor.
     products = np.vecdot(catalog.vectors, vector, dtype=float).round(5)
+    if bonus:
+        products += [bonus.get(line, 0.0) for line in catalog.lines]
     products[list(exclude)] = -np.inf
     # The sort is stable: among equals the lowest number comes first.
     best_first = np.argsort(-products, stable=True)
@@ -1147,8 +1150,7 @@ def parse_critic(text: str) -> float | Malformed:
 LIKED = r"(?m)^- .* \[(.*)\]$"
 SHOWN = r"(?m)^Action \d+: recommend (.*) \[(.*)\]$"
 LISTED = r"(?m)^- (.*) \[(.*)\]$"
-EVIDENCE = r"(?m)^(Encouraged in similar situations|Discouraged): (.*)\.$"
-TIMES = r"(.+?) \((\d+) of (\d+)\)(?:, |$)"        # what `times` writes
+EVIDENCE = r"(?m)^(Encouraged in similar situations|Discouraged): "
 OTHER = r"(?m)^Which one of the other categories should come next: (.*)\? "
 # What the stand-in says to itself. The reflector writes "Keep similar items 3 steps apart ... Avoid
 # War.", which the planner reads by APART and AVOID. The planner writes "Keep away from Drama,
@@ -1226,35 +1228,22 @@ def offline_planner(text: str, seed: int) -> str:
             f"{spelled_avoid(warned)} Keep away from {keep_away}.")
 
 
-def chances_in(question: str) -> dict[str, float]:
-    """The chance of each title that the question calls encouraged or discouraged."""
-    chances = {}
-    for verdict, items in re.findall(EVIDENCE, question):
-        for title, more, total in re.findall(TIMES, items):
-            encouraged, discouraged = int(more), int(total) - int(more)
-            if verdict == "Discouraged":            # then the first number counts these
-                encouraged, discouraged = discouraged, encouraged
-            chances[title] = chance(Candidate(title, encouraged, discouraged))
-    return chances
-
-
 def offline_actor(text: str, seed: int) -> str:
-    """The item of the list that fits the plan best; among equals the most encouraged, then any."""
+    """An item of the list that fits the plan best: with evidence the first of them, else any."""
     _, _, question = parts_of(text)
     plan = re.search(PLAN, question)
     category, keep_away = plan.groups() if plan else ("", "")
-    chances = chances_in(question)
     titles = {}                     # rank -> titles
     for title, categories in re.findall(LISTED, question):
         tags = set(split_tags(categories))
-        untried = 0.5
-        rank = (tags.isdisjoint(split_tags(keep_away)), category in tags,
-                chances.get(title, untried))
+        rank = (tags.isdisjoint(split_tags(keep_away)), category in tags)
         titles.setdefault(rank, []).append(title)
     if not titles:
         return "Free item: anything"
     best = titles[max(titles)]
-    return f"Free item: {pick(best, text, seed)}"
+    # With evidence the list begins with the best known.
+    title = best[0] if re.search(EVIDENCE, question) else pick(best, text, seed)
+    return f"Free item: {title}"
 
 
 def offline_critic(text: str, seed: int) -> str:
