@@ -873,7 +873,7 @@ def parse_planner(text: str) -> str | Malformed:
 
 REFLECTOR = """
 The session ended with {line}. Why, and {better}? Reply with one short line:
-Reflection: The user {ending} because REASON. Better next time: CATEGORY"""
+Reflection: {ended} because REASON. Better next: CATEGORY"""
 BETTER = "which one of these categories would have been better: {other}"
 
 
@@ -886,15 +886,15 @@ def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
     better = "what would have been better"
     if tastes.other:
         better = BETTER.format(other=offered(tastes))
-    ending = "left" if left else "stayed"
-    return REFLECTOR.format(line=line, better=better, ending=ending)
+    ended = "Left" if left else "Stayed"
+    return REFLECTOR.format(line=line, better=better, ended=ended)
 
 
 def parse_reflector(text: str) -> str | Malformed:
     """The reflection, one line."""
-    # Two lines of one reflection are joined: "... because War.", then "- Better next time: Comedy".
+    # Two lines of one reflection are joined: "... because War.", then "- Better next: Comedy".
     break_and_marks = r'\n[^\w"]{0,9}'
-    text = re.sub(rf'(?i){break_and_marks}(?="?better[ _]next[ _]time)', " ", spoken(text))
+    text = re.sub(rf'(?i){break_and_marks}(?="?better[ _]next)', " ", spoken(text))
     return labelled(text, REFLECTIONS) or Malformed("the reply held no line 'Reflection: ...'")
 
 
@@ -1297,7 +1297,7 @@ def offline_reflector(text: str, seed: int) -> str:
     harmless = min(earlier, default=9)
     advised = min(apart_in(transcript), harmless)
     warned = set()
-    if "the user left" not in question:             # the template itself has "The user left"
+    if "the user left" not in question:
         why = f"The user stayed for all {counted_steps(len(titles))}"
     elif last < harmless:                           # too similar to an item shown lately
         advised = max(advised, last + 1)

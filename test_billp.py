@@ -1123,7 +1123,7 @@ planner | Here is my thought process:\n\nThought 3: Comedy next | Comedy next
 planner | War was shown.\n\n**Answer:** Comedy next ; War. Final Answer: Comedy next | Comedy next
 reflector | **Lesson:** He left.\n\n**Better next time:** Up | He left. Better next time: Up
 reflector | Sad because of Up.\n> Better next time: M | Sad because of Up. Better next time: M
-reflector | - Lesson: He left.\n- Better next time: Up | He left. Better next time: Up
+reflector | - Lesson: He left.\n- Better next: Up | He left. Better next: Up
 critic | Value after step 3: 7.5 ; Value (at most 10): 7.5 ; 7,5 ; Value: about 7.5 of 10 | 7.5
 critic | <think>\nValue: 1\n</think>\nValue: 7.5 ; 7.5<think>\nValue: 1 | 7.5
 critic | Step 3: 7.5 ; On a scale of 0 to 10: 7.5 ; V_3 = 7.5 ; (8 + 7) / 2 = 7.5 | 7.5
@@ -1160,7 +1160,7 @@ def test_an_answer_is_read_without_its_wrapping(role, reply, value):
 
 @pytest.mark.parametrize("role, reply", table(r"""
 planner ; reflector | Next category: CATEGORY, because REASON ; Comedy, because REASON
-planner ; reflector | Reflection: The user left because it was sad. Better next time: CATEGORY
+planner ; reflector | Reflection: Left because it was sad. Better next: CATEGORY
 actor | Free item: ; **Free item:** ; Free item: title
 planner ; actor ; reflector | Free item: TITLE ; I'm sorry, but I can't help with that. ; \n
 planner ; actor ; reflector | Sorry, I cannot do this. ; As an AI, I have no opinion. ; ```\n```
@@ -1272,8 +1272,8 @@ def test_the_category_tool_by_hand():
         "\nLessons:\n- Rest\n": prompts.render_planner(["Rest"], tastes, 2),
         "ended with H [War].": prompts.render_reflector("H [War]", tastes, True),
         "better: Drama, Comedy? ": prompts.render_reflector("H [War]", tastes, True),
-        "The user left because": prompts.render_reflector("H [War]", tastes, True),
-        "The user stayed because": prompts.render_reflector("H [War]", nothing, False)}
+        "Left because": prompts.render_reflector("H [War]", tastes, True),
+        "Stayed because": prompts.render_reflector("H [War]", nothing, False)}
     for words, text in in_text.items():
         assert words in text
     assert "Lessons" not in prompts.render_planner([], tastes, 2)
