@@ -357,13 +357,13 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
               config: Config) -> tuple[Candidate, ...]:
     """The free items that the actor is shown, each once, the most promising first.
 
-    They are those nearest to two texts, by the sum of the two cosines and of the evidence: the
-    chance that the item is encouraged, minus 1/2. The first text is what the thought asks for, or
+    An item counts by how near it is to two texts (the sum of the two cosines) plus the evidence:
+    the chance that it is encouraged, minus 1/2. The first text is what the thought asks for, or
     without a thought all liked categories. The second text is the liked categories not shown
-    lately. With `candidates` 0, as in the paper, they are the remembered items, by evidence alone.
+    lately. With `candidates` 0, as in the paper, the remembered items are shown, by evidence alone.
 
-    Items without a category shown lately come first. Otherwise a small model, which tends to take
-    the first item, would too often repeat a category.
+    Of those chosen, items without a category shown lately come first. Otherwise a small model,
+    which tends to take the first item, would too often repeat a category.
     """
     excluded = barred(state, config)
     tried = experience(state, memory, config)
@@ -383,8 +383,9 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     excluded_lines = {catalog.lines[item] for item in excluded}
     # A line comes twice if two items share it.
     free = [line for line in dict.fromkeys(lines) if line not in excluded_lines]
-    # The sort is stable: within both groups the order stays.
-    free.sort(key=lambda line: set(tastes.recent).isdisjoint(prompts.line_tags(line)), reverse=True)
+    recent = set(tastes.recent)
+    # False comes before True. The sort is stable: within both groups the order stays.
+    free.sort(key=lambda line: not recent.isdisjoint(prompts.line_tags(line)))
     limit = config.candidates or config.k_actions
     return tuple(tried.get(line, Candidate(line)) for line in free[:limit])
 
@@ -405,8 +406,9 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
     lines = [candidate.line for candidate in listed]
     unlisted = ()
     if lines and config.candidates:
-        # These count only if the reply names them. A reply that names no free item often names a
-        # recent one, and the nearest of all free items would be too similar to that one.
+        # If the reply names no free item, `ground` takes the nearest item that is neither excluded
+        # nor unlisted. Such a reply often names a recent item, and the nearest of all free items
+        # would be too similar to that one.
         unlisted = [item for item, line in enumerate(catalog.lines) if line not in lines]
     if answer.fallback:
         # `listed` holds lines, not items. The nearest item to a line is the item of this line.

@@ -269,7 +269,7 @@ def best(score: Array, allowed: Array) -> Array:
 
 
 def draw(score: Array, allowed: Array, rng: Rng) -> Array:
-    """int [B]: an allowed item of the highest score, ties broken at random; score [B, m] or 0."""
+    """int [B]: an allowed item of the highest score, ties broken at random; score is [B, m] or 0."""
     # a random number below 10^-6 decides between equals
     return best(score + 1e-6 * rng.random(allowed.shape), allowed)
 
@@ -499,9 +499,9 @@ def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
     # d log_chance[pick] / d fit_j = [j is the pick] - chance_j
     # and, because d entropy / d chance_i = -(log_chance_i + 1),
     # d entropy / d fit_j = -sum over i of (log_chance_i + 1) * chance_i * ([i is j] - chance_j)
+    # The chances sum to 1, so the sum over i of (log_chance_i + 1) * chance_i is 1 - entropy. Hence
+    # d entropy / d fit_j = -chance_j * ((log_chance_j + 1) - (1 - entropy))
     #                     = -chance_j * (log_chance_j + entropy)
-    # because the chances sum to 1, so that the sum of all (log_chance_i + 1) * chance_i is
-    # 1 - entropy
     of_pick = picked - chance
     of_entropy = -chance * (log_chance + entropy)
     by_fit = td_error[:, None] * of_pick + ENTROPY * of_entropy
@@ -1126,7 +1126,7 @@ def similarity_by(belongs: Array, factors: Array, one: Array, other: Array,
     # Fitted distances have no natural limit. Our choice: one pair in five is too similar.
     vectors = unit(factors)
     beta = np.quantile(length_between(vectors, 0, one, other), 0.2)
-    # perhaps the column of categories has a name that is not known
+    # The reason is told: perhaps the file has categories, in a column whose name is not known.
     name = "fitted vectors" if fitted else "fitted vectors, because no item has a category"
     return name, vectors, float(beta)
 

@@ -233,8 +233,8 @@ def spoken(text: str) -> str:
     """
     text = OPENING.sub("<think>", text)
     text = ENDING.sub("</think>", text)
-    # A pair holds no other opening mark. If it might, the pattern would search to the end again
-    # from each of many opening marks.
+    # A pair must hold no other opening mark. Otherwise the pattern would search to the end from
+    # each of many opening marks.
     no_other = "((?!<think>).)*?"
     pair = f"<think>{no_other}</think>"
     without_opening = "^.*</think>"             # the opening mark was part of the prompt
@@ -268,7 +268,8 @@ IN_LINE = re.compile(rf"""(?imx)
     (?P<name> {LABELS} ) {GAP} \#?\d*   # "Thought 3", "Thought #3", "Final Answer", "item"
     (?: [ ]\([^()\n]{{1,20}}\) )?       # "Thought 3 (planning)"
     (?: [ \t*_"')]{{0,9}} [:：]         # then a colon,
-      | (?<=\d) (?: [ ][–—-] | \. ) (?=\s)      # or behind a number a dash or a dot
+      # or behind a number a dash or a dot: "Action 3 - Up", "Action 3. Up"
+      | (?<=\d) (?: [ ][–—-] | \. ) (?=\s)
     ) [ \t*_"'`-]*
     """)
 # HEADING: a label without a colon counts if four things hold. It is alone in its line; the line
@@ -278,7 +279,7 @@ IN_LINE = re.compile(rf"""(?imx)
 #     no:  "Action", then "Up" · "Next category:", then "**Action**" · "**Action**" at the end
 HEADING = re.compile(rf"""(?imx)
     (?<! category:\n ) (?<! category:\*\*\n )       # not below "Next category:"
-    ^ (?= [ \t]* [*_\#>] | .*\d)    # a line with a mark at its front, or a number
+    ^ (?= (?: [ \t]* [*_\#>] ) | (?: .*\d ) )   # a line with a mark at its front, or a number
     [ \t*_\#>]* (?P<name> {LABELS} ) {GAP} \d* {GAP} $
     (?= \s* \S )                    # with text below
     """)
@@ -565,6 +566,7 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
             # does not name Up.
             names.append(named_by(words[1:size]))
         tables = [catalog.names, catalog.mains] if nothing_follows else [catalog.names]
+        # The first table that has a name decides, and in it the first name.
         found = [table[name] for table in tables for name in names if name in table]
         if not found:
             continue
@@ -577,7 +579,7 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
         if longer and not leading_title(behind, catalog)[0]:
             items = of_year(items, int(longer["year"]), catalog)
         if not items or SEQUEL.match(" ".join(behind[:2])):
-            return [], size             # the search goes on behind the title
+            return [], size             # a title, but of another film
         return items, size + year_words
     return [], 0
 
@@ -717,8 +719,8 @@ def closest(texts: Sequence[str], catalog: Catalog, exclude: Collection[int], k:
             bonus: Mapping[str, float] | None = None) -> list[int]:
     """The k items not excluded whose lines are nearest to the texts, by summed cosine.
 
-    The nearest comes first. `bonus` is added to the cosines of these lines. One product of all m
-    items with the sum of the texts' embeddings: half a second for a million.
+    The nearest comes first. `bonus` is added to the cosines of these lines. The cost is one product
+    of all m items with the sum of the texts' embeddings: half a second for a million items.
     """
     vector = catalog.embed(texts).sum(0)
     # In double precision and rounded, so that the order does not depend on the processor.
@@ -1284,8 +1286,8 @@ def offline_reflector(text: str, seed: int) -> str:
     """Reads off why the user left: similar items too close together, or a disappointment.
 
     A gap is the number of steps from an item back to the nearest similar one.
-        harmless    the smallest gap before the last item: the user stayed at it, so no larger gap
-                    need be advised
+        harmless    the smallest gap before the last item; the user stayed at it, so a larger one
+                    need not be advised
         advised     the gap that the session's thoughts asked for, but at most `harmless`
     If the last gap is below `harmless`, it is taken for the cause: then at least one step more than
     this gap is advised.
@@ -1300,7 +1302,7 @@ def offline_reflector(text: str, seed: int) -> str:
     if "the user left" not in question:
         why = f"The user stayed for all {counted_steps(len(titles))}"
     elif last < harmless:                           # too similar to an item shown lately
-        advised = max(advised, last + 1)
+        advised = max(advised, last + 1)            # still at most `harmless`
         why = (f"The user left because {titles[-1]} came {counted_steps(last)} after "
                f"{titles[-1 - last]}, which is similar")
     else:
@@ -1732,7 +1734,8 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     """
     error = fields(data.get("error")) or data           # some servers put its fields at the top
     status = str(response.status_code)
-    if response.is_success and error:       # a success that carries an error: its code counts
+    # A success that carries an error: its code counts. If the body cannot be read, data is {}.
+    if response.is_success and error:
         code = str(error.get("code"))
         status = code if re.fullmatch("[45][0-9][0-9]", code) else "500"
     wait = asked_wait(response.headers, text)
@@ -1890,9 +1893,12 @@ def heard(route: Route, ask: Ask, data: dict) -> Any:
                           str(finish))
     if text and not broken_off and not choice.get("error"):
         return Reply(text, usage)
-    label = "refusal" if refusal else finish
-    found = "half a text" if text else "no text"
-    reason = refusal or choice.get("error") or f"and {found}"
+    if refusal:
+        label, reason = "refusal", refusal
+    else:
+        # "finish_reason length and no text"
+        label = finish
+        reason = choice.get("error") or ("and half a text" if text else "and no text")
     return fault(route, f"finish_reason {label}", str(reason))._replace(usage=usage)
 
 

@@ -419,8 +419,8 @@ def settings(args: Namespace, saved: Json) -> Settings:
         extra=digest(extra) if args.extra_body else "",
         config=config | given_of(args, Config._fields), rule=given_of(args, envs.RULE))
     # A method with language keeps its learning episodes even if it learns nothing, as act and react
-    # do: the episodes can be looked at, and the difference shows how much two draws of the same
-    # users differ.
+    # do: the episodes can be looked at, and the difference between before and after shows how much
+    # chance alone does.
     return without_idle_learning(run) if args.method in envs.POLICIES else run
 
 
@@ -619,8 +619,8 @@ class Live(NamedTuple):
     # "asked": answers that were not in the log. "empty: REASON": replies without a text. A
     # prompts.Route adds "requests", "retries: KIND" and "system_fingerprint".
     stats: Json
-    # of the episodes finished so far: replies that were malformed, fallbacks, actions, and unnamed,
-    # the actions that named no free item
+    # of the episodes finished so far: malformed (replies), fallbacks, actions, and unnamed (actions
+    # that named no free item)
     replies: Counter
     failures: list[Exception]   # of calls that failed for good
     stop: Event                 # set when no further call shall begin
@@ -699,8 +699,8 @@ def parallel(pool: futures.Executor, stop: Event) -> Iterator[Callable]:
     """
     try:
         yield pool.map
-    # `do_jobs` is a generator. If Ctrl-C comes while it waits at its yield, it gets GeneratorExit.
     except (KeyboardInterrupt, GeneratorExit):
+        # GeneratorExit: Ctrl-C came while the generator `do_jobs` waited at its yield
         stop.set()
         pool.shutdown(wait=False)
         for process in active_children():       # those of `offline_pool` ignore Ctrl-C
@@ -1048,8 +1048,8 @@ def print_prompts(args: Namespace, phase: str, number: int) -> None:
     is_of_this_version = (config.keys() == set(Settings._fields)
                           and config["config"].keys() == set(Config._fields))
     if not is_of_this_version or config["load"]:
-        raise UserError(f"{args.show} was started by --load or another version: its prompts "
-                        "cannot be made again")
+        raise UserError(f"{args.show} was started with --load or by another version: its "
+                        "prompts cannot be made again")
     run = Settings(**config)
     args.replay = True                  # no endpoint is asked
     llm, embed = open_model(args, run, args.show, new_live())
@@ -1171,11 +1171,10 @@ def shortened(env: envs.Env, gamma: float) -> envs.Env:
 
 def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Callable,
                      draws: int) -> list[list[float]]:
-    """How well two estimates of a state's value do: one sampled return, and the critic's V.
+    """The errors of one sampled return and of the critic's V after one learning run: [users, 2].
 
-    [users, 2]: their errors after one learning run. The state is the first one of a session with
-    each held-out user. The reference is the mean of `draws` further returns of the same agent from
-    there.
+    Both estimate the value of the first state of a session with each held-out user. The truth is
+    taken to be the mean of `draws` further returns of the same agent from there.
     """
     config = Config(**run.config)
     # Returns are played in a shorter world, which takes half the time. The critic is asked in the
