@@ -378,7 +378,7 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
         in_catalog = set(catalog.lines)             # a loaded memory may come from another world
         lines = [line for line in tried if line in in_catalog]
         lines.sort(key=lambda line: prompts.chance(tried[line]), reverse=True)
-    # Some remembered items are excluded. Some free items have the same line as an excluded one: the
+    # A remembered item may be excluded. A free item may have the same line as an excluded one: the
     # model could not tell them apart.
     excluded_lines = {catalog.lines[item] for item in excluded}
     # A line comes twice if two items share it.
@@ -406,9 +406,9 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
     lines = [candidate.line for candidate in listed]
     unlisted = ()
     if lines and config.candidates:
-        # If the reply names no free item, `ground` takes the nearest item that is neither excluded
-        # nor unlisted. Such a reply often names a recent item, and the nearest of all free items
-        # would be too similar to that one.
+        # Free items outside the list are taken only if the reply names them, never as the nearest.
+        # A reply that names no free item often names a recent one, and the nearest of all free
+        # items would be too similar to that one.
         unlisted = [item for item, line in enumerate(catalog.lines) if line not in lines]
     if answer.fallback:
         # `listed` holds lines, not items. The nearest item to a line is the item of this line.

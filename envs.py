@@ -269,7 +269,7 @@ def best(score: Array, allowed: Array) -> Array:
 
 
 def draw(score: Array, allowed: Array, rng: Rng) -> Array:
-    """int [B]: an allowed item of the highest score, ties broken at random; score is [B, m] or 0."""
+    """int [B]: an allowed item of the highest score (0 or [B, m]), ties broken at random."""
     # a random number below 10^-6 decides between equals
     return best(score + 1e-6 * rng.random(allowed.shape), allowed)
 
@@ -646,7 +646,7 @@ def intervals(statistic: Function, *samples: Array) -> list[list[float]]:
     - Several seeds: a t interval over the figures of the seeds. Users of one seed are not
       independent, because they share its world.
     """
-    # [S, 1, N, k]: one seed in each, so that there is a figure for each seed
+    # [S, 1, N, k]: one seed in each, so that the statistic gives a figure for each seed
     each_alone = [sample[:, None] for sample in samples]
     figures = statistic(*each_alone)                            # [S, numbers]
     low, high = t_interval(figures) if len(figures) > 1 else bootstrap(statistic, samples)

@@ -573,8 +573,8 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
         items = found[0]
         if year_words:
             items = of_year(items, int(following), catalog)
-        behind = words[size:]
-        longer = LONGER.match(" ".join(behind[:7]))
+        behind = words[size:]           # begins with the year, if there is one
+        longer = None if year_words else LONGER.match(" ".join(behind[:7]))
         # not "Alien, Jaws (1975)", where another title begins
         if longer and not leading_title(behind, catalog)[0]:
             items = of_year(items, int(longer["year"]), catalog)
@@ -1077,7 +1077,7 @@ def render_critic(targets: Sequence[tuple[str, float]], as_before: float) -> str
 # "7", "7.5", "7,5", "-1", ".5"
 NUMBER = r"(?P<number>[-−]?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
 # SUMS skips a calculation. Each round takes one "... =", so it ends behind the last "=":
-#     "V = 4 + 0.5 * 5 = 6.5"        skips "V = 4 + 0.5 * 5 ="
+#     "V = 4 + 0.5 * 5 = 6.5"        skips "V =", then "4 + 0.5 * 5 ="
 #     "7.5 = 4 + 3.5"                skips nothing: a number alone before "=" is the value
 SUMS = r"""(?:
     # in each round: not if a number stands alone before "="
@@ -1437,7 +1437,9 @@ SECRET = re.compile("(?i)auth|key|cookie|token|secret|password")
 LONGEST_WAIT = 120.0                # seconds; after 408, 409, 429, 5xx a longer wait ends the run
 # A number with a unit, or alone: '"retry_after": 25' is in seconds. "5 m" is five minutes. The m of
 # "20 milliseconds", "5 more seconds" and "5 months" is not.
-PERIOD = r"(\d+(?:\.\d*)?)(?: ?(ms|[smhd])(?!illi|ore|onth)|(?![ .\w]))"
+PERIOD = r"""(?x: (\d+ (?:\.\d*)?)
+    (?: [ ]? (ms|[smhd]) (?!illi|ore|onth)      # with a unit
+      | (?! [ .\w] ) ))"""                      # or alone
 # "retryDelay: 1m59s", "try again in about 1 minute 59 seconds", "limit resets in 45s"
 DURATION = (r"(?i)(retryDelay|(again|retry|resets?)[ _-]?(in|after)|wait)( for| about)*"
             rf"\W*(?P<periods>({PERIOD}[a-z]*[ ,]*)+)")

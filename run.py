@@ -495,8 +495,18 @@ def read_object(path: Path) -> Json:
 def flattened(config: Json) -> Json:
     """The fields of a config.json, with those of "config" and "rule" beside the others."""
     outer = dict(config)
-    inner = outer.pop("config", {}) | outer.pop("rule", {})
+    inner = prompts.fields(outer.pop("config", None)) | prompts.fields(outer.pop("rule", None))
     return outer | inner
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether a directory holds more than a run that got no answer, perhaps from a mistyped model.
+
+    Such a run leaves nothing but config.json, or a draft of it after a kill, and in experiments an
+    empty folder. Another run may take its place.
+    """
+    files = filter(Path.is_file, path.rglob("*"))
+    return any(not file.match("config.json*") for file in files)
 
 
 def run_directory(args: Namespace, config: Json) -> Path:
@@ -511,12 +521,8 @@ def run_directory(args: Namespace, config: Json) -> Path:
     flags = "".join(f"-{field}{value}" for field, value in varied.items())
     name = f"{kind}-{label}-seed{args.seed}{flags}-{digest(dumps(config))[:6]}"
     path = args.out or Path("runs", name)
-    # A run that got no answer, perhaps from a mistyped model, leaves nothing but config.json, or a
-    # draft of it after a kill, and in experiments an empty folder. Another run may take its place.
-    files = filter(Path.is_file, path.rglob("*"))
-    is_in_use = any(not file.match("config.json*") for file in files)
     earlier = read_object(path / "config.json")
-    if is_in_use:
+    if is_in_use(path):
         if not earlier:
             raise UserError(f"{path} is not empty and holds no run; choose another --out")
         # a field may be in one of the two alone: an experiment has fields that a run lacks
@@ -1050,6 +1056,8 @@ def print_prompts(args: Namespace, phase: str, number: int) -> None:
     if not is_of_this_version or config["load"]:
         raise UserError(f"{args.show} was started with --load or by another version: its "
                         "prompts cannot be made again")
+    if config["config"]["retries"] < 0:
+        raise UserError(f"{args.show} asked no model")
     run = Settings(**config)
     args.replay = True                  # no endpoint is asked
     llm, embed = open_model(args, run, args.show, new_live())
@@ -1165,8 +1173,8 @@ def shares(env: envs.Env, sessions: Sequence[Session]) -> list[list[int]]:
 
 def shortened(env: envs.Env, gamma: float) -> envs.Env:
     """The world with sessions cut where later rewards count below a thousandth of the first."""
-    discounts = gamma ** np.arange(1, env.max_steps)
-    return env._replace(max_steps=1 + int(np.sum(discounts >= 0.001)))
+    discounts = gamma ** np.arange(env.max_steps)           # of the first reward, the second, ...
+    return env._replace(max_steps=int(np.sum(discounts >= 0.001)))
 
 
 def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Callable,
@@ -1184,6 +1192,7 @@ def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: 
     agent = perform(run, place, billp.NOVICE, llm, embed, pmap, ("learn",)).agent
     errors = []
     for i, user in enumerate(place.held_out):
+        # A draw depends on the place in this list: each return has draws of its own.
         played = billp.evaluate(catalog_to_play, [user] * (draws + 1), agent, llm, run.seed,
                                 "continue", config, pmap)
         # the first return is judged, the others tell what it should be

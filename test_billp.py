@@ -1022,7 +1022,7 @@ Jaws | I don't recommend Alien; Jaws is tense. ; Alien does not fit. Jaws does. 
 Jaws | I'm sorry, I can't find a perfect match, but Jaws is the closest. |
 Jaws | {"reason": "Alien was liked", "film": "Jaws"} ; My pick: Jaws ; Movie: Jaws |
 Jaws | After Alien the user needs something else, such as Jaws. | Alien
-Alien | Alien, Jaws (1975) ; Alien and Jaws (1975) |
+Alien | Alien, Jaws (1975) ; Alien and Jaws (1975) ; Alien (1979), Jaws (1975) |
 Jaws | Instead of Alien, I suggest Jaws ; Instead of Alien, Jaws. ; Not Alien, but Jaws. |
 Jaws | Alien was fun, and you might like Jaws. ; After Alien the user will like Jaws. | Alien
 Jaws | - **Alien**: tense\n- **Jaws**: a shark\n\nI'd recommend Jaws. |
@@ -2397,6 +2397,9 @@ def test_show_refuses_an_unreadable_episode_in_one_line(finished, tmp_path):
     content = (finished / "episodes.jsonl").read_text("utf-8")
     run.write(tmp_path / "episodes.jsonl", re.sub(r'"reward": [\d.]+', '"reward": "good"', content))
     assert "another version" in refuse("--show", tmp_path)
+    folder = tmp_path / "silent"
+    succeed(*SMALL, "--method", "billp-no-model", "--out", folder)
+    assert "asked no model" in refuse("--show", folder, "--prompts")
 
 
 def test_show_prints_the_prompts_and_their_replies(tmp_path):
@@ -2471,6 +2474,9 @@ def test_a_run_directory_is_never_touched_by_another_run(finished):
     line = refuse(*SMALL, "--experiment", "table5", "--rows", "billp", "--out", finished)
     assert "(experiment, seeds, rows)" in line
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+    run.write(finished / "config.json", '{"config": "of another program"}')
+    assert "another configuration" in refuse(*SMALL, "--out", finished)
+    run.write(finished / "config.json", before["config.json"].decode())
 
 
 def test_a_run_without_an_answer_yields_its_directory(tmp_path):
