@@ -619,7 +619,7 @@ def test_without_candidates_experience_is_shown_and_nothing_else():
     config = Config(candidates=0, k_actions=2)
     assert billp.shortlist(STATE, EMPTY, CATALOG, config) == ()
     taken, a, b, c = (CATALOG.lines[item] for item in (STATE.taken[0], ALIEN, JAWS, UP))
-    memory = nearby((0, a), (1, b), (1, c), (1, taken), (1, "Nobody [War]"))
+    memory = nearby((1, b), (1, c), (0, a), (1, taken), (1, "Nobody [War]"))
     llm, asks = noting(prompts.offline)
     act, _ = billp.actor(STATE, memory, llm, CATALOG, config)
     assert act.recalled == (Candidate(c, 1, 0), Candidate(b, 1, 0))
