@@ -2675,6 +2675,12 @@ def test_shares_of_popularity_by_hand():
     assert run.share_of(np.array([shares])).tolist() == [0.5, 0, 0, 0.25, 0.25]
 
 
+def test_returns_are_played_while_rewards_count_a_thousandth():
+    """0.5 ** 9 is about 0.002, the weight of the tenth reward."""
+    steps = {gamma: run.shortened(FILMS, gamma).max_steps for gamma in (0.0, 0.5, 1.0)}
+    assert steps == {0.0: 1, 0.5: 10, 1.0: FILMS.max_steps}
+
+
 def test_errors_of_the_critic_by_hand():
     """Every return is 4 + 0.5 * 5 = 6.5 and V = 8: the bias is 1.5, its square 2.25."""
     llm = scripted(REPLIES | {"critic": ["Value: 8"]})
