@@ -1057,7 +1057,7 @@ def print_prompts(args: Namespace, phase: str, number: int) -> None:
         raise UserError(f"{args.show} was started with --load or by another version: its "
                         "prompts cannot be made again")
     if config["config"]["retries"] < 0:
-        raise UserError(f"{args.show} asked no model")
+        raise UserError(f"{args.show} asked no model: leave out --prompts")
     run = Settings(**config)
     args.replay = True                  # no endpoint is asked
     llm, embed = open_model(args, run, args.show, new_live())
