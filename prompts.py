@@ -719,7 +719,7 @@ def closest(texts: Sequence[str], catalog: Catalog, exclude: Collection[int], k:
             bonus: Mapping[str, float] | None = None) -> list[int]:
     """The k items not excluded whose lines are nearest to the texts, by summed cosine.
 
-    The nearest comes first. `bonus` holds what is added to the cosine of a line, by line. The cost is
+    The nearest comes first. `bonus` holds what is added to the cosine of a line, by line. It costs
     one product of all m items with the sum of the texts' embeddings: half a second for a million.
     """
     vector = catalog.embed(texts).sum(0)
