@@ -719,8 +719,8 @@ def closest(texts: Sequence[str], catalog: Catalog, exclude: Collection[int], k:
             bonus: Mapping[str, float] | None = None) -> list[int]:
     """The k items not excluded whose lines are nearest to the texts, by summed cosine.
 
-    The nearest comes first. `bonus` holds what is added to the cosine of a line, by line. It costs
-    one product of all m items with the sum of the texts' embeddings: half a second for a million.
+    The nearest comes first. `bonus` is added to the cosines: line -> number. It takes one product
+    of all m items with the sum of the texts' embeddings: half a second for a million items.
     """
     vector = catalog.embed(texts).sum(0)
     # In double precision and rounded, so that the order does not depend on the processor.
