@@ -739,10 +739,10 @@ def unit(rows: Array) -> Array:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
 
 
-def labels(tags: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], Array]:
+def category_table(tags: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], Array]:
     """The categories that occur in the items' tags, sorted, and `belongs` of `Env`.
 
-    >>> labels([["War"], ["Drama", "War"]])[0]
+    >>> category_table([["War"], ["Drama", "War"]])[0]
     ('Drama', 'War')
     """
     names = sorted({tag for item_tags in tags for tag in item_tags})
@@ -789,7 +789,7 @@ def films(seed: int = 0) -> Env:
         titles.append(" ".join(words))
         years.append(int(year))
         tags.append([CODES[letter] for letter in letters])
-    categories, belongs = labels(tags)
+    categories, belongs = category_table(tags)
     # The square of a weight is log(1 / the category's frequency). That is what a shared category
     # adds to the dot product of two films, before their rows are scaled to length 1. So films that
     # share a rare one are nearer to each other.
@@ -915,12 +915,12 @@ def read_rows(file: Path, needed: Sequence[str], parse: Callable) -> Iterator:
         try:
             header = HEADERS.get(file.name) or next(lines, [])
             places = columns(header, needed)
-            for fields in lines:
-                if not "".join(fields).strip():
+            for cells in lines:
+                if not "".join(cells).strip():
                     continue
-                fit = len(fields) == len(header)
-                demand(fit, f"{len(fields)} fields instead of {len(header)}")
-                yield parse({name: fields[place].strip() for name, place in places.items()})
+                is_whole = len(cells) == len(header)
+                demand(is_whole, f"{len(cells)} fields instead of {len(header)}")
+                yield parse({name: cells[place].strip() for name, place in places.items()})
         except (ValueError, csv.Error) as error:
             raise ValueError(f"line {lines.line_num}: {error}") from None
 
@@ -961,7 +961,7 @@ def parse_entry(items: Numbers, row: Fields) -> tuple:
     return title, year, [name for name in names if name not in NO_TAG]
 
 
-def seconds(text: str) -> float:
+def timestamp(text: str) -> float:
     """A time as a number, which may be written as a date like 2005-04-02 23:53:47. No text is 0."""
     try:
         return float(text or 0)
@@ -983,7 +983,7 @@ def parse_vote(users: Numbers, items: Numbers, row: Fields) -> tuple:
     demand(row["item"] in items, f"item {row['item']} is not in the list of items")
     # a new user gets the next number
     user = users.setdefault(row["user"], len(users))
-    return user, items[row["item"]], rating, seconds(row.get("time", ""))
+    return user, items[row["item"]], rating, timestamp(row.get("time", ""))
 
 
 def rescaled(ratings: Array) -> tuple[Array, str]:
@@ -1151,7 +1151,7 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
     model = als(train, n, m, rank=12)
     biases = als(train, n, m, rank=0)       # no factors: biases alone
     titles, years, tags = zip(*entries)
-    categories, belongs = labels(tags)
+    categories, belongs = category_table(tags)
     # Random pairs of different items. An item without ratings is left out: its factors are 0.
     rated = np.unique(train["item"])
     demand(len(rated) > 1, "fewer than two items with ratings")
@@ -1268,11 +1268,11 @@ def released_world(path: Location, name: str) -> Env:
     titles = [html.unescape(names[str(item)]) for item in range(m)]
     sources = load(path, name, "list_genre.json")       # lists of genres, written as Python source
     genres = {html.unescape(title): ast.literal_eval(sources[title]) for title in sources}
-    categories, belongs = labels([genres.get(title, []) for title in titles])
-    index = {title: item for item, title in enumerate(titles)}
+    categories, belongs = category_table([genres.get(title, []) for title in titles])
+    item_called = {title: item for item, title in enumerate(titles)}
     histories = []
     for seen in train_seen + test_seen:
-        items = [index[title] for title in seen if title in index]
+        items = [item_called[title] for title in seen if title in item_called]
         histories.append(last_distinct(items))
     return Env(
         titles=tuple(titles), years=(None,) * m,

@@ -501,7 +501,7 @@ def main_title(title: str) -> str:
     return re.split(r":| - | \(", title)[0]
 
 
-def index(names_of_items: Iterable[Sequence[str]]) -> dict[str, list[int]]:
+def items_by_name(names_of_items: Iterable[Sequence[str]]) -> dict[str, list[int]]:
     """Names -> the items so called, given the names of each item in turn."""
     items_of: dict[str, list[int]] = {}
     for item, names in enumerate(names_of_items):
@@ -526,8 +526,8 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
     all_names = [spellings(title) for title in env.titles]
     whole_names = [(as_it_is, inverted) for as_it_is, inverted, _ in all_names]
     # Whole names replace those without an article: "heat" is Heat, not The Heat, if there are both.
-    by_name = index(all_names) | index(whole_names)
-    by_main = index(spellings(main_title(title)) for title in env.titles)
+    by_name = items_by_name(all_names) | items_by_name(whole_names)
+    by_main = items_by_name(spellings(main_title(title)) for title in env.titles)
     vectors = embed(lines)
     squared_lengths = np.vecdot(vectors, vectors).round(2)
     if squared_lengths.tolist() != [1.0] * len(lines):
@@ -931,10 +931,10 @@ def chance(candidate: Candidate) -> float:
     return (candidate.encouraged + 1) / (candidate.encouraged + candidate.discouraged + 2)
 
 
-def times(candidate: Candidate) -> str:
+def with_count(candidate: Candidate) -> str:
     """An item's title, and how often it got its more frequent verdict.
 
-    >>> times(Candidate("Alien (1979) [Horror]", encouraged=2, discouraged=1))
+    >>> with_count(Candidate("Alien (1979) [Horror]", encouraged=2, discouraged=1))
     'Alien (1979) (2 of 3)'
     """
     title = candidate.line.rpartition(" [")[0]
@@ -949,10 +949,10 @@ def render_evidence(candidates: Sequence[Candidate]) -> str:
     small model took the first item less often, although the list begins with the best.
     """
     lines = ""
-    encouraged = [times(item) for item in candidates if item.encouraged > item.discouraged]
+    encouraged = [with_count(item) for item in candidates if item.encouraged > item.discouraged]
     if encouraged:
         lines += f"Encouraged in similar situations: {', '.join(encouraged)}.\n"
-    discouraged = [times(item) for item in candidates if item.discouraged > item.encouraged]
+    discouraged = [with_count(item) for item in candidates if item.discouraged > item.encouraged]
     if discouraged:
         lines += f"Discouraged: {', '.join(discouraged)}.\n"
     return lines
@@ -1628,7 +1628,7 @@ def connect(base_url: str, path: str, key: str | None = None, *, timeout: float 
 # - one request
 
 
-def fields(value: Any) -> dict:
+def as_object(value: Any) -> dict:
     """The value if it is a JSON object, else an empty one."""
     return value if isinstance(value, dict) else {}
 
@@ -1671,7 +1671,7 @@ def decoded(text: str) -> dict:
     last_choice, content = {}, ""
     for piece in pieces:
         for choice in piece.get("choices") or ():
-            delta = fields(choice.get("delta") or choice.get("message"))
+            delta = as_object(choice.get("delta") or choice.get("message"))
             content += delta.get("content") or ""
             last_choice = choice            # it holds the finish_reason
     joined = last_choice | {"message": {"content": content}}
@@ -1702,7 +1702,7 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
     # Texts are starred where they are used: a key of digits would spoil numbers in the JSON.
     text = raw.decode("utf-8-sig", "replace")
     try:
-        data = fields(decoded(text))
+        data = as_object(decoded(text))
         if response.is_success and not data.get("error"):
             return read(data)       # a shape that it cannot read is a bad answer, too
     except MISSHAPEN:
@@ -1734,7 +1734,7 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
     KINDS is matched with "STATUS ADVICE BODY". The advice tells whether to ask again: true, false,
     or nothing if it is not known, as in "429  {...}".
     """
-    error = fields(data.get("error")) or data           # some servers put its fields at the top
+    error = as_object(data.get("error")) or data        # some servers put its fields at the top
     status = str(response.status_code)
     # A success that carries an error: its code counts. If the body cannot be read, data is {}.
     if response.is_success and error:
@@ -1858,9 +1858,9 @@ def token_count(value: Any) -> int | None:
 
 def usage_of(route: Route, ask: Ask, data: dict) -> Usage:
     """The tokens that a server counts. The user is told if the server seems to cut prompts."""
-    counts = fields(data.get("usage"))
+    counts = as_object(data.get("usage"))
     prompt = token_count(counts.get("prompt_tokens"))
-    cached = token_count(fields(counts.get("prompt_tokens_details")).get("cached_tokens"))
+    cached = token_count(as_object(counts.get("prompt_tokens_details")).get("cached_tokens"))
     sent = len(str(ask.messages))
     if prompt and sent > 5 * prompt + 1000:         # a token of such text has about 4 characters
         tell(route, "cut", f"counts {prompt} tokens in a prompt of {sent} characters: it may "
@@ -1882,7 +1882,7 @@ def heard(route: Route, ask: Ask, data: dict) -> Any:
     no_choice = {"finish_reason": "missing", "error": json.dumps(data)}
     choice = data["choices"][0] if data["choices"] else no_choice
     finish = choice.get("finish_reason")
-    message = fields(choice.get("message"))
+    message = as_object(choice.get("message"))
     refusal = message.get("refusal")
     content = message.get("content") or ""
     if isinstance(content, list):               # of parts: texts, and perhaps hidden thinking
@@ -1906,11 +1906,11 @@ def heard(route: Route, ask: Ask, data: dict) -> Any:
 
 def chat_body(model: str, ask: Ask) -> dict:
     """The body of a request. The system text opens the first user message, as some servers need."""
-    turns = [{"role": role, "content": text} for role, text in ask.messages]
-    if turns[0]["role"] == "system":
-        system = turns.pop(0)
-        turns[0]["content"] = f"{system['content']}\n\n{turns[0]['content']}"
-    return {"model": model, "messages": turns, "max_tokens": ask.max_tokens,
+    messages = [{"role": role, "content": text} for role, text in ask.messages]
+    if messages[0]["role"] == "system":
+        system = messages.pop(0)
+        messages[0]["content"] = f"{system['content']}\n\n{messages[0]['content']}"
+    return {"model": model, "messages": messages, "max_tokens": ask.max_tokens,
             "temperature": ask.temperature, "seed": seed_of(ask.key)}
 
 
@@ -1950,7 +1950,7 @@ def unpacked(text: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text + "=="), "<f4")
 
 
-def vectors(route: Route, expected: int, data: dict) -> Any:
+def embedded_rows(route: Route, expected: int, data: dict) -> Any:
     """Rows of length 1 in the order of the texts, float32 [expected, d], or a Fault."""
     # An index of 0 is often left out. Where all are, the order counts: the sort is stable.
     entries = sorted(data["data"], key=lambda entry: int(entry.get("index") or 0))
@@ -1981,7 +1981,7 @@ def embeddings(base_url: str, model: str, key: str | None = None, **options: Any
             part = texts[len(rows):len(rows) + batch]
             body = {"model": model, "encoding_format": "float",
                     "input": [text or " " for text in part]}        # some refuse an empty text
-            got = persist(route, body, lambda data: vectors(route, len(part), data))
+            got = persist(route, body, lambda data: embedded_rows(route, len(part), data))
             if not isinstance(got, Fault):
                 rows.extend(got)
                 continue

@@ -494,9 +494,10 @@ def read_object(path: Path) -> Json:
 
 def flattened(config: Json) -> Json:
     """The fields of a config.json, with those of "config" and "rule" beside the others."""
-    outer = dict(config)
-    inner = prompts.fields(outer.pop("config", None)) | prompts.fields(outer.pop("rule", None))
-    return outer | inner
+    flat = dict(config)
+    for group in ("config", "rule"):
+        flat |= prompts.as_object(flat.pop(group, None))
+    return flat
 
 
 def is_in_use(path: Path) -> bool:
