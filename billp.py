@@ -358,26 +358,29 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     """The free items that the actor is shown, each once, the most promising first.
 
     An item counts by how near it is to two texts (the sum of the two cosines) plus the evidence:
-    the chance that it is encouraged, minus 1/2. The first text is what the thought asks for, or
-    without a thought all liked categories. The second text is the liked categories not shown
-    lately. With `candidates` 0, as in the paper, the remembered items are shown, by evidence alone.
+    the chance that it is encouraged, minus the average chance. The first text is what the thought
+    asks for, or without a thought all liked categories. The second text is the liked categories not
+    shown lately. With `candidates` 0, as in the paper, the remembered items are shown, by evidence
+    alone.
 
     Of those chosen, items without a category shown lately come first. Otherwise a small model,
     which tends to take the first item, would too often repeat a category.
     """
     excluded = barred(state, config)
     tried = experience(state, memory, config)
+    average = prompts.average_chance(tried.values())
+    chances = {line: prompts.chance(candidate, average) for line, candidate in tried.items()}
     tastes = tastes_of(state, config)
     if config.candidates:
         # such as "[War]" and "[Comedy, Drama]"; the second is left out if it would be empty
         texts = prompts.query(state.thought, catalog.env.categories, tastes)
-        bonus = {line: prompts.chance(candidate) - 0.5 for line, candidate in tried.items()}
+        bonus = {line: chance - average for line, chance in chances.items()}
         items = prompts.closest(texts, catalog, excluded, config.candidates, bonus)
         lines = [catalog.lines[item] for item in items]
     else:
         in_catalog = set(catalog.lines)             # a loaded memory may come from another world
         lines = [line for line in tried if line in in_catalog]
-        lines.sort(key=lambda line: prompts.chance(tried[line]), reverse=True)
+        lines.sort(key=chances.get, reverse=True)
     # A remembered item may be excluded. A free item may have the same line as an excluded one: the
     # model could not tell them apart.
     excluded_lines = {catalog.lines[item] for item in excluded}

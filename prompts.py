@@ -926,9 +926,32 @@ class Candidate(NamedTuple):
     discouraged: int = 0
 
 
-def chance(candidate: Candidate) -> float:
-    """The chance that an item is encouraged, by Laplace's rule: 1/2 if it was never tried."""
-    return (candidate.encouraged + 1) / (candidate.encouraged + candidate.discouraged + 2)
+# Evidence on an item counts as if the item had been tried so often before, with average success.
+# Most verdicts come from users of another taste, so a few of them must not move an item far.
+EARLIER_TRIALS = 8
+
+
+def average_chance(tried: Iterable[Candidate]) -> float:
+    """The chance that an item is encouraged, over all items, by Laplace's rule: 1/2 without any.
+
+    >>> average_chance([Candidate("Up", 2, 0), Candidate("Big", 0, 1)])
+    0.6
+    """
+    verdicts = Counter()
+    for candidate in tried:
+        verdicts["encouraged"] += candidate.encouraged
+        verdicts["all"] += candidate.encouraged + candidate.discouraged
+    return (verdicts["encouraged"] + 1) / (verdicts["all"] + 2)
+
+
+def chance(candidate: Candidate, average: float) -> float:
+    """The chance that an item is encouraged: the average if it was never tried.
+
+    >>> chance(Candidate("Up"), 0.5), chance(Candidate("Up", encouraged=8), 0.5)
+    (0.5, 0.75)
+    """
+    trials = candidate.encouraged + candidate.discouraged + EARLIER_TRIALS
+    return (candidate.encouraged + EARLIER_TRIALS * average) / trials
 
 
 def with_count(candidate: Candidate) -> str:
@@ -1088,7 +1111,9 @@ SUMS = r"""(?:
     ){0,9}"""
 # "Value 4: about 7,5" · "**Value:**", then "7.5"
 VALUE_LINE = re.compile(rf"""(?imx)
-    ^ ([^\w\n] | _)* ((final|estimated)[ ])? value\b [^:=：\n]* [:=：]
+    ^ ([^\w\n] | _)* ((final|estimated)[ ])? value\b
+    # words, among them "at t=4"
+    (?: \b (?:t|n|s|step|state) [ ]?=[ ]? \d+\b | [^:=：\n] )* [:=：]
     {SUMS} (
         [\s*_]*                     # line breaks and marks: the number is in the next line
       | [^\d\n]*?                   # words: "about"

@@ -47,9 +47,9 @@ settings.load_profile("tests")
 # They change when a prompt, the stand-in or the films do, and with nothing else.
 
 GOLDEN_SCORES = [                       # length and return of the learning episodes 10 to 19
-    (1, 5), (50, 222), (28, 125), (13, 52), (4, 17), (19, 87), (9, 39), (13, 57), (8, 32),
-    (22, 89)]
-GOLDEN_TRIED = 236                      # experiences after 20 episodes
+    (31, 132), (9, 41), (29, 131), (8, 29), (10, 44), (32, 139), (9, 38), (23, 96), (4, 17),
+    (17, 72)]
+GOLDEN_TRIED = 242                      # experiences after 20 episodes
 GOLDEN_LENGTHS = {                      # steps that policies last in films: lowest, highest
     "random": (3, 5), "popular": (2, 5), "greedy": (4, 7), "varied": (5, 9),
     "common-sense": (17, 30), "one-list": (20, 33), "oracle": (48, 50)}
@@ -584,7 +584,7 @@ def test_near_duplicates_of_a_lesson_are_shown_once(lessons, k):
 
 
 def test_candidates_fit_the_thought_and_are_ranked_by_evidence():
-    """One verdict moves the chance from 1/2 to 2/3 or 1/3: it adds or takes 1/6."""
+    """Four equal verdicts move the chance a third of the way from the average, 3/4, to 0 or 1."""
     state = STATE._replace(thought="Western next")
     plain = billp.shortlist(state, EMPTY, CATALOG, Config())
     assert len(plain) == 10
@@ -593,16 +593,18 @@ def test_candidates_fit_the_thought_and_are_ranked_by_evidence():
     texts = prompts.query(state.thought, FILMS.categories, billp.tastes_of(state, Config()))
     score = dict(zip(lines, CATALOG.embed(lines) @ CATALOG.embed(texts).sum(0)))
     bad, good = lines[0], lines[-1]
-    score[bad] -= 1 / 6
-    score[good] += 1 / 6
+    score[bad] -= 0.75 / 3
+    score[good] += 0.25 / 3
     ranked_lines = sorted(lines, key=score.get, reverse=True)
     assert ranked_lines.index(bad) > 1 and ranked_lines.index(good) < 8
-    near = nearby((0, bad), (1, good), (1, "an item of another world"))
+    foreign = "an item of another world"
+    # by Laplace's rule the average is (4 + 10 + 1) / (8 + 10 + 2)
+    near = nearby(*4 * [(0, bad), (1, good)], *10 * [(1, foreign)])
     memory = merge(near, remember(EMPTY, "far", 0, np.roll(STATE.vector, 1), good))
-    ranked = billp.shortlist(state, memory, CATALOG, Config(k_experience=3))
+    ranked = billp.shortlist(state, memory, CATALOG, Config(k_experience=18))
     assert [item.line for item in ranked] == ranked_lines
-    assert {Candidate(good, 1, 0), Candidate(bad, 0, 1)} < set(ranked)
-    assert Candidate(good, 1, 1) in billp.shortlist(state, memory, CATALOG, Config(k_experience=4))
+    assert {Candidate(good, 4, 0), Candidate(bad, 0, 4)} < set(ranked)
+    assert Candidate(good, 4, 1) in billp.shortlist(state, memory, CATALOG, Config(k_experience=19))
     assert billp.shortlist(state, memory, CATALOG, Config(experience=False)) == plain
 
 
@@ -1126,6 +1128,7 @@ reflector | Sad because of Up.\n> Better next time: M | Sad because of Up. Bette
 reflector | - Lesson: He left.\n- Better next: Up | He left. Better next: Up
 critic | Value after step 3: 7.5 ; Value (at most 10): 7.5 ; 7,5 ; Value: about 7.5 of 10 | 7.5
 critic | <think>\nValue: 1\n</think>\nValue: 7.5 ; 7.5<think>\nValue: 1 | 7.5
+critic | Value at t=4: 7.5 ; Value of state = 4: 7.5 ; Value t = 7.5 | 7.5
 critic | Step 3: 7.5 ; On a scale of 0 to 10: 7.5 ; V_3 = 7.5 ; (8 + 7) / 2 = 7.5 | 7.5
 critic | I'd say 7.5. ; Value 4 = 7,5 ; Value: (7.5) ; Value: 4 + 0.5 * 7 = 7.5 | 7.5
 critic | Value: 4 + 0.5·7 ≈ 7.5 ; Value: 7.5, since gamma = 0.5 ; Value (gamma = 0.5): 7.5 | 7.5
