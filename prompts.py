@@ -931,17 +931,15 @@ class Candidate(NamedTuple):
 EARLIER_TRIALS = 8
 
 
-def average_chance(tried: Iterable[Candidate]) -> float:
+def average_chance(tried: Collection[Candidate]) -> float:
     """The chance that an item is encouraged, over all items, by Laplace's rule: 1/2 without any.
 
     >>> average_chance([Candidate("Up", 2, 0), Candidate("Big", 0, 1)])
     0.6
     """
-    verdicts = Counter()
-    for candidate in tried:
-        verdicts["encouraged"] += candidate.encouraged
-        verdicts["all"] += candidate.encouraged + candidate.discouraged
-    return (verdicts["encouraged"] + 1) / (verdicts["all"] + 2)
+    encouraged = sum(candidate.encouraged for candidate in tried)
+    discouraged = sum(candidate.discouraged for candidate in tried)
+    return (encouraged + 1) / (encouraged + discouraged + 2)
 
 
 def chance(candidate: Candidate, average: float) -> float:
