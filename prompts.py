@@ -926,8 +926,9 @@ class Candidate(NamedTuple):
     discouraged: int = 0
 
 
-# Evidence on an item counts as if the item had been tried so often before, with average success.
-# Most verdicts come from users of another taste, so a few of them must not move an item far.
+# Evidence is shrunk to the average: an item counts as if it had been tried so often before, with
+# average success. Most verdicts come from users of another taste, so a few must not move an item far.
+# Of 2, 4, 8, 16 and 32 trials, 8 were best for a reader that chooses as a small model does.
 EARLIER_TRIALS = 8
 
 
@@ -943,7 +944,9 @@ def average_chance(tried: Collection[Candidate]) -> float:
 
 
 def chance(candidate: Candidate, average: float) -> float:
-    """The chance that an item is encouraged: the average if it was never tried.
+    """The chance that an item is encouraged, shrunk to the average of all items.
+
+    It is the average if the item was never tried.
 
     >>> chance(Candidate("Up"), 0.5), chance(Candidate("Up", encouraged=8), 0.5)
     (0.5, 0.75)
