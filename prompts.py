@@ -927,7 +927,7 @@ class Candidate(NamedTuple):
 
 
 # Evidence is shrunk to the average: an item counts as if it had been tried so often before, with
-# average success. Most verdicts come from users of another taste, so a few must not move an item far.
+# average success. Most verdicts come from users of another taste: a few must not move an item far.
 # Of 2, 4, 8, 16 and 32 trials, 8 were best for a reader that chooses as a small model does.
 EARLIER_TRIALS = 8
 
