@@ -4,7 +4,7 @@ After "Large Language Models are Learnable Planners for Long-Term Recommendation
 arXiv 2403.00843). Four roles share one model. All that is learned lies in three memories.
 
     state s_n      history and session as text, for example 7 liked films and 3 recommended ones
-    thought t_n    the planner's line, "a comedy next, nothing like the last three films"
+    thought t_n    the planner's line, "Comedy, because the last films were dramas"
     action a_n     an item of the catalogue; its reward r_n is the rating, or 0 if the user leaves
     V(s), A(s, a)  the critic's value of a state; the advantage r + gamma V(s') - V(s)
     verdict v_n    what the actor remembers of an action: 1 encouraged if A >= 0, else 0 discouraged
@@ -22,7 +22,7 @@ and the planner is told which categories were shown lately.
 All functions are pure. The model comes in as the argument `llm`, the embedding with the catalogue.
 Parallelism comes in as the argument `pmap`: any function that works like the built-in `map` and
 keeps the order.
-Config, credit and memory need only numpy. They can be copied into another project as one block.
+Credit and memory need only numpy. They can be copied into another project as one block.
 """
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def push(memory: Memory, chunk: Chunk) -> Memory:
     """The memory with a chunk of newer records at its end.
 
     After 1, 2, 3, 4, 5 single records the chunks have the lengths (1), (2), (2, 1), (4), (4, 1).
-    The fourth record does not stand beside (2, 1): 1 and 1 make 2, then 2 and 2 make 4.
+    The fourth record joins twice: 1 and 1 make 2, then 2 and 2 make 4.
     """
     # Double precision, so that the distances of `recall` do not depend on the processor.
     last = Chunk(chunk.records, chunk.vectors.astype(float))
@@ -216,7 +216,8 @@ class State(NamedTuple):
     transcript: str                 # the turns of this session so far
     text: str                       # the last `titles` lines, liked or shown, to search memories by
     vector: np.ndarray              # float32 [d], the embedding of the text
-    taken: tuple[int, ...]          # items liked before or recommended in this session
+    # items that cannot be recommended: liked before or shown in this session; with `repeats` none
+    taken: tuple[int, ...]
     top: float                      # the largest discounted return; the critic's V is at most this
     thought: str = ""               # t_n, once the planner has spoken; for the actor alone
 
@@ -314,11 +315,6 @@ def tastes_of(state: State, config: Config) -> prompts.Tastes:
     return prompts.category_tool(state.history, state.shown, config.lately)
 
 
-def barred(state: State, config: Config) -> tuple[int, ...]:
-    """The items that cannot be recommended: those taken, or with `repeats` none."""
-    return () if config.repeats else state.taken
-
-
 def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
     """Macro level: the thought t_n, given the state, K reflections and the category tool.
 
@@ -348,49 +344,56 @@ def experience(state: State, memory: Memory, config: Config) -> dict[str, Candid
         return {}
     recalled = recall(memory, state.vector, config.k_experience)
     counts = Counter((record.item, record.content) for record in recalled)
-    lines = [record.item for record in recalled]
-    return {line: Candidate(line, encouraged=counts[line, 1], discouraged=counts[line, 0])
-            for line in lines}
+    tried = {}
+    for line in dict.fromkeys(record.item for record in recalled):
+        tried[line] = Candidate(line, encouraged=counts[line, 1], discouraged=counts[line, 0])
+    return tried
 
 
-def shortlist(state: State, memory: Memory, catalog: Catalog,
-              config: Config) -> tuple[Candidate, ...]:
-    """The free items that the actor is shown, each once, the most promising first.
+def ranked_lines(state: State, tried: dict[str, Candidate], catalog: Catalog,
+                 config: Config) -> list[str]:
+    """The lines of items that the actor may be shown, the most promising first.
 
     An item counts by how near it is to two texts (the sum of the two cosines) plus the evidence:
     the chance that it is encouraged, minus the average chance. The first text is what the thought
     asks for, or without a thought all liked categories. The second text is the liked categories not
-    shown lately. With `candidates` 0, as in the paper, the remembered items are shown, by evidence
+    shown lately. With `candidates` 0, as in the paper, the remembered items are ranked by evidence
     alone.
-
-    Of those chosen, items without a category shown lately come first. Otherwise a small model,
-    which tends to take the first item, would too often repeat a category.
     """
-    excluded = barred(state, config)
-    tried = experience(state, memory, config)
     average = prompts.average_chance(tried.values())
-    chances = {line: prompts.chance(candidate, average) for line, candidate in tried.items()}
-    tastes = tastes_of(state, config)
-    if config.candidates:
-        # such as "[War]" and "[Comedy, Drama]"; the second is left out if it would be empty
-        texts = prompts.query(state.thought, catalog.env.categories, tastes)
-        bonus = {line: chance - average for line, chance in chances.items()}
-        items = prompts.closest(texts, catalog, excluded, config.candidates, bonus)
-        lines = [catalog.lines[item] for item in items]
-    else:
+    bonus = {line: prompts.chance(item, average) - average for line, item in tried.items()}
+    if not config.candidates:
         in_catalog = set(catalog.lines)             # a loaded memory may come from another world
-        lines = [line for line in tried if line in in_catalog]
-        lines.sort(key=chances.get, reverse=True)
-    # A remembered item may be excluded. A free item may have the same line as an excluded one: the
-    # model could not tell them apart.
-    excluded_lines = {catalog.lines[item] for item in excluded}
-    # A line comes twice if two items share it.
-    free = [line for line in dict.fromkeys(lines) if line not in excluded_lines]
-    recent = set(tastes.recent)
-    # False comes before True. The sort is stable: within both groups the order stays.
-    free.sort(key=lambda line: not recent.isdisjoint(prompts.line_tags(line)))
+        known = [line for line in tried if line in in_catalog]
+        return sorted(known, key=bonus.get, reverse=True)
+    # such as "[War]" and "[Comedy, Drama]"; the second is left out if it would be empty
+    texts = prompts.query(state.thought, catalog.env.categories, tastes_of(state, config))
+    items = prompts.closest(texts, catalog, state.taken, len(catalog.lines), bonus)
+    return [catalog.lines[item] for item in items]
+
+
+def shortlist(state: State, memory: Memory, catalog: Catalog,
+              config: Config) -> tuple[Candidate, ...]:
+    """The free items that the actor is shown, with the evidence for them.
+
+    They are the first of `ranked_lines`. Of them, items without a category shown lately come first:
+    a small model tends to take the first item, and would too often repeat a category.
+    """
+    tried = experience(state, memory, config)
+    # A remembered item may be taken. A free item may have the same line as a taken one: the model
+    # could not tell them apart.
+    taken_lines = {catalog.lines[item] for item in state.taken}
     limit = config.candidates or config.k_actions
-    return tuple(tried.get(line, Candidate(line)) for line in free[:limit])
+    chosen = []
+    for line in ranked_lines(state, tried, catalog, config):
+        if len(chosen) == limit:
+            break
+        if line not in taken_lines and line not in chosen:      # two items may share a line
+            chosen.append(line)
+    recent = set(tastes_of(state, config).recent)
+    # False comes before True. The sort is stable: within both groups the order stays.
+    chosen.sort(key=lambda line: not recent.isdisjoint(prompts.line_tags(line)))
+    return tuple(tried.get(line, Candidate(line)) for line in chosen)
 
 
 def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
@@ -405,20 +408,19 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
     form = prompts.ACTOR if config.candidates else prompts.OPEN_ACTOR
     question = prompts.render_actor(state.key.step + 1, state.thought, listed, form)
     answer = consult(llm, "actor", state, question, prompts.parse_actor, config, "")
-    excluded = barred(state, config)
     lines = [candidate.line for candidate in listed]
-    unlisted = ()
-    if lines and config.candidates:
-        # Free items outside the list are taken only if the reply names them, never as the nearest.
-        # A reply that names no free item often names a recent one, and the nearest of all free
-        # items would be too similar to that one.
-        unlisted = [item for item, line in enumerate(catalog.lines) if line not in lines]
-    if answer.fallback:
-        # `listed` holds lines, not items. The nearest item to a line is the item of this line.
-        text = lines[0] if lines else state.text
-        item, exact = prompts.nearest(text, catalog, excluded), False
+    if answer.fallback and lines:
+        item, exact = catalog.lines.index(lines[0]), False
+    elif answer.fallback:
+        item, exact = prompts.nearest(state.text, catalog, state.taken), False
     else:
-        item, exact = prompts.ground(answer.value, catalog, excluded, unlisted)
+        unlisted = ()
+        if lines and config.candidates:
+            # Free items outside the list are taken only if the reply names them, never as the
+            # nearest. A reply that names no free item often names a recent one, and the nearest of
+            # all free items would be too similar to that one.
+            unlisted = [item for item, line in enumerate(catalog.lines) if line not in lines]
+        item, exact = prompts.ground(answer.value, catalog, state.taken, unlisted)
     return answer._replace(value=item, recalled=listed, exact=exact), memory
 
 
@@ -479,12 +481,15 @@ def opening(catalog: Catalog, user: int, key: Key, config: Config = DEFAULT) -> 
         transcript="",
         text=text,
         vector=catalog.embed([text])[0],
-        taken=tuple(liked),
+        taken=() if config.repeats else tuple(liked),
         top=discounted_return([5.0] * catalog.env.max_steps, config.gamma))
 
 
 def advance(state: State, catalog: Catalog, step: Step, left: bool, config: Config) -> State:
-    """The state after one more step. The transcript grows by one turn, and nothing is rewritten."""
+    """The state after one more step.
+
+    The transcript grows by one turn and nothing in it is rewritten: prompts extend each other.
+    """
     n = state.key.step + 1
     shown = state.shown + (step.line,)
     text = "\n".join((state.history + shown)[-config.titles:])
@@ -498,7 +503,7 @@ def advance(state: State, catalog: Catalog, step: Step, left: bool, config: Conf
             n, step.plan.value, step.line, step.reward, left, asked),
         text=text,
         vector=catalog.embed([text])[0],
-        taken=state.taken + (step.act.value,),
+        taken=() if config.repeats else state.taken + (step.act.value,),
         thought="")
 
 
@@ -528,36 +533,31 @@ def episode(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM,
 # ------------------------------------------------------------------------------- learning
 
 
-def credit(trajectory: Trajectory, values: Sequence[float],
-           gamma: float) -> tuple[list[float], list[float]]:
-    """TD targets and advantages of the N steps, given V(s_1) .. V(s_{N+1})."""
-    targets, advantages = [], []
-    for step, value, next_value in zip(trajectory.steps, values, values[1:]):
-        # only at the last step can the user have left
-        left = trajectory.terminated and step is trajectory.steps[-1]
-        targets.append(td_target(step.reward, gamma, next_value, left))
-        advantages.append(advantage(step.reward, gamma, value, next_value, left))
-    return targets, advantages
-
-
 def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAULT) -> Trajectory:
     """The episode with what it teaches: three small memories, not yet merged into the agent's."""
-    states = [step.state for step in trajectory.steps] + [trajectory.last]
-    answers = ()
+    steps = trajectory.steps
+    states = [step.state for step in steps] + [trajectory.last]
     asks_critic = config.experience and config.baseline
+    asked = []
     if asks_critic:
+        # once the user has left there is no future to estimate
         asked = states[:-1] if trajectory.terminated else states
-        answers = tuple(critic(state, agent.critic, llm, config)[0] for state in asked)
-    values = [answer.value for answer in answers]
+    answers = tuple(critic(state, agent.critic, llm, config)[0] for state in asked)
     # a state that the critic is not asked about has the value 0
-    values += [0.0] * (len(states) - len(values))
-    targets, advantages = credit(trajectory, values, config.gamma)
+    values = [answer.value for answer in answers] + [0.0] * (len(states) - len(asked))
+    # only at the last step can the user have left
+    lefts = [False] * (len(steps) - 1) + [trajectory.terminated]
+    advantages = []
     m_p, m_a, m_c = EMPTY, EMPTY, EMPTY             # what this episode adds to the three memories
-    for step, target, a in zip(trajectory.steps, targets, advantages):
+    for step, value, next_value, left in zip(steps, values, values[1:], lefts):
         state = step.state
+        adv = advantage(step.reward, config.gamma, value, next_value, left)
+        advantages.append(adv)
         if config.experience:
-            m_a = remember(m_a, state.text, int(a >= 0), state.vector, step.line)
+            verdict = int(adv >= 0)
+            m_a = remember(m_a, state.text, verdict, state.vector, step.line)
         if asks_critic:
+            target = td_target(step.reward, config.gamma, next_value, left)
             last_line = state.text.rpartition("\n")[2]      # of the last item liked or shown
             m_c = remember(m_c, state.text, target, state.vector, last_line)
     if config.thoughts and config.lessons != "none":
@@ -586,22 +586,23 @@ def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, see
     (seed, phase, i) determines the draws of users[i].
     """
     keys = [Key(seed, phase, i) for i in range(len(users))]
-    one = partial(episode, catalog, agent=agent, llm=llm, config=config)
-    return tuple(pmap(one, users, keys))
+    play = partial(episode, catalog, agent=agent, llm=llm, config=config)
+    return tuple(pmap(play, users, keys))
 
 
 def train(catalog: Catalog, users: Sequence[int], llm: LLM, seed: int = 0, agent: Agent = NOVICE,
           config: Config = DEFAULT, pmap: Callable = map,
           first: int = 0) -> Iterator[tuple[Agent, tuple]]:
-    """The paper's algorithm. Yields (agent, trajectories) after each batch.
+    """Learn from users in batches: yields (agent, trajectories) after each batch.
 
-    Each batch plays with the agent that the batch before has made.
+    It is the paper's algorithm, apart from what the README lists. Each batch plays with the agent
+    that the batch before has made.
     `first` is the number of episodes learned before, so that learning can go on where it stopped.
     """
     for start in range(0, len(users), config.batch):
         batch = users[start:start + config.batch]
         keys = [Key(seed, "learn", first + start + i) for i in range(len(batch))]
-        one = partial(session, catalog, agent=agent, llm=llm, config=config)
-        trajectories = tuple(pmap(one, batch, keys))
+        play = partial(session, catalog, agent=agent, llm=llm, config=config)
+        trajectories = tuple(pmap(play, batch, keys))
         agent = reduce(absorb, trajectories, agent)
         yield agent, trajectories

@@ -220,7 +220,8 @@ def check(env: Env) -> None:
     is_row = np.shape(distances) == (m,) and not np.isnan(distances).any()
     demand(is_row, "distance does not return a number for each of its arguments")
     is_sound = (ratings >= 1) & (ratings <= 5)      # false for NaN
-    demand(is_sound.all(), f"ratings that are not between 1 and 5: {ratings[~is_sound][:9]}")
+    unsound = ratings[~is_sound].tolist()
+    demand(not unsound, f"ratings that are not between 1 and 5: {unsound[:9]}")
 
 
 # ------------------------------------------------------- policies without a language model
@@ -817,7 +818,7 @@ ITEM_FILES = ("items.csv", "movies.csv", "movie.csv", "movies.dat")
 HEADERS = {"movies.dat": ["movieId", "title", "genres"],                # .dat files have no header
            "ratings.dat": ["userId", "movieId", "rating", "timestamp"]}
 ALIASES = {"user": "user userid",
-           "item": "itemid item movieid movie filmid film bookid book productid product id",
+           "item": "itemid item movieid movie filmid film bookid book isbn productid product",
            "title": "title movietitle itemtitle name",
            "year": "year releaseyear",
            "categories": "categories category genres genre tags",
@@ -887,6 +888,8 @@ def columns(header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
     plain = [re.sub(r"[\W_]", "", text).lower() for text in header]
     places = {}
     for name, aliases in ALIASES.items():
+        if name == "item" and "title" in needed:
+            aliases += " id"        # in the list of items; elsewhere an id may number the lines
         present = [alias for alias in aliases.split() if alias in plain]
         if present:
             places[name] = plain.index(present[0])
@@ -895,10 +898,6 @@ def columns(header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
             raise ValueError(f"no column for the {name} ({aliases}) in the first line, the header: "
                              f"{start}")
     return places
-
-
-Fields = dict[str, str]             # the texts of a line by the names in ALIASES
-Numbers = dict[str, int]            # the number of each id
 
 
 def read_rows(file: Path, needed: Sequence[str], parse: Callable) -> Iterator:
@@ -948,7 +947,7 @@ def split_title(text: str) -> tuple[str, int | None]:
     return re.sub("^L' ", "L'", title), year        # this article takes no space
 
 
-def parse_entry(items: Numbers, row: Fields) -> tuple:
+def parse_entry(items: dict, row: dict) -> tuple:
     """The title, year and tags of an item. It adds the item's id and number to `items`."""
     demand(row["item"] and row["title"], "an item without id or title")
     demand(row["item"] not in items, f"item {row['item']} is listed twice")
@@ -974,7 +973,7 @@ def timestamp(text: str) -> float:
 VOTE = [("user", int), ("item", int), ("rating", float), ("time", float)]
 
 
-def parse_vote(users: Numbers, items: Numbers, row: Fields) -> tuple:
+def parse_vote(users: dict, items: dict, row: dict) -> tuple:
     """One VOTE. `users` and `items` map ids to numbers. A new user is added to `users`."""
     demand(row["user"], "a rating without user")
     demand(row["rating"], "a user and an item without rating")
@@ -1162,7 +1161,7 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
     share = (length_between(vectors, 0, one, other) < beta).mean()
     about = (f"{size} ratings{mapping}; RMSE on a held-out tenth {rmse(model, test):.3f}, by "
              f"biases alone {rmse(biases, test):.3f}; "
-             f"{share:.0%} of pairs too similar by {similarity}")
+             f"{share:.0%} of pairs too similar by {similarity}; beta {beta:.2f}")
     return Env(
         titles=titles, years=years,
         categories=categories, belongs=belongs, vectors=vectors,

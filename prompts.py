@@ -252,9 +252,8 @@ ITEMS = ("action", "free item", "item", "title", "recommendation", "film", "movi
 REFLECTIONS = ("reflection", "lesson", *ANSWERS)
 # those that begin a turn, and so end what stands before them
 TURNS = ("thought", "action", "free item", "final answer", "observation")
-# all of them, each once, as a pattern in which spaces do not count
-EACH_LABEL = dict.fromkeys([*THOUGHTS, *ITEMS, *REFLECTIONS, "observation", "value"])
-LABELS = "|".join(EACH_LABEL).replace(" ", "[ ]")
+# all of them, as a pattern in which spaces do not count; that some come twice does not matter
+LABELS = "|".join([*THOUGHTS, *ITEMS, *REFLECTIONS, "observation", "value"]).replace(" ", "[ ]")
 GAP = r"[ \t*_]{0,9}"                   # spaces, and marks of bold letters
 # In both patterns spaces and comments do not count.
 # IN_LINE: a label with a colon counts where it begins something.
@@ -285,11 +284,13 @@ HEADING = re.compile(rf"""(?imx)
     """)
 
 
-def heads_of(text: str) -> list[re.Match]:
-    """The labels in a reply, in order. The text after a label begins at the end of its match."""
-    heads = [*IN_LINE.finditer(text), *HEADING.finditer(text)]
-    # by the name: a match may begin with marks before it
-    return sorted(heads, key=lambda head: head.start("name"))
+def with_colons(text: str) -> str:
+    """The text with a colon behind each label that is a heading.
+
+    >>> with_colons("**Action 3**\\nUp")
+    'Action:\\nUp'
+    """
+    return HEADING.sub(r"\g<name>:", text)
 
 
 def segment(text: str, labels: Sequence[str]) -> str:
@@ -301,10 +302,10 @@ def segment(text: str, labels: Sequence[str]) -> str:
 
     >>> segment("Thought 1: a comedy. Action 1: Up", THOUGHTS)
     'a comedy.'
-    >>> segment("**Action 3**\\nUp\\nThought 4: a comedy", ITEMS)
+    >>> segment("Action 3: Up\\nThought 4: a comedy", ITEMS)
     'Up'
     """
-    heads = heads_of(text)
+    heads = list(IN_LINE.finditer(text))
     for i, head in enumerate(heads):
         name = head["name"].lower()
         if name not in labels:
@@ -359,14 +360,14 @@ REFUSALS = (
 REFUSAL = re.compile(rf"(?i)\W*(unfortunately\W+)?({'|'.join(REFUSALS)})")
 
 
-def refuses(text: str, labels: Sequence[str]) -> bool:
-    """Whether a reply is a refusal: what stands after one of the labels, or else the whole.
+def refuses(text: str) -> bool:
+    """Whether a text is a refusal.
 
-    >>> refuses("Action: Sorry to Bother You", ITEMS), refuses("Action: Sorry, I can't", ITEMS)
+    >>> refuses("Sorry to Bother You"), refuses("Sorry, I can't")
     (False, True)
     """
-    is_refusal = REFUSAL.match(segment(text, labels) or text) is not None
     # "Sorry, but no War is left; I'd pick Up" is none, nor is "..., but Up is the closest"
+    is_refusal = REFUSAL.match(text) is not None
     return is_refusal and not re.search(f"(?i){CHOSEN}|is the (best|closest)", text)
 
 
@@ -415,11 +416,12 @@ def labelled(text: str, labels: Sequence[str]) -> str:
     >>> labelled("Thought 3: a comedy\\nAction 3: Up", THOUGHTS), labelled("Action: x", THOUGHTS)
     ('a comedy', '')
     """
-    if refuses(text, labels):
-        return ""
-    heads = heads_of(text)
-    before_all = text[:heads[0].start("name")] if heads else text
+    text = with_colons(text)
     part = segment(text, labels)
+    if refuses(part or text):
+        return ""
+    first_label = IN_LINE.search(text)
+    before_all = text[:first_label.start("name")] if first_label else text
     # A label may come again in this part: "Thought 3: War was shown. Next category: Comedy".
     part = segment(part, labels) or part
     # After a label a line such as "Comedy!" is an answer and no preamble.
@@ -434,6 +436,7 @@ def item_part(text: str) -> str:
     >>> item_part("Thought 1: tense. Action 1: recommend Alien (1979)")
     'Alien (1979)'
     """
+    text = with_colons(text)
     part = segment(text, ITEMS) or text
     verb = r"(?i)^\W*(i ?)?((would|will|['’]d) )?recommend(ing|ed)?\b[\s:]*"
     return re.sub(verb, "", part).strip()
@@ -451,8 +454,6 @@ SEQUEL = re.compile(rf"(II|III|IV|VI{{0,3}}|(Part|Episode) ([\dIV]+|Two|Three|Fo
 # More words of another film's title, then its year: "[The Matrix] Reloaded (2003)"
 LONGER = re.compile(rf"((in|of|on|the|to|[A-Z0-9]\w*) ){{1,6}}(?P<year>{YEAR.pattern})\b")
 BOLD = r"\*\*[^*\n]+\*\*(?:\s*\(\d{4}\))?"
-# '"Up" is fun', "**Up** (2009) is fun"
-EMPHASISED = r"\W*[\"“*](?P<title>[^\"”*]+)[\"”*]+\s*(?P<year>\(\d{4}\))?"
 
 
 class Catalog(NamedTuple):
@@ -481,15 +482,21 @@ def named_by(words: Sequence[str]) -> str:
 
 
 def spellings(title: str) -> list[str]:
-    """The names of a title: as it is, with its article at the end, and without it.
+    """The names of a title: as it is, with its article at the end, without it, and with "the".
 
-    >>> spellings("The Matrix")
-    ['the matrix', 'matrix the', 'matrix']
+    "The Terminator 2" names Terminator 2. Otherwise it would seem to be a sequel of The Terminator.
+    Titles of one word have no such name: "the up side" does not name Up.
+
+    >>> spellings("The Matrix"), spellings("Blade Runner")[-1]
+    (['the matrix', 'matrix the', 'matrix'], 'the blade runner')
     """
     words = words_of(title)
     size = 1 if words and words[0].casefold() in ARTICLES else 0
     article, others = words[:size], words[size:]
-    return [named_by(article + others), named_by(others + article), named_by(others)]
+    names = [named_by(article + others), named_by(others + article), named_by(others)]
+    if len(others) > 1:
+        names.append(named_by(["the", *others]))
+    return names
 
 
 def main_title(title: str) -> str:
@@ -524,7 +531,7 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
         year_shown = year if items_with[title] > 1 else None
         lines.append(item_line(title, year_shown, compress(env.categories, belongs)))
     all_names = [spellings(title) for title in env.titles]
-    whole_names = [(as_it_is, inverted) for as_it_is, inverted, _ in all_names]
+    whole_names = [names[:2] for names in all_names]
     # Whole names replace those without an article: "heat" is Heat, not The Heat, if there are both.
     by_name = items_by_name(all_names) | items_by_name(whole_names)
     by_main = items_by_name(spellings(main_title(title)) for title in env.titles)
@@ -556,24 +563,17 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
         ["Alien", "Covenant", "2017"]       [], 1: the year is that of a film with a longer title
     """
     for size in range(min(LONGEST, len(words)), 0, -1):
-        following = words[size] if size < len(words) else ""
-        year_words = 1 if YEAR.fullmatch(following) else 0
-        nothing_follows = size + year_words == len(words)
-        names = [named_by(words[:size])]
-        if size > 2 and words[0].casefold() in ARTICLES:
-            # "The Terminator 2" names Terminator 2. Otherwise it would seem to be a sequel of The
-            # Terminator that the catalogue lacks. This is not for titles of one word: "the up side"
-            # does not name Up.
-            names.append(named_by(words[1:size]))
-        tables = [catalog.names, catalog.mains] if nothing_follows else [catalog.names]
-        # The first table that has a name decides, and in it the first name.
-        found = [table[name] for table in tables for name in names if name in table]
-        if not found:
-            continue
-        items = found[0]
-        if year_words:
-            items = of_year(items, int(following), catalog)
+        name = named_by(words[:size])
         behind = words[size:]           # begins with the year, if there is one
+        year_words = 1 if behind and YEAR.fullmatch(behind[0]) else 0
+        items = catalog.names.get(name, [])
+        nothing_follows = len(behind) == year_words
+        if nothing_follows and not items:
+            items = catalog.mains.get(name, [])
+        if not items:
+            continue
+        if year_words:
+            items = of_year(items, int(behind[0]), catalog)
         longer = None if year_words else LONGER.match(" ".join(behind[:7]))
         # not "Alien, Jaws (1975)", where another title begins
         if longer and not leading_title(behind, catalog)[0]:
@@ -595,46 +595,25 @@ def before_reason(text: str) -> str:
     like = r"(?<!['’]d )(?<!['’]ll )(?<!would )(?<!might )(?<!may )(?<!will )(?<!also )like"
     reason = (rf"[Bb]ecause|[Rr]eason[\s*_]*:|[Ee]xplanation[\s*_]*:|{like}|unlike|than"
               "|since|(?<!such )as|given that|similar to|in contrast to|in the spirit of"
-              "|compared (?:to|with)")
+              "|compared (?:to|with)|contrasts with")
     return re.split(rf"(?<![\w-])(?:{reason})(?![\w-])", text)[0]
 
 
-def fronts(line: str) -> tuple[str, str, str]:
-    """The parts of a line that may begin with a title.
+def titles_alone(text: str, catalog: Catalog) -> list[int]:
+    """The items of lines that hold a title and nothing else, in order.
 
-    1. The line, up to categories in brackets.
-    2. The same without its number in a list.
-    3. Of 2 the part after a colon, up to a reason, a dash or a parenthesis that holds no year.
-    A title in quotes or bold letters ends with them: '"Up" is fun' gives "Up".
-
-    >>> fronts("1. The best one: Up - fun [Children]")
-    ('1. The best one: Up - fun ', 'The best one: Up - fun ', 'Up')
-    """
-    emphasised = re.match(EMPHASISED, line)
-    if emphasised:
-        line = f"{emphasised['title']} {emphasised['year'] or ''}"
-    whole = line.partition("[")[0]
-    unnumbered = re.sub(r"^\W*\d{1,2}\b\W*", "", whole)
-    without_remarks = re.split(r" [-–—] | \((?!\d)", before_reason(unnumbered))[0]
-    after_colon = without_remarks.rpartition(": ")[2]
-    return whole, unnumbered, after_colon
-
-
-def titles_in_front(text: str, catalog: Catalog) -> list[int]:
-    """The items of lines that begin with a title, or have one after a colon.
-
-    - A number belongs to the title if there is such a title, "28 Up", or else to a list.
-    - A title of one word counts only if nothing else stands before a reason, or if its year
-      follows: "Up, because it is fun", "Up (2009) is fun", not "Up to now".
+    A number or words with a colon may stand before it, and categories, a reason or a remark behind
+    it: "1. Up [Children]", "The best one: Up, because it is fun", "Up - a balloon", "Up (new)".
     """
     items = []
     for line in text.splitlines():
-        for front in fronts(line):
-            words = words_of(front)
+        unnumbered = re.sub(r"^\W*\d{1,2}\b", "", line)
+        without_remark = re.split(r" [-–—] | \((?!\d)", unnumbered)[0]
+        # first the whole line: a title may begin with a number, "28 Up", or hold a colon or dash
+        for part in (line, without_remark, line.rpartition(": ")[2]):
+            words = words_of(before_reason(part).partition("[")[0])
             titled, words_used = leading_title(words, catalog)
-            is_alone = len(words) == 1
-            has_more_words = words_used > 1         # of the title, or its year
-            if titled and (is_alone or has_more_words):
+            if titled and words_used == len(words):
                 items += titled
                 break
     return items
@@ -683,35 +662,24 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
 
     1. Titles behind words such as "I recommend".
     2. Titles in bold letters.
-    3. Titles at the front of a line.
-    4. Titles elsewhere, up to a reason:
-       a. only those in the first line, if it begins with a title,
-       b. or else those that are not in asides.
+    3. Titles alone in a line.
+    4. Titles elsewhere, up to a reason or categories, but not in asides.
     5. If there are none so far: titles in a reason, last those in asides.
     """
-    part = item_part(text)
-    top_line = part.partition("\n")[0]
-    bold = "\n".join(re.findall(BOLD, part))
-    # "Jaws is old, I recommend Alien, because ...": the choice is "Alien". Without such words it is
-    # the part up to a reason.
-    pieces = re.split(f"(?i){CHOSEN}|{CONCLUDED}", part, maxsplit=1)
-    choice = before_reason(pieces[-1])
-
     items = []
+    # "Jaws is old, I recommend Alien, because ...": the choice is "Alien"
+    pieces = re.split(f"(?i){CHOSEN}|{CONCLUDED}", text, maxsplit=1)
     if len(pieces) > 1:                             # there are such words
-        items += titles_within(choice, catalog)                                 # 1
-    items += titles_in_front(bold, catalog)                                     # 2
-    items += titles_in_front(part, catalog)                                     # 3
-    if titles_in_front(top_line, catalog):          # the lines below explain it
-        return items + titles_within(before_reason(top_line), catalog)          # 4a
-    items += titles_within(without_asides(choice), catalog)                     # 4b
-    if items:
-        return items
-    # 5: "Something like Alien: Up", "because Up is fun"
-    after_colon = part.rpartition(": ")[2]
-    items = titles_in_front(after_colon, catalog)
-    items += titles_within(without_asides(part), catalog)
-    items += titles_within(part, catalog)
+        items += titles_within(before_reason(pieces[1]), catalog)           # 1
+    bold = "\n".join(re.findall(BOLD, text))
+    items += titles_within(bold, catalog)                                   # 2
+    items += titles_alone(text, catalog)                                    # 3
+    for line in without_asides(text).splitlines():
+        plan = before_reason(line).partition("[")[0]
+        items += titles_within(plan, catalog)                               # 4
+    if not items:
+        items += titles_within(without_asides(text), catalog)               # 5
+        items += titles_within(text, catalog)
     return items
 
 
@@ -1065,10 +1033,9 @@ def render_actor(n: int, thought: str, candidates: Sequence[Candidate], form: st
 
 def parse_actor(text: str) -> str | Malformed:
     """The part of a reply in which the item is named, at most 2,000 characters."""
-    text = spoken(text)
-    part = item_part(text)[:2000]
+    part = item_part(spoken(text))[:2000]
     is_empty = named_by(words_of(part)) in ("", "title", "free item")
-    if is_empty or refuses(text, ITEMS):
+    if is_empty or refuses(part):
         return Malformed("the reply held no line 'Free item: ...'")
     return part
 
@@ -1161,8 +1128,8 @@ def parse_critic(text: str) -> float | Malformed:
                 last_match(VALUE_IS, outside),                  # "so the value is 7.5"
                 last_match(GUESS, outside),                     # "I would say 7.5", "\boxed{7.5}"
                 VALUE_LINE.search(text),                        # "Value: (7.5)"
-                re.search(rf"(?m)^[ *_$`]*{NUMBER}[ *_$`.]*\Z", outside),       # the last line
-                re.search(rf"[:=≈：][\s*_$`]*{NUMBER}[ *_$`.]*\Z", outside),     # "Step 3: 7.5"
+                # the last line, or behind a colon: "Step 3: 7.5"
+                re.search(rf"(?m)(^|[:=≈：])[\s*_$`]*{NUMBER}[ *_$`.]*\Z", outside),
                 re.search(NUMBER, outside),                     # the first number
                 re.search(NUMBER, text))                        # "(7.5)"
     for match in attempts:

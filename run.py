@@ -150,11 +150,9 @@ NOTES = {
     "rule of leaving": "default: the world's own value; films has window 4, beta 0.9, floor 2, "
                        "grace 0 and 50 steps"}
 MANY = 10**9                            # more than anybody asks for
-RANGES = {                              # lowest and highest number; other flags take 0 to MANY
-    "users": (1, MANY), "seed": (0, 10**18), "workers": (1, 1000), "seeds": (1, 1000),
-    "timeout": (0.001, 10**6), "gamma": (0, 1), "lately": (1, 1000), "titles": (1, 1000),
-    "batch": (1, MANY), "transcript": (1000, MANY), "temperature": (0, 2),
-    "reply_tokens": (1, MANY), "retries": (0, 100), "window": (1, 1000), "max_steps": (1, 10**5)}
+LOWEST = {                              # where it is not 0
+    "users": 1, "workers": 1, "seeds": 1, "timeout": 0.001, "lately": 1, "titles": 1, "batch": 1,
+    "transcript": 1000, "reply_tokens": 1, "window": 1, "max_steps": 1}
 OF_METHODS = ("thoughts", "lessons", "experience", "baseline")  # switches that billp.METHODS sets
 CHOICES = {"method": METHOD_NAMES, "lessons": ("none", "latest", "nearest")}
 # A flag that is missing here, such as --out, --model or --gamma, is None unless it is given. Fields
@@ -240,7 +238,8 @@ def check_values(args: Namespace) -> None:
         # often a variable of the shell that is not set; [] is an empty --experiment
         if value in ("", []):
             raise UserError(f"{flag(name)} is given without a value")
-        low, high = RANGES.get(name, (0, MANY))
+        low = LOWEST.get(name, 0)
+        high = 1 if name == "gamma" else MANY
         if type(value) in (int, float) and not low <= value <= high:
             raise UserError(f"{flag(name)} takes a number from {low} to {high}")
     for name in args.experiment:
@@ -548,7 +547,7 @@ def memory_text(run: Settings, agent: Agent, met: dict[tuple[str, int], int]) ->
     if run.method in billp.METHODS:         # a policy adds nothing to the memories
         met = met | {(run.world, run.seed): run.first + run.episodes}
     rows = [[world, seed, learners] for (world, seed), learners in met.items() if learners]
-    content = {"embedding": run.embedding, "met": rows}
+    content = {"met": rows}
     for role, memory in agent._asdict().items():
         content[role] = billp.records(memory)
     return dumps(content, indent=1) + "\n"
@@ -565,7 +564,7 @@ def read_record(role: str, row: list) -> billp.Record:
     return billp.Record(text, item, content)
 
 
-def read_memory(path: Path | None, embedding: str) -> Json:
+def read_memory(path: Path | None) -> Json:
     """What `memory_text` wrote, with records for rows, and a digest of the file.
 
     `path` is the file or its run directory. UserError for any other. Without a path nothing was
@@ -580,12 +579,9 @@ def read_memory(path: Path | None, embedding: str) -> Json:
         for role in Agent._fields:
             saved[role] = [read_record(role, row) for row in saved[role]]
         saved["met"] = {(str(world), int(seed)): int(met) for world, seed, met in saved["met"]}
-        loaded_embedding = saved["embedding"]
     except (OSError, ValueError, LookupError, TypeError, OverflowError):
         raise UserError(f"{file} is no memory.json of this program: --load takes the directory of "
                         "a finished run") from None
-    if loaded_embedding != embedding:
-        raise UserError(f"{file} was made with the embedding {loaded_embedding}, not {embedding}")
     return saved
 
 
@@ -644,7 +640,7 @@ def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
         raise prompts.EndpointError("stopped")
     try:
         reply = llm(ask)
-    except prompts.EndpointError as error:
+    except (prompts.EndpointError, OSError) as error:       # OSError: the log cannot be written
         # Later failures only follow from the first, or from another error that has set `stop`.
         if not live.stop.is_set():
             live.failures.append(error)
@@ -956,7 +952,7 @@ def phases_of(run: Settings) -> tuple[str, ...]:
 def one_run(args: Namespace, live: Live) -> None:
     """Learn, evaluate, write the run directory, print the results."""
     began = time.perf_counter()
-    saved = read_memory(args.load, embedding_of(args))
+    saved = read_memory(args.load)
     run = settings(args, saved)
     if run.episodes and not learns(run):
         say(f"{run.method} learns nothing: --episodes 0 skips its learning episodes")
@@ -1458,7 +1454,7 @@ def publish(name: str, base: Settings, samples: dict[Cell, Array], folder: Path)
 def experiments(args: Namespace, live: Live) -> None:
     """Perform the experiments asked for. A job that two of them need is performed once."""
     began = time.perf_counter()
-    base = settings(args, read_memory(None, ""))
+    base = settings(args, read_memory(None))
     tables = {name: cells_of(args, base, name) for name in args.experiment}
     jobs = []
     for cells in tables.values():

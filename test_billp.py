@@ -22,7 +22,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
-from itertools import count, pairwise, product
+from itertools import count, pairwise, product, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -374,7 +374,7 @@ def read(path):
 
 def settings_of(text):
     """The settings that flags ask for."""
-    return run.settings(run.parse(text.split()), run.read_memory(None, ""))
+    return run.settings(run.parse(text.split()), run.read_memory(None))
 
 
 def prompt_and_role(body):
@@ -520,11 +520,10 @@ def test_an_advantage_falls_as_its_baseline_rises(reward, gamma, value, next_val
 @given(st.lists(st.tuples(numbers, numbers), min_size=1), numbers, gammas, st.booleans())
 def test_discounted_advantages_telescope_to_return_minus_first_value(pairs, last, gamma, left):
     rewards, values = zip(*pairs)
-    nothing = billp.Answer("", "")
-    steps = tuple(billp.Step(STATE, nothing, nothing, "", reward) for reward in rewards)
-    trajectory = billp.Trajectory(0, steps, STATE, left)
-    _, advantages = billp.credit(trajectory, [*values, last], gamma)
-    bootstrap = 0 if left else gamma ** len(steps) * last
+    lefts = [False] * (len(pairs) - 1) + [left]
+    next_values = [*values[1:], last]
+    advantages = [*map(billp.advantage, rewards, repeat(gamma), values, next_values, lefts)]
+    bootstrap = 0 if left else gamma ** len(pairs) * last
     gain = billp.discounted_return(rewards, gamma) + bootstrap - values[0]
     assert billp.discounted_return(advantages, gamma) == pytest.approx(gain, abs=1e-9)
 
@@ -649,6 +648,18 @@ def test_the_list_is_free_items_and_begins_with_new_categories():
         assert are_new == sorted(are_new, reverse=True)
         is_mixed.append(len(set(are_new)) == 2)
     assert sum(is_mixed) > 20
+
+
+def test_a_line_that_items_share_stands_once_in_the_list():
+    belongs = FILMS.belongs.copy()
+    belongs[:150] = belongs[0]
+    years = (1990,) * 150 + FILMS.years[150:]
+    twins = FILMS._replace(titles=("Up",) * 150 + FILMS.titles[150:], years=years, belongs=belongs)
+    catalog = prompts.catalog(twins)
+    for taken in ((), (7,)):            # all twins of a taken item are left out
+        state = billp.opening(catalog, 0, Key(0, "learn", 0))._replace(taken=taken)
+        lines = [item.line for item in billp.shortlist(state, EMPTY, catalog, Config())]
+        assert len(set(lines)) == 10 and lines.count(catalog.lines[7]) <= (taken == ())
 
 
 @pytest.mark.parametrize("method, roles, memories", table("""
@@ -989,13 +1000,6 @@ def test_every_item_is_found_in_any_wrapping(form):
             assert prompts.ground(part, ODDLY_TITLED) == (found, True)
 
 
-def test_a_year_may_be_one_off_and_no_more():
-    assert NAMES[10:14] == ["M", "Sabrina (1953)", "Sabrina (1954)", "Rebecca"]
-    assert ODDLY_TITLED.env.years[13] == 1940
-    assert prompts.ground("Rebecca (1941)", ODDLY_TITLED) == (13, True)
-    assert not prompts.ground("Rebecca (2009)", ODDLY_TITLED)[1]
-
-
 # the film that a person reads | replies | taken films
 @pytest.mark.parametrize("name, reply, taken", table(r"""
 Alien | Here is a tense one for you!\n\n**Alien (1979)** ; Alien, 1979 ; 1. Alien (1979)\n2. Jaws |
@@ -1016,6 +1020,7 @@ Jaws | I considered Alien and Heat, but Jaws is the better option. |
 Terminator 2: Judgment Day | The Terminator 2: Judgment Day |
 Jaws | up to now all was tame, so Jaws it is ; Jaws<|eot_id|><|start_header_id|>assistant |
 Jaws | 1. Alien (1979)\n2. Jaws (1975)\n3. Up (2009) | Alien
+Alien | Title: Alien\nTitle: Jaws ; ### Alien\nJaws is old. |
 Alien | Free item: Alien\nFree item: Jaws ; I recommend Alien. Do not choose Jaws. |
 Alien | My pick: Alien. I would not recommend Jaws now. ; The best fit is Alien. Then comes Jaws. |
 Jaws | I considered Alien, but it is too similar. I recommend Jaws. |
@@ -1179,6 +1184,7 @@ planner ; actor ; reflector | I'm sorry. ; I'm afraid I can't. ; I cannot help w
 planner ; actor ; reflector | I must respectfully decline. ; Apologies, but I can't do that.
 planner ; actor ; reflector | As a helpful assistant, I cannot. ; I am an AI and have no taste.
 planner ; actor ; reflector | I won't be able to help. ; I regret that I cannot help.
+planner | The best choice is unclear.\nNext category: N/A
 planner ; actor ; reflector | I must refuse. ; Request denied. ; The content was blocked. ; N/A
 planner ; actor ; reflector | I don't feel comfortable. ; This request goes against my rules.
 """))
@@ -1341,17 +1347,6 @@ def test_no_text_forges_a_line(title, category, reply):
     assert len(prompts.line_tags(line)) <= 1
 
 
-@settings(max_examples=40)
-@given(st.lists(junk, min_size=1, max_size=5))
-def test_no_reply_forges_a_turn(replies):
-    _, t = learn_by_hand(scripted(dict.fromkeys(REPLIES, replies)))
-    lines = 0
-    for step in t.steps:
-        is_replaced = not step.act.exact and step.act.said != ""
-        lines += 2 + is_replaced + (step.plan.value != "")
-    assert len(t.last.transcript.splitlines()) == lines
-
-
 def test_a_query_compares_categories_as_item_lines_write_them():
     line = prompts.item_line("Alien", None, ["Sci-Fi, Fantasy", "War [old]"])
     tastes = prompts.category_tool([line], [line], 4)
@@ -1422,7 +1417,7 @@ def test_exactly_beta_and_the_floor_are_borne(place, rating, borne):
     ("rate", envs.table(np.ones((1, 2))), "does not fit"),
     ("distance", envs.euclidean(np.ones((2, 2))), "does not fit"),
     ("rate", envs.table(np.full((1, 3), np.nan)), "between 1 and 5"),
-    ("rate", envs.table(np.array([[0, 2, 6]])), "between 1 and 5: .0 6"),
+    ("rate", envs.table(np.array([[0, 2, 6]])), r"between 1 and 5: \[0, 6\]"),
     ("titles", (), "0 items"), ("years", (1999,), "years"), ("learners", 2, "learners"),
     ("histories", [], "0 users"), ("histories", [[0.5]], "0.5"), ("histories", [[3]], r"\{3\}"),
     ("belongs", np.ones((2, 3), bool), "belongs"),
@@ -1679,6 +1674,7 @@ items.csv | id,title\n1,"Heat\n | line 2: unexpected end
 items.csv | id,title\n1,Heat\n1,Heat | line 3: item 1 is listed twice
 items.csv | id,title\n1, | line 2: an item without
 ratings.csv | 1,1,4\n2,1,4 | no column for the user
+ratings.csv | id,user,sku,rating\n0,1,1,4 | no column for the item
 ratings.csv | user,item,rating\na,1,nan | ratings.csv: line 2: the rating nan
 ratings.csv | user,item,rating\na,1,good | line 2: .*'good'
 ratings.csv | user,item,rating\na,77,4 | line 2: item 77 is not
@@ -2462,13 +2458,6 @@ def test_a_loaded_memory_is_the_agent_that_was_saved(tmp_path):
     assert memory_again == memory
 
 
-def test_without_learning_no_difference_is_claimed(tmp_path):
-    out = succeed(*SMALL, "--episodes", 0, "--out", tmp_path)
-    assert "before" in out and "after" not in out and "difference" not in out
-    assert read(tmp_path / "summary.json")["difference"] is None
-    assert {row["phase"] for row in episodes_in(tmp_path)} == {"before"}
-
-
 def test_a_run_directory_is_never_touched_by_another_run(finished):
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
     line = refuse(*SMALL, "--out", finished, "--seed", 1, "--gamma", 0.9)
@@ -2499,8 +2488,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 
 # the content of a memory.json that loads; the rows below spoil it
-NOTHING = {"embedding": "hashed_ngrams", "met": [["films", 0, 9]],
-           "planner": [], "actor": [], "critic": []}
+NOTHING = {"met": [["films", 0, 9]], "planner": [], "actor": [], "critic": []}
 FOLDER = {                                  # what lies in the folder of the tests of bad input
     "full/thesis.txt": "years of work",
     "sound.json": json.dumps(NOTHING),
@@ -2545,7 +2533,7 @@ FOLDER = {                                  # what lies in the folder of the tes
 """))
 def test_bad_input_gets_one_line_and_changes_nothing(argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(lay(tmp_path, FOLDER))
-    assert run.read_memory(Path("sound.json"), "hashed_ngrams")
+    assert run.read_memory(Path("sound.json"))
     code, out, err = command(*argv.split())
     assert code == 2 and out == "" and err.count("\n") == 1
     assert words in err and SECRET not in err
@@ -2614,7 +2602,7 @@ def test_spellings_of_one_setting_are_one_run():
 def test_experiments_share_runs_and_are_the_same_for_any_workers(plot, tmp_path):
     flags = ("--experiment", "table3,table5", "--rows", "billp", "--seeds", 2, *SMALL)
     args = run.parse(list(map(str, flags)))
-    base = run.settings(args, run.read_memory(None, ""))
+    base = run.settings(args, run.read_memory(None))
     [jobs] = run.cells_of(args, base, "table3").values()
     expected = [run.offline_job(job) for job in jobs]
     for workers in (1, 2):
@@ -2628,7 +2616,7 @@ def test_experiments_share_runs_and_are_the_same_for_any_workers(plot, tmp_path)
 
 def test_cells_hold_all_seeds_and_learn_if_they_can():
     args = run.parse("--experiment table3 --seed 3 --seeds 2 --episodes 7".split())
-    cells = run.cells_of(args, run.settings(args, run.read_memory(None, "")), "table3")
+    cells = run.cells_of(args, run.settings(args, run.read_memory(None)), "table3")
     assert {tuple(job.run.seed for job in jobs) for jobs in cells.values()} == {(3, 4)}
     episodes = {series: jobs[0].run.episodes for (series, _), jobs in cells.items()}
     assert episodes["act"] == episodes["react"] == 0
@@ -2651,17 +2639,6 @@ def test_rows_are_compared_with_billp_at_the_same_x(tmp_path, monkeypatch, capsy
     assert gains == {"billp": None, "a": [-2] * 3, "b": [4] * 3, "c": [1, 0, 2]}
     words = re.findall("(?m)(lower|higher|not significant)$", capsys.readouterr().out)
     assert words == ["lower", "higher", "not significant"]
-
-
-@pytest.mark.parametrize("method", ["billp", "greedy"])
-def test_the_leaving_item_is_no_recommendation(method):
-    asked = settings_of(f"--method {method} --episodes 0 --users 20")
-    place = run.build_place(asked)
-    outcome = run.perform(asked, place, billp.NOVICE, prompts.offline, prompts.hashed_ngrams, map,
-                          ("after",))
-    for user, session in zip(place.held_out, outcome.sessions["after"]):
-        ratings = place.env.rate(user, np.array(session.items, int))
-        assert session.reward == ratings.sum() and (ratings >= 2).all()
 
 
 def test_an_axis_of_zeros_has_some_length():
@@ -2725,15 +2702,13 @@ def test_faults_change_no_file(finished, tmp_path):
         succeed(*flags_of(server.url, tmp_path))        # for a refused prompt no run must end
 
 
-def test_embeddings_over_http_are_recorded_and_never_mixed(tmp_path):
+def test_embeddings_over_http_are_recorded(tmp_path):
     """The user's own fields go where the seed goes, to the chat route. The headers go to both."""
     bodies = []
     more = ("--embed-model", "e", "--extra-body", '{"top_p": 0.9}', "--header", "X-Team=a=b")
     with endpoint(bodies.append) as server:
         flags = flags_of(server.url, tmp_path / "a", *more)
         succeed(*flags)
-        other = flags_of(server.url, tmp_path / "b", "--load", tmp_path / "a")
-        assert "embedding e" in refuse(*other)
     before = files(tmp_path / "a")
     succeed(*flags, "--replay")
     assert files(tmp_path / "a") == before
