@@ -25,7 +25,7 @@ import os
 import pickle
 import re
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
@@ -956,7 +956,9 @@ def parse_entry(items: dict, row: dict) -> tuple:
     digits = re.search(r"\d{4}", row.get("year", ""))
     if digits:
         year = int(digits.group())
-    names = [name.strip() for name in row.get("categories", "").split("|")]
+    categories = row.get("categories", "")
+    demand(not categories.startswith("["), 'separate categories by "|", as in War|Drama')
+    names = [name.strip() for name in categories.split("|")]
     return title, year, [name for name in names if name not in NO_TAG]
 
 
@@ -966,7 +968,9 @@ def timestamp(text: str) -> float:
         return float(text or 0)
     except ValueError:
         # before Python 3.11 a date may not end in Z
-        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+        date = datetime.fromisoformat(text.replace("Z", "+00:00"))
+        # without a time zone it is taken as UTC, so that it means the same everywhere
+        return (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp()
 
 
 # votes are an array [N] of such records, in which users and items are numbers

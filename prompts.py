@@ -327,7 +327,8 @@ CHOSEN = (r"\b(?:I|we)(?:['’]d| would| will|['’]ll| should)? (?:recommend|su
 # More words before a choice, but a refusal may hold these: "Rocky is old, so Jaws", "..., but Jaws
 # is better"
 CONCLUDED = (r"(?m:^|[,;.] )(?:so|therefore|thus|hence),? "
-             r"|[,;] but (?=[^.;\n]*\b(?:better|best)\b)")
+             r"|[,;] but (?=[^.;\n]*\b(?:better|best)\b)"
+             r"|(?<=\n)(?=[^\n]*\bbest\b[^\n]*$)")          # "... Jaws is the best.", last line
 # A title may begin like a refusal, "Sorry, Wrong Number": so more of the sentence is needed.
 I_AM = "(i am|i ?['’]?m)"
 I_CANNOT = f"({I_AM} afraid (that )?)?i (can(not|['’]?t| not)|won['’]?t)"
@@ -341,7 +342,7 @@ REFUSALS = (
     r"i regret (that|to)\b",
     r"i ((must|have to) )?refuse\b",
     r"((the|this|your) )?(content|prompt|request) ((is|was) )?(blocked|denied|refused|rejected)\b",
-    r"(n/?a|none|null)\W*$",
+    r"(n/?a|null|none( of (the above|these|them))?)\W*$",
     r"as an? (\w+ )?(ai|language model|assistant)\b",          # "As an AI"
     # "I'm just a language model", "I am an AI and"
     rf"{I_AM} ((just|only) )?an? (\w+ )?(ai|language model)\b",
@@ -594,29 +595,10 @@ def before_reason(text: str) -> str:
     # (?<!X) means "not after X". There are seven, because Python wants X to have a fixed length.
     like = r"(?<!['’]d )(?<!['’]ll )(?<!would )(?<!might )(?<!may )(?<!will )(?<!also )like"
     reason = (rf"[Bb]ecause|[Rr]eason[\s*_]*:|[Ee]xplanation[\s*_]*:|{like}|unlike|than"
-              "|since|(?<!such )as|given that|similar to|in contrast to|in the spirit of"
+              "|since|(?<!such )as (?:it|he|she|they|the|this|that|these|you|we|I)|given that"
+              "|similar to|in contrast to|in the spirit of"
               "|compared (?:to|with)|contrasts with")
     return re.split(rf"(?<![\w-])(?:{reason})(?![\w-])", text)[0]
-
-
-def titles_alone(text: str, catalog: Catalog) -> list[int]:
-    """The items of lines that hold a title and nothing else, in order.
-
-    A number or words with a colon may stand before it, and categories, a reason or a remark behind
-    it: "1. Up [Children]", "The best one: Up, because it is fun", "Up - a balloon", "Up (new)".
-    """
-    items = []
-    for line in text.splitlines():
-        unnumbered = re.sub(r"^\W*\d{1,2}\b", "", line)
-        without_remark = re.split(r" [-–—] | \((?!\d)", unnumbered)[0]
-        # first the whole line: a title may begin with a number, "28 Up", or hold a colon or dash
-        for part in (line, without_remark, line.rpartition(": ")[2]):
-            words = words_of(before_reason(part).partition("[")[0])
-            titled, words_used = leading_title(words, catalog)
-            if titled and words_used == len(words):
-                items += titled
-                break
-    return items
 
 
 def titles_within(text: str, catalog: Catalog) -> list[int]:
@@ -633,6 +615,32 @@ def titles_within(text: str, catalog: Catalog) -> list[int]:
         if titled and not is_year and (words_used > 1 or not words[0].islower()):
             items += titled
         words = words[max(words_used, 1):]
+    return items
+
+
+def titles_alone(text: str, catalog: Catalog) -> list[int]:
+    """The items of lines that hold a title and nothing else, in order.
+
+    A number or words with a colon may stand before it, and categories, a reason or a remark behind
+    it: "1. Up [Children]", "The best one: Up, because it is fun", "Up - a balloon", "Up (new)".
+    """
+    items = []
+    for line in text.splitlines():
+        unnumbered = re.sub(r"^\W*\d{1,2}\b", "", line)
+        without_remark = re.split(r" [-–—] | \((?!\d)", unnumbered)[0]
+        after_colon = line.rpartition(": ")[2]
+        plans = map(before_reason, (line, unnumbered, without_remark, after_colon))
+        whole_titles = titles_within(line, catalog)
+        # first the whole line: a title may hold a number, a colon, a dash or "than"
+        for part in (line, *plans):
+            words = words_of(part.partition("[")[0])
+            titled, words_used = leading_title(words, catalog)
+            if not titled or words_used < len(words):
+                continue
+            # not the end of a longer title: "My pick: The Lost World: Jurassic Park"
+            if part == line or titled[0] in whole_titles:
+                items += titled
+                break
     return items
 
 
@@ -660,7 +668,8 @@ def without_asides(text: str) -> str:
 def mentioned(text: str, catalog: Catalog) -> list[int]:
     """The items that a text names, the likeliest first. An item may come several times.
 
-    1. Titles behind words such as "I recommend".
+    1. Titles behind words such as "I recommend". Without such words, if the first line is a title,
+       only titles alone in a line.
     2. Titles in bold letters.
     3. Titles alone in a line.
     4. Titles elsewhere, up to a reason or categories, but not in asides.
@@ -671,6 +680,8 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     pieces = re.split(f"(?i){CHOSEN}|{CONCLUDED}", text, maxsplit=1)
     if len(pieces) > 1:                             # there are such words
         items += titles_within(before_reason(pieces[1]), catalog)           # 1
+    elif titles_alone(text.partition("\n")[0], catalog):
+        return titles_alone(text, catalog)          # other lines explain the first one
     bold = "\n".join(re.findall(BOLD, text))
     items += titles_within(bold, catalog)                                   # 2
     items += titles_alone(text, catalog)                                    # 3
@@ -960,9 +971,9 @@ def spaced(text: str) -> str:
 
 
 def named_in(text: str, tags: Sequence[str]) -> list[str]:
-    """The categories that a text names."""
+    """The categories that a text names, also in the plural: "Thrillers"."""
     words = spaced(text)
-    return [tag for tag in tags if spaced(tag) in words]
+    return [tag for tag in tags if re.search(f"{spaced(tag)[:-1]}s? ", words)]
 
 
 # What to avoid: after "avoid" or "not" the rest of the sentence or up to a colon, " but " or
@@ -993,16 +1004,21 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     '[Comedy]'
     >>> wish_of("They would not like War, so Comedy", ["Comedy", "War"], [])
     '[Comedy]'
+    >>> wish_of("War was shown. Thrillers next", ["Thriller", "War"], ["War"])
+    '[Thriller]'
     """
-    wanted = re.sub(AVOIDED, " ", thought)
     # "Since War was shown, Comedy comes next" begins with its reason
-    plan = re.sub(r"(?i)^\W*(since|because|as)\b[^,]*,", "", wanted)
-    plan = re.split(REASON_BEGINS, plan)[0]
+    plan = re.sub(r"(?i)^\W*(since|because|as|to avoid)\b[^,]*,", "", thought)
+    plan = re.split(REASON_BEGINS, re.sub(AVOIDED, " ", plan))[0]
     first_sentence = re.split(r"[.;!?]\s", plan)[0]
-    # each of these texts is a part of the next
-    chosen = named_in(first_sentence, tags) or named_in(plan, tags) or named_in(wanted, tags)
-    fresh = [tag for tag in chosen if tag not in recent]
-    return in_brackets(fresh or chosen) if chosen else thought
+    wanted = re.sub(AVOIDED, " ", thought)
+    fresh = [tag for tag in tags if tag not in recent]
+    for part, categories in ((first_sentence, fresh), (plan, fresh), (plan, tags),
+                             (wanted, fresh), (wanted, tags)):
+        chosen = named_in(part, categories)
+        if chosen:
+            return in_brackets(chosen)
+    return thought
 
 
 def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
@@ -1033,7 +1049,9 @@ def render_actor(n: int, thought: str, candidates: Sequence[Candidate], form: st
 
 def parse_actor(text: str) -> str | Malformed:
     """The part of a reply in which the item is named, at most 2,000 characters."""
-    part = item_part(spoken(text))[:2000]
+    part = item_part(spoken(text))
+    if len(part) > 2000:            # the choice stands at the beginning or at the end
+        part = f"{part[:1000]}\n{part[-999:]}"
     is_empty = named_by(words_of(part)) in ("", "title", "free item")
     if is_empty or refuses(part):
         return Malformed("the reply held no line 'Free item: ...'")
@@ -1074,7 +1092,8 @@ SUMS = r"""(?:
     # in each round: not if a number stands alone before "="
     (?! [\s*_$]* [-−]?[\d.,]+ [\s*_$%]* [=≈] )
     # digits, operators, words of LaTeX such as \gamma, and the names of a formula; then "="
-    (?: [\d\s.+*x×·/÷%$−-] | \\[a-z]+(?![a-z]) | \b(of|r|reward|gamma|next)\b | V(\(s\))? )*
+    (?: [\d\s.+*x×·/÷%$−-] | \\[()] | \\[a-z]+(?![a-z])
+      | \b(of|r|reward|gamma|next)\b | V(\(s\))? )*
     [=≈]
     ){0,9}"""
 # "Value 4: about 7,5" · "**Value:**", then "7.5"
@@ -1999,7 +2018,10 @@ class Log(NamedTuple):
 
 
 def open_log(path: str | Path, model_id: Any) -> Log:
-    """Read a log; there may be none yet. Of two replies to one ask the first counts."""
+    """Read a log; there may be none yet. Of two replies to one ask the first with a text counts.
+
+    If no reply has a text, the settings were wrong, and all are asked again.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.exists() else b""
@@ -2009,9 +2031,13 @@ def open_log(path: str | Path, model_id: Any) -> Log:
             record = json.loads(line)
             reply = Reply(record["text"], Usage(*record["usage"]), record.get("reason", ""))
             if isinstance(reply.text, str):
-                known.setdefault(record["ask"], reply)
+                earlier = known.get(record["ask"])
+                if earlier is None or not earlier.text:
+                    known[record["ask"]] = reply
         except MISSHAPEN:
             continue                # an incomplete line: its ask is asked again
+    if not any(reply.text for reply in known.values()):
+        known.clear()
     if content and not content.endswith(b"\n"):
         with path.open("ab") as file:
             file.write(b"\n")       # the next line shall not be joined to a torn one

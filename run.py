@@ -150,9 +150,11 @@ NOTES = {
     "rule of leaving": "default: the world's own value; films has window 4, beta 0.9, floor 2, "
                        "grace 0 and 50 steps"}
 MANY = 10**9                            # more than anybody asks for
-LOWEST = {                              # where it is not 0
-    "users": 1, "workers": 1, "seeds": 1, "timeout": 0.001, "lately": 1, "titles": 1, "batch": 1,
-    "transcript": 1000, "reply_tokens": 1, "window": 1, "max_steps": 1}
+RANGES = {                              # lowest and highest number; other flags take 0 to MANY
+    "users": (1, MANY), "seed": (0, 10**18), "workers": (1, 1000), "seeds": (1, 1000),
+    "timeout": (0.001, 10**6), "gamma": (0, 1), "lately": (1, 1000), "titles": (1, 1000),
+    "batch": (1, MANY), "transcript": (1000, MANY), "temperature": (0, 2),
+    "reply_tokens": (1, MANY), "retries": (0, 100), "window": (1, 1000), "max_steps": (1, 10**5)}
 OF_METHODS = ("thoughts", "lessons", "experience", "baseline")  # switches that billp.METHODS sets
 CHOICES = {"method": METHOD_NAMES, "lessons": ("none", "latest", "nearest")}
 # A flag that is missing here, such as --out, --model or --gamma, is None unless it is given. Fields
@@ -238,8 +240,7 @@ def check_values(args: Namespace) -> None:
         # often a variable of the shell that is not set; [] is an empty --experiment
         if value in ("", []):
             raise UserError(f"{flag(name)} is given without a value")
-        low = LOWEST.get(name, 0)
-        high = 1 if name == "gamma" else MANY
+        low, high = RANGES.get(name, (0, MANY))
         if type(value) in (int, float) and not low <= value <= high:
             raise UserError(f"{flag(name)} takes a number from {low} to {high}")
     for name in args.experiment:
@@ -268,6 +269,8 @@ def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
         unused = {"model", "load", "workers", *FLAGS["roles and memories"]}
         if args.method == "a2c":
             unused.remove("gamma")
+        if args.method not in ("a2c", "bandit"):
+            unused.add("episodes")
         yield unused, f"beside {args.method}"
     if not args.experiment:
         yield FLAGS["experiments"], "without --experiment"
@@ -506,7 +509,8 @@ def is_in_use(path: Path) -> bool:
     empty folder. Another run may take its place.
     """
     files = filter(Path.is_file, path.rglob("*"))
-    return any(not file.match("config.json*") for file in files)
+    # names with a dot in front are those of the file manager, such as .DS_Store
+    return any(not file.match("config.json*") and file.name[0] != "." for file in files)
 
 
 def run_directory(args: Namespace, config: Json) -> Path:

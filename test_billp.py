@@ -1020,6 +1020,7 @@ Jaws | I considered Alien and Heat, but Jaws is the better option. |
 Terminator 2: Judgment Day | The Terminator 2: Judgment Day |
 Jaws | up to now all was tame, so Jaws it is ; Jaws<|eot_id|><|start_header_id|>assistant |
 Jaws | 1. Alien (1979)\n2. Jaws (1975)\n3. Up (2009) | Alien
+Jaws | Looking at the list:\n- Alien: old - shown\n- Jaws: new\n\nJaws is the best. |
 Alien | Title: Alien\nTitle: Jaws ; ### Alien\nJaws is old. |
 Alien | Free item: Alien\nFree item: Jaws ; I recommend Alien. Do not choose Jaws. |
 Alien | My pick: Alien. I would not recommend Jaws now. ; The best fit is Alien. Then comes Jaws. |
@@ -1081,6 +1082,8 @@ Alien | Free item: Alien (1979), a tense film like Jaws ; Free item: Alien\nReas
 Alien | I'd like Alien, because Jaws was tense ; I would like Alien, because Jaws was tense
 Alien | Free item: Alien\n\nExplanation: Jaws would be too similar. ; Alien, similar to Jaws
 Alien | Free item: Alien since Jaws was shown ; Alien\n\nThis contrasts with Jaws.
+Alien | Free item: Alien\n\nReasoning: Jaws was liked. ; Alien\n\nJaws was liked.
+Alien | Alien\n(Note: Jaws was shown) ; **Free item: Alien**\n**Why:** Jaws was liked
 Heat | Heat
 """))
 def test_a_taken_title_stands_for_its_categories(name, reply):
