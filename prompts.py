@@ -454,6 +454,7 @@ SEQUEL = re.compile(rf"(II|III|IV|VI{{0,3}}|(Part|Episode) ([\dIV]+|Two|Three|Fo
                     rf"|[2-9]( {YEAR.pattern}| because| since| as|$))\b")
 # More words of another film's title, then its year: "[The Matrix] Reloaded (2003)"
 LONGER = re.compile(rf"((in|of|on|the|to|[A-Z0-9]\w*) ){{1,6}}(?P<year>{YEAR.pattern})\b")
+LIST_ITEM = r"\s*[-*•] |\W*\d{1,2}[.)]"       # "- Up", "* Up", "1. Up"
 BOLD = r"\*\*[^*\n]+\*\*(?:\s*\(\d{4}\))?"
 
 
@@ -668,20 +669,22 @@ def without_asides(text: str) -> str:
 def mentioned(text: str, catalog: Catalog) -> list[int]:
     """The items that a text names, the likeliest first. An item may come several times.
 
-    1. Titles behind words such as "I recommend". Without such words, if the first line is a title,
-       only titles alone in a line.
+    If the first line is a title, and no item of a list, the other lines explain it. Only other
+    titles alone in a line may take its place. Otherwise the order is:
+    1. Titles behind words such as "I recommend".
     2. Titles in bold letters.
     3. Titles alone in a line.
     4. Titles elsewhere, up to a reason or categories, but not in asides.
     5. If there are none so far: titles in a reason, last those in asides.
     """
+    first_line = text.partition("\n")[0]
+    if titles_alone(first_line, catalog) and not re.match(LIST_ITEM, first_line):
+        return titles_alone(text, catalog)
     items = []
     # "Jaws is old, I recommend Alien, because ...": the choice is "Alien"
     pieces = re.split(f"(?i){CHOSEN}|{CONCLUDED}", text, maxsplit=1)
     if len(pieces) > 1:                             # there are such words
         items += titles_within(before_reason(pieces[1]), catalog)           # 1
-    elif titles_alone(text.partition("\n")[0], catalog):
-        return titles_alone(text, catalog)          # other lines explain the first one
     bold = "\n".join(re.findall(BOLD, text))
     items += titles_within(bold, catalog)                                   # 2
     items += titles_alone(text, catalog)                                    # 3

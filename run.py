@@ -269,8 +269,6 @@ def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
         unused = {"model", "load", "workers", *FLAGS["roles and memories"]}
         if args.method == "a2c":
             unused.remove("gamma")
-        if args.method not in ("a2c", "bandit"):
-            unused.add("episodes")
         yield unused, f"beside {args.method}"
     if not args.experiment:
         yield FLAGS["experiments"], "without --experiment"

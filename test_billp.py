@@ -1021,6 +1021,7 @@ Terminator 2: Judgment Day | The Terminator 2: Judgment Day |
 Jaws | up to now all was tame, so Jaws it is ; Jaws<|eot_id|><|start_header_id|>assistant |
 Jaws | 1. Alien (1979)\n2. Jaws (1975)\n3. Up (2009) | Alien
 Jaws | Looking at the list:\n- Alien: old - shown\n- Jaws: new\n\nJaws is the best. |
+Alien | Alien\n\nThis is the best choice; Jaws was shown. ; Alien\nI would recommend Jaws later. |
 Alien | Title: Alien\nTitle: Jaws ; ### Alien\nJaws is old. |
 Alien | Free item: Alien\nFree item: Jaws ; I recommend Alien. Do not choose Jaws. |
 Alien | My pick: Alien. I would not recommend Jaws now. ; The best fit is Alien. Then comes Jaws. |
