@@ -1000,6 +1000,19 @@ def test_every_item_is_found_in_any_wrapping(form):
             assert prompts.ground(part, ODDLY_TITLED) == (found, True)
 
 
+@pytest.mark.parametrize("reply", ["My pick: {}", "Let's go with {}", "Free item: {}\n\nUp next."])
+def test_a_subtitle_does_not_stand_for_the_longer_title(reply):
+    longer = "The Lost World: Jurassic Park"
+    catalog = prompts.catalog(FILMS._replace(titles=(longer,) + FILMS.titles[1:]))
+    assert prompts.ground(prompts.parse_actor(reply.format(longer)), catalog) == (0, True)
+
+
+def test_the_end_of_a_very_long_reply_is_read():
+    part = prompts.parse_actor("I liked Alien a lot. " * 200 + "\nJaws")
+    assert len(part) <= 2000
+    assert prompts.ground(part, ODDLY_TITLED) == (NAMES.index("Jaws"), True)
+
+
 # the film that a person reads | replies | taken films
 @pytest.mark.parametrize("name, reply, taken", table(r"""
 Alien | Here is a tense one for you!\n\n**Alien (1979)** ; Alien, 1979 ; 1. Alien (1979)\n2. Jaws |
@@ -1148,6 +1161,7 @@ critic | Value: V = 4 + 0.5 * 7 = 7.5 ; Value: V(s) = 4 + 3.5 = 7.5 ; Value: = 4
 critic | Values: 9, 8\n\n**Value:**\n\n7.5 | 7.5
 critic | Value（at most 10）：7.5 ; I put a fair value at 7.5 ; Value: 15 ÷ 2 = 7.5 | 7.5
 critic | Value: 4 + 0.5 * 7 = 4 + 3.5 = 7.5 ; Value: \frac12 \cdot 15 = 7.5 | 7.5
+critic | Value: \(4 + 0.5 \cdot 7 = 7.5\) | 7.5
 critic | The value is 7.5 out of 10 ; Three of 5 liked it. Final Answer: 7.5 ; 5 steps.\n\n7.5 | 7.5
 critic | The value is 7.5 because he is at step 4 ; The value is 7.5, given 4 ratings of 5 | 7.5
 critic | The value is 7.5 because the value of others is 6. ; (7.5) ; Around 7.5, I think | 7.5
@@ -1189,6 +1203,7 @@ planner ; actor ; reflector | I must respectfully decline. ; Apologies, but I ca
 planner ; actor ; reflector | As a helpful assistant, I cannot. ; I am an AI and have no taste.
 planner ; actor ; reflector | I won't be able to help. ; I regret that I cannot help.
 planner | The best choice is unclear.\nNext category: N/A
+planner ; actor ; reflector | None of the above.
 planner ; actor ; reflector | I must refuse. ; Request denied. ; The content was blocked. ; N/A
 planner ; actor ; reflector | I don't feel comfortable. ; This request goes against my rules.
 """))
@@ -1676,6 +1691,7 @@ def test_similarity_may_be_by_fitted_vectors(tmp_path, world, tags):
 items.csv | id,title\n1,Heat, no quotes | line 2: 3 fields
 items.csv | id,title\n1,"Heat\n | line 2: unexpected end
 items.csv | id,title\n1,Heat\n1,Heat | line 3: item 1 is listed twice
+items.csv | id,title,genres\n1,Heat,['War'] | line 2: separate categories by
 items.csv | id,title\n1, | line 2: an item without
 ratings.csv | 1,1,4\n2,1,4 | no column for the user
 ratings.csv | id,user,sku,rating\n0,1,1,4 | no column for the item
@@ -2245,6 +2261,14 @@ def test_a_batch_is_halved_until_it_is_taken(most, status, text):
     assert text in failure(embedder(*[refusal] * 99).ask, ["a", "b"])
 
 
+def test_a_log_without_a_text_is_asked_again(tmp_path):
+    """And when a text came in between, it counts for good."""
+    path = tmp_path / "log"
+    silent = dict.fromkeys(LOGGED, Reply(""))
+    assert logged_answers(path, silent.get) == [Reply("")] * len(LOGGED)
+    assert logged_answers(path, LOGGED.get) == logged_answers(path) == list(LOGGED.values())
+
+
 def test_a_log_replays_without_the_model(tmp_path):
     path = tmp_path / "a new folder" / "log"
     assert logged_answers(path, LOGGED.get) == logged_answers(path) == list(LOGGED.values())
@@ -2479,6 +2503,7 @@ def test_a_run_without_an_answer_yields_its_directory(tmp_path):
     """As when the model was mistyped: config.json was written, and a folder was made for it."""
     run.write(tmp_path / "config.json", '{"model": "mistyped"}')
     (tmp_path / "mistyped").mkdir()
+    (tmp_path / ".DS_Store").touch()        # a file manager was there
     succeed(*SMALL, "--out", tmp_path)
 
 
