@@ -786,7 +786,9 @@ def test_a_state_is_the_last_titles_and_all_taken(user, titles):
 
 def test_an_item_comes_again_if_repeats_are_allowed():
     t = play(prompts.catalog(hand_world()), {"planner": ["t"], "actor": ["Cow"]}, repeats=True)
-    assert t.steps[0].line == "Cow [Beast]"
+    assert t.steps[0].line == "Cow [Beast]"                 # it was liked before
+    t = play(prompts.catalog(hand_world()), {"planner": ["t"], "actor": ["Bee"]}, repeats=True)
+    assert [step.line for step in t.steps] == ["Bee [Bug]", "Bee [Bug]"]
 
 
 def test_a_replaced_action_is_told_in_one_line():
@@ -2497,6 +2499,18 @@ def test_a_run_directory_is_never_touched_by_another_run(finished):
     run.write(finished / "config.json", '{"config": "of another program"}')
     assert "another configuration" in refuse(*SMALL, "--out", finished)
     run.write(finished / "config.json", before["config.json"].decode())
+
+
+@pytest.mark.parametrize("error", [EndpointError("down"), OSError("no space left for the log")])
+def test_after_a_failed_call_no_other_begins(error):
+    def failing(ask):
+        raise error
+    live = run.new_live()
+    with pytest.raises(type(error)):
+        run.counted(failing, live, ASK)
+    with pytest.raises(EndpointError, match="stopped"):
+        run.counted(prompts.offline, live, ASK)
+    assert live.failures == [error]
 
 
 def test_a_run_without_an_answer_yields_its_directory(tmp_path):
