@@ -969,8 +969,9 @@ def timestamp(text: str) -> float:
     except ValueError:
         # before Python 3.11 a date may not end in Z
         date = datetime.fromisoformat(text.replace("Z", "+00:00"))
-        # without a time zone it is taken as UTC, so that it means the same everywhere
-        return (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp()
+        if date.tzinfo is None:             # as UTC, so that it means the same everywhere
+            date = date.replace(tzinfo=timezone.utc)
+        return date.timestamp()
 
 
 # votes are an array [N] of such records, in which users and items are numbers

@@ -594,6 +594,7 @@ def before_reason(text: str) -> str:
     """
     # Not a comparison: "I'd like Up", "you would, might, may or will like Up", "they also like Up".
     # (?<!X) means "not after X". There are seven, because Python wants X to have a fixed length.
+    # "as" needs a pronoun or "the" behind it: "Life as a House" is a title.
     like = r"(?<!['’]d )(?<!['’]ll )(?<!would )(?<!might )(?<!may )(?<!will )(?<!also )like"
     reason = (rf"[Bb]ecause|[Rr]eason[\s*_]*:|[Ee]xplanation[\s*_]*:|{like}|unlike|than"
               "|since|(?<!such )as (?:it|he|she|they|the|this|that|these|you|we|I)|given that"
