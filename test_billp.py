@@ -2345,6 +2345,17 @@ def test_workers_a_second_run_and_a_draft_change_nothing(workers, finished, tmp_
         assert files(tmp_path) == files(finished)
 
 
+@pytest.mark.parametrize("method", ["billp", "greedy"])
+def test_the_leaving_item_is_no_recommendation(method):
+    asked = settings_of(f"--method {method} --episodes 0 --users 20")
+    place = run.build_place(asked)
+    outcome = run.perform(asked, place, billp.NOVICE, prompts.offline, prompts.hashed_ngrams, map,
+                          ("after",))
+    for user, session in zip(place.held_out, outcome.sessions["after"]):
+        ratings = place.env.rate(user, np.array(session.items, int))
+        assert session.reward == ratings.sum() and (ratings >= 2).all()
+
+
 def test_the_summary_tells_what_the_episodes_hold(finished):
     summary, rows = read(finished / "summary.json"), episodes_in(finished)
     assert summary.keys() == set(
