@@ -592,8 +592,11 @@ def scores(lengths: Sequence[int], returns: Sequence[float]) -> Array:
 
 
 def totals(samples: Array) -> Array:
-    """Scores [..., S, N, 2] -> [..., 3]: Len, R_each and R_traj over all S seeds and N episodes."""
-    means = samples.mean((-3, -2))
+    """Scores [..., N, 2] of N episodes -> [..., 3]: their Len, R_each and R_traj.
+
+    R_each is all reward divided by all steps.
+    """
+    means = samples.mean(-2)
     steps, reward = means[..., 0], means[..., 1]
     return np.stack([steps, reward / np.maximum(steps, 1e-9), reward], -1)
 
@@ -628,12 +631,12 @@ def t_interval(figures: Array) -> tuple[Array, Array]:
 def bootstrap(statistic: Function, samples: Sequence[Array]) -> Array:
     """[2, ...]: the 0.025 and 0.975 quantiles of a statistic, users drawn with replacement.
 
-    Samples are [1, N, k], of one seed. The same users are drawn from all of them.
+    Samples are [N, k]. The same users are drawn from all of them.
     """
-    users = samples[0].shape[1]
-    # [1000, 1, N]: 1000 draws with one seed in each; more would change the ends little
-    drawn = np.random.default_rng(0).integers(users, size=(1000, 1, users))
-    resampled = [sample[0, drawn] for sample in samples]        # each [1000, 1, N, k]
+    users = len(samples[0])
+    # more than 1000 draws would change the ends little
+    drawn = np.random.default_rng(0).integers(users, size=(1000, users))
+    resampled = [sample[drawn] for sample in samples]           # each [1000, N, k]
     return np.quantile(statistic(*resampled), [0.025, 0.975], axis=0)
 
 
@@ -642,15 +645,17 @@ def intervals(statistic: Function, *samples: Array) -> list[list[float]]:
 
     - Samples are [S, N, k]: S seeds with N users each. All samples have the same users, so that
       differences are paired.
-    - The statistic takes [..., S, N, k], averages over S and N, and returns [..., numbers].
+    - The statistic takes [..., N, k] and returns [..., numbers]: a figure for each seed. The mean
+      is that of these figures.
     - One seed: a percentile bootstrap interval over its users.
     - Several seeds: a t interval over the figures of the seeds. Users of one seed are not
       independent, because they share its world.
     """
-    # [S, 1, N, k]: one seed in each, so that the statistic gives a figure for each seed
-    each_alone = [sample[:, None] for sample in samples]
-    figures = statistic(*each_alone)                            # [S, numbers]
-    low, high = t_interval(figures) if len(figures) > 1 else bootstrap(statistic, samples)
+    figures = statistic(*samples)                               # [S, numbers]
+    if len(figures) > 1:
+        low, high = t_interval(figures)
+    else:
+        low, high = bootstrap(statistic, [sample[0] for sample in samples])
     return np.stack([figures.mean(0), low, high], -1).round(4).tolist()
 
 
@@ -818,7 +823,7 @@ ITEM_FILES = ("items.csv", "movies.csv", "movie.csv", "movies.dat")
 HEADERS = {"movies.dat": ["movieId", "title", "genres"],                # .dat files have no header
            "ratings.dat": ["userId", "movieId", "rating", "timestamp"]}
 ALIASES = {"user": "user userid",
-           "item": "itemid item movieid movie filmid film bookid book isbn productid product",
+           "item": "itemid item movieid filmid bookid productid id isbn movie film book product",
            "title": "title movietitle itemtitle name",
            "year": "year releaseyear",
            "categories": "categories category genres genre tags",
@@ -843,8 +848,7 @@ def find_file(folder: Path, names: Sequence[str], world: str) -> Path | None:
 
     def rank(file: Path) -> tuple[bool, int]:
         parts = file.relative_to(folder).parts          # folders, then the file's name
-        is_elsewhere = world not in parts
-        return is_elsewhere, len(parts)                 # without a world all are elsewhere
+        return world not in parts, len(parts)           # False comes before True
 
     return min(files, key=rank, default=None)           # the first of equals
 
@@ -888,8 +892,8 @@ def columns(header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
     plain = [re.sub(r"[\W_]", "", text).lower() for text in header]
     places = {}
     for name, aliases in ALIASES.items():
-        if name == "item" and "title" in needed:
-            aliases += " id"        # in the list of items; elsewhere an id may number the lines
+        if name == "item" and "title" not in needed:
+            aliases = aliases.replace(" id ", " ")      # outside the list of items it numbers lines
         present = [alias for alias in aliases.split() if alias in plain]
         if present:
             places[name] = plain.index(present[0])
@@ -1020,11 +1024,12 @@ def groups(keys: Array) -> list[Array]:
 def ridge(own: Array, other: Array, ratings: Array, fixed: Array, count: int) -> Array:
     """float32 [count, k + 1]: factors and bias of each user, while those of the items are fixed.
 
-    A factor is one of the k numbers by which the model describes a user or an item. `fixed` holds
-    the k factors of each item and, behind them, its bias. ratings[i] is the rating of item other[i]
-    by user own[i], minus the global offset. There are `count` users. The penalty on a factor is 3 +
-    a tenth of the user's number of ratings, that on the bias is 3.
-    `als` also calls it with users and items exchanged.
+    For the items' factors `als` calls it with users and items exchanged.
+
+    A factor is one of the k numbers that describe a user or an item. `fixed` holds the k factors of
+    each item and, behind them, its bias. ratings[i] is the rating of item other[i] by user own[i],
+    minus the global offset. There are `count` users. The penalty on a factor is 3 + a tenth of the
+    user's number of ratings, that on the bias is 3.
     """
     # rating - item's bias = [item's factors, 1] @ [user's factors, user's bias]
     targets = ratings - fixed[other, -1]
@@ -1041,14 +1046,14 @@ def ridge(own: Array, other: Array, ratings: Array, fixed: Array, count: int) ->
     return fitted
 
 
-class Model(NamedTuple):
+class Factorisation(NamedTuple):
     """A rating is offset + the user's bias + the item's bias + the product of their factors."""
     p: Array                            # float32 [n, rank + 1]: each user's factors and bias
     q: Array                            # float32 [m, rank + 1]: each item's factors and bias
     offset: float
 
 
-def predict(model: Model, users: Array, items: Array) -> Array:
+def predict(model: Factorisation, users: Array, items: Array) -> Array:
     """float [...]: the ratings of items [...] by users [...], not yet whole numbers."""
     p, q = model.p[users], model.q[items]
     products = np.einsum("...k,...k->...", p[..., :-1], q[..., :-1])
@@ -1058,23 +1063,27 @@ def predict(model: Model, users: Array, items: Array) -> Array:
     return ratings.round(5)
 
 
-def star_limits(model: Model, votes: Array) -> Array:
+def star_limits(model: Factorisation, votes: Array) -> Array:
     """[4]: the lowest predictions that become a rating of 2, 3, 4 and 5.
 
     A fitted model predicts few high and few low ratings, and users would rarely be disappointed.
     With these limits each rating is as frequent among the predictions for the votes as among the
     votes themselves. Half stars are rounded up.
     """
-    shares_below = [(votes["rating"] < rating).mean() for rating in (1.5, 2.5, 3.5, 4.5)]
-    return np.quantile(predict(model, votes["user"], votes["item"]), shares_below)
+    shares_below = np.array([(votes["rating"] < edge).mean() for edge in (1.5, 2.5, 3.5, 4.5)])
+    limits = np.quantile(predict(model, votes["user"], votes["item"]), shares_below)
+    # a rating that no vote gives is never predicted, neither below the others nor above them
+    limits[shares_below == 0] = -np.inf
+    limits[shares_below == 1] = np.inf
+    return limits
 
 
-def stars(model: Model, limits: Array, users: Array, items: Array) -> Array:
+def stars(model: Factorisation, limits: Array, users: Array, items: Array) -> Array:
     """float [...]: predicted ratings 1, 2, ... 5. `partial(stars, model, limits)` is a `rate`."""
     return 1.0 + np.searchsorted(limits, predict(model, users, items), side="right")
 
 
-def als(votes: Array, n: int, m: int, rank: int) -> Model:
+def als(votes: Array, n: int, m: int, rank: int) -> Factorisation:
     """Alternating least squares: ten times it fits the users' rows, then the items' rows."""
     users, items, offset = votes["user"], votes["item"], votes["rating"].mean()
     ratings = votes["rating"] - offset
@@ -1083,10 +1092,10 @@ def als(votes: Array, n: int, m: int, rank: int) -> Model:
     for _ in range(10):
         p = ridge(users, items, ratings, q, n)
         q = ridge(items, users, ratings, p, m)
-    return Model(p, q, float(offset))
+    return Factorisation(p, q, float(offset))
 
 
-def rmse(model: Model, votes: Array) -> float:
+def rmse(model: Factorisation, votes: Array) -> float:
     """The root of the mean squared error of the predicted ratings; 0 if there are none."""
     errors = predict(model, votes["user"], votes["item"]) - votes["rating"]
     return np.sqrt(np.square(errors).sum() / max(len(errors), 1))

@@ -2019,17 +2019,19 @@ class Log(NamedTuple):
     model_id: Any                   # JSON: what shapes a reply besides the ask
     known: dict[str, Reply]
     path: Path
+    has_spoken: bool                # a reply of the chat model had a text
 
 
 def open_log(path: str | Path, model_id: Any) -> Log:
     """Read a log; there may be none yet. Of two replies to one ask the first with a text counts.
 
-    If no reply has a text, the settings were wrong, and all are asked again.
+    If no reply of the chat model has a text, the settings were wrong, and all are asked again.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.exists() else b""
     known: dict[str, Reply] = {}
+    has_spoken = False
     for line in content.splitlines():
         try:
             record = json.loads(line)
@@ -2038,14 +2040,16 @@ def open_log(path: str | Path, model_id: Any) -> Log:
                 earlier = known.get(record["ask"])
                 if earlier is None or not earlier.text:
                     known[record["ask"]] = reply
+                if reply.text and record.get("role") != "embed":
+                    has_spoken = True
         except MISSHAPEN:
             continue                # an incomplete line: its ask is asked again
-    if not any(reply.text for reply in known.values()):
-        known.clear()
+    if not has_spoken:
+        known = {name: reply for name, reply in known.items() if reply.text}    # of an embedding
     if content and not content.endswith(b"\n"):
         with path.open("ab") as file:
             file.write(b"\n")       # the next line shall not be joined to a torn one
-    return Log(model_id, known, path)
+    return Log(model_id, known, path, has_spoken)
 
 
 def hash_of(log: Log, ask: Ask) -> str:

@@ -275,6 +275,10 @@ def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
         return
     # each row has its own method, which sets these switches
     yield ("method", "load", *OF_METHODS), "beside --experiment"
+    if args.cluster:
+        yield ["workers"], "beside --cluster"
+    if {EXPERIMENTS[name].measure for name in args.experiment} == {"errors"}:
+        yield ["users"], "here: fig4 takes two users"
     varied = {EXPERIMENTS[name].varied for name in args.experiment}      # "" for none
     if "model" not in varied:
         yield ["models"], "without --experiment table6"
@@ -418,9 +422,9 @@ def settings(args: Namespace, saved: Json) -> Settings:
         first=learners_met(saved, args.world, args.seed), load=saved["digest"],
         extra=digest(extra) if args.extra_body else "",
         config=config | given_of(args, Config._fields), rule=given_of(args, envs.RULE))
-    # A method with language keeps its learning episodes even if it learns nothing, as act and react
-    # do: the episodes can be looked at, and the difference between before and after shows how much
-    # chance alone does.
+    # Here act and react keep their learning episodes, although they learn nothing: the episodes can
+    # be looked at, and the difference between before and after shows what chance alone does.
+    # In experiments `settings_of` drops them.
     return without_idle_learning(run) if args.method in envs.POLICIES else run
 
 
@@ -643,7 +647,7 @@ def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
     try:
         reply = llm(ask)
     except (prompts.EndpointError, OSError) as error:       # OSError: the log cannot be written
-        # Later failures only follow from the first, or from another error that has set `stop`.
+        # Only the first failure is a cause. With `stop` set already, this one is a consequence.
         if not live.stop.is_set():
             live.failures.append(error)
         live.stop.set()
@@ -682,8 +686,7 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
     llm = prompts.unlogged
     if not args.replay:
         # if an earlier run got a text, an empty reply is no sign of wrong settings
-        has_spoken = any(reply.text for reply in log.known.values())
-        llm = prompts.openai(url, run.model, extra=args.extra_body, has_spoken=has_spoken,
+        llm = prompts.openai(url, run.model, extra=args.extra_body, has_spoken=log.has_spoken,
                              **options)
     llm = prompts.limited(llm, args.max_calls)
     llm = prompts.recorded(partial(counted_new, llm, live.stats), log)
@@ -1046,8 +1049,8 @@ def episode_of(folder: Path, pick: str) -> Json:
 def print_prompts(args: Namespace, phase: str, number: int) -> None:
     """Print what the model was sent in an episode, and what it answered.
 
-    The files hold no prompts. So the whole run is repeated, from its log or by the stand-in, and
-    the asks of this episode are caught.
+    The files hold no prompts. So the run is repeated up to this phase, from its log or by the
+    stand-in, and the asks of this episode are caught.
     """
     config = read_object(args.show / "config.json")
     is_of_this_version = (config.keys() == set(Settings._fields)
@@ -1070,7 +1073,9 @@ def print_prompts(args: Namespace, phase: str, number: int) -> None:
             print()
         return reply
 
-    perform(run, build_place(run), billp.NOVICE, printing, embed, map, phases_of(run))
+    phases = phases_of(run)
+    needed = phases[:phases.index(phase) + 1]
+    perform(run, build_place(run), billp.NOVICE, printing, embed, map, needed)
 
 
 def show(args: Namespace) -> None:
@@ -1191,7 +1196,7 @@ def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: 
     agent = perform(run, place, billp.NOVICE, llm, embed, pmap, ("learn",)).agent
     errors = []
     for i, user in enumerate(place.held_out):
-        # A draw depends on the place in this list: each return has draws of its own.
+        # A user's place in this list determines the draws: each return has its own.
         played = billp.evaluate(catalog_to_play, [user] * (draws + 1), agent, llm, run.seed,
                                 "continue", config, pmap)
         # the first return is judged, the others tell what it should be
@@ -1296,8 +1301,8 @@ class Row(NamedTuple):
 
 
 def share_of(counts: Array) -> Array:
-    """Counts [..., seeds, users, 5] -> the share of each quintile [..., 5]."""
-    sums = counts.sum((-3, -2))
+    """Counts [..., users, 5] -> the share of each quintile [..., 5]."""
+    sums = counts.sum(-2)
     return sums / np.maximum(sums.sum(-1, keepdims=True), 1)
 
 
@@ -1317,7 +1322,7 @@ def rows_of(series: str, x: Any, samples: dict[Cell, Array], measure: str) -> It
             yield Row(series, n, {"share": share})
     if measure == "errors":
         names = ("bias", "variance", "MSE")
-        intervals = envs.intervals(partial(np.mean, axis=(-3, -2)), own)
+        intervals = envs.intervals(partial(np.mean, axis=-2), own)
         yield Row("one return", x, dict(zip(names, intervals[:3])))
         yield Row("critic", x, dict(zip(names, intervals[3:])))
 
@@ -1464,8 +1469,8 @@ def experiments(args: Namespace, live: Live) -> None:
             jobs += [job for job in needed if job not in jobs]
     # the longest first, so no core waits long for another at the end
     jobs.sort(key=lambda job: -job.run.episodes)
-    # Only jobs with language can lack learners (policies meet the same ones again), and the longest
-    # needs the most. Its world is built here, so that a lack is told before anything is written.
+    # Policies meet the same learners again. Of the methods with language the longest job needs the
+    # most. Its world is built first, so that a lack is told before anything is written.
     language_jobs = [job for job in jobs if job.run.method in billp.METHODS]
     longest_job = (language_jobs or jobs)[0]
     about = build_place(longest_job.run).env.about

@@ -1568,7 +1568,7 @@ def test_the_actor_critic_climbs_its_gradient(seed):
 def test_the_error_of_a_fitted_model_by_hand():
     """Off by 1, 1 and 2: the root of 6 / 3. Biases alone fit ratings that are sums of biases."""
     votes = np.array([(0, 0, 4, 0), (0, 1, 2, 0), (1, 1, 5, 0)], envs.VOTE)
-    nothing = envs.Model(np.zeros((2, 1)), np.zeros((2, 1)), 3.0)
+    nothing = envs.Factorisation(np.zeros((2, 1)), np.zeros((2, 1)), 3.0)
     assert np.isclose(envs.rmse(nothing, votes), 2 ** 0.5)
     votes = [(u, i, 3 + u % 3 - i % 2, 0) for u in range(30) for i in range(30)]
     votes = np.array(votes, envs.VOTE)
@@ -1581,7 +1581,7 @@ def test_predicted_ratings_are_as_frequent_as_given_ones(seed):
     votes = np.zeros(200, envs.VOTE)
     votes["user"], votes["item"] = np.divmod(np.arange(200), 20)
     votes["rating"] = rng.choice([*np.arange(0.5, 5.5, 0.5), 1, 5], 200)
-    model = envs.Model(rng.normal(size=(10, 3)), rng.normal(size=(20, 3)), 3.0)
+    model = envs.Factorisation(rng.normal(size=(10, 3)), rng.normal(size=(20, 3)), 3.0)
     limits = envs.star_limits(model, votes)
     predicted = envs.stars(model, limits, votes["user"], votes["item"])
     half_up = np.maximum(np.floor(votes["rating"] + 0.5), 1)
@@ -1590,6 +1590,10 @@ def test_predicted_ratings_are_as_frequent_as_given_ones(seed):
     real_numbers = envs.predict(model, votes["user"], votes["item"])
     order = np.argsort(real_numbers)
     assert (np.diff(predicted[order]) >= 0).all() and {*predicted} <= {1, 2, 3, 4, 5}
+    # on a shorter scale no rating lies outside it, whatever is predicted
+    votes["rating"] = rng.choice([2, 3, 4], 200)
+    predict_stars = partial(envs.stars, model, envs.star_limits(model, votes))
+    assert {*predict_stars(np.arange(10)[:, None], np.arange(20)).ravel()} <= {2, 3, 4}
     # a limit is the lowest prediction that becomes its rating
     assert (real_numbers == real_numbers.round(5)).all()
     assert envs.stars(model, real_numbers[:1], votes["user"][:1], votes["item"][:1]) == 2
@@ -1612,7 +1616,7 @@ def test_a_95_percent_interval_covers_the_truth(seeds, spread):
     rng, covered = np.random.default_rng(0), []
     for _ in range(100):
         samples = rng.normal(size=(seeds, 40, 2)) + spread * rng.normal(size=(seeds, 1, 2))
-        for _, low, high in envs.intervals(lambda s: s.mean((-3, -2)), samples):
+        for _, low, high in envs.intervals(lambda s: s.mean(-2), samples):
             covered.append(low <= 0 <= high)
     assert 0.9 < np.mean(covered) < 0.99
 
@@ -1628,7 +1632,7 @@ RATINGS = "userId,movieId,rating,timestamp\n" + "".join(
 RATINGS_DATED = "user,item,rating,date\n" + "".join(
     f"{u},{i},{r},2005-04-02 23:53:{t:02}\n" for u, i, r, t in VOTES)
 NUMBERED = "id," + RATINGS.rstrip().replace("rating,", "Stars,", 1).replace("\n", "\n0,")
-REORDERED = "extra,Year,Genre,NAME,item_id\n" + "".join(
+REORDERED = "ISBN,Year,Genre,NAME,ID\n" + "".join(
     f'x,,{tags},"{title}",{i}\n\n' for i, title, tags in MOVIES)
 
 
@@ -2266,11 +2270,15 @@ def test_a_batch_is_halved_until_it_is_taken(most, status, text):
 
 
 def test_a_log_without_a_text_is_asked_again(tmp_path):
-    """And when a text came in between, it counts for good."""
+    """Embeddings are no texts, and are kept. When a text came in between, it counts for good."""
     path = tmp_path / "log"
     silent = dict.fromkeys(LOGGED, Reply(""))
+    prompts.recorded_embed(embedder().ask, prompts.open_log(path, "m"))(["a"])
     assert logged_answers(path, silent.get) == [Reply("")] * len(LOGGED)
+    assert not prompts.open_log(path, "m").has_spoken
     assert logged_answers(path, LOGGED.get) == logged_answers(path) == list(LOGGED.values())
+    log = prompts.open_log(path, "m")
+    assert log.has_spoken and len(prompts.recorded_embed(prompts.unlogged, log)(["a"])) == 1
 
 
 def test_a_log_replays_without_the_model(tmp_path):
@@ -2572,6 +2580,7 @@ FOLDER = {                                  # what lies in the folder of the tes
 --method a2c --load full ; --method bandit --workers 2 | has no effect
 --method bandit --gamma 0.9 | has no effect
 --model m --base-url x --experiment table5 --cluster a | has no effect
+--experiment table5 --cluster a --workers 2 ; --experiment fig4 --users 9 | has no effect
 --experiment table6 --model m --models m,n --base-url x | has no effect
 --experiment table5 --method act ; --experiment table5 --load full | has no effect
 --out full | full
@@ -2708,7 +2717,7 @@ def test_shares_of_popularity_by_hand():
     sessions = [run.Session(items, 0.0) for items in ([7, 8, 6], [], [4])]
     shares = run.shares(env, sessions)
     assert shares == [[2, 0, 0, 0, 1], [0] * 5, [0, 0, 0, 1, 0]]
-    assert run.share_of(np.array([shares])).tolist() == [0.5, 0, 0, 0.25, 0.25]
+    assert run.share_of(np.array(shares)).tolist() == [0.5, 0, 0, 0.25, 0.25]
 
 
 def test_returns_are_played_while_rewards_count_a_thousandth():
