@@ -271,13 +271,11 @@ IN_LINE = re.compile(rf"""(?imx)
       | (?<=\d) (?: [ ][–—-] | \. ) (?=\s)
     ) [ \t*_"'`-]*
     """)
-# HEADING: a label without a colon counts if four things hold. It is alone in its line; the line
-# has a mark (* _ # >) or a number; text follows below; "Next category:" does not stand above.
-# Otherwise "Action" is the category.
+# HEADING: a label without a colon counts if three things hold. It is alone in its line; the line
+# has a mark (* _ # >) or a number; text follows below.
 #     yes: "**Action**", then "Up" · "Action 3", then "Up"
-#     no:  "Action", then "Up" · "Next category:", then "**Action**" · "**Action**" at the end
+#     no:  "Action", then "Up" · "**Action**" at the end
 HEADING = re.compile(rf"""(?imx)
-    (?<! category:\n ) (?<! category:\*\*\n )       # not below "Next category:"
     ^ (?= (?: [ \t]* [*_\#>] ) | (?: .*\d ) )   # a line with a mark at its front, or a number
     [ \t*_\#>]* (?P<name> {LABELS} ) {GAP} \d* {GAP} $
     (?= \s* \S )                    # with text below
@@ -294,7 +292,7 @@ def with_colons(text: str) -> str:
 
 
 def segment(text: str, labels: Sequence[str]) -> str:
-    """The text after the first of these labels with text behind it; "" if there is no such label.
+    """The text after the earliest of these labels that has text behind it; "" if none has.
 
     Models often play several turns in one reply: only the first counts. So the text ends at the
     next label of TURNS. It also ends where its own label comes again, unless that is in ITEMS:
@@ -305,16 +303,16 @@ def segment(text: str, labels: Sequence[str]) -> str:
     >>> segment("Action 3: Up\\nThought 4: a comedy", ITEMS)
     'Up'
     """
-    heads = list(IN_LINE.finditer(text))
-    for i, head in enumerate(heads):
-        name = head["name"].lower()
+    found = list(IN_LINE.finditer(text))
+    for i, label in enumerate(found):
+        name = label["name"].lower()
         if name not in labels:
             continue
         # the labels of ITEMS that begin a turn, such as "action", are in TURNS already
         ends = TURNS if name in ITEMS else (*TURNS, name)
-        starts = (later.start("name") for later in heads[i + 1:] if later["name"].lower() in ends)
+        starts = (later.start("name") for later in found[i + 1:] if later["name"].lower() in ends)
         end = next(starts, len(text))           # where the next turn starts
-        content = text[head.end():end].strip()
+        content = text[label.end():end].strip()
         if content:
             return content
     return ""
@@ -322,8 +320,8 @@ def segment(text: str, labels: Sequence[str]) -> str:
 
 # Words before a choice. A reply that holds them is not a refusal.
 CHOSEN = (r"\b(?:I|we)(?:['’]d| would| will|['’]ll| should)? (?:recommend|suggest|choose|pick"
-          r"|go with)\b|\b(?:answer|choice|best(?: \w+)?|closest(?: \w+)?) is\b|\bbest:|\bof these,"
-          r"|\\boxed")
+          r"|go with)\b|\b(?:answer|choice|best(?: \w+)?|closest(?: \w+)?) (?:is|would be)\b"
+          r"|\bbest:|\bof these,|\\boxed")
 # More words before a choice, but a refusal may hold these: "Rocky is old, so Jaws", "..., but Jaws
 # is better"
 CONCLUDED = (r"(?m:^|[,;.] )(?:so|therefore|thus|hence),? "
@@ -333,9 +331,8 @@ CONCLUDED = (r"(?m:^|[,;.] )(?:so|therefore|thus|hence),? "
 I_AM = "(i am|i ?['’]?m)"
 I_CANNOT = f"({I_AM} afraid (that )?)?i (can(not|['’]?t| not)|won['’]?t)"
 REFUSALS = (
-    rf"({I_AM} (\w+ )?)?sorry\W*$",
-    rf"({I_AM} (\w+ )?)?sorry\W+(but|that|as)\b",              # "I'm really sorry, but"
-    rf"({I_AM} (\w+ )?)?sorry\W+i(['’]m| (am|can|could|do|won))",
+    # "I'm really sorry, but", "Sorry, I can't"
+    rf"({I_AM} (\w+ )?)?sorry(\W*$|\W+(but|that|as)\b|\W+i(['’]m| (am|can|could|do|won)))",
     r"i apologi[sz]e\b",
     r"(my )?apologies\W+(but|i)\b",
     r"i (must|have to) (\w+ )?decline\b",
@@ -434,6 +431,8 @@ def labelled(text: str, labels: Sequence[str]) -> str:
 def item_part(text: str) -> str:
     """The part of a reply that names the item: what stands after a label, or else the whole reply.
 
+    Words such as "I would recommend" before the title are dropped.
+
     >>> item_part("Thought 1: tense. Action 1: recommend Alien (1979)")
     'Alien (1979)'
     """
@@ -478,7 +477,7 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", unaccented(plain))
 
 
-def named_by(words: Sequence[str]) -> str:
+def name_of(words: Sequence[str]) -> str:
     """The words as a key of `Catalog.names`."""
     return " ".join(words[:LONGEST]).casefold()
 
@@ -495,9 +494,9 @@ def spellings(title: str) -> list[str]:
     words = words_of(title)
     size = 1 if words and words[0].casefold() in ARTICLES else 0
     article, others = words[:size], words[size:]
-    names = [named_by(article + others), named_by(others + article), named_by(others)]
+    names = [name_of(article + others), name_of(others + article), name_of(others)]
     if len(others) > 1:
-        names.append(named_by(["the", *others]))
+        names.append(name_of(["the", *others]))
     return names
 
 
@@ -557,15 +556,16 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     """If the words begin with a title: its items, and the number of words of title and year.
 
     The longest title counts. Its year may be left out or be one off. Its subtitle may be left out
-    if nothing but the year follows.
+    if nothing but the year follows. If there is a number of words without an item, the words name a
+    film that the catalogue lacks.
         ["Alien", "1979", "is", "old"]      [Alien], 2
         ["Hello"]                           [], 0
-        ["Alien", "2009"]                   [], 1: this year is that of another film
-        ["Frozen", "II"]                    [], 1: the catalogue lacks this sequel
-        ["Alien", "Covenant", "2017"]       [], 1: the year is that of a film with a longer title
+        ["Alien", "2009"]                   [], 1: a film of this year
+        ["Frozen", "II"]                    [], 1: a sequel
+        ["Alien", "Covenant", "2017"]       [], 1: a longer title, with the year of its film
     """
     for size in range(min(LONGEST, len(words)), 0, -1):
-        name = named_by(words[:size])
+        name = name_of(words[:size])
         behind = words[size:]           # begins with the year, if there is one
         year_words = 1 if behind and YEAR.fullmatch(behind[0]) else 0
         items = catalog.names.get(name, [])
@@ -596,14 +596,14 @@ def before_reason(text: str) -> str:
     # (?<!X) means "not after X". There are seven, because Python wants X to have a fixed length.
     # "as" needs a pronoun or "the" behind it: "Life as a House" is a title.
     like = r"(?<!['’]d )(?<!['’]ll )(?<!would )(?<!might )(?<!may )(?<!will )(?<!also )like"
-    reason = (rf"[Bb]ecause|[Rr]eason[\s*_]*:|[Ee]xplanation[\s*_]*:|{like}|unlike|than"
+    reason = (rf'[Bb]ecause|[Rr]eason["\s*_]*:|[Ee]xplanation["\s*_]*:|{like}|unlike|than'
               "|since|(?<!such )as (?:it|he|she|they|the|this|that|these|you|we|I)|given that"
               "|similar to|in contrast to|in the spirit of"
               "|compared (?:to|with)|contrasts with")
     return re.split(rf"(?<![\w-])(?:{reason})(?![\w-])", text)[0]
 
 
-def titles_within(text: str, catalog: Catalog) -> list[int]:
+def items_within(text: str, catalog: Catalog) -> list[int]:
     """The items whose titles stand anywhere in a text, in order.
 
     A title of one word needs a capital or a digit: "Try Up", "Try 9", not "it is set up well".
@@ -620,7 +620,7 @@ def titles_within(text: str, catalog: Catalog) -> list[int]:
     return items
 
 
-def titles_alone(text: str, catalog: Catalog) -> list[int]:
+def items_alone(text: str, catalog: Catalog) -> list[int]:
     """The items of lines that hold a title and nothing else, in order.
 
     A number or words with a colon may stand before it, and categories, a reason or a remark behind
@@ -631,10 +631,10 @@ def titles_alone(text: str, catalog: Catalog) -> list[int]:
         unnumbered = re.sub(r"^\W*\d{1,2}\b", "", line)
         without_remark = re.split(r" [-–—] | \((?!\d)", unnumbered)[0]
         after_colon = line.rpartition(": ")[2]
-        plans = map(before_reason, (line, unnumbered, without_remark, after_colon))
-        whole_titles = titles_within(line, catalog)
+        shorter = map(before_reason, (line, unnumbered, without_remark, after_colon))
+        whole_titles = items_within(line, catalog)
         # first the whole line: a title may hold a number, a colon, a dash or "than"
-        for part in (line, *plans):
+        for part in (line, *shorter):
             words = words_of(part.partition("[")[0])
             titled, words_used = leading_title(words, catalog)
             if not titled or words_used < len(words):
@@ -678,23 +678,23 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     4. Titles elsewhere, up to a reason or categories, but not in asides.
     5. If there are none so far: titles in a reason, last those in asides.
     """
-    first_line = text.partition("\n")[0]
-    if titles_alone(first_line, catalog) and not re.match(LIST_ITEM, first_line):
-        return titles_alone(text, catalog)
+    opening = text.partition("\n")[0]
+    if items_alone(opening, catalog) and not re.match(LIST_ITEM, opening):
+        return items_alone(text, catalog)
     items = []
     # "Jaws is old, I recommend Alien, because ...": the choice is "Alien"
     pieces = re.split(f"(?i){CHOSEN}|{CONCLUDED}", text, maxsplit=1)
     if len(pieces) > 1:                             # there are such words
-        items += titles_within(before_reason(pieces[1]), catalog)           # 1
+        items += items_within(before_reason(pieces[1]), catalog)           # 1
     bold = "\n".join(re.findall(BOLD, text))
-    items += titles_within(bold, catalog)                                   # 2
-    items += titles_alone(text, catalog)                                    # 3
+    items += items_within(bold, catalog)                                   # 2
+    items += items_alone(text, catalog)                                    # 3
     for line in without_asides(text).splitlines():
         plan = before_reason(line).partition("[")[0]
-        items += titles_within(plan, catalog)                               # 4
+        items += items_within(plan, catalog)                               # 4
     if not items:
-        items += titles_within(without_asides(text), catalog)               # 5
-        items += titles_within(text, catalog)
+        items += items_within(without_asides(text), catalog)               # 5
+        items += items_within(text, catalog)
     return items
 
 
@@ -851,8 +851,8 @@ def render_planner(lessons: Sequence[str], tastes: Tastes, lately: int) -> str:
 
 def parse_planner(text: str) -> str | Malformed:
     """The thought, one line."""
-    # "**Action**" at the beginning is the category Action here; elsewhere it may be a label
-    text = re.sub(r"(?i)\A\W*\*\*action\*\*", "Next category: Action", spoken(text))
+    # Here "**Action**" is the category Action if it stands first or below "Next category".
+    text = re.sub(r"(?i)(\A|next category)\W*\*action\*+", "Next category: Action", spoken(text))
     return labelled(text, THOUGHTS) or Malformed("the reply held no line 'Next category: ...'")
 
 
@@ -975,18 +975,25 @@ def spaced(text: str) -> str:
 
 
 def named_in(text: str, tags: Sequence[str]) -> list[str]:
-    """The categories that a text names, also in the plural: "Thrillers"."""
+    """The categories that a text names, also in the plural: "Thrillers", "Comedies"."""
     words = spaced(text)
-    return [tag for tag in tags if re.search(f"{spaced(tag)[:-1]}s? ", words)]
+    named = []
+    for tag in tags:
+        name = spaced(tag).rstrip()
+        forms = (name, f"{name}s", f"{name.removesuffix('y')}ies")
+        if any(f"{form} " in words for form in forms):
+            named.append(tag)
+    return named
 
 
-# What to avoid: after "avoid" or "not" the rest of the sentence or up to a colon, " but " or
-# ", so "; after "instead of" or "don't" up to the next comma.
+# What to avoid: after "avoid" or "not" the rest of the sentence, past commas, or up to a colon,
+# " but " or ", so "; after "instead of" or "don't" up to the next comma.
 AVOIDED = (r"(?i)\b(avoid(ing)?|keep away from|without|not|no|never)\b((?! but |, so )[^.;:])*"
            r"|\b(instead of|rather than|anything but|nothing like|(do|does|should)n['’]?t)\b"
            r"[^.;,]*")
 # A parenthesis begins a reason, too. After the colon of "reason:" there is no \b, hence (?!\w).
-REASON_BEGINS = r"(?i)\b(?:because|since|as|due to|reason:)(?!\w)|\("
+REASON_BEGINS = (r"(?i)\b(?:because|since|(?<!such )as|due to|reason:|explanation:)(?!\w)"
+                 r"|\(")
 
 
 def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
@@ -1056,7 +1063,7 @@ def parse_actor(text: str) -> str | Malformed:
     part = item_part(spoken(text))
     if len(part) > 2000:            # the choice stands at the beginning or at the end
         part = f"{part[:1000]}\n{part[-999:]}"
-    is_empty = named_by(words_of(part)) in ("", "title", "free item")
+    is_empty = name_of(words_of(part)) in ("", "title", "free item")
     if is_empty or refuses(part):
         return Malformed("the reply held no line 'Free item: ...'")
     return part
@@ -1121,16 +1128,18 @@ VALUE_IS = re.compile(rf"""(?ix)
     # a calculation or a few words, then the number
     {SUMS} (?: (?! value\b | [.!?;]\s ) [^\d\n] )*? {NUMBER}
     """)
-# "So I'd say 7.5", "\boxed{7.5}"
+# "So I'd say 7.5", "..., so 7.5", "\boxed{7.5}"
 GUESS = re.compile(rf"""(?ix)
     (?: \b (?: answer | estimate | score | say | guess | predict | go[ ]with | put[ ]it
-             | a[ ]value[ ]of ) \b | \\boxed\{{ )
+             | a[ ]value[ ]of | so | thus | hence | therefore ) \b
+      | \\boxed\{{ )
     (?: is | it | at | about | around | would[ ]be | the[ ]value | [\s:=*_$] )* {NUMBER}
     """)
-# What may stand behind a value, and is left out: "7.5 out of 10", "7.5 because we are at step 4".
+# What is left out: "7.5 out of 10", "7.5 because we are at step 4", "between 0 and 10, 7.5".
 # A reason with a colon stays, "because the user likes it: 7.5": (?!.*[:=：]) is "no colon follows".
-BEHIND = (r"(?i)(?<=\d),? ((out of|of a maximum of|at most) \d+([.,]\d+)?"
-          r"|(because|since|given|as)\b[^,.;:=：\n]*(?!.*[:=：]))")
+LEFT_OUT = (r"(?i)(?<=\d),? ((out of|of a maximum of|at most) \d+([.,]\d+)?"
+            r"|(because|since|given|as)\b[^,.;:=：\n]*(?!.*[:=：]))"
+            r"|\bbetween 0 and \d+([.,]\d+)?")
 
 
 def last_match(pattern: re.Pattern, text: str) -> re.Match | None:
@@ -1145,7 +1154,7 @@ def parse_critic(text: str) -> float | Malformed:
     >>> parse_critic("The value of 3 more films.\\nValue 4: 7.5"), parse_critic("(3 more) 7,5")
     (7.5, 7.5)
     """
-    text = re.sub(BEHIND, " ", spoken(text))
+    text = re.sub(LEFT_OUT, " ", spoken(text))
     outside = re.sub(r"[(（][^()（）\n]*[)）]", " ", text)
     attempts = (VALUE_LINE.search(outside),                     # "Value: 7.5"
                 last_match(VALUE_IS, outside),                  # "so the value is 7.5"
@@ -1432,11 +1441,10 @@ KINDS = (
     Kind("vectors", 2, "choose another --embed-model", "embeddings"),
     Kind("too late", 1, RESUME, "(408|409|429|5..) false"),     # it is useless to ask again
     Kind("busy", 17, RESUME, "403|429|503"),    # the waits come to 75 s and more
-    Kind("odd", 7, RESUME, "4.. true"),         # advised to retry
     Kind("request", 1, "correct the request: --model, --embed-model, --extra-body or --header",
          # Not these, which are failures, see below: 408 and 409 (timeout, conflict), 423 to 425
-         # (locked, a failed generation, no capacity), 498 and 499 (cancelled)
-         "4(?!08|09|2[345]|9[89])..|501|LocalProtocolError",
+         # (locked, a failed generation, no capacity), 498 and 499 (cancelled), advised to retry
+         "4(?!08|09|2[345]|9[89]|.. true)..|501|LocalProtocolError",
          patience=20),                  # a prompt may be refused in words that no kind above knows
     # nobody listens, an unknown host, a certificate that is not trusted
     Kind("no server", 3, "start the server, or check --base-url, the proxy and SSL_CERT_FILE",
@@ -1887,8 +1895,8 @@ def usage_of(route: Route, ask: Ask, data: dict) -> Usage:
 def heard(route: Route, ask: Ask, data: dict) -> Any:
     """The reply in a chat completion, or the Fault that tells why there is none.
 
-    A text counts, unless it was broken off by an error or a filter. A refusal counts only without a
-    text.
+    A text counts, unless an error or a filter broke it off. One that was cut at its greatest length
+    counts. A refusal counts only without a text.
     """
     if data.get("system_fingerprint"):
         system = starred(route, str(data["system_fingerprint"]))
@@ -1910,6 +1918,8 @@ def heard(route: Route, ask: Ask, data: dict) -> Any:
     broken_off = re.match("(?i)(network_)?error|abort|insufficient|content_filter|sensitive|safety",
                           str(finish))
     if text and not broken_off and not choice.get("error"):
+        if finish == "length":
+            tell(route, "length", "a reply was cut, because it is longer than --reply-tokens")
         return Reply(text, usage)
     if refusal:
         label, reason = "refusal", refusal

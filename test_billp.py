@@ -1069,7 +1069,7 @@ Up | {"title": "Up", "year": 2009} ; **Thought 3:** fun **Action 3:** recommend 
 Up | - Up (2009)\n- Jaws (1975) ; Since you like Alien, my pick: Up ; Alien-like tension: Up |
 Up | Free item: Up, because it is like the best of them: Alien ; Something like Alien: Up |
 Up | Free item: Up\nReason: Alien was liked ; Free item: Up\n**Reason**: like Alien |
-Up | Rather than Alien, I choose: Up |
+Up | Rather than Alien, I choose: Up ; Jaws and Alien are old. The best fit would be Up! |
 Up | The Matrix was shown already, so I recommend Up. ; The Matrix / Up | The Matrix
 Up | Alien (1979)\nJaws (1975)\nUp (2009) | Alien ; Jaws
 Jaws | 1. Alien (Horror)\n2. Jaws (Horror)\n3. The Matrix | Alien
@@ -1101,6 +1101,7 @@ Alien | I'd like Alien, because Jaws was tense ; I would like Alien, because Jaw
 Alien | Free item: Alien\n\nExplanation: Jaws would be too similar. ; Alien, similar to Jaws
 Alien | Free item: Alien since Jaws was shown ; Alien\n\nThis contrasts with Jaws.
 Alien | Free item: Alien\n\nReasoning: Jaws was liked. ; Alien\n\nJaws was liked.
+Alien | {"free_item": "Alien", "reason": "Jaws was liked"}
 Alien | Alien\n(Note: Jaws was shown) ; **Free item: Alien**\n**Why:** Jaws was liked
 Heat | Heat
 """))
@@ -1137,6 +1138,7 @@ planner | Thought 3 - Comedy next ; Thought 3.\nComedy next ; Okay.\nComedy next
 planner | Sure, here is my thought:\nComedy next ; Certainly!\n\nComedy next | Comedy next
 planner | Action ; **Action** ; Next category:\n**Action** | Action
 planner | **Next category:**\n**Action**\nIt is new. ; Next category:\n*Action*\nWhy not? | Action
+planner | **Next category**\n**Action**\nIt was liked. ; *Action*\nIt was liked. | Action
 planner | Thought: War was shown.\nNext category: Comedy next ; Answer: Comedy next | Comedy next
 planner | **Action**: it was liked ; Next category: Action: it was liked | Action: it was liked
 planner | Next category: War, because REASON: it is new | War, because REASON: it is new
@@ -1156,6 +1158,7 @@ critic | Value after step 3: 7.5 ; Value (at most 10): 7.5 ; 7,5 ; Value: about 
 critic | <think>\nValue: 1\n</think>\nValue: 7.5 ; 7.5<think>\nValue: 1 | 7.5
 critic | Value at t=4: 7.5 ; Value of state = 4: 7.5 ; Value t = 7.5 | 7.5
 critic | Step 3: 7.5 ; On a scale of 0 to 10: 7.5 ; V_3 = 7.5 ; (8 + 7) / 2 = 7.5 | 7.5
+critic | Cases have 7.35 on average, so 7.5. ; Value: Between 0 and 8.00, I estimate 7.5. | 7.5
 critic | I'd say 7.5. ; Value 4 = 7,5 ; Value: (7.5) ; Value: 4 + 0.5 * 7 = 7.5 | 7.5
 critic | Value: 4 + 0.5·7 ≈ 7.5 ; Value: 7.5, since gamma = 0.5 ; Value (gamma = 0.5): 7.5 | 7.5
 critic | The value of state 4 is 7.5 ; Value: approx. 7.5 ; Value: (7.5)\nThat is 4 steps. | 7.5
@@ -1314,6 +1317,8 @@ def test_the_category_tool_by_hand():
 @pytest.mark.parametrize("wish, thought", table("""
 [Sci-Fi] | War is over, sci fi next ; Sci-Fi, avoiding Drama ; Anything but Drama, perhaps Sci-Fi
 [Sci-Fi] | Don't repeat War, choose Sci-Fi
+[Drama] | Dramas, because Sci-Fi was liked ; Some light item such as Drama, because Sci-Fi was liked
+[Comedy] | Comedies next, because Drama was liked ; Comedy, explanation: Drama was liked
 [War] | War again
 [Drama] | Drama next, not Sci-Fi. Keep away from: War, Sci-Fi.
 [Drama, War] |
@@ -1322,7 +1327,8 @@ warm beasts | warm beasts
 def test_candidates_are_retrieved_by_the_categories_of_the_thought(wish, thought):
     """War was shown lately."""
     tastes = prompts.Tastes(("War",), ("Drama",), {"Drama": 2, "War": 1})
-    assert prompts.query(thought, ["Drama", "Sci-Fi", "War"], tastes) == [wish, "[Drama]"]
+    categories = ["Comedy", "Drama", "Sci-Fi", "War"]
+    assert prompts.query(thought, categories, tastes) == [wish, "[Drama]"]
 
 
 def test_each_prompt_of_an_episode_extends_the_one_before():
@@ -1958,6 +1964,12 @@ def test_a_prompt_that_seems_cut_is_told_once():
     for _ in range(2):
         seen.ask(ASK._replace(messages=(("user", "word " * 999),)))
     assert len(seen.notices) == 1 and "num_ctx" in seen.notices[0]
+
+
+def test_replies_cut_at_their_greatest_length_are_told_once():
+    seen = client(completion("So the user", "length"), completion("likes War", "length"))
+    assert [seen.ask(ASK).text, seen.ask(ASK).text] == ["So the user", "likes War"]
+    assert len(seen.notices) == 1 and "--reply-tokens" in seen.notices[0]
 
 
 def test_what_is_asked():
