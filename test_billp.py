@@ -1598,8 +1598,10 @@ def test_predicted_ratings_are_as_frequent_as_given_ones(seed):
     assert (np.diff(predicted[order]) >= 0).all() and {*predicted} <= {1, 2, 3, 4, 5}
     # on a shorter scale no rating lies outside it, whatever is predicted
     votes["rating"] = rng.choice([2, 3, 4], 200)
-    predict_stars = partial(envs.stars, model, envs.star_limits(model, votes))
-    assert {*predict_stars(np.arange(10)[:, None], np.arange(20)).ravel()} <= {2, 3, 4}
+    limits = envs.star_limits(model, votes)
+    for offset in (-9.0, 3.0, 9.0):
+        other = model._replace(offset=offset)
+        assert {*envs.stars(other, limits, votes["user"], votes["item"])} <= {2, 3, 4}
     # a limit is the lowest prediction that becomes its rating
     assert (real_numbers == real_numbers.round(5)).all()
     assert envs.stars(model, real_numbers[:1], votes["user"][:1], votes["item"][:1]) == 2
@@ -1759,6 +1761,11 @@ def release(path, world="steam"):
             home + f"{half}_distance_mat.pickle": pickle.dumps(np.full((5, 5), 40.0 + 10 * first)),
             f"data/{world}/{half}.json": json.dumps(users)})
     return path / home
+
+
+def test_of_two_files_the_one_less_deep_is_read(tmp_path):
+    lay(tmp_path, {"0/items.csv": "", "items.csv": ""})
+    assert envs.find_file(tmp_path, ["items.csv"], "") == tmp_path / "items.csv"
 
 
 def test_the_released_layout_loads(tmp_path):
