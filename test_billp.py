@@ -2739,6 +2739,15 @@ def test_shares_of_popularity_by_hand():
     assert run.share_of(np.array(shares)).tolist() == [0.5, 0, 0, 0.25, 0.25]
 
 
+def test_figures_of_fig4_are_means_over_states_and_seeds():
+    """Of two seeds with two states each; figure k of state n of seed s is 100 s + 10 n + k."""
+    samples = np.add.outer([[0, 10], [100, 110]], np.arange(6.0))
+    one_return, critic = run.rows_of("billp", 50, {("billp", 50): samples}, "errors")
+    means = [figure[0] for row in (one_return, critic) for figure in row.figures.values()]
+    assert means == [55, 56, 57, 58, 59, 60]
+    assert [row.series for row in (one_return, critic)] == ["one return", "critic"]
+
+
 def test_returns_are_played_while_rewards_count_a_thousandth():
     """0.5 ** 9 is about 0.002, the weight of the tenth reward."""
     steps = {gamma: run.shortened(FILMS, gamma).max_steps for gamma in (0.0, 0.5, 1.0)}
