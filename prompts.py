@@ -1443,7 +1443,8 @@ KINDS = (
     Kind("busy", 17, RESUME, "403|429|503"),    # the waits come to 75 s and more
     Kind("request", 1, "correct the request: --model, --embed-model, --extra-body or --header",
          # Not these, which are failures, see below: 408 and 409 (timeout, conflict), 423 to 425
-         # (locked, a failed generation, no capacity), 498 and 499 (cancelled), advised to retry
+         # (locked, a failed generation, no capacity), 498 and 499 (cancelled), and any status with
+         # the advice to ask again
          "4(?!08|09|2[345]|9[89]|.. true)..|501|LocalProtocolError",
          patience=20),                  # a prompt may be refused in words that no kind above knows
     # nobody listens, an unknown host, a certificate that is not trusted

@@ -2740,7 +2740,7 @@ def test_shares_of_popularity_by_hand():
 
 
 def test_figures_of_fig4_are_means_over_states_and_seeds():
-    """Of two seeds with two states each; figure k of state n of seed s is 100 s + 10 n + k."""
+    """Two seeds have two states each. Figure k of state n of seed s is 100 s + 10 n + k."""
     samples = np.add.outer([[0, 10], [100, 110]], np.arange(6.0))
     one_return, critic = run.rows_of("billp", 50, {("billp", 50): samples}, "errors")
     means = [figure[0] for row in (one_return, critic) for figure in row.figures.values()]
