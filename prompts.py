@@ -325,8 +325,10 @@ CHOSEN = (r"\b(?:I|we)(?:['’]d| would| will|['’]ll| should)? (?:recommend|su
 # More words before a choice, but a refusal may hold these: "Rocky is old, so Jaws", "..., but Jaws
 # is better"
 CONCLUDED = (r"(?m:^|[,;.] )(?:so|therefore|thus|hence),? "
-             r"|[,;] but (?=[^.;\n]*\b(?:better|best)\b)"
-             r"|(?<=\n)(?=[^\n]*\bbest\b[^\n]*$)")          # "... Jaws is the best.", last line
+             r"|[,;] but (?=[^.;\n]*\b(?:better|best)\b)")
+# Words behind a choice: "Jaws fits the thought best", "Jaws is old. Up is tense. It is the best."
+IS_BEST = (r"(?i)(?:\b(?:it|this|that) )?\b(?:(?:fits?|suits?|matches)\b[^,.;:!?\n]*\bbest"
+           r"|(?:is|would be|seems) the (?:best|closest))\b")
 # A title may begin like a refusal, "Sorry, Wrong Number": so more of the sentence is needed.
 I_AM = "(i am|i ?['’]?m)"
 I_CANNOT = f"({I_AM} afraid (that )?)?i (can(not|['’]?t| not)|won['’]?t)"
@@ -672,7 +674,7 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
 
     If the first line is a title, and no item of a list, the other lines explain it. Only other
     titles alone in a line may take its place. Otherwise the order is:
-    1. Titles behind words such as "I recommend".
+    1. Titles behind words such as "I recommend", and the last one before "fits best".
     2. Titles in bold letters.
     3. Titles alone in a line.
     4. Titles elsewhere, up to a reason or categories, but not in asides.
@@ -686,6 +688,10 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     pieces = re.split(f"(?i){CHOSEN}|{CONCLUDED}", text, maxsplit=1)
     if len(pieces) > 1:                             # there are such words
         items += items_within(before_reason(pieces[1]), catalog)           # 1
+    best = re.search(IS_BEST, text)
+    if best:
+        before = without_asides(text[:best.start()])
+        items += items_within(before, catalog)[-1:]                        # 1
     bold = "\n".join(re.findall(BOLD, text))
     items += items_within(bold, catalog)                                   # 2
     items += items_alone(text, catalog)                                    # 3
