@@ -939,6 +939,8 @@ def report(summary: Json, about: str, agent: Agent, live: Live) -> Iterator[str]
     # without learning episodes "after" is a copy of "before"
     phases = ("before", "after", "difference") if summary["difference"] else ("before",)
     yield from grid({phase: spelled(summary[phase]) for phase in phases})
+    if summary["users"] == 1:
+        yield "one user: the intervals have no width and say nothing"
     yield ""
     if summary["learning"]:
         yield from chart(summary)

@@ -2385,6 +2385,13 @@ def test_the_leaving_item_is_no_recommendation(method):
         assert session.reward == ratings.sum() and (ratings >= 2).all()
 
 
+def test_one_user_gives_no_interval(tmp_path):
+    for users in (1, 2):
+        out = succeed("--method", "greedy", "--episodes", 0, "--users", users,
+                      "--out", tmp_path / str(users))
+        assert ("no width" in out) == (users == 1)
+
+
 def test_the_summary_tells_what_the_episodes_hold(finished):
     summary, rows = read(finished / "summary.json"), episodes_in(finished)
     assert summary.keys() == set(
