@@ -538,13 +538,12 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
     steps = trajectory.steps
     states = [step.state for step in steps] + [trajectory.last]
     asks_critic = config.experience and config.baseline
-    asked = []
-    if asks_critic:
-        # once the user has left there is no future to estimate
-        asked = states[:-1] if trajectory.terminated else states
-    answers = tuple(critic(state, agent.critic, llm, config)[0] for state in asked)
-    # a state that the critic is not asked about has the value 0
-    values = [answer.value for answer in answers] + [0.0] * (len(states) - len(asked))
+    valued = states if asks_critic else []          # the states whose value the critic estimates
+    if trajectory.terminated:
+        valued = valued[:-1]                        # once the user has left there is no future
+    answers = tuple(critic(state, agent.critic, llm, config)[0] for state in valued)
+    # any other state has the value 0
+    values = [answer.value for answer in answers] + [0.0] * (len(states) - len(valued))
     # only at the last step can the user have left
     lefts = [False] * (len(steps) - 1) + [trajectory.terminated]
     advantages = []

@@ -38,7 +38,7 @@ Location = str | Path                   # of a folder of data files
 Function = Callable[..., Array]
 
 # Independent random streams of one seed; the first three are for run.py. The numbers never change,
-# so that a seed goes on meaning the same users (4 was once in use).
+# so that a seed goes on meaning the same users.
 BRANCHES = {"learners": 0, "held-out users": 1, "policy": 2, "actor-critic": 3, "data": 5,
             "bandit": 6}
 
@@ -665,7 +665,7 @@ def metrics(samples: Array, reference: Array | None = None) -> dict[str, list[fl
     With a reference they are those of the paired differences.
     """
     if reference is None:
-        reference = np.zeros_like(samples)      # its totals are 0, so nothing is subtracted
+        return dict(zip(METRICS, intervals(totals, samples)))
     return dict(zip(METRICS, intervals(gains, samples, reference)))
 
 
@@ -1139,7 +1139,7 @@ def similarity_by(belongs: Array, factors: Array, one: Array, other: Array,
     # Fitted distances have no natural limit. Our choice: one pair in five is too similar.
     vectors = unit(factors)
     beta = np.quantile(length_between(vectors, 0, one, other), 0.2)
-    # The reason is told: perhaps the file has categories, in a column whose name is not known.
+    # Say why: the file may have categories in a column whose name is not in ALIASES.
     name = "fitted vectors" if fitted else "fitted vectors, because no item has a category"
     return name, vectors, float(beta)
 

@@ -9,7 +9,7 @@ the four roles has one trio: templates, `render_*` (the question, from what the 
     Catalog     a world as language; `ground` finds the item that a text names
     history     the lines of the last items a user liked before the session, oldest first
     transcript  the session so far: Thought, Note, Action and Observation lines. Lines are
-                appended; only of a very long one the oldest turns are dropped
+                appended; a very long one loses its oldest turns
     shared      history and transcript: the part of a prompt that the next prompt extends
     taken       items liked before or recommended in this session; only --repeats allows them
     candidates  free items that the actor is shown, so that it knows what it can name
@@ -555,11 +555,11 @@ def of_year(items: Sequence[int], year: int, catalog: Catalog) -> list[int]:
 
 
 def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], int]:
-    """If the words begin with a title: its items, and the number of words of title and year.
+    """The title that the words begin with: its items, and the number of words of title and year.
 
     The longest title counts. Its year may be left out or be one off. Its subtitle may be left out
-    if nothing but the year follows. If there is a number of words without an item, the words name a
-    film that the catalogue lacks.
+    if nothing but the year follows. Without a title the number is 0. With a number and no items,
+    the words behind the title show that another film is meant, which the catalogue lacks.
         ["Alien", "1979", "is", "old"]      [Alien], 2
         ["Hello"]                           [], 0
         ["Alien", "2009"]                   [], 1: a film of this year
@@ -985,9 +985,9 @@ def named_in(text: str, tags: Sequence[str]) -> list[str]:
     words = spaced(text)
     named = []
     for tag in tags:
-        name = spaced(tag).rstrip()
+        name = spaced(tag).rstrip()                 # "" for a category of symbols alone
         forms = (name, f"{name}s", f"{name.removesuffix('y')}ies")
-        if any(f"{form} " in words for form in forms):
+        if name and any(f"{form} " in words for form in forms):
             named.append(tag)
     return named
 
@@ -1146,6 +1146,8 @@ GUESS = re.compile(rf"""(?ix)
 LEFT_OUT = (r"(?i)(?<=\d),? ((out of|of a maximum of|at most) \d+([.,]\d+)?"
             r"|(because|since|given|as)\b[^,.;:=：\n]*(?!.*[:=：]))"
             r"|\bbetween 0 and \d+([.,]\d+)?")
+# The prompt's own sentence on the value, which some replies repeat before they answer
+REPEATED = r"(?i)\bif the user (stays|leaves)\b[^;.\n]*?\b(value|it) is \d+([.,]\d+)?"
 
 
 def last_match(pattern: re.Pattern, text: str) -> re.Match | None:
@@ -1161,7 +1163,7 @@ def parse_critic(text: str) -> float | Malformed:
     (7.5, 7.5)
     """
     text = re.sub(LEFT_OUT, " ", spoken(text))
-    outside = re.sub(r"[(（][^()（）\n]*[)）]", " ", text)
+    outside = re.sub(rf"{REPEATED}|[(（][^()（）\n]*[)）]", " ", text)
     attempts = (VALUE_LINE.search(outside),                     # "Value: 7.5"
                 last_match(VALUE_IS, outside),                  # "so the value is 7.5"
                 last_match(GUESS, outside),                     # "I would say 7.5", "\boxed{7.5}"
@@ -1169,7 +1171,7 @@ def parse_critic(text: str) -> float | Malformed:
                 # the last line, or behind a colon: "Step 3: 7.5"
                 re.search(rf"(?m)(^|[:=≈：])[\s*_$`]*{NUMBER}[ *_$`.]*\Z", outside),
                 re.search(NUMBER, outside),                     # the first number
-                re.search(NUMBER, text))                        # "(7.5)"
+                re.search(NUMBER, text))        # "(7.5)", "If the user stays, the value is 7.5"
     for match in attempts:
         if match:
             return float(match["number"].replace("−", "-").replace(",", "."))
@@ -1802,8 +1804,8 @@ def limited(llm: LLM, max_calls: int) -> LLM:
         nonlocal sent
         with LOCK:
             if sent >= max_calls:
-                raise BudgetSpent(f"the {max_calls} calls that --max-calls allows are used up: run "
-                                  "the same command again: it resumes")
+                raise BudgetSpent(f"the {max_calls} calls that --max-calls allows are used up; "
+                                  "the same command goes on from here")
             sent += 1
 
     def answer(ask: Ask) -> Reply:
@@ -1902,8 +1904,8 @@ def usage_of(route: Route, ask: Ask, data: dict) -> Usage:
 def heard(route: Route, ask: Ask, data: dict) -> Any:
     """The reply in a chat completion, or the Fault that tells why there is none.
 
-    A text counts, unless an error or a filter broke it off. One that was cut at its greatest length
-    counts. A refusal counts only without a text.
+    A text counts, also one that was cut at max_tokens, unless an error or a filter broke it off. A
+    refusal counts only without a text.
     """
     if data.get("system_fingerprint"):
         system = starred(route, str(data["system_fingerprint"]))
@@ -2040,9 +2042,10 @@ class Log(NamedTuple):
 
 
 def open_log(path: str | Path, model_id: Any) -> Log:
-    """Read a log; there may be none yet. Of two replies to one ask the first with a text counts.
+    """Read a log; there may be none yet.
 
-    If no reply of the chat model has a text, the settings were wrong, and all are asked again.
+    If an ask has several replies, the first with a text counts. If no reply of the chat model has a
+    text, the settings were wrong, and all are asked again.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -2065,7 +2068,7 @@ def open_log(path: str | Path, model_id: Any) -> Log:
         known = {name: reply for name, reply in known.items() if reply.text}    # of an embedding
     if content and not content.endswith(b"\n"):
         with path.open("ab") as file:
-            file.write(b"\n")       # the next line shall not be joined to a torn one
+            file.write(b"\n")       # so that the next record begins a line of its own
     return Log(model_id, known, path, has_spoken)
 
 

@@ -252,7 +252,7 @@ def check_values(args: Namespace) -> None:
 
 
 def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
-    """Pairs (flags, reason): for this reason these flags have no effect, if they are given."""
+    """Pairs (flags, reason): flags without effect here, and why. `parse` refuses those given."""
     of_show = FLAGS["look at a finished run"].keys()
     if args.show:
         yield args.given - of_show, "beside --show"
@@ -1170,7 +1170,7 @@ def cells_of(args: Namespace, base: Settings, name: str) -> dict[Cell, list[Job]
 
 
 def shares(env: envs.Env, sessions: Sequence[Session]) -> list[list[int]]:
-    """[sessions, 5]: how many of the items are in each quintile of popularity, the least first."""
+    """[sessions, 5]: how many of the items are in each quintile of popularity, the lowest first."""
     order = np.argsort(envs.popularity(env), kind="stable")         # the least popular first
     ranks = np.argsort(order)                       # ranks[item] is its place in this order
     quintile = ranks * 5 // len(ranks)
@@ -1198,7 +1198,7 @@ def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: 
     agent = perform(run, place, billp.NOVICE, llm, embed, pmap, ("learn",)).agent
     errors = []
     for i, user in enumerate(place.held_out):
-        # A user's place in this list determines the draws: each return has its own.
+        # `evaluate` numbers the sessions. The number is part of the key, so each has its own draws.
         played = billp.evaluate(catalog_to_play, [user] * (draws + 1), agent, llm, run.seed,
                                 "continue", config, pmap)
         # the first return is judged, the others tell what it should be
@@ -1471,8 +1471,9 @@ def experiments(args: Namespace, live: Live) -> None:
             jobs += [job for job in needed if job not in jobs]
     # the longest first, so no core waits long for another at the end
     jobs.sort(key=lambda job: -job.run.episodes)
-    # Policies meet the same learners again. Of the methods with language the longest job needs the
-    # most. Its world is built first, so that a lack is told before anything is written.
+    # The most demanding world is built first. If it has too few users, the command ends before it
+    # writes anything. Policies meet the same learners again, so only methods with language can lack
+    # users, and the longest job needs the most.
     language_jobs = [job for job in jobs if job.run.method in billp.METHODS]
     longest_job = (language_jobs or jobs)[0]
     about = build_place(longest_job.run).env.about
@@ -1481,6 +1482,7 @@ def experiments(args: Namespace, live: Live) -> None:
     flags = {name: getattr(args, name) for name in ("experiment", "seeds", "models", "rows")}
     folder = run_directory(args, base._asdict() | flags)
     results = []
+    # do_jobs stands first: so zip runs it to its end, where it closes its processes
     for samples, job in zip(do_jobs(args, jobs, folder, live), jobs):
         results.append(samples)
         say(f"{len(results)} of {len(jobs)} runs: {job.run.method}, {job.run.episodes} episodes, "

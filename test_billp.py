@@ -1160,6 +1160,8 @@ critic | Value after step 3: 7.5 ; Value (at most 10): 7.5 ; 7,5 ; Value: about 
 critic | <think>\nValue: 1\n</think>\nValue: 7.5 ; 7.5<think>\nValue: 1 | 7.5
 critic | Value at t=4: 7.5 ; Value of state = 4: 7.5 ; Value t = 7.5 | 7.5
 critic | Step 3: 7.5 ; On a scale of 0 to 10: 7.5 ; V_3 = 7.5 ; (8 + 7) / 2 = 7.5 | 7.5
+critic | If the user stays, the value is 10.00; if the user leaves next, it is 0. So 7.5. | 7.5
+critic | If the user stays, the value is 10.00, but they may leave, so 7.5 | 7.5
 critic | Cases have 7.35 on average, so 7.5. ; Value: Between 0 and 8.00, I estimate 7.5. | 7.5
 critic | I'd say 7.5. ; Value 4 = 7,5 ; Value: (7.5) ; Value: 4 + 0.5 * 7 = 7.5 | 7.5
 critic | Value: 4 + 0.5·7 ≈ 7.5 ; Value: 7.5, since gamma = 0.5 ; Value (gamma = 0.5): 7.5 | 7.5
@@ -1381,8 +1383,9 @@ def test_no_text_forges_a_line(title, category, reply):
 def test_a_query_compares_categories_as_item_lines_write_them():
     line = prompts.item_line("Alien", None, ["Sci-Fi, Fantasy", "War [old]"])
     tastes = prompts.category_tool([line], [line], 4)
-    texts = prompts.query("Sci-Fi, Fantasy or Drama", ["Sci-Fi, Fantasy", "Drama"], tastes)
-    assert texts == ["[Drama]"]         # the other one was shown lately
+    categories = ["Sci-Fi, Fantasy", "Drama", "???"]        # one without letters is never named
+    texts = prompts.query("Sci-Fi, Fantasy or Drama", categories, tastes)
+    assert texts == ["[Drama]"]         # the first one was shown lately
 
 
 # -------------------------------------------------------------------------------------- world
