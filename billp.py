@@ -414,13 +414,12 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
     elif answer.fallback:
         item, exact = prompts.nearest(state.text, catalog, state.taken), False
     else:
-        unlisted = ()
-        if lines and config.candidates:
-            # Free items outside the list are taken only if the reply names them, never as the
-            # nearest. A reply that names no free item often names a recent one, and the nearest of
-            # all free items would be too similar to that one.
-            unlisted = [item for item, line in enumerate(catalog.lines) if line not in lines]
-        item, exact = prompts.ground(answer.value, catalog, state.taken, unlisted)
+        to_choose_from = []
+        if config.candidates:
+            # A reply that names no free item often names a recent one. The nearest of all free
+            # items would be too similar to that one, so the nearest of the listed ones is taken.
+            to_choose_from = [item for item, line in enumerate(catalog.lines) if line in lines]
+        item, exact = prompts.ground(answer.value, catalog, state.taken, to_choose_from)
     return answer._replace(value=item, recalled=listed, exact=exact), memory
 
 

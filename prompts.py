@@ -598,6 +598,7 @@ def before_reason(text: str) -> str:
     # (?<!X) means "not after X". There are seven, because Python wants X to have a fixed length.
     # "as" needs a pronoun or "the" behind it: "Life as a House" is a title.
     like = r"(?<!['’]d )(?<!['’]ll )(?<!would )(?<!might )(?<!may )(?<!will )(?<!also )like"
+    like += r"(?![^.,;\n]* would\b)"        # nor "a film like Up would be new"
     reason = (rf'[Bb]ecause|[Rr]eason["\s*_]*:|[Ee]xplanation["\s*_]*:|{like}|unlike|than'
               "|since|(?<!such )as (?:it|he|she|they|the|this|that|these|you|we|I)|given that"
               "|similar to|in contrast to|in the spirit of"
@@ -730,21 +731,24 @@ def nearest(text: str, catalog: Catalog, exclude: Collection[int]) -> int:
 
 
 def ground(text: str, catalog: Catalog, exclude: Collection[int] = (),
-           unlisted: Collection[int] = ()) -> tuple[int, bool]:
+           listed: Collection[int] = ()) -> tuple[int, bool]:
     """The item that a text stands for, and whether the text names it.
 
-    It is the first item named that is not in `exclude`. If all items named are excluded, it is
-    the item nearest to the categories of the first: one of its kind, not one spelled like it. If
-    none is named, it is the item nearest to the text. An item in `unlisted` counts only if it is
-    named. So the nearest item is in neither list, unless all items are.
+    It is the first item named that is not in `exclude`; if there was a list to choose from, the
+    first that is in the list, too, or else the first. If all items named are excluded, it is the
+    item nearest to the categories of the first: one of its kind, not one spelled like it. If none
+    is named, it is the item nearest to the text. Both are looked for in the list, if there is one.
     """
     items = mentioned(text, catalog)
-    for item in items:
-        if item not in exclude:
-            return item, True
+    free = [item for item in items if item not in exclude]
+    if free:
+        # words may be a title by chance: "It is old. They like Up." names It in a large catalogue
+        chosen = [item for item in free if item in listed] or free
+        return chosen[0], True
     tags = line_tags(catalog.lines[items[0]]) if items else ()
     wanted = in_brackets(tags) if tags else text
-    return nearest(wanted, catalog, {*exclude, *unlisted}), False
+    not_listed = set(range(len(catalog.lines))).difference(listed) if listed else ()
+    return nearest(wanted, catalog, {*exclude, *not_listed}), False
 
 
 # ---------------------------------------------------------------------- the shared prefix
@@ -884,8 +888,10 @@ def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
 def parse_reflector(text: str) -> str | Malformed:
     """The reflection, one line."""
     # Two lines of one reflection are joined: "... because War.", then "- Better next: Comedy".
+    better = r'"?(better[ _](next|category)|next category|suggested next)\b'
+    text = re.sub(rf"(?i)({better})[^\w\n]*\n\W*", r"\1: ", spoken(text))     # "Better next:\nWar"
     break_and_marks = r'\n[^\w"]{0,9}'
-    text = re.sub(rf'(?i){break_and_marks}(?="?better[ _]next)', " ", spoken(text))
+    text = re.sub(rf"(?i){break_and_marks}(?={better})", " ", text)
     return labelled(text, REFLECTIONS) or Malformed("the reply held no line 'Reflection: ...'")
 
 
@@ -993,13 +999,15 @@ def named_in(text: str, tags: Sequence[str]) -> list[str]:
 
 
 # What to avoid: after "avoid" or "not" the rest of the sentence, past commas, or up to a colon,
-# " but " or ", so "; after "instead of" or "don't" up to the next comma.
-AVOIDED = (r"(?i)\b(avoid(ing)?|keep away from|without|not|no|never)\b((?! but |, so )[^.;:])*"
+# " but ", ", so " or ", I "; after "instead of" or "don't" up to the next comma.
+AVOIDED = (r"(?i)\b(avoid(ing)?|keep away from|without|not|no|never)\b"
+           r"((?! but |, so |, I\b)[^.;:])*"
            r"|\b(instead of|rather than|anything but|nothing like|(do|does|should)n['’]?t)\b"
            r"[^.;,]*")
-# A parenthesis begins a reason, too. After the colon of "reason:" there is no \b, hence (?!\w).
-REASON_BEGINS = (r"(?i)\b(?:because|since|(?<!such )as|due to|reason:|explanation:)(?!\w)"
-                 r"|\(")
+# A parenthesis or a dash begins a reason, too. After the colon of "reason:" there is no \b, hence
+# (?!\w).
+REASON_BEGINS = (r"(?i)\b(?:because|since|(?<!such )as|given|considering|which|due to|reason:"
+                 r"|explanation:)(?!\w)|\(| [–—-] ")
 
 
 def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
@@ -1108,8 +1116,9 @@ NUMBER = r"(?P<number>[-−]?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
 SUMS = r"""(?:
     # in each round: not if a number stands alone before "="
     (?! [\s*_$]* [-−]?[\d.,]+ [\s*_$%]* [=≈] )
+    [^\d\n=≈\\]{0,60}            # words: "Average ="
     # digits, operators, words of LaTeX such as \gamma, and the names of a formula; then "="
-    (?: [\d\s.+*x×·/÷%$−-] | \\[()] | \\[a-z]+(?![a-z])
+    (?: [\d\s.+*x×·/÷%${}−-] | \\[a-z]+(?![a-z])
       | \b(of|r|reward|gamma|next)\b | V(\(s\))? )*
     [=≈]
     ){0,9}"""
@@ -1117,7 +1126,7 @@ SUMS = r"""(?:
 VALUE_LINE = re.compile(rf"""(?imx)
     ^ ([^\w\n] | _)* ((final|estimated)[ ])? value\b
     # words, among them "at t=4"
-    (?: \b (?:t|n|s|step|state) [ ]?=[ ]? \d+\b | [^:=：\n] )* [:=：]
+    (?: \b (?:t|n|s|step|state) [ ]?=[ ]? \d+\b | (?! \bif\b ) [^:=：\n] )* [:=：]
     {SUMS} (
         [\s*_]*                     # line breaks and marks: the number is in the next line
       | [^\d\n]*?                   # words: "about"
@@ -1133,6 +1142,7 @@ VALUE_IS = re.compile(rf"""(?ix)
     (?: [:=：] | \b(?:is|be)\b )
     # a calculation or a few words, then the number
     {SUMS} (?: (?! value\b | [.!?;]\s ) [^\d\n] )*? {NUMBER}
+    (?! [\d.,]*[ ]if\b )            # not "is 10.00 if the user stays, but"
     """)
 # "So I'd say 7.5", "..., so 7.5", "\boxed{7.5}"
 GUESS = re.compile(rf"""(?ix)
@@ -1147,7 +1157,7 @@ LEFT_OUT = (r"(?i)(?<=\d),? ((out of|of a maximum of|at most) \d+([.,]\d+)?"
             r"|(because|since|given|as)\b[^,.;:=：\n]*(?!.*[:=：]))"
             r"|\bbetween 0 and \d+([.,]\d+)?")
 # The prompt's own sentence on the value, which some replies repeat before they answer
-REPEATED = r"(?i)\bif the user (stays|leaves)\b[^;.\n]*?\b(value|it) is \d+([.,]\d+)?"
+REPEATED = r"(?i)\bif the user (stays|leaves)\b((?! but )[^;.\n])*?\b(value|it) is \d+([.,]\d+)?"
 
 
 def last_match(pattern: re.Pattern, text: str) -> re.Match | None:
@@ -1162,9 +1172,11 @@ def parse_critic(text: str) -> float | Malformed:
     >>> parse_critic("The value of 3 more films.\\nValue 4: 7.5"), parse_critic("(3 more) 7,5")
     (7.5, 7.5)
     """
-    text = re.sub(LEFT_OUT, " ", spoken(text))
+    text = re.sub(r"\\[()\[\]]", " ", spoken(text)).replace("\\approx", "≈")     # LaTeX
+    text = re.sub(LEFT_OUT, " ", text)
     outside = re.sub(rf"{REPEATED}|[(（][^()（）\n]*[)）]", " ", text)
     attempts = (VALUE_LINE.search(outside),                     # "Value: 7.5"
+                re.match(rf"[\s*_$`]*{NUMBER}[ *_$`.]*\n", outside),    # "7.5", then a reason
                 last_match(VALUE_IS, outside),                  # "so the value is 7.5"
                 last_match(GUESS, outside),                     # "I would say 7.5", "\boxed{7.5}"
                 VALUE_LINE.search(text),                        # "Value: (7.5)"

@@ -1017,6 +1017,14 @@ def test_the_end_of_a_very_long_reply_is_read():
     assert prompts.ground(part, ODDLY_TITLED) == (NAMES.index("Jaws"), True)
 
 
+def test_a_listed_title_beats_words_that_are_a_title_by_chance():
+    catalog = prompts.catalog(FILMS._replace(titles=("They",) + FILMS.titles[1:]))
+    jaws = FILMS.titles.index("Jaws")
+    for reply, listed, named in (("They enjoy Jaws a lot.", [jaws], jaws),
+                                 ("They enjoy Jaws a lot.", [], 0), ("They", [jaws], 0)):
+        assert prompts.ground(reply, catalog, (), listed) == (named, True)
+
+
 # the film that a person reads | replies | taken films
 @pytest.mark.parametrize("name, reply, taken", table(r"""
 Alien | Here is a tense one for you!\n\n**Alien (1979)** ; Alien, 1979 ; 1. Alien (1979)\n2. Jaws |
@@ -1070,6 +1078,7 @@ Up | - Up (2009)\n- Jaws (1975) ; Since you like Alien, my pick: Up ; Alien-like
 Up | Free item: Up, because it is like the best of them: Alien ; Something like Alien: Up |
 Up | Free item: Up\nReason: Alien was liked ; Free item: Up\n**Reason**: like Alien |
 Jaws | Alien is old. Jaws fits the thought best. ; Among Alien, Up and Jaws, Jaws suits it best. |
+Jaws | Alien was shown. A film like Jaws would be a change. | Alien
 Jaws | Alien was shown. Jaws is horror. It fits the thought best. ; Jaws, unlike Up, is the best. |
 Up | Rather than Alien, I choose: Up ; Jaws and Alien are old. The best fit would be Up! |
 Up | The Matrix was shown already, so I recommend Up. ; The Matrix / Up | The Matrix
@@ -1156,6 +1165,9 @@ planner | War was shown.\n\n**Answer:** Comedy next ; War. Final Answer: Comedy 
 reflector | **Lesson:** He left.\n\n**Better next time:** Up | He left. Better next time: Up
 reflector | Sad because of Up.\n> Better next time: M | Sad because of Up. Better next time: M
 reflector | - Lesson: He left.\n- Better next: Up | He left. Better next: Up
+reflector | Sad.\n**Better next:**\nUp ; Sad.\n### Better next\nUp | Sad. Better next: Up
+reflector | Reflection: Sad.\nNext category: Up | Sad. Next category: Up
+reflector | Sad.\n- **Better category:** Up | Sad. Better category: Up
 critic | Value after step 3: 7.5 ; Value (at most 10): 7.5 ; 7,5 ; Value: about 7.5 of 10 | 7.5
 critic | <think>\nValue: 1\n</think>\nValue: 7.5 ; 7.5<think>\nValue: 1 | 7.5
 critic | Value at t=4: 7.5 ; Value of state = 4: 7.5 ; Value t = 7.5 | 7.5
@@ -1188,6 +1200,11 @@ critic | I'd say 7.5; the mean value is 7.2 ; I say 7.5; the average value is 7.
 critic | 1. He liked it.\n2. Cases have 6.\n\nMy estimate is 7.5. ; They have 6, so I say 7.5 | 7.5
 critic | With 3 cases at 7.1, I'd estimate the value at 7.5. ; 3 have 7, so I'd put it at 7.5 | 7.5
 critic | The last 2 had 5: my estimate would be 7.5. ; 3 have 7, so a value of about 7.5 | 7.5
+critic | 7.5\n\nIt is computed so: the value is 8, less 0.5. ; Value: $7 + 0.5 \approx 7.5$ | 7.5
+critic | - Value if he stays: 8\n- Value if he leaves: 0\n\nValue: 7.5 | 7.5
+critic | The value is 10.00 if the user stays, but I'd say it is 7.5 | 7.5
+critic | Value: \frac{8 + 7}{2} = 7.5 ; Value: Average = (8 + 7) / 2 = 7.5 | 7.5
+critic | Value: about 0.75 * 10 = 7.5 ; Value: \[ 15 / 2 = 7.5 \] | 7.5
 critic | Value: −3 ; Value: -3 = 4 - 7 | -3.0
 """))
 def test_an_answer_is_read_without_its_wrapping(role, reply, value):
@@ -1323,6 +1340,8 @@ def test_the_category_tool_by_hand():
 [Sci-Fi] | Don't repeat War, choose Sci-Fi
 [Drama] | Dramas, because Sci-Fi was liked ; Some light item such as Drama, because Sci-Fi was liked
 [Comedy] | Comedies next, because Drama was liked ; Comedy, explanation: Drama was liked
+[Comedy] | Comedy, given that Drama was liked ; Comedy, considering Drama ; Comedy - Drama was liked
+[Comedy] | Comedy, which goes with Drama ; Avoiding War, I'd take Comedy
 [War] | War again
 [Drama] | Drama next, not Sci-Fi. Keep away from: War, Sci-Fi.
 [Drama, War] |
