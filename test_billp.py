@@ -650,20 +650,6 @@ def test_the_list_is_free_items_and_begins_with_new_categories():
     assert sum(is_mixed) > 20
 
 
-def test_a_line_that_items_share_stands_once_in_the_list():
-    belongs = FILMS.belongs.copy()
-    belongs[:150] = belongs[0]
-    years = (1990,) * 150 + FILMS.years[150:]
-    twins = FILMS._replace(titles=("Up",) * 150 + FILMS.titles[150:], years=years, belongs=belongs)
-    catalog = prompts.catalog(twins)
-    opening = billp.opening(catalog, 0, Key(0, "learn", 0))
-    for taken in ((), (7,)):            # all twins of a taken item are left out
-        state = opening._replace(taken=taken, thought="Comedy or Romance, as Up is")
-        lines = [item.line for item in billp.shortlist(state, EMPTY, catalog, Config())]
-        assert len(lines) == len(set(lines)) == 10
-        assert ("Up (1990) [Comedy, Romance]" in lines) == (taken == ())
-
-
 @pytest.mark.parametrize("method, roles, memories", table("""
 act | actor |
 react | planner actor |
@@ -744,9 +730,12 @@ def test_items_are_listed_by_their_lines():
     Twins with one line are listed once, and not if one is taken. A twin in title alone is.
     """
     catalog = prompts.catalog(hand_world(titles=("Ant", "Ant", "Bat", "Ant"), years=(None,) * 4))
-    state = billp.opening(catalog, 0, Key(0, "learn", 0))
-    for taken, lines, value in (((2, 3), ["Ant [Bug]"], 0), ((0, 2, 3), [], 1)):
-        act, _ = billp.actor(state._replace(taken=taken), EMPTY, scripted({"actor": [""]}), catalog)
+    opening = billp.opening(catalog, 0, Key(0, "learn", 0))
+    silent = scripted({"actor": [""]})
+    for taken, lines, value in (((2, 3), ["Ant [Bug]"], 0), ((0, 2, 3), [], 1),
+                                ((2,), ["Ant [Bug]", "Ant [Beast]"], 0)):
+        state = opening._replace(taken=taken, thought="Bug", history=())
+        act, _ = billp.actor(state, EMPTY, silent, catalog, Config(candidates=2))
         assert [item.line for item in act.recalled] == lines
         assert act.value == value
 
@@ -1216,28 +1205,25 @@ def test_an_answer_is_read_without_its_wrapping(role, reply, value):
 planner ; reflector | Next category: CATEGORY, because REASON ; Comedy, because REASON
 planner ; reflector | Reflection: Left because it was sad. Better next: CATEGORY
 actor | Free item: ; **Free item:** ; Free item: title
-planner ; actor ; reflector | Free item: TITLE ; I'm sorry, but I can't help with that. ; \n
-planner ; actor ; reflector | Sorry, I cannot do this. ; As an AI, I have no opinion. ; ```\n```
-planner ; actor ; reflector | I can’t assist with that request. ; I'm really sorry, but I can't.
-planner ; actor ; reflector | Unfortunately, I cannot determine the next category.
-planner ; actor ; reflector | As a large language model, I cannot watch films.
-planner ; actor ; reflector | I do not have enough information. ; My apologies, I am no expert.
-planner ; actor ; reflector | I must decline. ; Unable to comply. ; I'm afraid I can't do that.
-planner ; actor ; reflector | I'm a language model. ; I'm just a language model. ; I apologize.
-planner ; actor ; reflector | I'm not comfortable with this. ; I'm not programmed to do this.
-planner ; actor ; reflector | I can't continue with this. ; I cannot discuss such films.
-planner ; actor ; reflector | I'm sorry. ; I'm afraid I can't. ; I cannot help with that.
-planner ; actor ; reflector | I must respectfully decline. ; Apologies, but I can't do that.
-planner ; actor ; reflector | As a helpful assistant, I cannot. ; I am an AI and have no taste.
-planner ; actor ; reflector | I won't be able to help. ; I regret that I cannot help.
 planner | The best choice is unclear.\nNext category: N/A
-planner ; actor ; reflector | None of the above.
-planner ; actor ; reflector | I must refuse. ; Request denied. ; The content was blocked. ; N/A
-planner ; actor ; reflector | I don't feel comfortable. ; This request goes against my rules.
+any | Free item: TITLE ; I'm sorry, but I can't help with that. ; \n ; Sorry, I cannot do this.
+any | As an AI, I have no opinion. ; ```\n``` ; I can’t assist with that request.
+any | I'm really sorry, but I can't. ; Unfortunately, I cannot determine the next category.
+any | As a large language model, I cannot watch films. ; I do not have enough information.
+any | My apologies, I am no expert. ; I must decline. ; Unable to comply.
+any | I'm afraid I can't do that. ; I'm a language model. ; I'm just a language model.
+any | I apologize. ; I'm not comfortable with this. ; I'm not programmed to do this.
+any | I can't continue with this. ; I cannot discuss such films. ; I'm sorry. ; I'm afraid I can't.
+any | I cannot help with that. ; I must respectfully decline. ; Apologies, but I can't do that.
+any | As a helpful assistant, I cannot. ; I am an AI and have no taste. ; I won't be able to help.
+any | I regret that I cannot help. ; None of the above. ; I must refuse. ; Request denied.
+any | The content was blocked. ; N/A ; I don't feel comfortable.
+any | This request goes against my rules.
 """))
 def test_a_refusal_or_unfilled_form_is_malformed(role, reply):
-    parse = getattr(prompts, f"parse_{role}")
-    assert isinstance(parse(reply), Malformed)
+    for name in ("planner", "actor", "reflector") if role == "any" else (role,):
+        parse = getattr(prompts, f"parse_{name}")
+        assert isinstance(parse(reply), Malformed)
 
 
 @pytest.mark.parametrize("hidden", [
@@ -1345,12 +1331,14 @@ def test_the_category_tool_by_hand():
 [War] | War again
 [Drama] | Drama next, not Sci-Fi. Keep away from: War, Sci-Fi.
 [Drama, War] |
+[Drama] | Film, Noir [old] or Drama
 warm beasts | warm beasts
 """))
 def test_candidates_are_retrieved_by_the_categories_of_the_thought(wish, thought):
-    """War was shown lately."""
-    tastes = prompts.Tastes(("War",), ("Drama",), {"Drama": 2, "War": 1})
-    categories = ["Comedy", "Drama", "Sci-Fi", "War"]
+    """War and Film, Noir [old] were shown lately. A category without letters is never named."""
+    recent = ("War", prompts.tag_of("Film, Noir [old]"))
+    tastes = prompts.Tastes(recent, ("Drama",), {"Drama": 2, "War": 1})
+    categories = ["Comedy", "Drama", "Sci-Fi", "War", "Film, Noir [old]", "???"]
     assert prompts.query(thought, categories, tastes) == [wish, "[Drama]"]
 
 
@@ -1397,14 +1385,6 @@ def test_no_text_forges_a_line(title, category, reply):
     line = prompts.item_line(title, None, [category])
     assert line.isprintable() and line.count("[") == line.count("]") == 1
     assert len(prompts.line_tags(line)) <= 1
-
-
-def test_a_query_compares_categories_as_item_lines_write_them():
-    line = prompts.item_line("Alien", None, ["Sci-Fi, Fantasy", "War [old]"])
-    tastes = prompts.category_tool([line], [line], 4)
-    categories = ["Sci-Fi, Fantasy", "Drama", "???"]        # one without letters is never named
-    texts = prompts.query("Sci-Fi, Fantasy or Drama", categories, tastes)
-    assert texts == ["[Drama]"]         # the first one was shown lately
 
 
 # -------------------------------------------------------------------------------------- world
@@ -1787,11 +1767,6 @@ def release(path, world="steam"):
     return path / home
 
 
-def test_of_two_files_the_one_less_deep_is_read(tmp_path):
-    lay(tmp_path, {"0/items.csv": "", "items.csv": ""})
-    assert envs.find_file(tmp_path, ["items.csv"], "") == tmp_path / "items.csv"
-
-
 def test_the_released_layout_loads(tmp_path):
     release(tmp_path)
     env = envs.released(tmp_path, "steam")
@@ -1840,11 +1815,11 @@ def test_a_world_without_learners_teaches_nobody():
     assert sum(len(state.user) for state, _ in sessions) == 0
 
 
-@pytest.mark.parametrize("order", ["ab", "ba"])
-def test_the_data_file_does_not_depend_on_the_file_system(tmp_path, monkeypatch, order):
-    lay(tmp_path, {"a/x.csv": "", "b/x.csv": ""})
+@pytest.mark.parametrize("order, found", [("ab", "a"), ("ba", "a"), ("0.", ".")])
+def test_the_least_deep_of_several_files_is_read(monkeypatch, order, found):
+    """In whatever order the file system gives them; "." is the folder itself."""
     monkeypatch.setattr(envs.Path, "rglob", lambda path, name: [path / x / name for x in order])
-    assert envs.find_file(tmp_path, ["x.csv"], "") == tmp_path / "a/x.csv"
+    assert envs.find_file(Path("data"), ["x.csv"], "") == Path("data", found, "x.csv")
 
 
 # ---------------------------------------------------------------------------------- endpoints
@@ -1990,17 +1965,15 @@ def test_streams_parts_and_keep_alive_lines_are_read():
         assert seen.ask(ASK) == GOOD and len(seen.requests) == 1
 
 
-def test_a_prompt_that_seems_cut_is_told_once():
-    seen = client()
-    for _ in range(2):
-        seen.ask(ASK._replace(messages=(("user", "word " * 999),)))
-    assert len(seen.notices) == 1 and "num_ctx" in seen.notices[0]
-
-
-def test_replies_cut_at_their_greatest_length_are_told_once():
-    seen = client(completion("So the user", "length"), completion("likes War", "length"))
-    assert [seen.ask(ASK).text, seen.ask(ASK).text] == ["So the user", "likes War"]
-    assert len(seen.notices) == 1 and "--reply-tokens" in seen.notices[0]
+@pytest.mark.parametrize("prompt, act, words", [
+    ("word " * 999, completion(), "num_ctx"),
+    ("Hi", completion(finish="length"), "--reply-tokens"),
+    ("Hi", response("503", "Loading model"), "Loading model; waiting")])
+def test_cut_texts_and_a_loading_server_are_told(prompt, act, words):
+    seen = client(act, act)
+    ask = ASK._replace(messages=(("user", prompt),))
+    assert [seen.ask(ask), seen.ask(ask)] == [GOOD, GOOD]
+    assert len(seen.notices) == 1 and words in seen.notices[0]
 
 
 def test_what_is_asked():
@@ -2081,12 +2054,6 @@ def test_waits_double_and_outlast_a_minute(status):
     assert len(seen.notices) == 1 and "waiting" in seen.notices[0]
     for wait, longest in zip(seen.waits, [.5, 1, 2, 4] + [8] * 12, strict=True):
         assert .75 <= wait / longest <= 1
-
-
-def test_a_user_is_told_that_a_server_loads_its_model():
-    seen = client(response("503", "Loading model"))
-    assert seen.ask(ASK) == GOOD
-    assert len(seen.notices) == 1 and "Loading model; waiting" in seen.notices[0]
 
 
 def test_a_wait_is_bounded_and_ends_with_the_run():
@@ -2200,16 +2167,13 @@ def test_no_secret_is_in_errors_and_notices(secret, status):
     assert "***" in line and "-more" not in line
 
 
-@pytest.mark.parametrize("key", ["mysecret", "hunterhunter", "s3cr1"])
-def test_a_key_is_never_in_an_error_however_plain(key):
-    seen = client(response("401", f"Incorrect API key: {key}"), key=key)
-    line = failure(seen.ask, ASK)
-    assert key not in line and "***" in line
-
-
-def test_a_key_is_starred_as_json_writes_it():
-    seen = client(*[response("400", r'["a\/b\"c-key"]')] * 9, key='a/b"c-key')
-    assert "***" in failure(seen.ask, ASK)
+@pytest.mark.parametrize("key, shown", [
+    ("mysecret", "key: mysecret"), ("hunterhunter", "key: hunterhunter"), ("s3cr1", "key: s3cr1"),
+    ('a/b"c-key', r'["a\/b\"c-key"]')])
+def test_a_key_is_never_in_an_error_however_plain(key, shown):
+    """The last one as JSON writes it."""
+    line = failure(client(*[response("400", shown)] * 9, key=key).ask, ASK)
+    assert key not in line and shown not in line and "***" in line
 
 
 def test_no_key_is_logged_or_kept(tmp_path):
@@ -2407,13 +2371,6 @@ def test_the_leaving_item_is_no_recommendation(method):
         assert session.reward == ratings.sum() and (ratings >= 2).all()
 
 
-def test_one_user_gives_no_interval(tmp_path):
-    for users in (1, 2):
-        out = succeed("--method", "greedy", "--episodes", 0, "--users", users,
-                      "--out", tmp_path / str(users))
-        assert ("no width" in out) == (users == 1)
-
-
 def test_the_summary_tells_what_the_episodes_hold(finished):
     summary, rows = read(finished / "summary.json"), episodes_in(finished)
     assert summary.keys() == set(
@@ -2469,7 +2426,7 @@ def test_every_method_runs_and_shows_its_episodes(method, tmp_path):
     code, out, err = command(*flags, "--out", tmp_path)
     assert code == 0 and f"{method} on films" in out
     asks_nothing = method in (*envs.POLICIES, "billp-no-model")
-    assert asks_nothing == ("asks no language model" in out)
+    assert asks_nothing == ("asks no language model" in out) and "no width" not in out
     assert ("learns nothing" in err) == (method in ("act", "react"))
     has_learning = method in ("bandit", "a2c", *billp.METHODS)
     assert has_learning == ("2 learning episodes" in out) == ("difference" in out)
@@ -2697,7 +2654,8 @@ def test_a_flag_beats_the_environment(variables, flags, asked, monkeypatch, caps
 
 def test_a_run_is_named_by_the_flags_that_differ(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    succeed("--episodes", 0, "--users", 1, "--gamma", 0.1, "--window", 2)
+    out = succeed("--episodes", 0, "--users", 1, "--gamma", 0.1, "--window", 2)
+    assert "one user: the intervals have no width" in out
     [folder] = Path("runs").iterdir()
     assert folder.name.startswith("films-billp-seed0-gamma0.1-window2-")
 
