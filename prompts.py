@@ -734,10 +734,13 @@ def ground(text: str, catalog: Catalog, exclude: Collection[int] = (),
            listed: Collection[int] = ()) -> tuple[int, bool]:
     """The item that a text stands for, and whether the text names it.
 
-    It is the first item named that is not in `exclude`; if there was a list to choose from, the
-    first that is in the list, too, or else the first. If all items named are excluded, it is the
-    item nearest to the categories of the first: one of its kind, not one spelled like it. If none
-    is named, it is the item nearest to the text. Both are looked for in the list, if there is one.
+    `listed` holds the items that the prompt offered; it is empty if it offered none.
+    - Items named and not excluded: the first of them that is listed, or else the first.
+    - All items named are excluded: the item nearest to the categories of the first. It is one of
+      its kind, not one spelled like it.
+    - No item is named: the item nearest to the text.
+    The nearest item is a listed one if there is a list, and no excluded one. If no such item is
+    left, it may be any.
     """
     items = mentioned(text, catalog)
     free = [item for item in items if item not in exclude]
@@ -888,7 +891,7 @@ def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
 def parse_reflector(text: str) -> str | Malformed:
     """The reflection, one line."""
     # Two lines of one reflection are joined: "... because War.", then "- Better next: Comedy".
-    better = r'"?(better[ _](next|category)|next category|suggested next)\b'
+    better = r'"?(better[ _](next|category)|next category)\b'
     text = re.sub(rf"(?i)({better})[^\w\n]*\n\W*", r"\1: ", spoken(text))     # "Better next:\nWar"
     break_and_marks = r'\n[^\w"]{0,9}'
     text = re.sub(rf"(?i){break_and_marks}(?={better})", " ", text)
@@ -1033,7 +1036,7 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     '[Thriller]'
     """
     # "Since War was shown, Comedy comes next" begins with its reason
-    plan = re.sub(r"(?i)^\W*(since|because|as|to avoid)\b[^,]*,", "", thought)
+    plan = re.sub(r"(?i)^\W*(since|because|as|given|to avoid)\b[^,]*,", "", thought)
     plan = re.split(REASON_BEGINS, re.sub(AVOIDED, " ", plan))[0]
     first_sentence = re.split(r"[.;!?]\s", plan)[0]
     wanted = re.sub(AVOIDED, " ", thought)

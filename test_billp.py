@@ -1327,7 +1327,8 @@ def test_the_category_tool_by_hand():
 [Drama] | Dramas, because Sci-Fi was liked ; Some light item such as Drama, because Sci-Fi was liked
 [Comedy] | Comedies next, because Drama was liked ; Comedy, explanation: Drama was liked
 [Comedy] | Comedy, given that Drama was liked ; Comedy, considering Drama ; Comedy - Drama was liked
-[Comedy] | Comedy, which goes with Drama ; Avoiding War, I'd take Comedy
+[Comedy] | Given that Drama was liked, Comedy ; Comedy, which goes with Drama
+[Comedy] | Avoiding War, I'd take Comedy
 [War] | War again
 [Drama] | Drama next, not Sci-Fi. Keep away from: War, Sci-Fi.
 [Drama, War] |
