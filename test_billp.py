@@ -724,6 +724,14 @@ def test_an_unreadable_actor_takes_the_first_item_shown():
     assert [act.value] == prompts.closest([STATE.text], CATALOG, STATE.taken, 1)
 
 
+def test_without_candidates_the_nearest_of_all_free_items_is_taken():
+    reply = "a tender musical"
+    memory = remember(EMPTY, STATE.text, 1, STATE.vector, CATALOG.lines[JAWS])
+    act, _ = billp.actor(STATE, memory, scripted({"actor": [reply]}), CATALOG, Config(candidates=0))
+    assert [item.line for item in act.recalled] == [CATALOG.lines[JAWS]]
+    assert [act.value] == prompts.closest([reply], CATALOG, STATE.taken, 1)
+
+
 def test_items_are_listed_by_their_lines():
     """Items 0 to 3 are Ant [Bug], Ant [Bug], Bat [Beast], Ant [Beast].
 
