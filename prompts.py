@@ -327,7 +327,7 @@ CHOSEN = (r"\b(?:I|we)(?:['’]d| would| will|['’]ll| should)? (?:recommend|su
 CONCLUDED = (r"(?m:^|[,;.] )(?:so|therefore|thus|hence),? "
              r"|[,;] but (?=[^.;\n]*\b(?:better|best)\b)")
 # Words behind a choice: "Jaws fits the thought best", "Jaws is old. Up is tense. It is the best."
-IS_BEST = (r"(?i)(?:\b(?:it|this|that) )?\b(?:(?:fits?|suits?|matches)\b[^,.;:!?\n]*\bbest"
+IS_BEST = (r"(?i)\b(?:(?:fits?|suits?|matches)\b[^,.;:!?\n]*\bbest"
            r"|(?:is|would be|seems) the (?:best|closest))\b")
 # A title may begin like a refusal, "Sorry, Wrong Number": so more of the sentence is needed.
 I_AM = "(i am|i ?['’]?m)"

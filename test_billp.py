@@ -1076,7 +1076,8 @@ Up | Free item: Up, because it is like the best of them: Alien ; Something like 
 Up | Free item: Up\nReason: Alien was liked ; Free item: Up\n**Reason**: like Alien |
 Jaws | Alien is old. Jaws fits the thought best. ; Among Alien, Up and Jaws, Jaws suits it best. |
 Jaws | Alien was shown. A film like Jaws would be a change. | Alien
-Jaws | Alien was shown. Jaws is horror. It fits the thought best. ; Jaws, unlike Up, is the best. |
+Jaws | Alien was shown. Jaws is horror. It fits the thought best. |
+Jaws | Alien was shown. Jaws, unlike Up, is the best. |
 Up | Rather than Alien, I choose: Up ; Jaws and Alien are old. The best fit would be Up! |
 Up | The Matrix was shown already, so I recommend Up. ; The Matrix / Up | The Matrix
 Up | Alien (1979)\nJaws (1975)\nUp (2009) | Alien ; Jaws
