@@ -739,8 +739,8 @@ def ground(text: str, catalog: Catalog, exclude: Collection[int] = (),
     - All items named are excluded: the item nearest to the categories of the first. It is one of
       its kind, not one spelled like it.
     - No item is named: the item nearest to the text.
-    The nearest item is a listed one if there is a list, and no excluded one. If no such item is
-    left, it may be any.
+    The nearest item is looked for among the listed items, or without a list among all, but not
+    among the excluded ones. If this leaves none, it is looked for among all.
     """
     items = mentioned(text, catalog)
     free = [item for item in items if item not in exclude]
@@ -890,9 +890,10 @@ def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
 
 def parse_reflector(text: str) -> str | Malformed:
     """The reflection, one line."""
-    # Two lines of one reflection are joined: "... because War.", then "- Better next: Comedy".
     better = r'"?(better[ _](next|category)|next category)\b'
-    text = re.sub(rf"(?i)({better})[^\w\n]*\n\W*", r"\1: ", spoken(text))     # "Better next:\nWar"
+    # "Better next:" and the category in the line below are joined.
+    text = re.sub(rf"(?i)({better})[^\w\n]*\n\W*", r"\1: ", spoken(text))
+    # Two lines of one reflection are joined: "... because War.", then "- Better next: Comedy".
     break_and_marks = r'\n[^\w"]{0,9}'
     text = re.sub(rf"(?i){break_and_marks}(?={better})", " ", text)
     return labelled(text, REFLECTIONS) or Malformed("the reply held no line 'Reflection: ...'")

@@ -1482,7 +1482,7 @@ def experiments(args: Namespace, live: Live) -> None:
     flags = {name: getattr(args, name) for name in ("experiment", "seeds", "models", "rows")}
     folder = run_directory(args, base._asdict() | flags)
     results = []
-    # do_jobs stands first: so zip runs it to its end, where it closes its processes
+    # zip asks its first argument first. So do_jobs reaches its end, where it closes its processes.
     for samples, job in zip(do_jobs(args, jobs, folder, live), jobs):
         results.append(samples)
         say(f"{len(results)} of {len(jobs)} runs: {job.run.method}, {job.run.episodes} episodes, "

@@ -1827,7 +1827,7 @@ def test_a_world_without_learners_teaches_nobody():
 
 @pytest.mark.parametrize("order, found", [("ab", "a"), ("ba", "a"), ("0.", ".")])
 def test_the_least_deep_of_several_files_is_read(monkeypatch, order, found):
-    """In whatever order the file system gives them; "." is the folder itself."""
+    """The order of the file system does not matter. "." is the folder itself."""
     monkeypatch.setattr(envs.Path, "rglob", lambda path, name: [path / x / name for x in order])
     assert envs.find_file(Path("data"), ["x.csv"], "") == Path("data", found, "x.csv")
 
@@ -2181,7 +2181,7 @@ def test_no_secret_is_in_errors_and_notices(secret, status):
     ("mysecret", "key: mysecret"), ("hunterhunter", "key: hunterhunter"), ("s3cr1", "key: s3cr1"),
     ('a/b"c-key', r'["a\/b\"c-key"]')])
 def test_a_key_is_never_in_an_error_however_plain(key, shown):
-    """The last one as JSON writes it."""
+    """The last key is shown as JSON writes it."""
     line = failure(client(*[response("400", shown)] * 9, key=key).ask, ASK)
     assert key not in line and shown not in line and "***" in line
 
