@@ -1,6 +1,6 @@
 """Runs what the README shows, in its order: shell blocks here, Python blocks in a folder with the four modules alone.
 
-A text block right behind a shell block must be what the command prints, except for seconds. The text block under
+A text block right behind a shell block must be what the command prints, except for seconds. The text blocks under
 "A prompt and its reply" must stand in what `--prompts` prints. `.ci/run` runs the doctests of the README.
 """
 import os
@@ -41,19 +41,22 @@ def shell(script):
 folder = pathlib.Path(tempfile.mkdtemp())
 for name in ("billp.py", "envs.py", "prompts.py", "run.py"):
     shutil.copy(root / name, folder)
-printed, count = "", 0
+printed, prompts, heading, count = "", "", "", 0
 for before, language, content in blocks:
+    for title in re.findall(r"(?m)^## (.*)", before):
+        heading = title
     if language == "sh" and "pytest" not in content:        # the tests have been run before
         printed = shell(content)
         count += 1
     elif language == "text" and not before.strip():
         assert without_seconds(printed) == without_seconds(content), f"printed now:\n{printed}"
         count += 1
-    elif language == "text" and "--show RUN" in before:
-        flags = re.search(r"--show RUN (--pick \S+ --prompts)", before)[1]
-        run = re.search(r"^run +(\S+)", printed, re.M)[1]
-        shown = shell(f"{python} run.py --show {run} {flags}")
-        assert content.strip() in shown, f"printed now:\n{shown}"
+    elif language == "text" and heading == "A prompt and its reply":
+        flags = re.search(r"--show RUN (--pick \S+ --prompts)", before)
+        if flags:                                           # before the first of these blocks
+            run = re.search(r"^run +(\S+)", printed, re.M)[1]
+            prompts = shell(f"{python} run.py --show {run} {flags[1]}")
+        assert content.strip() in prompts, f"printed now:\n{prompts}"
         count += 1
     elif language == "python" and "server.py" in before:
         (root / "server.py").write_text(content)
