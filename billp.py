@@ -583,7 +583,8 @@ def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, see
 
     (seed, phase, i) determines the draws of users[i].
     """
-    keys = [Key(seed, phase, i) for i in range(len(users))]
+    # int: a number of numpy would give other draws
+    keys = [Key(int(seed), phase, i) for i in range(len(users))]
     play = partial(episode, catalog, agent=agent, llm=llm, config=config)
     return tuple(pmap(play, users, keys))
 
@@ -599,7 +600,7 @@ def train(catalog: Catalog, users: Sequence[int], llm: LLM, seed: int = 0, agent
     """
     for start in range(0, len(users), config.batch):
         batch = users[start:start + config.batch]
-        keys = [Key(seed, "learn", first + start + i) for i in range(len(batch))]
+        keys = [Key(int(seed), "learn", first + start + i) for i in range(len(batch))]
         play = partial(session, catalog, agent=agent, llm=llm, config=config)
         trajectories = tuple(pmap(play, batch, keys))
         agent = reduce(absorb, trajectories, agent)

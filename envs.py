@@ -197,6 +197,8 @@ def check(env: Env) -> None:
     n, m, c = len(env.histories), len(env.titles), len(env.categories)
     demand(n > 0 and m > 0, f"a world of {n} users (histories) and {m} items (titles)")
     demand(env.learners in range(n + 1), f"learners is {env.learners} for {n} histories")
+    for title in env.titles:
+        demand(isinstance(title, str), f"the title {title!r} is not a text")
     for name, shape in (("years", (m,)), ("belongs", (m, c))):
         found = np.shape(getattr(env, name))
         demand(found == shape, f"{name} has the shape {found} instead of {shape}")
@@ -651,6 +653,8 @@ def intervals(statistic: Function, *samples: Array) -> list[list[float]]:
     - Several seeds: a t interval over the figures of the seeds. Users of one seed are not
       independent, because they share its world.
     """
+    shapes = {np.shape(sample) for sample in samples}
+    demand(len(shapes) == 1, f"samples of different seeds or users: {shapes}")
     figures = statistic(*samples)                               # [S, numbers]
     if len(figures) > 1:
         low, high = t_interval(figures)
@@ -863,6 +867,8 @@ def reason_of(error: Exception) -> str:
 def reading(path: Location, names: Sequence[str], advice: str, world: str = "") -> Iterator[Path]:
     """The file of `find_file`. If anything fails inside the block, BadData names the file."""
     folder = Path(os.path.expanduser(path))         # an unknown ~name stays as it is
+    if not folder.is_dir():
+        raise BadData(f"{folder} is no folder; {advice}")
     file = find_file(folder, names, world)
     if file is None:
         raise BadData(f"{folder}: no {' or '.join(names)} there or below; {advice}")
@@ -889,6 +895,7 @@ def columns(header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
     >>> columns(["Title", "Movie_ID"], ["item"])
     {'item': 1, 'title': 0}
     """
+    demand(header, "the file is empty")
     plain = [re.sub(r"[\W_]", "", text).lower() for text in header]
     places = {}
     for name, aliases in ALIASES.items():
@@ -961,7 +968,8 @@ def parse_entry(items: dict, row: dict) -> tuple:
     if digits:
         year = int(digits.group())
     categories = row.get("categories", "")
-    demand(not categories.startswith("["), 'separate categories by "|", as in War|Drama')
+    is_other_list = re.search(r"^[\[{]|;", categories)
+    demand(not is_other_list, 'separate categories by "|", as in War|Drama')
     names = [name.strip() for name in categories.split("|")]
     return title, year, [name for name in names if name not in NO_TAG]
 

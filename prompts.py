@@ -42,7 +42,7 @@ from zlib import crc32
 
 import numpy as np
 
-from envs import Env, check
+from envs import Env, check, demand
 
 # ----------------------------------------------------------------------------- vocabulary
 
@@ -120,7 +120,12 @@ BRACKETS_TO_PARENTHESES = str.maketrans("[]", "()")
 
 def tag_of(category: str) -> str:
     """A category as it stands in item lines: commas and brackets have a meaning there."""
-    return clean(category, 40).translate(BRACKETS_TO_PARENTHESES).replace(",", "")
+    return clean(category, 100).translate(BRACKETS_TO_PARENTHESES).replace(",", "")
+
+
+def short(title: str) -> str:
+    """A title as it stands in item lines, apart from its brackets."""
+    return clean(title, 200)
 
 
 def in_brackets(tags: Iterable[str]) -> str:
@@ -134,7 +139,7 @@ def item_line(title: str, year: int | None, categories: Iterable[str]) -> str:
     >>> item_line("Alien", 1979, ["Horror", "Sci-Fi"])
     'Alien (1979) [Horror, Sci-Fi]'
     """
-    name = clean(title, 200).translate(BRACKETS_TO_PARENTHESES)
+    name = short(title).translate(BRACKETS_TO_PARENTHESES)
     when = f" ({year})" if year else ""
     return f"{name}{when} {in_brackets(map(tag_of, categories))}"
 
@@ -351,7 +356,7 @@ REFUSALS = (
     r"this (request|prompt|question) (goes against|violates)\b",
     r"unable to (comply|help|assist|answer|provide|recommend)\b",
     r"i (do not|don['’]?t) have (enough|access|any)\b",
-    rf"{I_CANNOT}\W*$",
+    rf"({I_CANNOT}|i (do not|don['’]?t) know)\W*$",
     # not "I can't help but recommend Up"
     rf"{I_CANNOT} help(?! but (recommend|suggest|choose|pick))\b",
     rf"{I_CANNOT} (assist|recommend|suggest|provide|comply|answer|fulfill?|choose|determine)\b",
@@ -447,7 +452,7 @@ def item_part(text: str) -> str:
 # ------------------------------------------------------------------ catalogue and grounding
 
 ARTICLES = frozenset("the a an le la les l un une il lo el los las der das".split())
-LONGEST = 16                        # words of a title that are compared
+LONGEST = 40                        # words of a title that are compared
 YEAR = re.compile("(1[89]|20)[0-9]{2}")
 # What follows a title in that of a sequel: "Frozen II", "Jaws 2 (1978)", "Dune: Part Two", "Toy
 # Story 3, because ...". It is matched with the two words behind the title, without punctuation.
@@ -533,12 +538,14 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
         # A year costs a model about six tokens. It stands only where titles alone are not enough.
         year_shown = year if items_with[title] > 1 else None
         lines.append(item_line(title, year_shown, compress(env.categories, belongs)))
-    all_names = [spellings(title) for title in env.titles]
+    titles = [short(title) for title in env.titles]
+    all_names = [spellings(title) for title in titles]
     whole_names = [names[:2] for names in all_names]
     # Whole names replace those without an article: "heat" is Heat, not The Heat, if there are both.
     by_name = items_by_name(all_names) | items_by_name(whole_names)
-    by_main = items_by_name(spellings(main_title(title)) for title in env.titles)
+    by_main = items_by_name(spellings(main_title(title)) for title in titles)
     vectors = embed(lines)
+    demand(isinstance(vectors, np.ndarray), "embed must give an array of n rows")
     squared_lengths = np.vecdot(vectors, vectors).round(2)
     if squared_lengths.tolist() != [1.0] * len(lines):
         raise ValueError("embed must give a row of length 1 for each text")
@@ -991,15 +998,21 @@ def spaced(text: str) -> str:
 
 
 def named_in(text: str, tags: Sequence[str]) -> list[str]:
-    """The categories that a text names, also in the plural: "Thrillers", "Comedies"."""
+    """The categories that a text names, also in the plural: "Thrillers", "Comedies".
+
+    >>> named_in("Non-Fiction", ["Fiction", "Non-Fiction"])
+    ['Non-Fiction']
+    """
     words = spaced(text)
     named = []
-    for tag in tags:
+    # The longest come first. Each is taken out, so that the words of one do not name another.
+    for tag in sorted(tags, key=len, reverse=True):
         name = spaced(tag).rstrip()                 # "" for a category of symbols alone
-        forms = (name, f"{name}s", f"{name.removesuffix('y')}ies")
-        if name and any(f"{form} " in words for form in forms):
-            named.append(tag)
-    return named
+        for form in (name, f"{name}s", f"{name.removesuffix('y')}ies"):
+            if name and f"{form} " in words:
+                words = words.replace(f"{form} ", " ")
+                named.append(tag)
+    return [tag for tag in tags if tag in named]
 
 
 # What to avoid: after "avoid" or "not" the rest of the sentence, past commas, or up to a colon,
@@ -1035,6 +1048,8 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     '[Comedy]'
     >>> wish_of("War was shown. Thrillers next", ["Thriller", "War"], ["War"])
     '[Thriller]'
+    >>> wish_of("Non-Fiction again", ["Fiction", "Non-Fiction"], ["Non-Fiction"])
+    '[Non-Fiction]'
     """
     # "Since War was shown, Comedy comes next" begins with its reason
     plan = re.sub(r"(?i)^\W*(since|because|as|given|to avoid)\b[^,]*,", "", thought)
@@ -1044,7 +1059,7 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     fresh = [tag for tag in tags if tag not in recent]
     for part, categories in ((first_sentence, fresh), (plan, fresh), (plan, tags),
                              (wanted, fresh), (wanted, tags)):
-        chosen = named_in(part, categories)
+        chosen = [tag for tag in named_in(part, tags) if tag in categories]
         if chosen:
             return in_brackets(chosen)
     return thought
@@ -2063,7 +2078,7 @@ def open_log(path: str | Path, model_id: Any) -> Log:
     If an ask has several replies, the first with a text counts. If no reply of the chat model has a
     text, the settings were wrong, and all are asked again.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.exists() else b""
     known: dict[str, Reply] = {}

@@ -505,14 +505,20 @@ def flattened(config: Json) -> Json:
 
 
 def is_in_use(path: Path) -> bool:
-    """Whether a directory holds more than a run that got no answer, perhaps from a mistyped model.
+    """Whether another run may not take a directory.
 
-    Such a run leaves nothing but config.json, or a draft of it after a kill, and in experiments an
-    empty folder. Another run may take its place.
+    It may take that of a run that got no answer, perhaps from a mistyped model. Such a run leaves
+    nothing but config.json, or a draft of it after a kill, and in experiments an empty folder.
+    It may also take one that holds logs alone: the user has copied them from an earlier run.
     """
     files = filter(Path.is_file, path.rglob("*"))
     # names with a dot in front are those of the file manager, such as .DS_Store
-    return any(not file.match("config.json*") and file.name[0] != "." for file in files)
+    names = {file.name for file in files if file.name[0] != "."}
+    has_config = any(name.startswith("config.json") for name in names)
+    others = {name for name in names if not name.startswith("config.json")}
+    if not has_config:
+        others.discard("calls.jsonl")
+    return len(others) > 0
 
 
 def run_directory(args: Namespace, config: Json) -> Path:

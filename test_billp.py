@@ -952,6 +952,14 @@ def test_the_pure_modules_are_pure(module, effects):
                 assert not isinstance(default, (ast.List, ast.Dict, ast.Set, ast.Call))
 
 
+def test_a_seed_of_numpy_draws_as_an_int():
+    for seed in (0, np.int64(0)):
+        played = billp.evaluate(ODDLY_TITLED, [0], NOVICE, prompts.offline, seed, "before")
+        _, studied = next(billp.train(ODDLY_TITLED, [0], prompts.offline, seed))
+        for trajectory in played + studied:
+            assert "seed=0," in repr(trajectory.last.key)
+
+
 def test_a_very_long_item_line_keeps_its_end():
     line = prompts.item_line("t" * 200, 1999, (f"category {n:030}" for n in range(60)))
     assert f"\n- {line}\n" in prompts.render_actor(1, "", [Candidate(line)])
@@ -1006,6 +1014,14 @@ def test_a_subtitle_does_not_stand_for_the_longer_title(reply):
     longer = "The Lost World: Jurassic Park"
     catalog = prompts.catalog(FILMS._replace(titles=(longer,) + FILMS.titles[1:]))
     assert prompts.ground(prompts.parse_actor(reply.format(longer)), catalog) == (0, True)
+
+
+def test_long_titles_may_differ_in_their_last_word():
+    titles = [f"{'very ' * 30}long colour {n}" for n in range(len(FILMS.titles))]
+    catalog = prompts.catalog(FILMS._replace(titles=tuple(titles)))
+    for item in (0, 1, 13):
+        assert prompts.ground(catalog.lines[item], catalog) == (item, True)
+        assert prompts.ground(titles[item].upper(), catalog) == (item, True)
 
 
 def test_the_end_of_a_very_long_reply_is_read():
@@ -1226,7 +1242,7 @@ any | I can't continue with this. ; I cannot discuss such films. ; I'm sorry. ; 
 any | I cannot help with that. ; I must respectfully decline. ; Apologies, but I can't do that.
 any | As a helpful assistant, I cannot. ; I am an AI and have no taste. ; I won't be able to help.
 any | I regret that I cannot help. ; None of the above. ; I must refuse. ; Request denied.
-any | The content was blocked. ; N/A ; I don't feel comfortable.
+any | The content was blocked. ; N/A ; I don't feel comfortable. ; I don't know.
 any | This request goes against my rules.
 """))
 def test_a_refusal_or_unfilled_form_is_malformed(role, reply):
@@ -1302,6 +1318,8 @@ def test_closest_is_sort_and_cut_over_free_items(items, texts, taken, k, bonus):
 def test_a_catalog_refuses_rows_of_another_length_than_1(factor):
     with pytest.raises(ValueError, match="length 1"):
         prompts.catalog(hand_world(), lambda texts: factor * prompts.hashed_ngrams(texts))
+    with pytest.raises(ValueError, match="an array"):
+        prompts.catalog(hand_world(), lambda texts: prompts.hashed_ngrams(texts).tolist())
 
 
 def test_the_category_tool_by_hand():
@@ -1461,7 +1479,8 @@ def test_exactly_beta_and_the_floor_are_borne(place, rating, borne):
     ("distance", envs.euclidean(np.ones((2, 2))), "does not fit"),
     ("rate", envs.table(np.full((1, 3), np.nan)), "between 1 and 5"),
     ("rate", envs.table(np.array([[0, 2, 6]])), r"between 1 and 5: \[0, 6\]"),
-    ("titles", (), "0 items"), ("years", (1999,), "years"), ("learners", 2, "learners"),
+    ("titles", (), "0 items"), ("titles", ("a", "b", 2.5), "2.5 is not a text"),
+    ("years", (1999,), "years"), ("learners", 2, "learners"),
     ("histories", [], "0 users"), ("histories", [[0.5]], "0.5"), ("histories", [[3]], r"\{3\}"),
     ("belongs", np.ones((2, 3), bool), "belongs"),
     ("belongs", np.ones((3, 9), bool), "belongs"),
@@ -1630,6 +1649,8 @@ def test_metrics_by_hand():
     seeds = np.concatenate([envs.scores([1], [5]), envs.scores([3], [9])])
     assert envs.metrics(seeds)["Len"] == [2, -10.71, 14.71]     # Student's t of two seeds is 12.71
     assert envs.metrics(seeds)["R_traj"] == [7, -18.42, 32.42]
+    with pytest.raises(ValueError, match="different seeds or users"):
+        envs.metrics(before, envs.scores([1], [4]))
 
 
 @pytest.mark.parametrize("seeds, spread", [(1, 0), (5, 3), (20, 3)])
@@ -1722,6 +1743,8 @@ items.csv | id,title\n1,Heat, no quotes | line 2: 3 fields
 items.csv | id,title\n1,"Heat\n | line 2: unexpected end
 items.csv | id,title\n1,Heat\n1,Heat | line 3: item 1 is listed twice
 items.csv | id,title,genres\n1,Heat,['War'] | line 2: separate categories by
+items.csv | id,title,genres\n1,Heat,War;Drama | line 2: separate categories by
+items.csv | | the file is empty
 items.csv | id,title\n1, | line 2: an item without
 ratings.csv | 1,1,4\n2,1,4 | no column for the user
 ratings.csv | id,user,sku,rating\n0,1,1,4 | no column for the item
@@ -2557,6 +2580,14 @@ def test_a_run_without_an_answer_yields_its_directory(tmp_path):
     (tmp_path / "mistyped").mkdir()
     (tmp_path / ".DS_Store").touch()        # a file manager was there
     succeed(*SMALL, "--out", tmp_path)
+
+
+@pytest.mark.parametrize("name, is_in_use", [("calls.jsonl", False), ("notes.txt", True)])
+def test_a_directory_may_hold_a_copied_log_alone(tmp_path, name, is_in_use):
+    (tmp_path / name).touch()
+    assert run.is_in_use(tmp_path) == is_in_use
+    (tmp_path / "config.json").touch()
+    assert run.is_in_use(tmp_path)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
