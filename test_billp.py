@@ -963,6 +963,8 @@ def test_a_seed_of_numpy_draws_as_an_int():
 def test_a_very_long_item_line_keeps_its_end():
     line = prompts.item_line("t" * 200, 1999, (f"category {n:030}" for n in range(60)))
     assert f"\n- {line}\n" in prompts.render_actor(1, "", [Candidate(line)])
+    path = f"Books > {'x' * 80} > War"
+    assert prompts.line_tags(prompts.item_line("A", None, [path])) == (path,)
 
 
 # ----------------------------------------------------------------------------------- language
@@ -1016,12 +1018,13 @@ def test_a_subtitle_does_not_stand_for_the_longer_title(reply):
     assert prompts.ground(prompts.parse_actor(reply.format(longer)), catalog) == (0, True)
 
 
-def test_long_titles_may_differ_in_their_last_word():
-    titles = [f"{'very ' * 30}long colour {n}" for n in range(len(FILMS.titles))]
-    catalog = prompts.catalog(FILMS._replace(titles=tuple(titles)))
-    for item in (0, 1, 13):
+@pytest.mark.parametrize("form", [f"{'very ' * 30}long, colour {{}}", f"colour {{}} {'quite ' * 60}"])
+def test_long_titles_may_differ_in_one_word(form):
+    titles = tuple(form.format(n) for n in range(len(FILMS.titles)))
+    catalog = prompts.catalog(FILMS._replace(titles=titles))
+    for item in (0, 1, 13):         # as the prompt shows it, at most 200 characters of a title
         assert prompts.ground(catalog.lines[item], catalog) == (item, True)
-        assert prompts.ground(titles[item].upper(), catalog) == (item, True)
+        assert prompts.ground(catalog.lines[item].upper(), catalog) == (item, True)
 
 
 def test_the_end_of_a_very_long_reply_is_read():
@@ -1765,6 +1768,11 @@ def test_bad_ratings_are_refused_in_one_line(tmp_path, name, text, words):
     assert "\n" not in str(error.value) and "README" in str(error.value)
 
 
+def test_a_missing_folder_is_told(tmp_path):
+    with pytest.raises(envs.BadData, match="none is no folder"):
+        envs.ratings_folder(tmp_path / "none")
+
+
 def test_another_scale_is_mapped_and_told(tmp_path):
     """Item 0 is rated last, and items from 25 on are not liked: a history is the last 20 liked."""
     numbers = range(30)
@@ -2307,6 +2315,10 @@ def test_a_batch_is_halved_until_it_is_taken(most, status, text):
     seen.ask(["a"] * 30)
     assert max(len(body["input"]) for body in seen.bodies) <= most
     assert text in failure(embedder(*[refusal] * 99).ask, ["a", "b"])
+
+
+def test_a_log_may_lie_in_the_home_folder():
+    assert prompts.open_log("~/calls.jsonl", "m").path == Path.home() / "calls.jsonl"
 
 
 def test_a_log_without_a_text_is_asked_again(tmp_path):
