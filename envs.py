@@ -646,7 +646,7 @@ def intervals(statistic: Function, *samples: Array) -> list[list[float]]:
     """[mean, low, high] of each number in statistic(*samples), with its 95 % confidence interval.
 
     - Samples are [S, N, k]: S seeds with N users each. All samples have the same users, so that
-      differences are paired.
+      differences are paired. Other shapes are a ValueError.
     - The statistic takes [..., N, k] and returns [..., numbers]: a figure for each seed. The mean
       is that of these figures.
     - One seed: a percentile bootstrap interval over its users.
@@ -654,7 +654,7 @@ def intervals(statistic: Function, *samples: Array) -> list[list[float]]:
       independent, because they share its world.
     """
     shapes = {np.shape(sample) for sample in samples}
-    demand(len(shapes) == 1, f"samples of different seeds or users: {shapes}")
+    demand(len(shapes) == 1, f"give samples of the same seeds and users, not of shapes {shapes}")
     figures = statistic(*samples)                               # [S, numbers]
     if len(figures) > 1:
         low, high = t_interval(figures)

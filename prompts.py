@@ -123,8 +123,8 @@ def tag_of(category: str) -> str:
     return clean(category, 100).translate(BRACKETS_TO_PARENTHESES).replace(",", "")
 
 
-def short(title: str) -> str:
-    """A title as it stands in item lines, apart from its brackets."""
+def title_of(title: str) -> str:
+    """A title as it stands in item lines, apart from its brackets. A very long one is cut."""
     return clean(title, 200)
 
 
@@ -139,7 +139,7 @@ def item_line(title: str, year: int | None, categories: Iterable[str]) -> str:
     >>> item_line("Alien", 1979, ["Horror", "Sci-Fi"])
     'Alien (1979) [Horror, Sci-Fi]'
     """
-    name = short(title).translate(BRACKETS_TO_PARENTHESES)
+    name = title_of(title).translate(BRACKETS_TO_PARENTHESES)
     when = f" ({year})" if year else ""
     return f"{name}{when} {in_brackets(map(tag_of, categories))}"
 
@@ -452,7 +452,7 @@ def item_part(text: str) -> str:
 # ------------------------------------------------------------------ catalogue and grounding
 
 ARTICLES = frozenset("the a an le la les l un une il lo el los las der das".split())
-LONGEST = 40                        # words of a title that are compared
+LONGEST = 40                        # words of a title that are compared: those of `title_of`
 YEAR = re.compile("(1[89]|20)[0-9]{2}")
 # What follows a title in that of a sequel: "Frozen II", "Jaws 2 (1978)", "Dune: Part Two", "Toy
 # Story 3, because ...". It is matched with the two words behind the title, without punctuation.
@@ -538,7 +538,7 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
         # A year costs a model about six tokens. It stands only where titles alone are not enough.
         year_shown = year if items_with[title] > 1 else None
         lines.append(item_line(title, year_shown, compress(env.categories, belongs)))
-    titles = [short(title) for title in env.titles]
+    titles = [title_of(title) for title in env.titles]
     all_names = [spellings(title) for title in titles]
     whole_names = [names[:2] for names in all_names]
     # Whole names replace those without an article: "heat" is Heat, not The Heat, if there are both.

@@ -505,11 +505,11 @@ def flattened(config: Json) -> Json:
 
 
 def is_in_use(path: Path) -> bool:
-    """Whether another run may not take a directory.
+    """Whether a directory holds results or answers, or files of another program.
 
-    It may take that of a run that got no answer, perhaps from a mistyped model. Such a run leaves
-    nothing but config.json, or a draft of it after a kill, and in experiments an empty folder.
-    It may also take one that holds logs alone: the user has copied them from an earlier run.
+    A run that got no answer, perhaps from a mistyped model, leaves nothing but config.json, or a
+    draft of it after a kill, and in experiments an empty folder. Another run may take its place.
+    It may also use a directory with logs alone: the user has copied them from an earlier run.
     """
     files = filter(Path.is_file, path.rglob("*"))
     # names with a dot in front are those of the file manager, such as .DS_Store

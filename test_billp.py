@@ -1652,7 +1652,7 @@ def test_metrics_by_hand():
     seeds = np.concatenate([envs.scores([1], [5]), envs.scores([3], [9])])
     assert envs.metrics(seeds)["Len"] == [2, -10.71, 14.71]     # Student's t of two seeds is 12.71
     assert envs.metrics(seeds)["R_traj"] == [7, -18.42, 32.42]
-    with pytest.raises(ValueError, match="different seeds or users"):
+    with pytest.raises(ValueError, match="same seeds and users"):
         envs.metrics(before, envs.scores([1], [4]))
 
 
