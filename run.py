@@ -631,8 +631,9 @@ def agent_of(saved: Json, embed: Embed) -> Agent:
 class Live(NamedTuple):
     """What is known of a command's calls at any moment, however it ends. Threads share it."""
     counts: dict[str, Counter]  # of each role: calls, and the tokens that the server counts
-    # "asked": answers that were not in the log. "empty: REASON": replies without a text. A
-    # prompts.Route adds "requests", "retries: KIND" and "system_fingerprint".
+    # "answers": those of endpoints and of their logs. "asked": those of endpoints alone. "empty:
+    # REASON": replies without a text. A prompts.Route adds "requests", "retries: KIND" and
+    # "system_fingerprint".
     stats: Json
     # of the episodes finished so far: malformed (replies), fallbacks, actions, and unnamed (actions
     # that named no free item)
@@ -669,10 +670,10 @@ def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
     return reply
 
 
-def counted_new(llm: LLM, stats: Json, ask: Ask) -> Reply:
-    """The model's reply, which was not in the log. It adds 1 to `stats["asked"]`."""
+def counted_as(name: str, llm: LLM, stats: Json, ask: Ask) -> Reply:
+    """The model's reply. It adds 1 to `stats[name]`."""
     reply = llm(ask)
-    prompts.count(stats, "asked")
+    prompts.count(stats, name)
     return reply
 
 
@@ -688,14 +689,15 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
     model_id = [run.model, run.embedding, run.extra]
     log = prompts.open_log(folder / "calls.jsonl", model_id)
     live.stats.setdefault("asked", 0)
-    # From the inside: the endpoint, its budget, a count of new answers, the log.
+    # From the inside: the endpoint, its budget, a count of new answers, the log, a count of all.
     llm = prompts.unlogged
     if not args.replay:
         # if an earlier run got a text, an empty reply is no sign of wrong settings
         llm = prompts.openai(url, run.model, extra=args.extra_body, has_spoken=log.has_spoken,
                              **options)
     llm = prompts.limited(llm, args.max_calls)
-    llm = prompts.recorded(partial(counted_new, llm, live.stats), log)
+    llm = prompts.recorded(partial(counted_as, "asked", llm, live.stats), log)
+    llm = partial(counted_as, "answers", llm, live.stats)
     if run.embedding == "hashed_ngrams":
         return llm, prompts.hashed_ngrams
     embed = prompts.unlogged
@@ -915,8 +917,8 @@ def ledger(live: Live) -> Iterator[str]:
     if table:
         yield from grid(table)
     if "asked" in stats:                # an endpoint or its log was opened
-        answers = sum(row["calls"] for row in table.values())
         asked = stats.pop("asked")
+        answers = stats.pop("answers", 0)
         known = max(answers - asked, 0)     # after Ctrl-C an answer may not be counted yet
         yield f"answers   {known} from the log, {asked} new"
         for name, value in stats.items():
@@ -973,6 +975,8 @@ def one_run(args: Namespace, live: Live) -> None:
     folder = run_directory(args, run._asdict())
     llm, embed = open_model(args, run, folder, live)
     agent = agent_of(saved, embed)
+    if args.load and not any(saved[role] for role in Agent._fields):
+        say(f"{args.load} holds empty memories: its run learned nothing")
     workers = args.workers or (1 if run.model == "offline" else run.config["batch"])
     with parallel(futures.ThreadPoolExecutor(workers), live.stop) as pmap:
         outcome = perform(run, place, agent, partial(counted, llm, live), embed,
@@ -1054,11 +1058,11 @@ def episode_of(folder: Path, pick: str) -> Json:
     return episodes[-1]
 
 
-def print_prompts(args: Namespace, phase: str, number: int) -> None:
+def print_prompts(args: Namespace, episode: Json) -> None:
     """Print what the model was sent in an episode, and what it answered.
 
     The files hold no prompts. So the run is repeated up to this phase, from its log or by the
-    stand-in, and the asks of this episode are caught.
+    stand-in, and the asks of this episode are caught. UserError if the run is not the same again.
     """
     config = read_object(args.show / "config.json")
     is_of_this_version = (config.keys() == set(Settings._fields)
@@ -1071,19 +1075,26 @@ def print_prompts(args: Namespace, phase: str, number: int) -> None:
     run = Settings(**config)
     args.replay = True                  # no endpoint is asked
     llm, embed = open_model(args, run, args.show, new_live())
+    lines = []
 
-    def printing(ask: Ask) -> Reply:
+    def caught(ask: Ask) -> Reply:
         reply = llm(ask)
-        if (ask.key.phase, ask.key.episode) == (phase, number):
-            print(f"==== {ask.role}, step {ask.key.step + 1}, attempt {ask.key.attempt + 1}")
+        if (ask.key.phase, ask.key.episode) == (episode["phase"], episode["episode"]):
+            lines.append(f"==== {ask.role}, step {ask.key.step + 1}, attempt {ask.key.attempt + 1}")
             for role, text in [*ask.messages, ("reply", reply.text)]:
-                print(f"---- {role}\n{text}")
-            print()
+                lines.append(f"---- {role}\n{text}")
+            lines.append("")
         return reply
 
     phases = phases_of(run)
-    needed = phases[:phases.index(phase) + 1]
-    perform(run, build_place(run), billp.NOVICE, printing, embed, map, needed)
+    needed = phases[:phases.index(episode["phase"]) + 1]
+    place = build_place(run)
+    outcome = perform(run, place, billp.NOVICE, caught, embed, map, needed)
+    repeated = [json.loads(dumps(describe(place.env, played))) for played in outcome.trajectories]
+    if episode not in repeated:
+        raise UserError(f"{args.show}: this episode does not come again. The data or the program "
+                        "have changed since, so its prompts cannot be made again")
+    print(*lines, sep="\n")
 
 
 def show(args: Namespace) -> None:
@@ -1095,7 +1106,7 @@ def show(args: Namespace) -> None:
     except (LookupError, TypeError, ValueError):
         raise UserError(f"{args.show} was made by another version of this program") from None
     if args.prompts:
-        print_prompts(args, episode["phase"], episode["episode"])
+        print_prompts(args, episode)
     else:
         print(text)
 

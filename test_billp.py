@@ -2502,6 +2502,10 @@ def test_show_refuses_an_unreadable_episode_in_one_line(finished, tmp_path):
     folder = tmp_path / "silent"
     succeed(*SMALL, "--method", "billp-no-model", "--out", folder)
     assert "asked no model" in refuse("--show", folder, "--prompts")
+    changed = content.replace('"thought": "', '"thought": "Not ')       # as with other data
+    run.write(tmp_path / "episodes.jsonl", changed)
+    run.write(tmp_path / "config.json", (finished / "config.json").read_text("utf-8"))
+    assert "does not come again" in refuse("--show", tmp_path, "--prompts")
 
 
 def test_show_prints_the_prompts_and_their_replies(tmp_path):
@@ -2533,6 +2537,12 @@ def test_a_loaded_run_goes_on_with_users_not_seen(tmp_path):
         load = ("--load", folder)
     assert len(set(learners)) == 12
     assert "--load" in refuse("--show", folder, "--prompts")
+
+
+def test_a_load_of_empty_memories_is_told(tmp_path):
+    succeed(*SMALL, "--method", "act", "--out", tmp_path / "a")
+    _, _, err = command(*SMALL, "--load", tmp_path / "a", "--out", tmp_path / "b")
+    assert "empty memories" in err
 
 
 def test_a_memory_knows_every_world_it_has_met():
@@ -2929,13 +2939,15 @@ def test_models_are_compared_each_with_a_log_of_its_own(tmp_path):
     pytest.importorskip("matplotlib")
     flags = ("--seeds", 1, *SMALL, "--experiment")
     with endpoint() as server:
-        live = (*flags, "table6", "--models", "m/1,n", "--base-url", server.url, "--out")
+        live = (*flags, "table6", "--models", "m/1,n,offline", "--base-url", server.url, "--out")
         succeed(*live, tmp_path / "a")
     before = read(tmp_path / "a" / "table6.json")
-    succeed(*live, tmp_path / "a", "--replay")
+    out = succeed(*live, tmp_path / "a", "--replay")
     assert read(tmp_path / "a" / "table6.json") == before
+    answers = sum(len(logged(tmp_path / "a" / name)) for name in ("m%2F1", "n"))
+    assert f"answers   {answers} from the log, 0 new" in out       # the stand-in has none
     succeed(*flags, "table5", "--rows", "billp", "--out", tmp_path / "b")
     [offline] = read(tmp_path / "b" / "table5.json")["rows"]
-    assert [row["x"] for row in before["rows"]] == ["m/1", "n"]
+    assert [row["x"] for row in before["rows"]] == ["m/1", "n", "offline"]
     assert all(row["figures"] == offline["figures"] for row in before["rows"])
     assert (tmp_path / "a" / "table6.png").stat().st_size > 5000
