@@ -379,14 +379,17 @@ def refuses(text: str) -> bool:
 def unmarked(line: str) -> str:
     """A line without the marks of lists, headings, bold letters, code or JSON.
 
-    >>> unmarked('- **"Up"** is fun'), unmarked('"Up" is fun')
-    ('Up is fun', 'Up is fun')
+    >>> unmarked('- **"Up"** is fun'), unmarked('1. "Up" is fun'), unmarked("...")
+    ('Up is fun', 'Up is fun', '')
     """
     # The reply {"category": "War", "reason": "new"} comes without its label:
     #     War", "reason": "new"}      becomes
     #     War, reason: new"}
     line = re.sub(r'",\s*"(\w+)":\s*"', r", \1: ", clean(line))
+    line = re.sub(r"^\d{1,2}[.)] ", "", line)
     content = re.sub("[*`]|__", "", line).strip(' _#>-•"{}')
+    if not re.search(r"\w", content):
+        return ""
     # A quote may have lost its partner, which was stripped just now or stood before the label. Then
     # all quotes go.
     has_unpaired_quote = content.count('"') % 2 == 1
@@ -1165,10 +1168,10 @@ VALUE_IS = re.compile(rf"""(?ix)
     """)
 # "So I'd say 7.5", "..., so 7.5", "\boxed{7.5}"
 GUESS = re.compile(rf"""(?ix)
-    (?: \b (?: answer | estimate | score | say | guess | predict | go[ ]with | put[ ]it
+    (?: \b (?: answer | estimate | score | say | think | guess | predict | go[ ]with | put[ ]it
              | a[ ]value[ ]of | so | thus | hence | therefore ) \b
       | \\boxed\{{ )
-    (?: is | it | at | about | around | would[ ]be | the[ ]value | [\s:=*_$] )* {NUMBER}
+    (?: is | it | it['’]s | at | about | around | would[ ]be | the[ ]value | [\s:=*_$] )* {NUMBER}
     """)
 # What is left out: "7.5 out of 10", "7.5 because we are at step 4", "between 0 and 10, 7.5".
 # A reason with a colon stays, "because the user likes it: 7.5": (?!.*[:=：]) is "no colon follows".

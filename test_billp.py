@@ -196,8 +196,9 @@ def plain_texts(draw):
     """
     unmarked = re.sub('[*`"]|__', "", draw(st.text(max_size=60)))
     text = prompts.clean(prompts.spoken(unmarked)).strip("#>_- '“”[]{}:：!•")
-    labels = r"(?i)(thought|action|observation|value|reflection|recommend|i |would )"
-    is_plain = text and not re.match(labels, text) and not prompts.REFUSAL.match(text)
+    labels = r"(?i)(thought|action|observation|value|reflection|recommend|i |would |\d+[.)] )"
+    has_words = re.search(r"\w", text)
+    is_plain = has_words and not re.match(labels, text) and not prompts.REFUSAL.match(text)
     return text if is_plain else "x"
 
 
@@ -1158,6 +1159,7 @@ planner | ### Thought 3\nComedy next, it was liked. | Comedy next, it was liked.
 planner | ```\nThought 3: Comedy next\n``` ; ```json\n{"thought": "Comedy next"}\n``` | Comedy next
 planner | **Thought 3:** Comedy next ; Thought 3:\n\nComedy next ; ```Comedy next``` | Comedy next
 planner | Choice: Comedy next ; Pick: Comedy next ; Comedy next\nMovie: Up | Comedy next
+planner | 1. Comedy next ; 2) Comedy next\n3) War ; ...\nComedy next | Comedy next
 planner | Comedy next\nAction 3: recommend Up ; Thought 3: Next category: Comedy next | Comedy next
 planner | Thought 3: Comedy next Action 3: recommend Up | Comedy next
 planner | <think>War?</think>Comedy next ; ~~~\nComedy next\n~~~ | Comedy next
@@ -1213,6 +1215,7 @@ critic | 8 cases have 6 on average. Thus: \boxed{7.5} ; ## Step 1: 6\n$\boxed{7.
 critic | The value is 7.5. If the user leaves, it is 0. ; The value is 7.5, above 7.2. | 7.5
 critic | The value is 7.5. The value if he leaves is 0. ; The value is 7.5 at step 4. | 7.5
 critic | I'd say the value is 7.5, below the value of 8 if he stays. ; A value of 7.5, of 10 | 7.5
+critic | Since step 4 went well, I think 7.5 ; The user liked 3 films, I think it's about 7.5. | 7.5
 critic | I'd say 7.5; the mean value is 7.2 ; I say 7.5; the average value is 7.2 | 7.5
 critic | 1. He liked it.\n2. Cases have 6.\n\nMy estimate is 7.5. ; They have 6, so I say 7.5 | 7.5
 critic | With 3 cases at 7.1, I'd estimate the value at 7.5. ; 3 have 7, so I'd put it at 7.5 | 7.5
@@ -1246,7 +1249,7 @@ any | I cannot help with that. ; I must respectfully decline. ; Apologies, but I
 any | As a helpful assistant, I cannot. ; I am an AI and have no taste. ; I won't be able to help.
 any | I regret that I cannot help. ; None of the above. ; I must refuse. ; Request denied.
 any | The content was blocked. ; N/A ; I don't feel comfortable. ; I don't know.
-any | This request goes against my rules.
+any | This request goes against my rules. ; ... ; ---
 """))
 def test_a_refusal_or_unfilled_form_is_malformed(role, reply):
     for name in ("planner", "actor", "reflector") if role == "any" else (role,):
