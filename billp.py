@@ -10,8 +10,11 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
     verdict v_n    what the actor remembers of an action: 1 encouraged if A >= 0, else 0 discouraged
     reflection     what the reflector writes after an episode; a recalled reflection is a lesson
     M_P, M_A, M_C  the memories of planner, actor and critic (an `Agent`)
-    ask            one question to the model (prompts.Ask); its key determines the draw of the
-                   answer, so that a run can be repeated
+    item line      an item as the model reads it, "Alien [Horror, Sci-Fi]"; to ground a reply is to
+                   find the item that it names
+    evidence       how often an item was encouraged and discouraged in similar states
+    ask            one question to the model (prompts.Ask); its key (prompts.Key) tells where in the
+                   run it is asked and determines the draw of the answer, so a run can be repeated
     malformed      a reply that a parser cannot use; after the last retry a role gives its fallback
 
 Recording (s, a) as encouraged makes it likelier that a is chosen in similar states. A
@@ -264,8 +267,8 @@ class Trajectory(NamedTuple):
     gained: Agent = NOVICE                  # what this episode adds to the three memories
 
 
-# What every role returns, so that all roles have one form. Only the reflector writes; the others
-# return the very same memory.
+# What every role returns, so that all roles have one form. The reflector adds to M_P. The others
+# return the very same memory: what M_A and M_C gain is known after the episode, see `study`.
 Output = tuple[Answer, Memory]
 
 
@@ -293,7 +296,7 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
 
 
 def are_alike(a: str, b: str) -> bool:
-    """Whether more than 4 of 5 words of two texts are in both: of ten words one may differ.
+    """Whether two texts share more than 4/5 of their combined words: of ten words one may differ.
 
     Small models write one lesson several times with few words changed.
     """
@@ -354,11 +357,12 @@ def ranked_lines(state: State, tried: dict[str, Candidate], catalog: Catalog,
                  config: Config) -> list[str]:
     """The lines of items that the actor may be shown, the most promising first.
 
-    An item counts by how near it is to two texts (the sum of the two cosines) plus the evidence:
-    the chance that it is encouraged, minus the average chance. The first text is what the thought
-    asks for, or without a thought all liked categories. The second text is the liked categories not
-    shown lately. With `candidates` 0, as in the paper, the remembered items are ranked by evidence
-    alone.
+    An item counts by
+        cos(item, wish) + cos(item, other) + evidence
+    where wish is what the thought asks for, or without a thought all liked categories; other is the
+    liked categories not shown lately; evidence is the chance that the item is encouraged, minus the
+    average chance (prompts.chance). With `candidates` 0, as in the paper, the remembered items are
+    ranked by evidence alone.
     """
     average = prompts.average_chance(tried.values())
     bonus = {line: prompts.chance(item, average) - average for line, item in tried.items()}
@@ -392,7 +396,7 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
             chosen.append(line)
     recent = set(tastes_of(state, config).recent)
     # False comes before True. The sort is stable: within both groups the order stays.
-    chosen.sort(key=lambda line: not recent.isdisjoint(prompts.line_tags(line)))
+    chosen.sort(key=lambda line: any(tag in recent for tag in prompts.line_tags(line)))
     return tuple(tried.get(line, Candidate(line)) for line in chosen)
 
 
@@ -541,9 +545,9 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
     if trajectory.terminated:
         valued = valued[:-1]                        # once the user has left there is no future
     answers = tuple(critic(state, agent.critic, llm, config)[0] for state in valued)
-    # any other state has the value 0
+    # the last state has the value 0 if the user left; all states have it without a critic
     values = [answer.value for answer in answers] + [0.0] * (len(states) - len(valued))
-    # only at the last step can the user have left
+    # the user can have left at the last step only
     lefts = [False] * (len(steps) - 1) + [trajectory.terminated]
     advantages = []
     m_p, m_a, m_c = EMPTY, EMPTY, EMPTY             # what this episode adds to the three memories
