@@ -1480,22 +1480,17 @@ def test_exactly_beta_and_the_floor_are_borne(place, rating, borne):
 
 
 @pytest.mark.parametrize("field, value, words", [
-    ("rate", np.ones((1, 3)), "table"), ("distance", np.ones((3, 3)), "function"),
-    ("rate", envs.table(np.ones((1, 2))), "does not fit"),
-    ("distance", envs.euclidean(np.ones((2, 2))), "does not fit"),
     ("rate", envs.table(np.full((1, 3), np.nan)), "between 1 and 5"),
     ("rate", envs.table(np.array([[0, 2, 6]])), r"between 1 and 5: \[0, 6\]"),
-    ("titles", (), "0 items"), ("titles", ("a", "b", 2.5), "2.5 is not a text"),
+    ("titles", (), "0 items"),
     ("years", (1999,), "years"), ("learners", 2, "learners"),
     ("histories", [], "0 users"), ("histories", [[0.5]], "0.5"), ("histories", [[3]], r"\{3\}"),
     ("belongs", np.ones((2, 3), bool), "belongs"),
     ("belongs", np.ones((3, 9), bool), "belongs"),
     ("vectors", np.ones((2, 2)), "vectors"), ("vectors", np.full((3, 1), np.inf), "finite"),
-    ("belongs", [[1, 0]] * 3, "an array"), ("vectors", [[1, 0]] * 3, "an array"),
-    ("vectors", np.ones(3), "no matrix"),
+    ("vectors", np.ones(3), "vectors"),
     ("rate", lambda users, items: np.ones(3), "shape"),
-    ("distance", lambda user, a, b: np.full(3, np.nan), "a number for each"),
-    ("distance", lambda user, a, b: 1.0, "a number for each")])
+    ("distance", lambda user, a, b: 1.0, "shape")])
 def test_check_refuses_a_world_that_does_not_fit(field, value, words):
     env = hand_world((0, 9, 20), (5, 5, 5))
     envs.check(env)
