@@ -480,8 +480,8 @@ def dumps(value: Any, **options: Any) -> str:
 
 
 def write(path: Path, content: str) -> None:
-    """Write, then rename: the file is whole or not there."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
+    """Write, then rename: the file is whole or not there. A draft left by a kill is hidden."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     draft.write_bytes(content.encode("utf-8", "replace"))
     os.replace(draft, path)
 
@@ -507,18 +507,15 @@ def flattened(config: Json) -> Json:
 def is_in_use(path: Path) -> bool:
     """Whether a directory holds results or answers, or files of another program.
 
-    A run that got no answer, perhaps from a mistyped model, leaves nothing but config.json, or a
-    draft of it after a kill, and in experiments an empty folder. Another run may take its place.
-    It may also use a directory with logs alone: the user has copied them from an earlier run.
+    A run that got no answer, perhaps from a mistyped model, leaves nothing but config.json, and in
+    experiments an empty folder. Another run may take its place. It may also use a directory with
+    logs alone: the user has copied them from an earlier run.
     """
     files = filter(Path.is_file, path.rglob("*"))
-    # names with a dot in front are those of the file manager, such as .DS_Store
+    # names with a dot in front are drafts, or those of the file manager, such as .DS_Store
     names = {file.name for file in files if file.name[0] != "."}
-    has_config = any(name.startswith("config.json") for name in names)
-    others = {name for name in names if not name.startswith("config.json")}
-    if not has_config:
-        others.discard("calls.jsonl")
-    return len(others) > 0
+    alone = "config.json" if "config.json" in names else "calls.jsonl"
+    return not names <= {alone}
 
 
 def run_directory(args: Namespace, config: Json) -> Path:

@@ -2397,7 +2397,7 @@ def test_a_key_of_digits_spoils_no_numbers():
 
 @pytest.mark.parametrize("workers", [1, 8])
 def test_workers_a_second_run_and_a_draft_change_nothing(workers, finished, tmp_path):
-    (tmp_path / "config.json.1.part").write_text("{")       # left by a kill
+    (tmp_path / ".config.json.1.part").write_text("{")      # left by a kill
     for _ in range(2):
         succeed(*SMALL, "--workers", workers, "--out", tmp_path)
         assert files(tmp_path) == files(finished)
