@@ -335,9 +335,11 @@ def models_of(args: Namespace) -> list[str]:
 def parse(argv: Sequence[str] | None) -> Namespace:
     """The flags, checked, with DEFAULTS filled in. UserError for a mistake."""
     args, unknown = make_parser().parse_known_args(argv)
-    if unknown:                         # words without a dash are not shown: one may be a key
-        typed = [word.partition("=")[0] for word in unknown if word.startswith("-")]
-        what = f"unknown flag {typed[0]}" if typed else "every value needs its flag, as in --seed 1"
+    if unknown:                         # a word without a dash is not shown: it may be a key
+        word = unknown[0].partition("=")[0]
+        what = "every value needs its flag, as in --seed 1"
+        if word.startswith("-"):
+            what = f"unknown flag {word}"
         raise UserError(f"{what}; --help lists the flags")
     args.given = {name for name, value in vars(args).items() if value is not None}
     for name, default in DEFAULTS.items():
@@ -1064,11 +1066,9 @@ def print_prompts(args: Namespace, episode: Json) -> None:
     config = read_object(args.show / "config.json")
     is_of_this_version = (config.keys() == set(Settings._fields)
                           and config["config"].keys() == set(Config._fields))
-    if not is_of_this_version or config["load"]:
-        raise UserError(f"{args.show} was started with --load or by another version: its "
-                        "prompts cannot be made again")
-    if config["config"]["retries"] < 0:
-        raise UserError(f"{args.show} asked no model: leave out --prompts")
+    if not is_of_this_version or config["load"] or config["config"]["retries"] < 0:
+        raise UserError(f"{args.show} asked no model, was started with --load or by another "
+                        "version: it has no prompts that can be made again")
     run = Settings(**config)
     args.replay = True                  # no endpoint is asked
     llm, embed = open_model(args, run, args.show, new_live())
