@@ -184,8 +184,6 @@ def flag(name: str) -> str:
 
 def directory(text: str) -> Path:
     """The path of a directory as it is typed."""
-    if not text:
-        raise ValueError("no directory")
     return Path(os.path.expanduser(text))
 
 
@@ -1488,9 +1486,8 @@ def experiments(args: Namespace, live: Live) -> None:
     # The most demanding world is built first. If it has too few users, the command ends before it
     # writes anything. Policies meet the same learners again, so only methods with language can lack
     # users, and the longest job needs the most.
-    language_jobs = [job for job in jobs if job.run.method in billp.METHODS]
-    longest_job = (language_jobs or jobs)[0]
-    about = build_place(longest_job.run).env.about
+    longest = max(jobs, key=lambda job: (job.run.method in billp.METHODS, job.run.episodes))
+    about = build_place(longest.run).env.about
     if about:
         say(f"world {about}")
     flags = {name: getattr(args, name) for name in ("experiment", "seeds", "models", "rows")}
