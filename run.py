@@ -1055,19 +1055,16 @@ def episode_of(folder: Path, pick: str) -> Json:
     return episodes[-1]
 
 
-def print_prompts(args: Namespace, episode: Json) -> None:
-    """Print what the model was sent in an episode, and what it answered.
+def prompts_of(args: Namespace, episode: Json) -> str:
+    """What the model was sent in an episode, and what it answered.
 
     The files hold no prompts. So the run is repeated up to this phase, from its log or by the
     stand-in, and the asks of this episode are caught. UserError if the run is not the same again.
     """
-    config = read_object(args.show / "config.json")
-    is_of_this_version = (config.keys() == set(Settings._fields)
-                          and config["config"].keys() == set(Config._fields))
-    if not is_of_this_version or config["load"] or config["config"]["retries"] < 0:
-        raise UserError(f"{args.show} asked no model, was started with --load or by another "
-                        "version: it has no prompts that can be made again")
-    run = Settings(**config)
+    run = Settings(**read_object(args.show / "config.json"))
+    if run.load or run.config["retries"] < 0:
+        raise UserError(f"{args.show} asked no model or was started with --load: it has no "
+                        "prompts that can be made again")
     args.replay = True                  # no endpoint is asked
     llm, embed = open_model(args, run, args.show, new_live())
     lines = []
@@ -1089,7 +1086,7 @@ def print_prompts(args: Namespace, episode: Json) -> None:
     if episode not in repeated:
         raise UserError(f"{args.show}: this episode does not come again. The data or the program "
                         "have changed since, so its prompts cannot be made again")
-    print(*lines, sep="\n")
+    return "\n".join(lines)
 
 
 def show(args: Namespace) -> None:
@@ -1098,12 +1095,12 @@ def show(args: Namespace) -> None:
         episode = episode_of(args.show, args.pick)
         # also a check that this version can read the episode
         text = "\n".join(story(episode))
-    except (LookupError, TypeError, ValueError):
-        raise UserError(f"{args.show} was made by another version of this program") from None
-    if args.prompts:
-        print_prompts(args, episode)
-    else:
-        print(text)
+        if args.prompts:
+            text = prompts_of(args, episode)
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{args.show} was made by another version of this program, or its data "
+                        f"are gone: {error}") from None
+    print(text)
 
 
 # ------------------------------------------------------------------------------ experiments
