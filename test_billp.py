@@ -2648,14 +2648,13 @@ FOLDER = {                                  # what lies in the folder of the tes
 --method a2c --load full ; --method bandit --workers 2 | has no effect
 --method bandit --gamma 0.9 | has no effect
 --model m --base-url x --experiment table5 --cluster a | has no effect
---experiment table5 --cluster a --workers 2 ; --experiment fig4 --users 9 | has no effect
 --experiment table6 --model m --models m,n --base-url x | has no effect
 --experiment table5 --method act ; --experiment table5 --load full | has no effect
 --out full | full
 --experiment table9 | table9
 --experiment table5 --rows act | only billp-no-macro
 --experiment table6 --models m,n | --base-url
---experiment table3 --models m,n --base-url x ; --experiment fig5 --window 2 | has no effect
+--experiment table3 --models m,n --base-url x | has no effect
 --base-url x | --model
 --replay --model m | --replay
 --base-url x --model m --extra-body 1 ; --base-url x --model m --extra-body {SECRET} | JSON object
