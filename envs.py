@@ -733,8 +733,9 @@ Oppenheimer 2023 D
 
 
 def unit(rows: Array) -> Array:
-    """[n, d]: rows scaled to length 1; a row of zeros stays."""
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+    """float32 [n, d]: rows scaled to length 1; a row of zeros stays."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return (rows / np.maximum(lengths, 1e-9)).astype(np.float32)
 
 
 def category_table(tags: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], Array]:
@@ -792,7 +793,7 @@ def films(seed: int = 0) -> Env:
     # adds to the dot product of two films, before their rows are scaled to length 1. So films that
     # share a rare one are nearer to each other.
     weight = np.sqrt(np.log(len(titles) / belongs.sum(0)))
-    vectors = unit(belongs * weight).astype(np.float32)
+    vectors = unit(belongs * weight)
     rng = np.random.default_rng(seed)
     ratings = made_up(belongs, 1000, rng)
     # the Gumbel trick: the ten largest of rating + Gumbel noise are a draw without replacement
@@ -1131,7 +1132,7 @@ def similarity_by(belongs: Array, factors: Array, one: Array, other: Array,
     """
     if belongs.any() and not fitted:
         # Prompts show categories. So a model can learn what is too similar. `films` has this beta.
-        return "categories", unit(belongs).astype(np.float32), 0.9
+        return "categories", unit(belongs), 0.9
     # Fitted distances have no natural limit. Our choice: one pair in five is too similar.
     vectors = unit(factors)
     beta = np.quantile(length_between(vectors, 0, one, other), 0.2)
@@ -1285,7 +1286,7 @@ def released_world(path: Location, name: str) -> Env:
         histories.append(last_distinct(items))
     return Env(
         titles=tuple(titles), years=(None,) * m,
-        categories=categories, belongs=belongs, vectors=unit(belongs).astype(np.float32),
+        categories=categories, belongs=belongs, vectors=unit(belongs),
         rate=table(np.clip(ratings, 1, 5)),         # predictions may lie outside the scale
         distance=partial(distance_by_half, len(train_seen), train_distances, test_distances),
         histories=histories, learners=len(train_seen),

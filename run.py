@@ -782,7 +782,7 @@ def policy_sessions(run: Settings, place: Place, phase: str) -> list[Session]:
     episodes = run.episodes if phase == "after" else 0
     policy = envs.policy_named(run.method, place.env, episodes, run.seed, run.config["gamma"])
     rng = envs.branch(run.seed, "policy")
-    played = envs.rollout(place.env, np.array(place.held_out), policy, rng)
+    played = envs.rollout(place.env, place.held_out, policy, rng)
     sessions = []
     for items, rewards in zip(played.items, played.rewards):
         shown = items[items >= 0]                   # -1 stands after the end
