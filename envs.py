@@ -197,16 +197,22 @@ def check(env: Env) -> None:
     n, m, c = len(env.histories), len(env.titles), len(env.categories)
     demand(n > 0 and m > 0, f"a world of {n} users (histories) and {m} items (titles)")
     demand(env.learners in range(n + 1), f"learners is {env.learners} for {n} histories")
-    d = np.shape(env.vectors)[-1]
-    items, every_nth = np.arange(m), 1 + n * m // 10 ** 7
+    items = np.arange(m)
+    every_nth = 1 + n * m // 10 ** 7
     users = np.arange(0, n, every_nth)
     ratings = env.rate(users[:, None], items)
-    shapes = {"years": (env.years, (m,)), "belongs": (env.belongs, (m, c)),
-              "vectors": (env.vectors, (m, d)), "what rate returns": (ratings, (len(users), m)),
-              "what distance returns": (env.distance(0, items, 0), (m,))}
-    for name, (part, shape) in shapes.items():
-        demand(np.shape(part) == shape, f"{name} has the shape {np.shape(part)}, not {shape}")
+    distances = env.distance(0, items, 0)
+    d = np.shape(env.vectors)[-1]
+    shapes = {"years": (env.years, (m,)),
+              "belongs": (env.belongs, (m, c)),
+              "vectors": (env.vectors, (m, d)),
+              "what rate returns": (ratings, (len(users), m)),
+              "what distance returns": (distances, (m,))}
+    for name, (array, shape) in shapes.items():
+        found = np.shape(array)
+        demand(found == shape, f"{name} has the shape {found} instead of {shape}")
     demand(np.isfinite(env.vectors).all(), "vectors holds a number that is not finite")
+    demand(not np.isnan(distances).any(), "distance returns NaN")
     strangers = set().union(*env.histories).difference(items)
     demand(not strangers, f"histories hold {strangers}, not one of 0..{m - 1}")
     is_sound = (ratings >= 1) & (ratings <= 5)      # false for NaN

@@ -1490,6 +1490,7 @@ def test_exactly_beta_and_the_floor_are_borne(place, rating, borne):
     ("vectors", np.ones((2, 2)), "vectors"), ("vectors", np.full((3, 1), np.inf), "finite"),
     ("vectors", np.ones(3), "vectors"),
     ("rate", lambda users, items: np.ones(3), "shape"),
+    ("distance", lambda user, a, b: np.full(3, np.nan), "NaN"),
     ("distance", lambda user, a, b: 1.0, "shape")])
 def test_check_refuses_a_world_that_does_not_fit(field, value, words):
     env = hand_world((0, 9, 20), (5, 5, 5))
