@@ -233,10 +233,8 @@ def make_parser() -> Parser:
 
 def check_values(args: Namespace) -> None:
     """UserError for a value that a flag does not take."""
-    for name in sorted(args.given):
-        value = getattr(args, name)
-        # often a variable of the shell that is not set; [] is an empty --experiment
-        if value in ("", []):
+    for name, value in args.given.items():
+        if value == "":                 # often a variable of the shell that is not set
             raise UserError(f"{flag(name)} is given without a value")
         low, high = RANGES.get(name, (0, MANY))
         if type(value) in (int, float) and not low <= value <= high:
@@ -253,7 +251,7 @@ def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
     """Pairs (flags, reason): flags without effect here, and why. `parse` refuses those given."""
     of_show = FLAGS["look at a finished run"].keys()
     if args.show:
-        yield args.given - of_show, "beside --show"
+        yield args.given.keys() - of_show, "beside --show"
         return
     yield of_show, "without --show"
     if args.models_asked == ["offline"]:
@@ -330,11 +328,9 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         if word.startswith("-"):
             what = f"unknown flag {word}"
         raise UserError(f"{what}; --help lists the flags")
-    args.given = {name for name, value in vars(args).items() if value is not None}
-    for name, default in DEFAULTS.items():
-        if name not in args.given:
-            setattr(args, name, default)
-    if args.experiment and "episodes" not in args.given:
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    args = Namespace(**vars(args) | DEFAULTS | given, given=given)
+    if args.experiment and "episodes" not in given:
         args.episodes = 100
     args.experiment = parts(args.experiment) if args.experiment else []
     check_values(args)
@@ -345,7 +341,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         args.world = f"{kind}:{os.path.normpath(folder)}"
     args.models_asked = [] if args.show else models_of(args)
     for flags, reason in idle_flags(args):
-        idle = sorted(args.given.intersection(flags))
+        idle = sorted(given.keys() & flags)
         if idle:
             raise UserError(f"{flag(idle[0])} has no effect {reason}")
     return args
@@ -374,7 +370,7 @@ def digest(text: str) -> str:
 
 def given_of(args: Namespace, names: Iterable[str]) -> Json:
     """The values of the flags among `names` that were given."""
-    return {name: getattr(args, name) for name in names if name in args.given}
+    return {name: args.given[name] for name in names if name in args.given}
 
 
 def embedding_of(args: Namespace) -> str:
