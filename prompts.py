@@ -195,7 +195,7 @@ def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
 # -------------------------------------------------------------------- the parts of a reply
 
 # What models think aloud stands between such marks. `spoken` writes each as <think> or </think>,
-# and takes away what lies between. In both patterns spaces and comments do not count; a space that
+# and takes what stands behind the last </think>. In both patterns spaces and comments do not count; a space that
 # counts is written [ ].
 THINKING = (r"(\w+[_:] | ant)?"        # chain_of_thought, seed:think, antThinking
             "(think|thinking|thoughts?|reason|reasoning|analysis|scratchpad|monologue|cot"
@@ -238,15 +238,10 @@ def spoken(text: str) -> str:
     """
     text = OPENING.sub("<think>", text)
     text = ENDING.sub("</think>", text)
-    # A pair must hold no other opening mark. Otherwise the pattern would search to the end from
-    # each of many opening marks.
-    no_other = "((?!<think>).)*?"
-    pair = f"<think>{no_other}</think>"
-    without_opening = "^.*</think>"             # the opening mark was part of the prompt
-    cut_off = "<think>.*"
-    for thinking in (pair, without_opening, cut_off):       # in this order
-        text = re.sub(thinking, "", text, flags=re.DOTALL)
-    lines = [line.strip() for line in re.sub(MARK, "\n", text).splitlines()]
+    behind = text.rpartition("</think>")[2]     # the opening mark may be part of the prompt
+    # thinking behind the answer, perhaps cut off
+    answer = behind.partition("<think>")[0].strip() or text.partition("<think>")[0]
+    lines = [line.strip() for line in re.sub(MARK, "\n", answer).splitlines()]
     return "\n".join(line for line in lines if line)
 
 
