@@ -684,7 +684,7 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     2. Titles in bold letters.
     3. Titles alone in a line.
     4. Titles elsewhere, up to a reason or categories, but not in asides.
-    5. If there are none so far: titles in a reason, last those in asides.
+    5. If there are none so far: titles in a reason or in asides.
     """
     opening = text.partition("\n")[0]
     if items_alone(opening, catalog) and not re.match(LIST_ITEM, opening):
@@ -705,8 +705,7 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
         plan = before_reason(line).partition("[")[0]
         items += items_within(plan, catalog)                               # 4
     if not items:
-        items += items_within(without_asides(text), catalog)               # 5
-        items += items_within(text, catalog)
+        items += items_within(text, catalog)                               # 5
     return items
 
 
