@@ -331,30 +331,24 @@ IS_BEST = (r"(?i)\b(?:(?:fits?|suits?|matches)\b[^,.;:!?\n]*\bbest"
            r"|(?:is|would be|seems) the (?:best|closest))\b")
 # A title may begin like a refusal, "Sorry, Wrong Number": so more of the sentence is needed.
 I_AM = "(i am|i ?['’]?m)"
-I_CANNOT = f"({I_AM} afraid (that )?)?i (can(not|['’]?t| not)|won['’]?t)"
+I_CANNOT = f"({I_AM} afraid (that )?)?({I_AM} not|i (can(not|['’]?t| not)|won['’]?t|do(n['’]?t| not)))"
 REFUSALS = (
     # "I'm really sorry, but", "Sorry, I can't"
     rf"({I_AM} (\w+ )?)?sorry(\W*$|\W+(but|that|as)\b|\W+i(['’]m| (am|can|could|do|won)))",
-    r"i apologi[sz]e\b",
     r"(my )?apologies\W+(but|i)\b",
-    r"i (must|have to) (\w+ )?decline\b",
-    r"i regret (that|to)\b",
-    r"i ((must|have to) )?refuse\b",
-    r"((the|this|your) )?(content|prompt|request) ((is|was) )?(blocked|denied|refused|rejected)\b",
+    # "I must respectfully decline"
+    r"i ((must|have to) (\w+ )?)?(apologi[sz]e|decline|regret|refuse)\b",
+    r"((the|this|your) )?(content|prompt|question|request) ((is|was) )?"
+    r"(blocked|denied|refused|rejected|goes against|violates)\b",
     r"(n/?a|null|none( of (the above|these|them))?)\W*$",
-    r"as an? (\w+ )?(ai|language model|assistant)\b",          # "As an AI"
-    # "I'm just a language model", "I am an AI and"
-    rf"{I_AM} ((just|only) )?an? (\w+ )?(ai|language model)\b",
-    rf"{I_AM} (unable|not able|not programmed) to\b",
-    r"i won['’]?t be able to\b",
-    rf"({I_AM} not|i do(n['’]?t| not) feel) comfortable\b",
-    r"this (request|prompt|question) (goes against|violates)\b",
-    r"unable to (comply|help|assist|answer|provide|recommend)\b",
-    r"i (do not|don['’]?t) have (enough|access|any)\b",
-    rf"({I_CANNOT}|i (do not|don['’]?t) know)\W*$",
+    # "As an AI", "I'm just a language model"
+    rf"(as|{I_AM}( just| only)?) an? (\w+ )?(ai|language model|assistant)\b",
+    rf"({I_AM} )?unable to\b",
+    rf"{I_CANNOT}( know)?\W*$",
+    rf"{I_CANNOT} ((feel|be) )?(able|assist|answer|choose|comfortable|comply|determine|fulfill?|have"
+    r"|programmed|provide|recommend|suggest)\b",
     # not "I can't help but recommend Up"
     rf"{I_CANNOT} help(?! but (recommend|suggest|choose|pick))\b",
-    rf"{I_CANNOT} (assist|recommend|suggest|provide|comply|answer|fulfill?|choose|determine)\b",
     rf"{I_CANNOT} (create|generate|discuss|share|do|continue( with)?) (this|that|such|so)\b",
 )
 REFUSAL = re.compile(rf"(?i)\W*(unfortunately\W+)?({'|'.join(REFUSALS)})")
