@@ -195,8 +195,8 @@ def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
 # -------------------------------------------------------------------- the parts of a reply
 
 # What models think aloud stands between such marks. `spoken` writes each as <think> or </think>,
-# and takes what stands behind the last </think>. In both patterns spaces and comments do not count; a space that
-# counts is written [ ].
+# and takes what stands behind the last </think>. In both patterns spaces and comments do not
+# count; a space that counts is written [ ].
 THINKING = (r"(\w+[_:] | ant)?"        # chain_of_thought, seed:think, antThinking
             "(think|thinking|thoughts?|reason|reasoning|analysis|scratchpad|monologue|cot"
             "|deliberation|planning)"
@@ -331,7 +331,7 @@ IS_BEST = (r"(?i)\b(?:(?:fits?|suits?|matches)\b[^,.;:!?\n]*\bbest"
            r"|(?:is|would be|seems) the (?:best|closest))\b")
 # A title may begin like a refusal, "Sorry, Wrong Number": so more of the sentence is needed.
 I_AM = "(i am|i ?['’]?m)"
-I_CANNOT = f"({I_AM} afraid (that )?)?({I_AM} not|i (can(not|['’]?t| not)|won['’]?t|do(n['’]?t| not)))"
+I_CANNOT = f"({I_AM} afraid (that )?)?({I_AM} not|i (can(not|['’]?t| not)|won['’]?t))"
 REFUSALS = (
     # "I'm really sorry, but", "Sorry, I can't"
     rf"({I_AM} (\w+ )?)?sorry(\W*$|\W+(but|that|as)\b|\W+i(['’]m| (am|can|could|do|won)))",
@@ -344,9 +344,10 @@ REFUSALS = (
     # "As an AI", "I'm just a language model"
     rf"(as|{I_AM}( just| only)?) an? (\w+ )?(ai|language model|assistant)\b",
     rf"({I_AM} )?unable to\b",
-    rf"{I_CANNOT}( know)?\W*$",
-    rf"{I_CANNOT} ((feel|be) )?(able|assist|answer|choose|comfortable|comply|determine|fulfill?|have"
+    rf"{I_CANNOT}\W*$",
+    rf"{I_CANNOT} (be )?(able|assist|answer|choose|comfortable|comply|determine|fulfill?"
     r"|programmed|provide|recommend|suggest)\b",
+    r"i (do not|don['’]?t) (feel comfortable|have (enough|access|any)|know\W*$)",
     # not "I can't help but recommend Up"
     rf"{I_CANNOT} help(?! but (recommend|suggest|choose|pick))\b",
     rf"{I_CANNOT} (create|generate|discuss|share|do|continue( with)?) (this|that|such|so)\b",
