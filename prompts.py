@@ -634,10 +634,9 @@ def items_alone(text: str, catalog: Catalog) -> list[int]:
         unnumbered = re.sub(r"^\W*\d{1,2}\b", "", line)
         without_remark = re.split(r" [-–—] | \((?!\d)", unnumbered)[0]
         after_colon = line.rpartition(": ")[2]
-        shorter = map(before_reason, (line, unnumbered, without_remark, after_colon))
         whole_titles = items_within(line, catalog)
         # first the whole line: a title may hold a number, a colon, a dash or "than"
-        for part in (line, *shorter):
+        for part in (line, before_reason(without_remark), before_reason(after_colon)):
             words = words_of(part.partition("[")[0])
             titled, words_used = leading_title(words, catalog)
             if not titled or words_used < len(words):
