@@ -2072,8 +2072,8 @@ def open_log(path: str | Path, model_id: Any) -> Log:
             record = json.loads(line)
             reply = Reply(record["text"], Usage(*record["usage"]), record.get("reason", ""))
             if isinstance(reply.text, str):
-                earlier = known.get(record["ask"])
-                if earlier is None or not earlier.text:
+                earlier = known.get(record["ask"], Reply(""))
+                if not earlier.text:
                     known[record["ask"]] = reply
                 if reply.text and record.get("role") != "embed":
                     has_spoken = True
