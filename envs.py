@@ -37,8 +37,8 @@ Rng = np.random.Generator
 Location = str | Path                   # of a folder of data files
 Function = Callable[..., Array]
 
-# Independent random streams of one seed; the first three are for run.py. The numbers never change,
-# so that a seed goes on meaning the same users.
+# Independent random streams of one seed; the first three are for run.py. The numbers must not
+# change: a seed shall give the same users in every version.
 BRANCHES = {"learners": 0, "held-out users": 1, "policy": 2, "actor-critic": 3, "data": 5,
             "bandit": 6}
 
@@ -174,7 +174,7 @@ def step(env: Env, state: EnvState, item: Array) -> tuple[EnvState, Array, Array
 
 
 def why_left(env: Env, user: int, items: Sequence[int]) -> str:
-    """The part of the rule, in words, that ended a session at the last of its items."""
+    """Why the user left at the last of these items, in words: too similar, or disappointed."""
     *earlier, item = items
     newest_first = earlier[::-1][:env.window]
     for back, other in enumerate(newest_first, 1):
@@ -265,7 +265,7 @@ def best(score: Array, allowed: Array) -> Array:
     return np.argmax(np.where(allowed, score, -np.inf), -1)
 
 
-def draw(score: Array, allowed: Array, rng: Rng) -> Array:
+def best_at_random(score: Array, allowed: Array, rng: Rng) -> Array:
     """int [B]: an allowed item of the highest score (0 or [B, m]), ties broken at random."""
     # a random number below 10^-6 decides between equals
     return best(score + 1e-6 * rng.random(allowed.shape), allowed)
@@ -280,7 +280,7 @@ def preferred(good: Array, free: Array) -> Array:
 
 def random(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """A free item, drawn with equal chances."""
-    return draw(0, free, rng)
+    return best_at_random(0, free, rng)
 
 
 # Two policies see the user's own ratings, which no real recommender knows.
@@ -368,12 +368,12 @@ def fresh(env: Env, state: EnvState, free: Array) -> Array:
 
 def varied(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """One of the `fresh` items, drawn with equal chances."""
-    return draw(0, fresh(env, state, free), rng)
+    return best_at_random(0, fresh(env, state, free), rng)
 
 
 def common_sense(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """The `fresh` item of the highest affinity."""
-    return draw(affinity(env, state), fresh(env, state, free), rng)
+    return best_at_random(affinity(env, state), fresh(env, state, free), rng)
 
 
 # ------------------------------------ policies that learn: a bandit, and an actor and critic
@@ -414,7 +414,7 @@ def features(env: Env, state: EnvState) -> Array:
 
 def bandit(weights: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """The free item of the highest predicted reward. `partial(bandit, weights)` is a `Policy`."""
-    return draw(features(env, state) @ weights, free, rng)
+    return best_at_random(features(env, state) @ weights, free, rng)
 
 
 def learn_bandit(env: Env, episodes: int, seed: int = 0) -> Policy:
@@ -431,9 +431,9 @@ def learn_bandit(env: Env, episodes: int, seed: int = 0) -> Policy:
         while len(free) > 0:
             x = features(env, state)
             predicted = x @ np.linalg.solve(square, product)
-            # scores of 0 are all equal, so `draw` takes a random item
+            # scores of 0 are all equal, so `best_at_random` takes any
             explores = rng.random((len(x), 1)) < 0.1
-            item = draw(np.where(explores, 0, predicted), free, rng)
+            item = best_at_random(np.where(explores, 0, predicted), free, rng)
             state, reward, left, cut = step(env, state, item)
             chosen = x[np.arange(len(x)), item]
             square += chosen.T @ chosen
