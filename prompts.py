@@ -1389,30 +1389,30 @@ def offline(ask: Ask) -> Reply:
 # ---------------------------------------------------------------------- the outside world
 # Endpoints over HTTP, the log of a run and its budget: the only effects of this module.
 # A request without a usable answer is a value, a Fault. Its label is the HTTP status, the name of
-# an exception or the finish_reason. The label, a server's advice and the body decide
-# its Kind. The Kind says how often such a request is sent, and what the user can do after that.
+# an exception or the finish_reason. The label, a server's advice and the body decide its Kind. The
+# Kind says how often such a request is sent, and what the user can do after that.
 
 
 class Kind(NamedTuple):
     """What is done about one kind of fault."""
     name: str
     tries: int                      # how often such a request is sent in all
-    cure: str                       # what the user can do after the last one
-    signs: str                      # a regular expression for "LABEL ADVICE BODY", see `judged`
-    # The run ends after so many such asks in a row without a text. Until then each gives an empty
-    # reply. 1 is for faults that no prompt causes. More is for those that one prompt may cause.
+    remedy: str                     # what the user can do after the last one
+    pattern: str                    # a regular expression for "LABEL ADVICE BODY", see `fault_in`
+    # The run ends after so many asks in a row that end in this kind of fault. Before that each such
+    # ask gets an empty reply. 1 is for faults that no prompt causes.
     patience: int = 1
 
 
 RESUME = "wait, then run the same command: it resumes"
 ELSEWHERE = "use the address it names as --base-url"
 OTHER_MODEL = "try another --model"
-# The first kind whose signs fit counts, so special kinds stand before general ones. Signs are
+# The first kind whose pattern fits counts, so special kinds stand before general ones. Patterns are
 # matched with texts such as
 #     '429 true {"error": {"message": "Rate limit"}}'        status, advice, body; the advice is
-#           true (ask again), false (do not) or nothing, see `judged`
+#           true (ask again), false (do not) or nothing, see `fault_in`
 #     'finish_reason length and no text'
-#     'finish_reason missing {"choices": []}'       status 200 without a choice, see `heard`
+#     'finish_reason missing {"choices": []}'       status 200 without a choice, see `read_chat`
 #     'ReadTimeout timed out'
 # A comment above a pattern quotes what it is for.
 KINDS = (
@@ -1569,21 +1569,21 @@ def count(stats: dict, name: str) -> None:
 def fault(route: Route, label: str, shown: str, searched: str = "") -> Fault:
     """The Fault with this label. `shown` is the message for the user.
 
-    `searched` is what KINDS is matched with, after the label; by default `shown`. `judged` passes
-    the body, because signs may stand outside the message.
+    `searched` is what KINDS is matched with, after the label; by default `shown`. `fault_in` passes
+    the body, because what tells the kind may stand outside the message.
     """
     reason = clean(starred(route, f"{label} {shown}"), 300)
     if len(route.key) > 3:          # here the key is starred even if it is a short or ordinary word
         reason = reason.replace(route.key, "***")
     text = f"{label} {searched or shown}"
     # the last kind fits all
-    kind = next(kind for kind in KINDS if re.match(f"(?is){kind.signs}", text))
+    kind = next(kind for kind in KINDS if re.match(f"(?is){kind.pattern}", text))
     return Fault(kind, reason)
 
 
 def failed(route: Route, got: Fault) -> EndpointError:
     """The error that ends a run because of this fault."""
-    return EndpointError(f"{without_query(route.url)}: {got.reason}; {got.kind.cure}")
+    return EndpointError(f"{without_query(route.url)}: {got.reason}; {got.kind.remedy}")
 
 
 # - the connection
@@ -1761,11 +1761,11 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
         if response.is_success and not data.get("error"):
             return read(data)       # a shape that it cannot read is a bad answer, too
     except MISSHAPEN:
-        # Without data `judged` finds no error in the body and takes the HTTP status. A status 200
+        # Without data `fault_in` finds no error in the body and takes the HTTP status. A status 200
         # is then the Kind "page".
         data = {}
     # an error status, an error in the body, or a body that `read` cannot use
-    return judged(route, response, data, text)
+    return fault_in(route, response, data, text)
 
 
 def redirected(route: Route, response: Any) -> Fault:
@@ -1783,7 +1783,7 @@ def redirected(route: Route, response: Any) -> Fault:
     return got
 
 
-def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
+def fault_in(route: Route, response: Any, data: dict, text: str) -> Fault:
     """The Fault in a response that is not an answer.
 
     KINDS is matched with "STATUS ADVICE BODY". The advice tells whether to ask again: true, false,
@@ -1810,8 +1810,8 @@ def judged(route: Route, response: Any, data: dict, text: str) -> Fault:
 
 # One ask may need several requests, and --max-calls limits the requests. `limited` wraps any LLM
 # and sees asks only. So it pays for the first request, and puts its function `charge` into CHARGE.
-# `persist` calls that function before each further request. A ContextVar is a variable with a value
-# of its own in each thread. Without `limited` the value is a function that does nothing.
+# `send` calls that function before each further request. A ContextVar is a variable with a value of
+# its own in each thread. Without `limited` the value is a function that does nothing.
 CHARGE = ContextVar("CHARGE", default=lambda: None)
 
 
@@ -1882,7 +1882,7 @@ def pause(route: Route, got: Fault, faults: int) -> None:
         raise EndpointError("stopped")
 
 
-def persist(route: Route, body: dict, read: Callable) -> Any:
+def send(route: Route, body: dict, read: Callable) -> Any:
     """Ask until `read` makes something of the answer, or else return the last Fault."""
     charge = CHARGE.get()
     tried = Counter()
@@ -1923,7 +1923,7 @@ def usage_of(route: Route, ask: Ask, data: dict) -> Usage:
     return Usage(prompt, cached, token_count(counts.get("completion_tokens")))
 
 
-def heard(route: Route, ask: Ask, data: dict) -> Any:
+def read_chat(route: Route, ask: Ask, data: dict) -> Any:
     """The reply in a chat completion, or the Fault that tells why there is none.
 
     A text counts, also one that was cut at max_tokens, unless an error or a filter broke it off. A
@@ -1982,7 +1982,7 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
     silent = Counter()              # asks without a text since the last text, of each kind
 
     def answer(ask: Ask) -> Reply:
-        got = persist(route, chat_body(model, ask), lambda data: heard(route, ask, data))
+        got = send(route, chat_body(model, ask), lambda data: read_chat(route, ask, data))
         if isinstance(got, Reply):
             route.has_spoken = True
             silent.clear()
@@ -1992,7 +1992,7 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
         has_wrong_settings = is_suspect and not route.has_spoken
         if has_wrong_settings or silent[got.kind] >= got.kind.patience:
             raise failed(route, got)
-        tell(route, "empty", f"an empty reply, because {got.reason}; {got.kind.cure}")
+        tell(route, "empty", f"an empty reply, because {got.reason}; {got.kind.remedy}")
         return Reply("", got.usage, got.reason)
     return answer
 
@@ -2033,7 +2033,7 @@ def embeddings(base_url: str, model: str, key: str | None = None, **options: Any
             part = texts[len(rows):len(rows) + batch]
             body = {"model": model, "encoding_format": "float",
                     "input": [text or " " for text in part]}        # some refuse an empty text
-            got = persist(route, body, lambda data: embedded_rows(len(part), data))
+            got = send(route, body, lambda data: embedded_rows(len(part), data))
             if not isinstance(got, Fault):
                 rows.extend(got)
                 continue
