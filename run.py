@@ -1467,9 +1467,8 @@ def experiments(args: Namespace, live: Live) -> None:
             jobs += [job for job in needed if job not in jobs]
     # the longest first, so no core waits long for another at the end
     jobs.sort(key=lambda job: -job.run.episodes)
-    # The most demanding world is built first. If it has too few users, the command ends before it
-    # writes anything. Policies meet the same learners again, so only methods with language can lack
-    # users, and the longest job needs the most.
+    # The longest job with language needs the most users: a policy meets the same learners again. Its
+    # world is built before anything is written, so a lack of users leaves no files.
     longest = max(jobs, key=lambda job: (job.run.method in billp.METHODS, job.run.episodes))
     about = build_place(longest.run).env.about
     if about:
@@ -1477,8 +1476,8 @@ def experiments(args: Namespace, live: Live) -> None:
     flags = {name: getattr(args, name) for name in ("experiment", "seeds", "models", "rows")}
     folder = run_directory(args, base._asdict() | flags)
     results = []
-    # zip asks its first argument first. So do_jobs reaches its end, where it closes its processes.
-    for samples, job in zip(do_jobs(args, jobs, folder, live), jobs):
+    for samples in do_jobs(args, jobs, folder, live):
+        job = jobs[len(results)]
         results.append(samples)
         say(f"{len(results)} of {len(jobs)} runs: {job.run.method}, {job.run.episodes} episodes, "
             f"seed {job.run.seed}")
