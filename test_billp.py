@@ -1875,7 +1875,6 @@ PARTS = [{"type": "thinking", "text": "so"}, {"type": "text", "text": "hel"},
 # one without the = at its end
 BASE64 = [base64.b64encode(np.array(row, "<f4")).decode().rstrip("=" * n)
           for n, row in enumerate(([3, 4], [4, 3]))]
-SOON = email.utils.formatdate(time.time() + 115, usegmt=True)
 ACTS = [
     completion(), completion(""), response("403", "flagged"), response("429", "try again in 20s"),
     response("500"), response("200", "<html>"), response("ReadError"), response("ReadTimeout"),
@@ -2065,22 +2064,24 @@ def test_a_refused_parameter_may_stand_outside_the_message(place):
     assert seen.ask(ASK) == GOOD and "temperature" not in seen.bodies[1]
 
 
-@pytest.mark.parametrize("header, message, low, high", table(f"""
+@pytest.mark.parametrize("header, message, low, high", table("""
 Retry-After: 7 | no | 7 | 7
 Retry-After: soon ; Retry-After: 0 ; Retry-After: Mon, 01 Jan 2001 00:00:00 GMT | no | .37 | .5
-Retry-After: {SOON} | no | 20 | 115
+Retry-After: SOON | no | 50 | 100
 retry-after-ms: 1500 | no | 1.5 | 1.5
 x: y | try again in 1500ms | 1.5 | 1.5
 x: y | Please try again in 12s. ; Please wait 12 seconds | 12 | 12
-x: y | {{"error": {{"details": [{{"retryDelay": "36s"}}]}}}} | 36 | 36
+x: y | {"error": {"details": [{"retryDelay": "36s"}]}} | 36 | 36
 x: y | try again in 1m59.5s | 119.5 | 119.5
 x: y | Please retry after 2 minutes | 120 | 120
 x: y | Please wait 1 minute 30 seconds | 90 | 90
-x: y | {{"retry_after": 25}} ; {{"retryAfter": "25s"}} ; Limit resets in 25s | 25 | 25
+x: y | {"retry_after": 25} ; {"retryAfter": "25s"} ; Limit resets in 25s | 25 | 25
 x: y | Try again after 30 seconds ; try again in about 30s ; wait for 30 seconds | 30 | 30
 x: y | wait a moment ; retry after 500 milliseconds ; Please wait 5 more seconds | .37 | .5
 """))
 def test_waits_are_what_the_server_asks_or_back_off(header, message, low, high):
+    soon = email.utils.formatdate(time.time() + 100, usegmt=True)
+    header = header.replace("SOON", soon)
     seen = client(*[response("429", message, header)] * 2)
     assert seen.ask(ASK) == GOOD and seen.waits[1] >= .75        # ours: 1 s less a quarter
     assert float(low) <= seen.waits[0] <= float(high)
