@@ -319,15 +319,16 @@ def segment(text: str, labels: Sequence[str]) -> str:
 
 
 # Words before a choice. A reply that holds them is not a refusal.
-CHOSEN = (r"\b(?:I|we)(?:['’]d| would| will|['’]ll| should)? (?:recommend|suggest|choose|pick"
-          r"|go with)\b|\b(?:answer|choice|best(?: \w+)?|closest(?: \w+)?) (?:is|would be)\b"
+CHOSEN = (r"\b(?:I|we|let me|let['’]s)(?:['’]d| would| will|['’]ll| should)?"
+          r" (?:recommend|suggest|choose|pick|go with|lean towards?)\b"
+          r"|\b(?:answer|choice|best(?: \w+)?|closest(?: \w+)?) (?:is|would be)\b"
           r"|\bbest:|\bof these,|\\boxed")
 # More words before a choice, but a refusal may hold these: "Rocky is old, so Jaws", "..., but Jaws
 # is better"
 CONCLUDED = (r"(?m:^|[,;.] )(?:so|therefore|thus|hence),? "
              r"|[,;] but (?=[^.;\n]*\b(?:better|best)\b)")
 # Words behind a choice: "Jaws fits the thought best", "Jaws is old. Up is tense. It is the best."
-IS_BEST = (r"(?i)\b(?:(?:fits?|suits?|matches)\b[^,.;:!?\n]*\bbest"
+IS_BEST = (r"(?i)\b(?:(?:fits?|suits?|matches)\b[^,.;:!?\n]*\b(?:best|most closely)"
            r"|(?:is|would be|seems) the (?:best|closest))\b")
 # A title may begin like a refusal, "Sorry, Wrong Number": so more of the sentence is needed.
 I_AM = "(i am|i ?['’]?m)"

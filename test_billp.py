@@ -1068,6 +1068,8 @@ Alien | Title: Alien\nTitle: Jaws ; ### Alien\nJaws is old. |
 Alien | Free item: Alien\nFree item: Jaws ; I recommend Alien. Do not choose Jaws. |
 Alien | My pick: Alien. I would not recommend Jaws now. ; The best fit is Alien. Then comes Jaws. |
 Jaws | I considered Alien, but it is too similar. I recommend Jaws. |
+Jaws | Alien might work. Let's go with Jaws. ; Alien could fit, but let me suggest Jaws instead. |
+Jaws | Between Alien and Jaws, I'd lean towards Jaws. ; Of Alien and Jaws, Jaws fits most closely. |
 Jaws | While Alien and Heat are tense, Jaws is better. ; Neither Alien nor Heat fits; Jaws does. |
 Jaws | I don't recommend Alien; Jaws is tense. ; Alien does not fit. Jaws does. |
 Jaws | I'm sorry, I can't find a perfect match, but Jaws is the closest. |
