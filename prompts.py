@@ -2118,7 +2118,8 @@ def unlogged(asked: Any) -> Any:
 
     It is reached only if the log lacks an answer, and raises an EndpointError.
     """
-    raise EndpointError(f"the log lacks an answer to {clean(str(asked), 90)}: run without "
+    name = [asked.role, *asked.key] if isinstance(asked, Ask) else asked
+    raise EndpointError(f"the log lacks an answer to {clean(str(name), 60)}: run without "
                         "--replay, or with the flags it was recorded with")
 
 
