@@ -528,8 +528,8 @@ def run_directory(args: Namespace, config: Json) -> Path:
         if changed:
             raise UserError(f"{path} holds a run of another configuration ({', '.join(changed)}); "
                             "choose another --out")
-    elif args.replay:
-        raise UserError(f"{path} holds no run to replay: run without --replay, or give its --out")
+    elif args.replay and not any(path.rglob("calls.jsonl")):
+        raise UserError(f"{path} holds no log to replay: run without --replay, or give its --out")
     path.mkdir(parents=True, exist_ok=True)
     write(path / "config.json", dumps(config, indent=1) + "\n")
     return path

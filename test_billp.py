@@ -2612,6 +2612,15 @@ def test_a_directory_may_hold_a_copied_log_alone(tmp_path, name, is_in_use):
     assert run.is_in_use(tmp_path)
 
 
+def test_a_copied_log_alone_is_replayed(finished, tmp_path):
+    with endpoint() as server:
+        succeed(*flags_of(server.url, tmp_path / "a"))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "calls.jsonl").rename(tmp_path / "b" / "calls.jsonl")
+    succeed(*flags_of(server.url, tmp_path / "b", "--replay"))         # the server is gone
+    assert files(tmp_path / "b") == files(finished)
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     run.write(tmp_path / "a", "old")
     with mock.patch.object(os, "replace", side_effect=OSError), pytest.raises(OSError):
