@@ -1467,8 +1467,8 @@ def experiments(args: Namespace, live: Live) -> None:
             jobs += [job for job in needed if job not in jobs]
     # the longest first, so no core waits long for another at the end
     jobs.sort(key=lambda job: -job.run.episodes)
-    # The longest job with language needs the most users: a policy meets the same learners again. Its
-    # world is built before anything is written, so a lack of users leaves no files.
+    # The longest job with language needs the most users; a policy meets the same learners again.
+    # Its world is built before anything is written, so a lack of users leaves no files.
     longest = max(jobs, key=lambda job: (job.run.method in billp.METHODS, job.run.episodes))
     about = build_place(longest.run).env.about
     if about:

@@ -1269,6 +1269,7 @@ def test_a_refusal_or_unfilled_form_is_malformed(role, reply):
     "Here is my thought process:\nJaws?\nHere is my response:\n{}",
     "Jaws?\n[BEGIN FINAL RESPONSE]\n{}", "<antThinking>Jaws?</antThinking>{}",
     "<|thinking_start|>Jaws?<|thinking_end|>{}", "<no_think>{}", "<think/>{}",
+    "{}<think>or Jaws?</think>", "<think>Jaws?</think>\n<think>or Jaws?</think>{}",
     "[REASONING]Jaws?[/REASONING]{}", "<deliberation>Jaws?</deliberation>{}",
     "<reasoning_content>Jaws?</reasoning_content>{}", "<inner_monologue>Jaws?</inner_monologue>{}",
     "<|channel|>analysis<|message|>Jaws?<|end|><|start|>assistant<|channel|>final<|message|>{}"])
@@ -2610,6 +2611,8 @@ def test_a_directory_may_hold_a_copied_log_alone(tmp_path, name, is_in_use):
     assert run.is_in_use(tmp_path) == is_in_use
     (tmp_path / "config.json").touch()
     assert run.is_in_use(tmp_path)
+    (tmp_path / name).unlink()
+    assert not run.is_in_use(tmp_path)
 
 
 def test_a_copied_log_alone_is_replayed(finished, tmp_path):
@@ -2626,6 +2629,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with mock.patch.object(os, "replace", side_effect=OSError), pytest.raises(OSError):
         run.write(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old"
+    (tmp_path / "a").unlink()
+    assert not run.is_in_use(tmp_path)          # the draft does not count
     run.write(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "new"
 
@@ -2647,7 +2652,7 @@ FOLDER = {                                  # what lies in the folder of the tes
 --world mars | mars
 --method magic | billp-no-macro
 --episodes -1 ; --episodes x | --episodes
---episodes 501 | 500 learning users
+--episodes 501 ; --experiment table3 --episodes 501 --out new | 500 learning users
 --users 501 ; --experiment table5,curve --users 501 --out new | 500 held-out
 --gamma nan | --gamma
 --load nowhere.json ; --load foreign.json ; --load verdict.json | is no memory.json
