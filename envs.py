@@ -197,24 +197,30 @@ def check(env: Env) -> None:
     n, m, c = len(env.histories), len(env.titles), len(env.categories)
     demand(n > 0 and m > 0, f"a world of {n} users (histories) and {m} items (titles)")
     demand(env.learners in range(n + 1), f"learners is {env.learners} for {n} histories")
-    items = np.arange(m)
+    for title in env.titles:
+        demand(isinstance(title, str), f"the title {title!r} is not a text")
+    for name, shape in (("years", (m,)), ("belongs", (m, c))):
+        found = np.shape(getattr(env, name))
+        demand(found == shape, f"{name} has the shape {found} instead of {shape}")
+    for name in ("belongs", "vectors"):
+        demand(isinstance(getattr(env, name), np.ndarray), f"{name} is not an array")
+    demand(env.vectors.ndim == 2 and len(env.vectors) == m, f"vectors is no matrix of {m} rows")
+    demand(np.isfinite(env.vectors).all(), "vectors holds a number that is not finite")
+    items = set(range(m))
+    for user, history in enumerate(env.histories):
+        strangers = set(history) - items
+        demand(not strangers, f"the history of user {user} has {strangers}, not one of 0..{m - 1}")
     every_nth = 1 + n * m // 10 ** 7
     users = np.arange(0, n, every_nth)
-    ratings = env.rate(users[:, None], items)
-    distances = env.distance(0, items, 0)
-    d = np.shape(env.vectors)[-1]
-    shapes = {"years": (env.years, (m,)),
-              "belongs": (env.belongs, (m, c)),
-              "vectors": (env.vectors, (m, d)),
-              "what rate returns": (ratings, (len(users), m)),
-              "what distance returns": (distances, (m,))}
-    for name, (array, shape) in shapes.items():
-        found = np.shape(array)
-        demand(found == shape, f"{name} has the shape {found} instead of {shape}")
-    demand(np.isfinite(env.vectors).all(), "vectors holds a number that is not finite")
-    demand(not np.isnan(distances).any(), "distance returns NaN")
-    strangers = set().union(*env.histories).difference(items)
-    demand(not strangers, f"histories hold {strangers}, not one of 0..{m - 1}")
+    try:
+        ratings = env.rate(users[:, None], np.arange(m))
+        distances = env.distance(0, np.arange(m), 0)
+    except (IndexError, TypeError) as error:
+        raise ValueError(f"rate or distance does not fit {n} users, {m} items: {error}; "
+                         "`table` and `euclidean` make such functions") from None
+    demand(np.shape(ratings) == (len(users), m), "rate does not return the shape of its arguments")
+    is_row = np.shape(distances) == (m,) and not np.isnan(distances).any()
+    demand(is_row, "distance does not return a number for each of its arguments")
     is_sound = (ratings >= 1) & (ratings <= 5)      # false for NaN
     unsound = ratings[~is_sound].tolist()
     demand(not unsound, f"ratings that are not between 1 and 5: {unsound[:9]}")

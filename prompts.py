@@ -1390,8 +1390,8 @@ def offline(ask: Ask) -> Reply:
 # ---------------------------------------------------------------------- the outside world
 # Endpoints over HTTP, the log of a run and its budget: the only effects of this module.
 # A request without a usable answer is a value, a Fault. Its label is the HTTP status, the name of
-# an exception or the finish_reason. The label, a server's advice and the body decide its Kind. The
-# Kind says how often such a request is sent, and what the user can do after that.
+# an exception, the finish_reason or "embeddings". The label, a server's advice and the body decide
+# its Kind. The Kind says how often such a request is sent, and what the user can do after that.
 
 
 class Kind(NamedTuple):
@@ -1467,9 +1467,9 @@ KINDS = (
          "404|405|500 .*unexpected endpoint or method"
          r"|400 .*(model.{0,60}(not (found|exist)|does not exist)|not a valid model)"),
     Kind("moved", 1, ELSEWHERE, "3.."),
-    # a web page instead of JSON, rows that are no embeddings, or anything else of no use that came
-    # with a status of success
-    Kind("page", 2, "does --base-url lack its /v1? does --embed-model give embeddings?", "2.."),
+    # a web page instead of JSON, or anything else that came with a status of success
+    Kind("page", 2, "does --base-url lack its /v1?", "2.."),
+    Kind("vectors", 2, "choose another --embed-model", "embeddings"),
     Kind("too late", 1, RESUME, "(408|409|429|5..) false"),     # it is useless to ask again
     Kind("busy", 17, RESUME, "403|429|503"),    # the waits come to 75 s and more
     Kind("request", 1, "correct the request: --model, --embed-model, --extra-body or --header",
@@ -2008,18 +2008,23 @@ def unpacked(text: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text + "=="), "<f4")
 
 
-def embedded_rows(expected: int, data: dict) -> np.ndarray:
-    """Rows of length 1 in the order of the texts, float32 [expected, d]; ValueError if it fails."""
+def embedded_rows(route: Route, expected: int, data: dict) -> Any:
+    """Rows of length 1 in the order of the texts, float32 [expected, d], or a Fault."""
     # An index of 0 is often left out. Where all are, the order counts: the sort is stable.
     entries = sorted(data["data"], key=lambda entry: int(entry.get("index") or 0))
     rows = [entry["embedding"] for entry in entries]
     if rows and isinstance(rows[0], str):       # base64, although numbers were asked for
         rows = [unpacked(row) for row in rows]
-    matrix = np.array(rows, np.float32)
-    demand(matrix.ndim == 2 and len(matrix) == expected, "one row of numbers for each text")
-    norms = np.linalg.norm(matrix, axis=1, keepdims=True)
-    demand(np.isfinite(norms).all() and norms.all(), "no row may be zero or infinite")
-    return matrix / norms
+    try:
+        matrix = np.array(rows, np.float32)
+        norms = np.linalg.norm(matrix, axis=1, keepdims=True)
+        is_sound = matrix.ndim == 2 and np.isfinite(norms).all() and norms.all()
+        if len(rows) == expected and is_sound:
+            return matrix / norms
+    except MISSHAPEN:
+        pass                    # not all are numbers, or the rows differ in length
+    return fault(route, "embeddings",
+                 f"{len(rows)} for {expected} texts, or one is no row of numbers, zero or infinite")
 
 
 def embeddings(base_url: str, model: str, key: str | None = None, **options: Any) -> Embed:
@@ -2034,7 +2039,7 @@ def embeddings(base_url: str, model: str, key: str | None = None, **options: Any
             part = texts[len(rows):len(rows) + batch]
             body = {"model": model, "encoding_format": "float",
                     "input": [text or " " for text in part]}        # some refuse an empty text
-            got = send(route, body, lambda data: embedded_rows(len(part), data))
+            got = send(route, body, lambda data: embedded_rows(route, len(part), data))
             if not isinstance(got, Fault):
                 rows.extend(got)
                 continue
@@ -2042,6 +2047,8 @@ def embeddings(base_url: str, model: str, key: str | None = None, **options: Any
             if len(part) == 1 or not is_too_much:
                 raise failed(route, got)
             batch = len(part) // 2          # kept from now on
+        if len({len(row) for row in rows}) > 1:
+            raise EndpointError(f"{without_query(route.url)}: embeddings of different sizes")
         return np.array(rows)
     return answer
 

@@ -84,10 +84,10 @@ FLAGS = {                               # group -> flag -> what it does
         "method": f"{', '.join(METHOD_NAMES)} (default billp)",
         "world": f"{WORLDS} (default films); fitted is csv with similarity by fitted vectors",
         "episodes": "learning episodes (default 50; 100 in experiments)",
-        "users": "held-out users to evaluate on (default 50); fig4 takes two",
+        "users": "held-out users to evaluate on (default 50)",
         "seed": "determines every random draw (default 0)",
-        "workers": "sessions played at once (default: 1 offline, else a batch); in offline "
-                   "experiments without --cluster: runs at once (default: all cores)",
+        "workers": "sessions played at once (default: 1 offline, else a batch); "
+                   "in offline experiments: runs at once (default: all cores)",
         "out": "run directory (default: one of its own under runs/)",
         "load": "go on from the memories of another run; with its world and seed, learners already "
                 "met are skipped",
@@ -271,8 +271,17 @@ def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
         return
     # each row has its own method, which sets these switches
     yield ("method", "load", *OF_METHODS), "beside --experiment"
-    if "table6" not in args.experiment:
+    if args.cluster:
+        yield ["workers"], "beside --cluster"
+    if {EXPERIMENTS[name].measure for name in args.experiment} == {"errors"}:
+        yield ["users"], "here: fig4 takes two users"
+    varied = {EXPERIMENTS[name].varied for name in args.experiment}      # "" for none
+    if "model" not in varied:
         yield ["models"], "without --experiment table6"
+    # Only if every experiment varies it: in fig4,fig5 the runs of fig5 still use --episodes.
+    for name in ("window", "episodes"):
+        if varied == {name}:
+            yield [name], "here: the experiment varies it"
 
 
 def variable(name: str) -> str:

@@ -1483,18 +1483,22 @@ def test_exactly_beta_and_the_floor_are_borne(place, rating, borne):
 
 
 @pytest.mark.parametrize("field, value, words", [
+    ("rate", np.ones((1, 3)), "table"), ("distance", np.ones((3, 3)), "function"),
+    ("rate", envs.table(np.ones((1, 2))), "does not fit"),
+    ("distance", envs.euclidean(np.ones((2, 2))), "does not fit"),
     ("rate", envs.table(np.full((1, 3), np.nan)), "between 1 and 5"),
     ("rate", envs.table(np.array([[0, 2, 6]])), r"between 1 and 5: \[0, 6\]"),
-    ("titles", (), "0 items"),
+    ("titles", (), "0 items"), ("titles", ("a", "b", 2.5), "2.5 is not a text"),
     ("years", (1999,), "years"), ("learners", 2, "learners"),
     ("histories", [], "0 users"), ("histories", [[0.5]], "0.5"), ("histories", [[3]], r"\{3\}"),
     ("belongs", np.ones((2, 3), bool), "belongs"),
     ("belongs", np.ones((3, 9), bool), "belongs"),
     ("vectors", np.ones((2, 2)), "vectors"), ("vectors", np.full((3, 1), np.inf), "finite"),
-    ("vectors", np.ones(3), "vectors"),
+    ("belongs", [[1, 0]] * 3, "an array"), ("vectors", [[1, 0]] * 3, "an array"),
+    ("vectors", np.ones(3), "no matrix"),
     ("rate", lambda users, items: np.ones(3), "shape"),
-    ("distance", lambda user, a, b: np.full(3, np.nan), "NaN"),
-    ("distance", lambda user, a, b: 1.0, "shape")])
+    ("distance", lambda user, a, b: np.full(3, np.nan), "a number for each"),
+    ("distance", lambda user, a, b: 1.0, "a number for each")])
 def test_check_refuses_a_world_that_does_not_fit(field, value, words):
     env = hand_world((0, 9, 20), (5, 5, 5))
     envs.check(env)
@@ -2282,6 +2286,8 @@ def test_embeddings_are_unit_rows_in_order():
     assert [body.get("encoding_format") for body in seen.bodies] == ["float", None, None]
     seen.ask([""])
     assert seen.bodies[-1]["input"] == [" "]
+    of_two_models = embedder(given_rows(*[[1, 0]] * 64), given_rows([1]))
+    assert "sizes" in failure(of_two_models.ask, ["a"] * 65)
 
 
 @pytest.mark.parametrize("act", [
@@ -2652,7 +2658,7 @@ FOLDER = {                                  # what lies in the folder of the tes
 --world mars | mars
 --method magic | billp-no-macro
 --episodes -1 ; --episodes x | --episodes
---episodes 501 ; --experiment table3 --episodes 501 --out new | 500 learning users
+--episodes 501 ; --experiment fig3 --seeds 1 --episodes 501 --out new | 500 learning users
 --users 501 ; --experiment table5,curve --users 501 --out new | 500 held-out
 --gamma nan | --gamma
 --load nowhere.json ; --load foreign.json ; --load verdict.json | is no memory.json
@@ -2664,13 +2670,14 @@ FOLDER = {                                  # what lies in the folder of the tes
 --method a2c --load full ; --method bandit --workers 2 | has no effect
 --method bandit --gamma 0.9 | has no effect
 --model m --base-url x --experiment table5 --cluster a | has no effect
+--experiment table5 --cluster a --workers 2 ; --experiment fig4 --users 9 | has no effect
 --experiment table6 --model m --models m,n --base-url x | has no effect
 --experiment table5 --method act ; --experiment table5 --load full | has no effect
 --out full | full
 --experiment table9 | table9
 --experiment table5 --rows act | only billp-no-macro
 --experiment table6 --models m,n | --base-url
---experiment table3 --models m,n --base-url x | has no effect
+--experiment table3 --models m,n --base-url x ; --experiment fig5 --window 2 | has no effect
 --base-url x | --model
 --replay --model m | --replay
 --base-url x --model m --extra-body 1 ; --base-url x --model m --extra-body {SECRET} | JSON object
