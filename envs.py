@@ -38,7 +38,7 @@ Location = str | Path                   # of a folder of data files
 Function = Callable[..., Array]
 
 # Independent random streams of one seed; the first three are for run.py. The numbers must not
-# change: a seed shall give the same users in every version.
+# change, so that a seed gives the same users in every version.
 BRANCHES = {"learners": 0, "held-out users": 1, "policy": 2, "actor-critic": 3, "data": 5,
             "bandit": 6}
 
@@ -50,7 +50,7 @@ def branch(seed: int, purpose: str) -> Rng:
 
 # ------------------------------------------------------------- the world and its leaving rule
 
-# the fields of Env that make up the rule of leaving; run.py makes them flags
+# the rule of leaving: fields of Env, and flags of run.py
 RULE = ("window", "beta", "floor", "grace", "max_steps")
 
 
@@ -127,7 +127,7 @@ def reset(env: Env, user: Array) -> EnvState:
     return EnvState(user, nothing, np.zeros_like(user))
 
 
-def with_all(env: Env, state: EnvState) -> tuple[EnvState, Array]:
+def with_every_item(env: Env, state: EnvState) -> tuple[EnvState, Array]:
     """B sessions and all m items, in shapes that broadcast to [B, m].
 
     In the sessions user and t become [B, 1], and recent becomes [B, 1, W]. Items are [m]. So
@@ -140,12 +140,12 @@ def with_all(env: Env, state: EnvState) -> tuple[EnvState, Array]:
 def distance_to_recent(env: Env, state: EnvState, item: Array) -> Array:
     """The distance of an item to the nearest of the last W items; infinite if there are none.
 
-    It is [B] for B sessions with an item each, and [B, m] for what `with_all` returns.
+    It is [B] for B sessions with an item each, and [B, m] for what `with_every_item` returns.
     """
     smallest = np.full(np.broadcast(state.user, item).shape, np.inf)
     # one place after the other: all at once is slower with many items
     for place in range(env.window):
-        other = state.recent[..., place]        # [B], or [B, 1] after `with_all`
+        other = state.recent[..., place]        # [B], or [B, 1] after `with_every_item`
         # an empty place is -1, which indexes the last item: that distance is dropped
         distance = env.distance(state.user, other, item)
         smallest = np.minimum(smallest, np.where(other < 0, np.inf, distance))
@@ -294,7 +294,7 @@ def random(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
 
 def greedy(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """The free item that the user rates best. It does not look ahead."""
-    sessions, every = with_all(env, state)
+    sessions, every = with_every_item(env, state)
     return best(env.rate(sessions.user, every), free)
 
 
@@ -304,7 +304,7 @@ def oracle(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     It knows the rule but does not plan, so it is not proven to be an upper bound. In practice
     nearly every user stays to the cap.
     """
-    sessions, every = with_all(env, state)
+    sessions, every = with_every_item(env, state)
     ratings = env.rate(sessions.user, every)
     stays = ~leaves(env, sessions, every, ratings)
     return best(ratings, preferred(stays, free))
@@ -329,7 +329,7 @@ def popular(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> 
 
 def one_list(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """The free item of most appeal [m] that is not too similar. See `popular`."""
-    sessions, every = with_all(env, state)
+    sessions, every = with_every_item(env, state)
     different = distance_to_recent(env, sessions, every) >= env.beta
     return best(appeal, preferred(different, free))
 
@@ -393,7 +393,7 @@ def new_sessions(env: Env, episodes: int, rounds: int,
     taken in a random order, again and again until there are enough. With fewer episodes than rounds
     some rounds are empty.
     """
-    if env.learners == 0:
+    if env.learners == 0:           # of nobody `np.resize` would make user 0
         return
     users = np.resize(rng.permutation(env.learners), episodes)      # repeats the order
     for group in np.array_split(users, rounds):
@@ -410,9 +410,9 @@ def remaining(state: EnvState, free: Array, item: Array, over: Array) -> tuple[E
 
 def features(env: Env, state: EnvState) -> Array:
     """float [B, m, 4]: distance to the nearest of the last W, overlap, affinity, 1."""
-    sessions, every = with_all(env, state)
-    # at the first step the distance is infinite, which a regression cannot use, so it has a cap;
-    # worlds measure distance in different units, and beta tells what is far in each
+    sessions, every = with_every_item(env, state)
+    # At the first step the distance is infinite, which a regression cannot use. So it has a cap.
+    # Worlds measure distance in different units. Beta tells what is far in each.
     distance = np.minimum(distance_to_recent(env, sessions, every), 2 * env.beta)
     one = np.ones_like(distance)
     return np.stack([distance, overlap(env, state), affinity(env, state), one], -1)
@@ -472,7 +472,7 @@ def observe(env: Env, state: EnvState) -> Array:
 def log_chances(env: Env, weights: Weights, x: Array, items: Array, free: Array) -> Array:
     """float [B, k]: the logarithm of the chance that the actor takes each of k items.
 
-    free [B, k] tells which it may take.
+    free [B, k] tells which it may take. A user to whom none is free gets any.
     """
     fit = x @ weights.match @ env.vectors[items].T + weights.appeal[items]
     # not -inf, because 0 * -inf would make the entropy NaN
@@ -542,12 +542,12 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5) -> Pol
     weights = Weights(np.zeros((width, d)), np.zeros(m), np.zeros(width))
     squares = [np.full_like(weight, 1e-6) for weight in weights]
     # while it learns it chooses among a few items, which is quicker
-    choices = min(m, max(64, m // 16))
+    few = min(m, max(64, m // 16))
     for state, free in new_sessions(env, episodes, 200, rng):
         while len(free) > 0:
             x = observe(env, state)
-            # The same few for all sessions of this step. A user to whom none is free gets any.
-            items = rng.choice(m, choices, replace=False)
+            # the same for all sessions of this step
+            items = rng.choice(m, few, replace=False)
             log_chance = log_chances(env, weights, x, items, free[:, items])
             # the Gumbel trick: the largest of log chance + Gumbel noise is a draw by the chances
             pick = np.argmax(log_chance + rng.gumbel(size=log_chance.shape), 1)
@@ -812,7 +812,6 @@ def films(seed: int = 0) -> Env:
     keys = ratings + rng.gumbel(size=ratings.shape)
     largest_first = np.argsort(-keys, 1)
     # Between vectors of length 1 a distance below 0.9 is a cosine above 1 - 0.9 ** 2 / 2 = 0.595.
-    # With these weights that is the rule of the docstring, with its 17 exceptions.
     return Env(
         titles=tuple(titles), years=tuple(years),
         categories=categories, belongs=belongs, vectors=vectors,
@@ -866,7 +865,7 @@ def reason_of(error: Exception) -> str:
 
 @contextmanager
 def reading(path: Location, names: Sequence[str], advice: str, world: str = "") -> Iterator[Path]:
-    """The file of `find_file`. If anything fails inside the block, BadData names the file."""
+    """The file of `find_file`, for a `with` block. If the block fails, BadData names the file."""
     folder = Path(os.path.expanduser(path))         # an unknown ~name stays as it is
     if not folder.is_dir():
         raise BadData(f"{folder} is no folder; {advice}")
@@ -901,7 +900,8 @@ def columns(header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
     places = {}
     for name, aliases in ALIASES.items():
         if name == "item" and "title" not in needed:
-            aliases = aliases.replace(" id ", " ")      # outside the list of items it numbers lines
+            # in the list of items "id" is the item's, in ratings it numbers the lines
+            aliases = aliases.replace(" id ", " ")
         present = [alias for alias in aliases.split() if alias in plain]
         if present:
             places[name] = plain.index(present[0])
@@ -982,9 +982,8 @@ def timestamp(text: str) -> float:
     except ValueError:
         # before Python 3.11 a date may not end in Z
         date = datetime.fromisoformat(text.replace("Z", "+00:00"))
-        if date.tzinfo is None:             # as UTC, so that it means the same everywhere
-            date = date.replace(tzinfo=timezone.utc)
-        return date.timestamp()
+        # without a time zone it counts as UTC, so that it means the same everywhere
+        return date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp()
 
 
 # votes are an array [N] of such records, in which users and items are numbers
@@ -1031,14 +1030,13 @@ def groups(keys: Array) -> list[Array]:
 
 
 def ridge(own: Array, other: Array, ratings: Array, fixed: Array, count: int) -> Array:
-    """float32 [count, k + 1]: factors and bias of each user, while those of the items are fixed.
+    """float32 [count, k + 1]: the k factors and the bias of each of `count` users.
 
-    For the items' factors `als` calls it with users and items exchanged.
-
-    A factor is one of the k numbers that describe a user or an item. `fixed` holds the k factors of
-    each item and, behind them, its bias. ratings[i] is the rating of item other[i] by user own[i],
-    minus the global offset. There are `count` users. The penalty on a factor is 3 + a tenth of the
-    user's number of ratings, that on the bias is 3.
+    ratings[i] is the rating of item other[i] by user own[i], minus the global offset. `fixed`
+    [items, k + 1] holds the items' factors and biases, which stay as they are. A factor is one of
+    the k numbers that describe a user or an item. The penalty on a factor is 3 + a tenth of the
+    user's number of ratings. That on the bias is 3.
+    To fit the items, `als` exchanges users and items.
     """
     # rating - item's bias = [item's factors, 1] @ [user's factors, user's bias]
     targets = ratings - fixed[other, -1]
@@ -1081,7 +1079,8 @@ def star_limits(model: Factorisation, votes: Array) -> Array:
     """
     shares_below = np.array([(votes["rating"] < edge).mean() for edge in (1.5, 2.5, 3.5, 4.5)])
     limits = np.quantile(predict(model, votes["user"], votes["item"]), shares_below)
-    # a rating that no vote gives is never predicted, neither below the others nor above them
+    # A rating that no vote gives is never predicted. The quantile 0 would be the lowest prediction
+    # for a vote, and predictions for other pairs may lie below it.
     limits[shares_below == 0] = -np.inf
     limits[shares_below == 1] = np.inf
     return limits
@@ -1148,7 +1147,7 @@ def similarity_by(belongs: Array, factors: Array, one: Array, other: Array,
     # Fitted distances have no natural limit. Our choice: one pair in five is too similar.
     vectors = unit(factors)
     beta = np.quantile(length_between(vectors, 0, one, other), 0.2)
-    # Say why: the file may have categories in a column whose name is not in ALIASES.
+    # The name tells why: the categories may stand in a column whose name is not in ALIASES.
     name = "fitted vectors" if fitted else "fitted vectors, because no item has a category"
     return name, vectors, float(beta)
 
@@ -1164,12 +1163,11 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
     # a copy, by user, then by time: the last key counts most
     votes = votes[np.lexsort((votes["time"], votes["user"]))]
     votes["rating"], mapping = rescaled(votes["rating"])
-    # Number the users at random, because the first half of them will learn. The votes of each stay
-    # in the order of time.
+    # Number the users at random, because the first half of them will learn.
     new_number = rng.permutation(n)
     votes["user"] = new_number[votes["user"]]
-    held_out = rng.permutation(size) < size // 10           # true for a random tenth
-    train, test = votes[~held_out], votes[held_out]
+    is_test = rng.permutation(size) < size // 10            # true for a random tenth
+    train, test = votes[~is_test], votes[is_test]
     model = als(train, n, m, rank=12)
     biases = als(train, n, m, rank=0)       # no factors: biases alone
     titles, years, tags = zip(*entries)

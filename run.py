@@ -273,15 +273,15 @@ def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
     yield ("method", "load", *OF_METHODS), "beside --experiment"
     if args.cluster:
         yield ["workers"], "beside --cluster"
-    if {EXPERIMENTS[name].measure for name in args.experiment} == {"errors"}:
+    asked = set(args.experiment)
+    if asked == {"fig4"}:
         yield ["users"], "here: fig4 takes two users"
-    varied = {EXPERIMENTS[name].varied for name in args.experiment}      # "" for none
-    if "model" not in varied:
+    if "table6" not in asked:
         yield ["models"], "without --experiment table6"
-    # Only if every experiment varies it: in fig4,fig5 the runs of fig5 still use --episodes.
-    for name in ("window", "episodes"):
-        if varied == {name}:
-            yield [name], "here: the experiment varies it"
+    if asked == {"fig5"}:
+        yield ["window"], "here: the experiment varies it"
+    if asked <= {"fig4", "curve"}:      # beside these two, other experiments use --episodes
+        yield ["episodes"], "here: the experiment varies it"
 
 
 def variable(name: str) -> str:
@@ -330,13 +330,14 @@ def models_of(args: Namespace) -> list[str]:
 
 def parse(argv: Sequence[str] | None) -> Namespace:
     """The flags, checked, with DEFAULTS filled in. UserError for a mistake."""
-    args, unknown = make_parser().parse_known_args(argv)
+    parser = make_parser()
+    args, unknown = parser.parse_known_args(argv)
     if unknown:                         # a word without a dash is not shown: it may be a key
         word = unknown[0].partition("=")[0]
         what = "every value needs its flag, as in --seed 1"
         if word.startswith("-"):
             what = f"unknown flag {word}"
-        raise UserError(f"{what}; --help lists the flags")
+        parser.error(what)
     given = {name: value for name, value in vars(args).items() if value is not None}
     args = Namespace(**vars(args) | DEFAULTS | given, given=given)
     if args.experiment and "episodes" not in given:
@@ -408,7 +409,7 @@ def without_idle_learning(run: Settings) -> Settings:
 def settings(args: Namespace, saved: Json) -> Settings:
     """What the flags and the environment ask for. `saved` is what `read_memory` gives.
 
-    In experiments the method is the default here; `settings_of` sets that of each row.
+    In experiments `settings_of` replaces the method by that of each row.
     """
     config = Config()._asdict() | billp.METHODS.get(args.method, {})
     extra = dumps(args.extra_body, sort_keys=True)          # the same for all ways to write it
@@ -418,10 +419,11 @@ def settings(args: Namespace, saved: Json) -> Settings:
         first=learners_met(saved, args.world, args.seed), load=saved["digest"],
         extra=digest(extra) if args.extra_body else "",
         config=config | given_of(args, Config._fields), rule=given_of(args, envs.RULE))
-    # Here act and react keep their learning episodes, although they learn nothing: the episodes can
-    # be looked at, and the difference between before and after shows what chance alone does.
-    # In experiments `settings_of` drops them.
-    return without_idle_learning(run) if args.method in envs.POLICIES else run
+    # act and react learn nothing, too, but keep their learning episodes here: these can be looked
+    # at, and after minus before shows what chance alone does. `settings_of` drops them.
+    if args.method in envs.POLICIES:
+        run = without_idle_learning(run)
+    return run
 
 
 # ---------------------------------------------------------------------------------- world
@@ -510,8 +512,7 @@ def is_in_use(path: Path) -> bool:
     files = filter(Path.is_file, path.rglob("*"))
     # names with a dot in front are drafts, or those of the file manager, such as .DS_Store
     names = {file.name for file in files if file.name[0] != "."}
-    alone = "config.json" if "config.json" in names else "calls.jsonl"
-    return not names <= {alone}
+    return names not in [set(), {"config.json"}, {"calls.jsonl"}]
 
 
 def run_directory(args: Namespace, config: Json) -> Path:
@@ -522,9 +523,9 @@ def run_directory(args: Namespace, config: Json) -> Path:
     """
     label = "+".join(args.experiment) or args.method
     kind = args.world.partition(":")[0]
-    varied = given_of(args, [*Config._fields, *envs.RULE])
-    flags = "".join(f"-{field}{value}" for field, value in varied.items())
-    name = f"{kind}-{label}-seed{args.seed}{flags}-{digest(dumps(config))[:6]}"
+    given = given_of(args, [*Config._fields, *envs.RULE])
+    suffix = "".join(f"-{field}{value}" for field, value in given.items())
+    name = f"{kind}-{label}-seed{args.seed}{suffix}-{digest(dumps(config))[:6]}"
     path = args.out or Path("runs", name)
     earlier = read_object(path / "config.json")
     if is_in_use(path):
@@ -595,14 +596,11 @@ def learners_met(saved: Json, world: str, seed: int) -> int:
 
     UserError if the memory may have learned from users that this seed holds out.
     """
-    # In worlds of ratings the seed decides who is held out. With another seed, users who are held
-    # out now may have been learners then. Two folders may hold the same data, so the folders are
-    # not compared. In films another seed makes other users. In steam and amazon the files tell who
-    # is held out.
+    # Only in worlds of ratings does the seed decide which of the same users are held out. Two
+    # folders may hold the same data, so their names are not compared.
     for earlier_world, earlier_seed in saved["met"]:
         kinds = {name.partition(":")[0] for name in (world, earlier_world)}
-        both_split = kinds.issubset(OF_RATINGS)
-        if both_split and seed != earlier_seed:
+        if kinds.issubset(OF_RATINGS) and seed != earlier_seed:
             raise UserError(f"--load: this memory may know users that --seed {seed} holds out; "
                             f"use its own --seed {earlier_seed}")
     return saved["met"].get((world, seed), 0)
@@ -628,8 +626,8 @@ class Live(NamedTuple):
     # REASON": replies without a text. A prompts.Route adds "requests", "retries: KIND" and
     # "system_fingerprint".
     stats: Json
-    # of the episodes finished so far: malformed (replies), fallbacks, actions, and unnamed (actions
-    # that named no free item)
+    # counted in the episodes finished so far: malformed, fallbacks, actions, and unnamed, which are
+    # actions that named no free item
     replies: Counter
     failures: list[Exception]   # of calls that failed for good
     stop: Event                 # set when no further call shall begin
@@ -681,7 +679,7 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
     folder.mkdir(exist_ok=True)
     model_id = [run.model, run.embedding, run.extra]
     log = prompts.open_log(folder / "calls.jsonl", model_id)
-    live.stats.setdefault("asked", 0)
+    live.stats.setdefault("asked", 0)   # tells `ledger` that a log was opened
     # From the inside: the endpoint, its budget, a count of new answers, the log, a count of all.
     llm = prompts.unlogged
     if not args.replay:
@@ -708,16 +706,14 @@ def parallel(pool: futures.Executor, stop: Event) -> Iterator[Callable]:
     """
     try:
         yield pool.map
-    except (KeyboardInterrupt, GeneratorExit):
+    except BaseException as error:
+        stop.set()
         # GeneratorExit: Ctrl-C came while the generator `do_jobs` waited at its yield
-        stop.set()
-        pool.shutdown(wait=False)
-        for process in active_children():       # those of `offline_pool` ignore Ctrl-C
-            process.terminate()
-        raise
-    except BaseException:
-        stop.set()
-        pool.shutdown()
+        is_ctrl_c = isinstance(error, (KeyboardInterrupt, GeneratorExit))
+        pool.shutdown(wait=not is_ctrl_c)
+        if is_ctrl_c:
+            for process in active_children():   # those of `offline_pool` ignore Ctrl-C
+                process.terminate()
         raise
     pool.shutdown()
 
@@ -740,10 +736,11 @@ def count_replies(trajectory: Trajectory, replies: Counter) -> None:
     answers = list(trajectory.answers)
     for step in trajectory.steps:
         answers += [step.plan, step.act]
-        replies["actions"] += 1
-        replies["unnamed"] += not step.act.exact
-    replies["malformed"] += sum(answer.malformed for answer in answers)
-    replies["fallbacks"] += sum(answer.fallback for answer in answers)
+    replies["actions"] += len(trajectory.steps)
+    for answer in answers:
+        replies["malformed"] += answer.malformed
+        replies["fallbacks"] += answer.fallback
+        replies["unnamed"] += not answer.exact      # only an actor's answer can be inexact
 
 
 def watched(pmap: Callable, run: Settings, live: Live) -> Callable:
@@ -751,14 +748,14 @@ def watched(pmap: Callable, run: Settings, live: Live) -> Callable:
     lengths_of = defaultdict(list)      # of the episodes so far, by phase
 
     def watched_map(function: Callable, users: Sequence[int], keys: Sequence[Key]) -> Iterator:
+        phase = keys[0].phase
+        lengths = lengths_of[phase]
+        total = run.episodes if phase == "learn" else run.users
         for trajectory in pmap(function, users, keys):
             if run.config["retries"] >= 0:          # otherwise no model is asked
                 count_replies(trajectory, live.replies)
-            phase = trajectory.last.key.phase
-            lengths = lengths_of[phase]
             length, _ = billp.score(trajectory)
             lengths.append(length)
-            total = run.episodes if phase == "learn" else run.users
             done = len(lengths)
             if done % 10 == 0 or done == total:
                 # the stand-in has no log, so its answers are not told as new
@@ -831,8 +828,7 @@ def describe(env: envs.Env, trajectory: Trajectory) -> Json:
         items = [step.act.value for step in trajectory.steps]
         left = prompts.clean(envs.why_left(env, trajectory.user, items))
     key, gained = trajectory.last.key, trajectory.gained
-    # false before and after learning, and without --experience
-    was_credited = bool(gained.actor)
+    was_credited = bool(gained.actor)       # only learning with --experience writes M_A
     return {"phase": key.phase, "episode": key.episode, "user": trajectory.user,
             "history": trajectory.last.history, "steps": steps, "left": left,
             "values": trajectory.values if was_credited else (),
@@ -863,14 +859,10 @@ def summarise(run: Settings, outcome: Outcome, live: Live, began: float) -> Json
         "seconds": round(time.perf_counter() - began, 2)}
 
 
-def interval(figure: Sequence[float]) -> str:
-    """A mean with its interval."""
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*figure)
-
-
 def spelled(figures: dict[str, Sequence[float]]) -> dict[str, str]:
     """Means with their intervals, as cells of a `grid`."""
-    return {f"{name} [95 %]": interval(figure) for name, figure in figures.items()}
+    form = "{:.2f} [{:.2f}, {:.2f}]"
+    return {f"{name} [95 %]": form.format(*figure) for name, figure in figures.items()}
 
 
 def grid(rows: Table) -> list[str]:
@@ -879,11 +871,11 @@ def grid(rows: Table) -> list[str]:
     >>> grid({"actor": {"calls": 12}, "critic": {}}), grid({"a": {"": "low"}})
     (['        calls', 'actor      12', 'critic      0'], ['', 'a  low'])
     """
-    names = dict.fromkeys(name for cells in rows.values() for name in cells)
+    columns = dict.fromkeys(name for cells in rows.values() for name in cells)
     labels = ["", *rows]
     label_width = max(map(len, labels))
     lines = [label.ljust(label_width) for label in labels]
-    for name in names:
+    for name in columns:
         column = [name, *(str(cells.get(name, 0)) for cells in rows.values())]
         width = max(map(len, column))
         lines = [f"{line}  {cell:>{width}}" for line, cell in zip(lines, column)]
@@ -968,7 +960,7 @@ def one_run(args: Namespace, live: Live) -> None:
     folder = run_directory(args, run._asdict())
     llm, embed = open_model(args, run, folder, live)
     agent = agent_of(saved, embed)
-    if args.load and not any(saved[role] for role in Agent._fields):
+    if args.load and agent == billp.NOVICE:
         say(f"{args.load} holds empty memories: its run learned nothing")
     workers = args.workers or (1 if run.model == "offline" else run.config["batch"])
     with parallel(futures.ThreadPoolExecutor(workers), live.stop) as pmap:
@@ -1061,8 +1053,8 @@ def prompts_of(args: Namespace, episode: Json) -> str:
     if run.load or run.config["retries"] < 0:
         raise UserError(f"{args.show} asked no model or was started with --load: it has no "
                         "prompts that can be made again")
-    args.replay = True                  # no endpoint is asked
-    llm, embed = open_model(args, run, args.show, new_live())
+    log_alone = Namespace(**vars(args) | {"replay": True})      # no endpoint is asked
+    llm, embed = open_model(log_alone, run, args.show, new_live())
     lines = []
 
     def caught(ask: Ask) -> Reply:
@@ -1150,7 +1142,7 @@ def settings_of(base: Settings, varied: str, series: str, x: Any) -> Settings:
         run = run._replace(rule=base.rule | {"window": x})
     elif varied:                    # episodes or model, which are fields
         run = run._replace(**{varied: x})
-    if episodes:
+    if episodes:                    # only where nothing is varied, or the window
         run = run._replace(episodes=int(episodes))
     # The runs of a method that learns nothing are the same for each number of episodes, and are
     # performed once.
@@ -1188,52 +1180,44 @@ def shortened(env: envs.Env, gamma: float) -> envs.Env:
     return env._replace(max_steps=int(np.sum(discounts >= 0.001)))
 
 
-def errors_of_values(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Callable,
-                     draws: int) -> list[list[float]]:
-    """The errors of one sampled return and of the critic's V after one learning run: [users, 2].
+def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Callable,
+                  repeats: int = 6, draws: int = 200) -> list[list[float]]:
+    """[2, 6]: bias, variance and mean squared error of one return, then of the critic's V.
 
-    Both estimate the value of the first state of a session with each held-out user. The truth is
-    taken to be the mean of `draws` further returns of the same agent from there.
+    Both estimate the value of the first state of a session, with each of two held-out users. The
+    truth is taken to be the mean of `draws` further returns of the same agent from there.
+    Errors are taken over `repeats` learning runs that differ in their random draws. The variance
+    divides by `repeats`, so that it and the squared bias add up to the mean squared error.
     """
     config = Config(**run.config)
     # Returns are played in a shorter world, which takes half the time. The critic is asked in the
     # full one, because State.top depends on the cap.
-    catalog_to_ask = prompts.catalog(place.env, embed)
-    catalog_to_play = catalog_to_ask._replace(env=shortened(place.env, config.gamma))
-    agent = perform(run, place, billp.NOVICE, llm, embed, pmap, ("learn",)).agent
-    errors = []
-    for i, user in enumerate(place.held_out):
-        # `evaluate` numbers the sessions. The number is part of the key, so each has its own draws.
-        played = billp.evaluate(catalog_to_play, [user] * (draws + 1), agent, llm, run.seed,
-                                "continue", config, pmap)
-        # the first return is judged, the others tell what it should be
-        one_return, *others = [billp.discounted_return(trajectory.last.ratings, config.gamma)
-                               for trajectory in played]
-        reference = np.mean(others)
-        state = billp.opening(catalog_to_ask, user, Key(run.seed, "value", i), config)
-        answer, _ = billp.critic(state, agent.critic, llm, config)
-        errors.append([one_return - reference, answer.value - reference])
-    return errors
-
-
-def critic_errors(
-        run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Callable, repeats: int = 6,
-        states: int = 2, draws: int = 200) -> list[list[float]]:
-    """[states, 6]: bias, variance and mean squared error of one return, then of the critic's V.
-
-    Errors are taken over `repeats` learning runs that differ in their random draws. The variance
-    divides by `repeats`, so that it and the squared bias add up to the mean squared error.
-    """
-    errors = []
+    catalog = prompts.catalog(place.env, embed)
+    catalog_to_play = catalog._replace(env=shortened(place.env, config.gamma))
+    users = place.held_out[:2]
+    errors = np.zeros((repeats, len(users), 2))
     for repeat in range(repeats):
-        # far apart: seed 0 uses 1000, 2000, ..., seed 1 uses 1001, 2001, ...
-        again = run._replace(seed=run.seed + 1000 * (repeat + 1))
+        # No two seeds of a table share a learning run: seed 0 uses 1000, 2000, ..., seed 1 uses
+        # 1001, 2001, ...
+        seed = run.seed + 1000 * (repeat + 1)
         # the same world and users, but the learners in another order
-        learners = envs.branch(again.seed, "learners").permutation(place.learners).tolist()
-        again_place = place._replace(learners=learners, held_out=place.held_out[:states])
-        errors.append(errors_of_values(again, again_place, llm, embed, pmap, draws))
-    bias, variance = np.mean(errors, 0), np.var(errors, 0)              # [states, 2]
-    figures = np.stack([bias, variance, bias ** 2 + variance], -1)      # [states, 2, 3]
+        learners = envs.branch(seed, "learners").permutation(place.learners).tolist()
+        for agent, _ in billp.train(catalog, learners, llm, seed, config=config, pmap=pmap):
+            pass                        # the last agent counts
+        for i, user in enumerate(users):
+            # `evaluate` numbers the sessions. The number is part of the key, so each has its own
+            # draws.
+            played = billp.evaluate(catalog_to_play, [user] * (draws + 1), agent, llm, seed,
+                                    "continue", config, pmap)
+            # the first return is judged, the others tell what it should be
+            one_return, *others = [billp.discounted_return(trajectory.last.ratings, config.gamma)
+                                   for trajectory in played]
+            reference = np.mean(others)
+            state = billp.opening(catalog, user, Key(seed, "value", i), config)
+            answer, _ = billp.critic(state, agent.critic, llm, config)
+            errors[repeat, i] = one_return - reference, answer.value - reference
+    bias, variance = errors.mean(0), errors.var(0)                      # [users, 2]
+    figures = np.stack([bias, variance, bias ** 2 + variance], -1)      # [users, 2, 3]
     return figures.reshape(-1, 6).tolist()
 
 
@@ -1280,11 +1264,12 @@ def offline_pool(args: Namespace) -> Iterator[futures.Executor]:
         yield client.get_executor()
 
 
-def do_jobs(args: Namespace, jobs: Sequence[Job], folder: Path, live: Live) -> Iterator[list]:
-    """The samples of each job: offline side by side, else one after the other."""
+def do_jobs(args: Namespace, jobs: Sequence[Job], folder: Path,
+            live: Live) -> Iterator[tuple[Job, list]]:
+    """Each job with its samples: offline side by side, else one after the other."""
     if args.models_asked == ["offline"]:
         with offline_pool(args) as pool, parallel(pool, live.stop) as pmap:
-            yield from pmap(offline_job, jobs)
+            yield from zip(jobs, pmap(offline_job, jobs))
         return
     models = {}                         # one client and one log for each
     workers = args.workers or jobs[0].run.config["batch"]
@@ -1296,7 +1281,7 @@ def do_jobs(args: Namespace, jobs: Sequence[Job], folder: Path, live: Live) -> I
             llm, embed = models[name]
             # fig4 also plays sessions that belong to no phase, so no progress is shown.
             job_map = pmap if job.measure == "errors" else watched(pmap, job.run, live)
-            yield measure_job(job, partial(counted, llm, live), embed, job_map)
+            yield job, measure_job(job, partial(counted, llm, live), embed, job_map)
 
 
 class Row(NamedTuple):
@@ -1304,7 +1289,7 @@ class Row(NamedTuple):
     series: str
     x: Any                              # int, or the name of a model, or None
     figures: dict[str, list[float]]     # a picture shows the last one
-    gain: list[float] | None = None     # R_traj minus that of billp, paired by user
+    gain: list[float] | None = None     # R_traj minus that of billp
 
 
 def share_of(counts: Array) -> Array:
@@ -1347,16 +1332,6 @@ def label_of(row: Row) -> str:
     return row.series if row.x is None else f"{row.series}, {row.x}"
 
 
-def gains_table(rows: Sequence[Row]) -> Table:
-    """How each row compares with billp."""
-    table = {}
-    for row in rows:
-        if row.gain:
-            cells = {"R_traj minus billp's [95 %]": interval(row.gain), "": comparison(row.gain)}
-            table[label_of(row)] = cells
-    return table
-
-
 # Okabe and Ito's colours: one for a method in all pictures
 COLOURS = {
     "billp": "#0072B2", "billp-no-model": "#000000", "reflexion": "#D55E00", "react": "#009E73",
@@ -1391,13 +1366,13 @@ def limit_of(rows: Sequence[Row]) -> float:
 
 
 def plot_bars(axes: Any, rows: Sequence[Row]) -> None:
-    """Horizontal bars with intervals. A bar much longer than those of language methods is cut."""
+    """Horizontal bars with intervals, the first row at the top."""
     means, lows, highs = pictured(rows)
     names = [f"{label_of(row)}: {mean:.0f}" for row, mean in zip(rows, means)]
     colours = [colour_of(row.series) for row in rows]
     axes.barh(names, means, xerr=[means - lows, highs - means], color=colours, capsize=3)
-    axes.invert_yaxis()                 # the first row at the top
-    # Methods with language fill most of the width, however long the oracle's bar is.
+    axes.invert_yaxis()
+    # Methods with language fill most of the width. A much longer bar, such as the oracle's, is cut.
     methods = [row for row in rows if row.series in billp.METHODS] or rows
     of_all, of_methods = limit_of(rows), 1.3 * limit_of(methods)
     axes.set_xlim(0, min(of_all, of_methods))
@@ -1460,7 +1435,11 @@ def publish(name: str, base: Settings, samples: dict[Cell, Array], folder: Path)
     print(heading)
     figures = {label_of(row): spelled(row.figures) for row in rows}
     print("", *grid(figures), "", sep="\n")
-    gains = gains_table(rows)
+    gains = {}
+    for row in rows:
+        if row.gain:
+            cells = spelled({"R_traj minus billp's": row.gain})
+            gains[label_of(row)] = cells | {"": comparison(row.gain)}
     if gains:
         print(*grid(gains), "", sep="\n")
 
@@ -1484,17 +1463,15 @@ def experiments(args: Namespace, live: Live) -> None:
         say(f"world {about}")
     flags = {name: getattr(args, name) for name in ("experiment", "seeds", "models", "rows")}
     folder = run_directory(args, base._asdict() | flags)
-    results = []
-    for samples in do_jobs(args, jobs, folder, live):
-        job = jobs[len(results)]
-        results.append(samples)
+    results = {}                        # by the text of the job: it holds dicts, so it is no key
+    for job, samples in do_jobs(args, jobs, folder, live):
+        results[dumps(job)] = samples
         say(f"{len(results)} of {len(jobs)} runs: {job.run.method}, {job.run.episodes} episodes, "
             f"seed {job.run.seed}")
     for name, cells in tables.items():
         finished = {}
         for cell, needed in cells.items():
-            # a Job holds dicts, so it cannot be a key
-            finished[cell] = np.array([results[jobs.index(job)] for job in needed], float)
+            finished[cell] = np.array([results[dumps(job)] for job in needed], float)
         publish(name, base, finished, folder)
     print(*ledger(live), f"seconds   {time.perf_counter() - began:.1f}", f"run       {folder}",
           sep="\n")
@@ -1523,7 +1500,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                            "is asked for again")
         return 130
     except MENDABLE as error:
-        cause = (live.failures or [error])[0]       # later ones only follow from the first
+        cause = (live.failures or [error])[0]
         spent = isinstance(cause, prompts.BudgetSpent)
         if spent:
             say(*ledger(live))
@@ -1536,10 +1513,10 @@ if __name__ == "__main__":
     if sys.stdout:                      # letters that a terminal cannot show become a ?
         sys.stdout.reconfigure(errors="replace")
     exit_code = main()
-    # `os._exit` drops what is not flushed, such as tables printed before an error.
+    # `os._exit` ends threads that still wait for an answer after Ctrl-C. It flushes nothing, so
+    # print does that first.
     try:
         print(end="", flush=True)
     except OSError:
         pass
-    # A thread may still wait for an answer after Ctrl-C. It must not hold up the end.
     os._exit(exit_code)
