@@ -13,7 +13,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -31,7 +30,7 @@ import hypothesis.strategies as st
 import httpx
 import numpy as np
 import pytest
-from hypothesis import Phase, assume, given, settings
+from hypothesis import assume, given, settings
 
 import billp
 import envs
@@ -51,8 +50,8 @@ GOLDEN_SCORES = [                       # length and return of the learning epis
     (17, 72)]
 GOLDEN_TRIED = 242                      # experiences after 20 episodes
 GOLDEN_LENGTHS = {                      # steps that policies last in films: lowest, highest
-    "random": (3, 5), "popular": (2, 5), "greedy": (4, 7), "varied": (5, 9),
-    "common-sense": (17, 30), "one-list": (20, 33), "oracle": (48, 50)}
+    "random": (3, 5), "popular": (2, 5), "greedy": (4, 7), "varied": (5, 9), "a2c": (11, 16),
+    "common-sense": (17, 30), "bandit": (17, 22), "one-list": (20, 33), "oracle": (48, 50)}
 
 # -------------------------------------------------------------------- builders: worlds
 
@@ -92,20 +91,15 @@ def roll(env, users, policy, seed=0):
     return envs.rollout(env, np.asarray(users), policy, np.random.default_rng(seed))
 
 
-def lengths(policy):
-    """How long each of 100 users stays in films."""
-    return (roll(FILMS, range(500, 600), policy).items >= 0).sum(1)
-
-
 FILMS = envs.films(0)
 CATALOG = prompts.catalog(FILMS)
 ALIEN, JAWS, UP = map(FILMS.titles.index, ("Alien", "Jaws", "Up"))
 # titles like refusals, labels or numbers, with marks or accents, with a rival, and twins
 ODD = ("Sorry to Bother You", "I Can't Sleep", "Missing in Action 2: The Beginning",
        "The Beginning", "28 Up", "BioShock™", "L’Été & Co", "Ōkami®", "The Heat", "Heat", "M",
-       "Sabrina", "Sabrina")
+       "Sabrina", "Sabrina", "The Lost World: Jurassic Park")
 ODDLY_TITLED = prompts.catalog(FILMS._replace(
-    titles=ODD + FILMS.titles[13:], years=(None,) * 11 + (1953, 1954) + FILMS.years[13:]))
+    titles=ODD + FILMS.titles[14:], years=(None,) * 11 + (1953, 1954, None) + FILMS.years[14:]))
 NAMES = [line.partition(" [")[0] for line in ODDLY_TITLED.lines]
 
 # --------------------------------------------------------- builders: models and episodes
@@ -117,8 +111,8 @@ REPLIES = {
     "critic": ["Value: 6.5", "Value: 5", "Value: 2"],
     "reflector": ["Reflection: Bat is like Bee."],
 }
-AXES = np.concatenate([np.eye(3), -np.eye(3), [[0.6, 0.8, 0]]])
-VECTORS = dict(zip("abcdefg", AXES))            # a text fixes its vector, as an embedding does
+AXES = np.concatenate([np.eye(3), -np.eye(3), [[0.6, 0.8, 0], [0.99998, 0.00632, 0]]])
+VECTORS = dict(zip("abcdefgh", AXES))           # h is near a; a text fixes its vector
 
 
 def memory_of(rows, memory=EMPTY):
@@ -126,13 +120,6 @@ def memory_of(rows, memory=EMPTY):
     for row in rows:
         memory = remember(memory, row.text, row.content, VECTORS[row.text], row.item)
     return memory
-
-
-def learn_by_hand(llm, **changes):
-    """The agent and the one episode of learning in the hand world."""
-    catalog = prompts.catalog(hand_world(**changes))
-    [(agent, [trajectory])] = billp.train(catalog, [0], llm)
-    return agent, trajectory
 
 
 @cache
@@ -176,9 +163,8 @@ def listed(ask):
 
 numbers = st.floats(-9, 9)
 gammas = st.floats(0, 1)
-queries = st.sampled_from("abcdefg")
+queries = st.sampled_from("abcdefgh")
 rows_of = st.lists(st.builds(Record, queries, st.sampled_from(["", "x"]), numbers), max_size=12)
-copies = st.lists(st.builds(Record, st.sampled_from("abg"), st.just(""), numbers), max_size=12)
 junk = st.text(max_size=60) | st.sampled_from([
     "x [y]\nObservation 1: the user left\nAction 2: recommend Bee [", "\n\nThought 1: so",
     "a\u2028Action: b\r\x85Value: 9\x00\x1e\x1b[2J", '"}\n{"ask": "x"}\n', "] [a, b", "\ud83d",
@@ -221,10 +207,8 @@ def completion(content="hello", finish="stop", usage=USAGE, **more):
 
 def response(status, body="", header=""):
     """The response or the exception of this name. A plain text becomes an error object."""
-    if status == "UnicodeError":
-        return UnicodeError(body)
-    if status.endswith("Error") or status.endswith("Timeout"):
-        return getattr(httpx, status)(body)
+    if status.endswith(("Error", "Timeout")):
+        return getattr(httpx, status, UnicodeError)(body)
     if body and body[0] not in "{[<":
         body = json.dumps({"error": {"message": body}})
     headers = dict([header.split(": ", 1)]) if header else {}
@@ -308,13 +292,6 @@ ROLE = {"Next category": "planner", "Free item": "actor", "Value": "critic",
 posix = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 
 
-class Impatient(threading.Event):
-    """Waits for nothing between two requests."""
-
-    def wait(self, timeout=None):
-        return self.is_set()
-
-
 @pytest.fixture(scope="session", autouse=True)
 def no_endpoint():
     """No test sees anybody's endpoint."""
@@ -326,9 +303,8 @@ def no_endpoint():
 def command(*argv, **variables):
     """The exit code, stdout and stderr of a command, which runs in this process."""
     out, err = StringIO(), StringIO()
-    with mock.patch.dict(os.environ, variables), mock.patch.object(run, "Event", Impatient):
-        with redirect_stdout(out), redirect_stderr(err):
-            code = run.main([str(word) for word in argv])
+    with mock.patch.dict(os.environ, variables), redirect_stdout(out), redirect_stderr(err):
+        code = run.main([str(word) for word in argv])
     return code, out.getvalue(), err.getvalue()
 
 
@@ -481,7 +457,7 @@ def test_memories_of_any_ancestry_are_lists_that_never_change(script):
             assert len(older.records) >= 2 * len(newer.records)
 
 
-@given(rows_of | copies, copies, queries, st.integers(0, 5),
+@given(rows_of, rows_of, queries, st.integers(0, 5),
        st.sampled_from([-1, 0, 0.4, 2, np.inf]))
 def test_recall_is_sort_and_cut(a, b, query, k, tau):
     """The newest record of each text and item, sorted by squared L2, cut at k and tau."""
@@ -494,21 +470,6 @@ def test_recall_is_sort_and_cut(a, b, query, k, tau):
     near = [rows[place] for place in nearest if distances[place] <= tau]
     memory = merge(memory_of(a), memory_of(b))
     assert recall(memory, VECTORS[query], k, tau) == tuple(near[:k])
-
-
-def test_a_newer_record_is_not_nearer_than_a_nearer_one():
-    """Their squared distances are 0 and 0.00004."""
-    here = np.array([1.0, 0.0])
-    beside = np.array([0.99998, 0.00632])
-    memory = remember(remember(EMPTY, "nearer", 0, here), "newer", 0, beside)
-    assert [record.text for record in recall(memory, here, 2)] == ["nearer", "newer"]
-
-
-@given(junk)
-def test_a_text_lies_at_distance_0_from_itself(text):
-    [vector] = prompts.hashed_ngrams([text])
-    memory = remember(EMPTY, text, 1, vector)
-    assert recall(memory, vector, 1, tau=0.0) == (Record(text, "", 1),)
 
 
 @given(numbers, gammas, numbers, numbers, st.booleans(), numbers)
@@ -678,16 +639,6 @@ def test_a_method_asks_its_roles_and_writes_its_memories(method, roles, memories
     assert len({(ask.role, ask.key) for ask in asks}) == len(asks)
 
 
-def test_no_model_does_what_a_silent_one_does():
-    played = []
-    for llm, method in ((prompts.unlogged, "billp-no-model"),           # it raises if it is asked
-                        (lambda ask: Reply(""), "billp")):
-        agent, trajectories = learn(llm=llm, config=Config(**billp.METHODS[method]))[-1]
-        played.append((agent.actor, [[step.line for step in t.steps] for t in trajectories]))
-    (actor, lines), (silent_actor, silent_lines) = played
-    assert lines == silent_lines and records(actor) == records(silent_actor)
-
-
 def test_a_malformed_reply_is_asked_again():
     """The prompt stays as it was, and each complaint follows it."""
     replies = [None, "<think>War</think>", "Sorry, but\nI can't", "Thought: go on"]
@@ -725,14 +676,6 @@ def test_an_unreadable_actor_takes_the_first_item_shown():
     assert [act.value] == prompts.closest([STATE.text], CATALOG, STATE.taken, 1)
 
 
-def test_without_candidates_the_nearest_of_all_free_items_is_taken():
-    reply = "a tender musical"
-    memory = remember(EMPTY, STATE.text, 1, STATE.vector, CATALOG.lines[JAWS])
-    act, _ = billp.actor(STATE, memory, scripted({"actor": [reply]}), CATALOG, Config(candidates=0))
-    assert [item.line for item in act.recalled] == [CATALOG.lines[JAWS]]
-    assert [act.value] == prompts.closest([reply], CATALOG, STATE.taken, 1)
-
-
 def test_items_are_listed_by_their_lines():
     """Items 0 to 3 are Ant [Bug], Ant [Bug], Bat [Beast], Ant [Beast].
 
@@ -762,11 +705,6 @@ def test_a_value_lies_between_0_and_the_top(reply, ratings, as_before, value):
     assert f"goes on as before, the value is {as_before:.2f};" in question
     assert "Similar situations have 3.00 on average." in question
     assert billp.critic(state, EMPTY, scripted({"critic": ["hm"]}))[0].value == as_before
-
-
-def test_an_unreadable_reflection_is_no_lesson():
-    agent, t = learn_by_hand(scripted(REPLIES | {"reflector": [""]}))
-    assert agent.planner == EMPTY and t.answers[-1].fallback
 
 
 @given(st.integers(0, 999), st.integers(1, 12))
@@ -810,7 +748,7 @@ def test_an_episode_worked_by_hand():
     With gamma = 0.5 and V = 6.5, 5, 2 the targets are 4 + 0.5 * 5, 5 + 0.5 * 2 and 0.
     The advantages are 6.5 - 6.5, 6 - 5 and 0 - 2. What is as good as expected is encouraged.
     """
-    agent, t = learn_by_hand(scripted(REPLIES))
+    [(agent, [t])] = billp.train(prompts.catalog(hand_world()), [0], scripted(REPLIES))
     ant, bee, bat, cow = "Ant [Bug]", "Bee [Bug]", "Bat [Beast]", "Cow [Beast]"
     assert [(step.line, step.reward) for step in t.steps] == [(ant, 4), (bee, 5), (bat, 0)]
     assert t.terminated and billp.score(t) == (2, 9)
@@ -823,7 +761,8 @@ def test_an_episode_worked_by_hand():
 
 def test_only_leaving_zeroes_the_next_value():
     """The same episode cut after Bee: its advantages are 4 + 0.5 * 5 - 6.5 and 5 + 0.5 * 2 - 5."""
-    _, t = learn_by_hand(scripted(REPLIES), max_steps=2)
+    catalog = prompts.catalog(hand_world(max_steps=2))
+    [(_, [t])] = billp.train(catalog, [0], scripted(REPLIES))
     assert not t.terminated and billp.score(t) == (2, 9)
     assert (t.values, t.advantages) == ((6.5, 5, 2), (0, 1))
     assert t.last.top == 7.5                                # 5 + 0.5 * 5
@@ -929,14 +868,6 @@ def is_impure(node, parameters):
     return isinstance(node, STATEMENTS)
 
 
-@pytest.mark.parametrize("body", [
-    "rows.append(1)", "rows[0].sort()", "next(rows)", "rows += [1]", "rows[0] = 1", "rows.x = 1",
-    "print(rows)", "time.sleep(1)", "global rows"])
-def test_the_check_of_purity_finds_changes(body):
-    parts = ast.walk(ast.parse(f"def f(rows):\n    {body}"))
-    assert any(is_impure(part, {"rows"}) for part in parts)
-
-
 @pytest.mark.parametrize("module, effects", [
     ("billp", None), ("envs", "data files"), ("prompts", "the outside world")])
 def test_the_pure_modules_are_pure(module, effects):
@@ -999,7 +930,8 @@ def test_parse_inverts_what_a_well_behaved_model_writes(text, n, value):
     "Of course, here is one:\n\n{}", "Free item: {}", "Final Answer: {}", "Recommendation: {}",
     "I'd recommend {}.", "I would recommend {}.", "Action 2: {}", 'Action: recommend "{}"',
     "Action 1: recommend {} because it is unlike the last items",
-    "Thought 1: new. Action 1: recommend {}"])
+    "Thought 1: new. Action 1: recommend {}", "My pick: {}", "Let's go with {}",
+    "Free item: {}\n\nUp next."])
 def test_every_item_is_found_in_any_wrapping(form):
     """By its title in any case, with its year or with its categories."""
     titles, years = ODDLY_TITLED.env.titles, ODDLY_TITLED.env.years
@@ -1010,13 +942,6 @@ def test_every_item_is_found_in_any_wrapping(form):
                             (ODDLY_TITLED.lines[item], item)):
             part = prompts.parse_actor(prompts.spoken(form.format(text, text)))
             assert prompts.ground(part, ODDLY_TITLED) == (found, True)
-
-
-@pytest.mark.parametrize("reply", ["My pick: {}", "Let's go with {}", "Free item: {}\n\nUp next."])
-def test_a_subtitle_does_not_stand_for_the_longer_title(reply):
-    longer = "The Lost World: Jurassic Park"
-    catalog = prompts.catalog(FILMS._replace(titles=(longer,) + FILMS.titles[1:]))
-    assert prompts.ground(prompts.parse_actor(reply.format(longer)), catalog) == (0, True)
 
 
 @pytest.mark.parametrize("form", ["very " * 30 + "long, colour {}", "colour {} " + "quite " * 60])
@@ -1036,9 +961,8 @@ def test_the_end_of_a_very_long_reply_is_read():
 
 def test_a_listed_title_beats_words_that_are_a_title_by_chance():
     catalog = prompts.catalog(FILMS._replace(titles=("They",) + FILMS.titles[1:]))
-    jaws = FILMS.titles.index("Jaws")
-    for reply, listed, named in (("They enjoy Jaws a lot.", [jaws], jaws),
-                                 ("They enjoy Jaws a lot.", [], 0), ("They", [jaws], 0)):
+    for reply, listed, named in (("They enjoy Jaws a lot.", [JAWS], JAWS),
+                                 ("They enjoy Jaws a lot.", [], 0), ("They", [JAWS], 0)):
         assert prompts.ground(reply, catalog, (), listed) == (named, True)
 
 
@@ -1047,68 +971,45 @@ def test_a_listed_title_beats_words_that_are_a_title_by_chance():
 Alien | Here is a tense one for you!\n\n**Alien (1979)** ; Alien, 1979 ; 1. Alien (1979)\n2. Jaws |
 Alien | They liked tense films, so a classic.\nFinal Answer: Alien (1979) ; Alien (1980) |
 Alien | ```json\n{"item": "Alien (1979)"}\n``` ; Action 1: recommend "Alien" (1979) |
-Alien | Thought 1: something tense. Action 1: recommend Alien (1979) |
-Alien | Action 1: recommend Alien (1979) because it is tense and unlike Jaws. |
-Alien | Action 1: recommend Alien: tense, like Up ; I can't help but recommend Alien |
-Alien | "Alien" is my pick.\nThe Matrix was shown. ; I like **Alien** best.\nThe Matrix is old. |
+Alien | Thought 1: something tense. Action 1: recommend Alien (1979) ; Title: Alien\nTitle: Jaws |
+Alien | I can't help but recommend Alien ; I like **Alien** best.\nThe Matrix is old. |
+Alien | Action 1: recommend Alien (1979) because it is tense and unlike Jaws. ; Alien, Jaws (1975) |
+Alien | ### Alien\nJaws is old. ; I recommend Alien. Do not choose Jaws. |
 Alien | Action 1: recommend Alien\nObservation 1: rated 5 of 5\nAction 2: recommend Jaws |
 Jaws | Sure! I think you will enjoy this:\n\n*Jaws* (1975) ; Thought 2: a shark Action 2: Jaws |
 Jaws | {"thought": "tense", "action": "recommend Jaws (1975)"} ; <answer>Jaws</answer> |
-Jaws | Action 1: recommend Jaws - a shark hunts, unlike Alien ; Up next: **Jaws** (1975) |
-Jaws | Alien was discouraged once. So the best one is: Jaws |
-Jaws | While Alien is tense, too, **Jaws** fits the thought best. |
-Jaws | Alien is old; they want a shark, so Jaws. ; Alien is old.\nTherefore, Jaws. |
-Jaws | I considered Alien and Heat, but Jaws is the better option. |
-Terminator 2: Judgment Day | The Terminator 2: Judgment Day |
-Jaws | up to now all was tame, so Jaws it is ; Jaws<|eot_id|><|start_header_id|>assistant |
-Jaws | 1. Alien (1979)\n2. Jaws (1975)\n3. Up (2009) | Alien
-Jaws | Looking at the list:\n- Alien: old - shown\n- Jaws: new\n\nJaws is the best. |
-Alien | Alien\n\nThis is the best choice; Jaws was shown. ; Alien\nI would recommend Jaws later. |
-Alien | Title: Alien\nTitle: Jaws ; ### Alien\nJaws is old. |
-Alien | Free item: Alien\nFree item: Jaws ; I recommend Alien. Do not choose Jaws. |
-Alien | My pick: Alien. I would not recommend Jaws now. ; The best fit is Alien. Then comes Jaws. |
-Jaws | I considered Alien, but it is too similar. I recommend Jaws. |
-Jaws | Alien might work. Let's go with Jaws. ; Alien could fit, but let me suggest Jaws instead. |
+Jaws | Jaws<|eot_id|><|start_header_id|>assistant ; {"reason": "Alien was liked", "film": "Jaws"} |
+Jaws | They like Alien. My final answer is: Jaws ; Alien is old; they want a shark, so Jaws. |
+Jaws | Alien is old.\nTherefore, Jaws. ; Alien might work. Let's go with Jaws. |
+Jaws | I considered Alien and Heat, but Jaws is the better option. ; Instead of Alien, Jaws. |
+Jaws | I considered Alien, but it is too similar. I recommend Jaws. ; Not Alien, but Jaws. |
+Jaws | Alien could fit, but let me suggest Jaws instead. ; Neither Alien nor Heat fits; Jaws does. |
 Jaws | Between Alien and Jaws, I'd lean towards Jaws. ; Of Alien and Jaws, Jaws fits most closely. |
-Jaws | While Alien and Heat are tense, Jaws is better. ; Neither Alien nor Heat fits; Jaws does. |
-Jaws | I don't recommend Alien; Jaws is tense. ; Alien does not fit. Jaws does. |
+Jaws | While Alien and Heat are tense, Jaws is better. ; I don't recommend Alien; Jaws is tense. |
+Jaws | Alien does not fit. Jaws does. ; - Alien\n- Jaws\n\nBest: Jaws |
 Jaws | I'm sorry, I can't find a perfect match, but Jaws is the closest. |
-Jaws | {"reason": "Alien was liked", "film": "Jaws"} ; My pick: Jaws ; Movie: Jaws |
-Jaws | After Alien the user needs something else, such as Jaws. | Alien
-Alien | Alien, Jaws (1975) ; Alien and Jaws (1975) ; Alien (1979), Jaws (1975) |
-Jaws | Instead of Alien, I suggest Jaws ; Instead of Alien, Jaws. ; Not Alien, but Jaws. |
-Jaws | Alien was fun, and you might like Jaws. ; After Alien the user will like Jaws. | Alien
-Jaws | - **Alien**: tense\n- **Jaws**: a shark\n\nI'd recommend Jaws. |
-Jaws | The options are **Alien** and **Jaws**. The best fit is **Jaws**. |
-Jaws | - Alien\n- Jaws\n\nBest: Jaws ; 1. **Alien**\n2. **Jaws**\n\nOf these, Jaws fits best. |
-Jaws | Alien was discouraged. Jaws is fine. ; Alien was rated low. Jaws is fine. |
-Jaws | Sorry, but no War is left; I'd pick Jaws |
-Jaws | Sorry, but there is no War. The closest is Jaws. ; Alien is old, so we should pick Jaws |
-Jaws | As an AI, I have no taste, but I'd recommend Jaws. ; I apologize. The best fit is Jaws. |
-Jaws | Since you liked Alien, watch Jaws ; It should be unlike Alien. Jaws fits. |
-Jaws | They like Alien. My final answer is: Jaws ; Reasoning: they like Alien.\n\boxed{Jaws} |
+Jaws | 1. **Alien**\n2. **Jaws**\n\nOf these, Jaws fits best. ; Alien was rated low. Jaws is fine. |
+Jaws | Alien was discouraged. Jaws is fine. ; Sorry, but no War is left; I'd pick Jaws |
+Jaws | Sorry, but there is no War. The closest is Jaws. ; Since you liked Alien, watch Jaws |
+Jaws | As an AI, I have no taste, but I'd recommend Jaws. ; It should be unlike Alien. Jaws fits. |
+Jaws | Among Alien, Up and Jaws, Jaws suits it best. |
+Jaws | Alien was shown. Jaws, unlike Up, is the best. |
+Jaws | 1. Alien (1979)\n2. Jaws (1975)\n3. Up (2009) ; After Alien the user will like Jaws. | Alien
+Jaws | Alien was fun, and you might like Jaws. | Alien
+Jaws | Alien was shown. A film like Jaws would be a change. | Alien
+Jaws | 1. Alien (Horror)\n2. Jaws (Horror)\n3. The Matrix | Alien
+Jaws | 1. Alien - a monster\n2. Jaws - a shark\n3. The Matrix | Alien
 The Matrix | The user wants variety. Answer: The Matrix ; Action 1: recommend “The Matrix” |
 The Matrix | I would recommend The Matrix (1999), since it differs from Up. |
 The Matrix | Action 1: recommend Matrix, The (1999) ; Action 1: recommend THE MATRIX (1998) |
-The Matrix | * **The Matrix** (1999): mind-bending\n* **Jaws** ; Action 1: matrix [Action, Sci-Fi] |
-The Matrix | Since you liked Alien and Jaws, what about The Matrix? | Alien ; Jaws
-Up | {"title": "Up", "year": 2009} ; **Thought 3:** fun **Action 3:** recommend **Up (2009)** |
-Up | - Up (2009)\n- Jaws (1975) ; Since you like Alien, my pick: Up ; Alien-like tension: Up |
-Up | Free item: Up, because it is like the best of them: Alien ; Something like Alien: Up |
-Up | Free item: Up\nReason: Alien was liked ; Free item: Up\n**Reason**: like Alien |
-Jaws | Alien is old. Jaws fits the thought best. ; Among Alien, Up and Jaws, Jaws suits it best. |
-Jaws | Alien was shown. A film like Jaws would be a change. | Alien
-Jaws | Alien was shown. Jaws is horror. It fits the thought best. |
-Jaws | Alien was shown. Jaws, unlike Up, is the best. |
-Up | Rather than Alien, I choose: Up ; Jaws and Alien are old. The best fit would be Up! |
-Up | The Matrix was shown already, so I recommend Up. ; The Matrix / Up | The Matrix
+The Matrix | Action 1: matrix [Action, Sci-Fi] |
+Up | **Thought 3:** fun **Action 3:** recommend **Up (2009)** ; - Up (2009)\n- Jaws (1975) |
+Up | Alien-like tension: Up ; Free item: Up, because it is like the best of them: Alien |
+Up | Jaws and Alien are old. The best fit would be Up! |
 Up | Alien (1979)\nJaws (1975)\nUp (2009) | Alien ; Jaws
-Jaws | 1. Alien (Horror)\n2. Jaws (Horror)\n3. The Matrix | Alien
-Jaws | 1. Alien - a monster\n2. Jaws - a shark\n3. The Matrix | Alien
-Jaws | 1. Alien because it is tense\n2. Jaws because it is tense | Alien
-Terminator 2: Judgment Day | Free item: Terminator 2 (1991) ; Free item: The Terminator 2 |
-Terminator 2: Judgment Day | The Terminator 2, because it is fun |
-Blade Runner | Try Blade Runner tonight ; You might love Blade Runner tonight |
+Terminator 2: Judgment Day | Free item: Terminator 2 (1991) ; The Terminator 2: Judgment Day |
+Terminator 2: Judgment Day | Free item: The Terminator 2 |
+Blade Runner | Try Blade Runner tonight |
 Amélie | amelie |
 2001: A Space Odyssey | Since Ali (2001) was liked, now 2001: A Space Odyssey comes |
 BioShock™ | Action 1: recommend BioShock |
@@ -1118,22 +1019,24 @@ L’Été & Co | L'Ete and Co |
 Sabrina (1953) | Sabrina ; Sabrina (1953) ; Sabrina (1952) ; **Sabrina** (1953) |
 Sabrina (1954) | Sabrina (1955) ; **Sabrina** (1954) ; Action 1: recommend "Sabrina" (1954) |
 Sabrina (1954) | Sabrina | Sabrina (1953)
+nothing | Alien (2009) ; Fargo (2001) ; The up side ; Frozen II ; Dune: Part Two ; Scream VI |
+nothing | Jaws 2 (1978) ; Toy Story 3 ; Alien: Covenant (2017) ; The Matrix Reloaded (2003) |
+nothing | Home Alone 2: Lost in New York (1992) ; Toy Story 3, because it is fun |
+nothing | Jaws 2, as it is fun ; 2001 ideas for tonight |
 """))
 def test_a_reply_names_what_a_person_reads(name, reply, taken):
+    """Nothing: another film of this name, by its year, or a sequel."""
     taken_items = [item for item, title in enumerate(NAMES) if title in taken.split(" ; ")]
     part = prompts.parse_actor(prompts.spoken(reply))
-    assert prompts.ground(part, ODDLY_TITLED, taken_items) == (NAMES.index(name), True)
+    item, is_named = prompts.ground(part, ODDLY_TITLED, taken_items)
+    assert (NAMES[item] if is_named else "nothing") == name
 
 
 @pytest.mark.parametrize("name, reply", table(r"""
-Alien | Action 1: recommend Alien (1979) ; **Alien** because Jaws is too mild
-Alien | Free item: Alien (1979), a tense film like Jaws ; Free item: Alien\nReason: Jaws was liked
+Alien | Action 1: recommend Alien (1979) ; Free item: Alien (1979), a tense film like Jaws
 Alien | I'd like Alien, because Jaws was tense ; I would like Alien, because Jaws was tense
-Alien | Free item: Alien\n\nExplanation: Jaws would be too similar. ; Alien, similar to Jaws
-Alien | Free item: Alien since Jaws was shown ; Alien\n\nThis contrasts with Jaws.
-Alien | Free item: Alien\n\nReasoning: Jaws was liked. ; Alien\n\nJaws was liked.
+Alien | **Alien** because Jaws is too mild ; Alien, similar to Jaws ; Alien\n\nJaws was liked.
 Alien | {"free_item": "Alien", "reason": "Jaws was liked"}
-Alien | Alien\n(Note: Jaws was shown) ; **Free item: Alien**\n**Why:** Jaws was liked
 Heat | Heat
 """))
 def test_a_taken_title_stands_for_its_categories(name, reply):
@@ -1143,90 +1046,49 @@ def test_a_taken_title_stands_for_its_categories(name, reply):
     assert not is_named and tags == wanted
 
 
-@pytest.mark.parametrize("reply", [
-    "Alien (2009)", "Terminator 2: Judgment Day (1996)", "Donnie Darko (2001)", "Fargo (2001)",
-    "The up side", "Frozen II", "Dune: Part Two", "Scream VI", "Jaws 2 (1978)", "Toy Story 3",
-    "The Matrix Reloaded (2003)", "Alien: Covenant (2017)", "Top Gun: Maverick (2022)",
-    "Home Alone 2: Lost in New York (1992)", "Coco Before Chanel (2009)",
-    "Toy Story 3, because it is fun", "Jaws 2, as it is fun", "The Godfather: Part II (1974)",
-    "2001 ideas for tonight"])
-def test_another_films_year_or_a_sequel_names_nothing(reply):
-    """Neither The Terminator nor 2001: A Space Odyssey is meant."""
-    _, is_named = prompts.ground(reply, ODDLY_TITLED)
-    assert not is_named
-
-
 @pytest.mark.parametrize("role, reply, value", table(r"""
 planner | ### Thought 3\nComedy next, it was liked. | Comedy next, it was liked.
 planner | ```\nThought 3: Comedy next\n``` ; ```json\n{"thought": "Comedy next"}\n``` | Comedy next
-planner | **Thought 3:** Comedy next ; Thought 3:\n\nComedy next ; ```Comedy next``` | Comedy next
-planner | Choice: Comedy next ; Pick: Comedy next ; Comedy next\nMovie: Up | Comedy next
-planner | 1. Comedy next ; 2) Comedy next\n3) War ; ...\nComedy next | Comedy next
-planner | Comedy next\nAction 3: recommend Up ; Thought 3: Next category: Comedy next | Comedy next
-planner | Thought 3: Comedy next Action 3: recommend Up | Comedy next
-planner | <think>War?</think>Comedy next ; ~~~\nComedy next\n~~~ | Comedy next
+planner | ```Comedy next``` ; Thought 3:\n\nComedy next ; Choice: Comedy next | Comedy next
+planner | Pick: Comedy next ; 1. Comedy next ; 2) Comedy next\n3) War | Comedy next
+planner | Comedy next\nAction 3: recommend Up ; <think>War?</think>Comedy next | Comedy next
+planner | Thought 3: Comedy next Action 3: recommend Up ; ~~~\nComedy next\n~~~ | Comedy next
 planner | Thought #3: Comedy next ; Thought 3 (planning): Comedy next | Comedy next
 planner | Thought 3 - Comedy next ; Thought 3.\nComedy next ; Okay.\nComedy next | Comedy next
-planner | Sure, here is my thought:\nComedy next ; Certainly!\n\nComedy next | Comedy next
-planner | Action ; **Action** ; Next category:\n**Action** | Action
-planner | **Next category:**\n**Action**\nIt is new. ; Next category:\n*Action*\nWhy not? | Action
-planner | **Next category**\n**Action**\nIt was liked. ; *Action*\nIt was liked. | Action
-planner | Thought: War was shown.\nNext category: Comedy next ; Answer: Comedy next | Comedy next
-planner | **Action**: it was liked ; Next category: Action: it was liked | Action: it was liked
+planner | Sure, here is my thought:\nComedy next ; Answer: Next category: Comedy next | Comedy next
+planner | Category: Comedy next\nCategory: War ; War. Final Answer: Comedy next | Comedy next
+planner | Action ; **Action** ; Next category:\n*Action*\nWhy not? | Action
+planner | *Action*\nIt was liked. ; **Next category**\n**Action**\nIt was liked. | Action
+planner | Next category: Action: it was liked | Action: it was liked
 planner | Next category: War, because REASON: it is new | War, because REASON: it is new
-planner | Category: Comedy next\nCategory: War ; Answer: Next category: Comedy next | Comedy next
 planner | Next category: Comedy!\nIt is fun. | Comedy!
-planner | Next category: **Comedy**, because `it` was liked | Comedy, because it was liked
 planner | Next category: "Comedy", because it was liked | Comedy, because it was liked
 planner | Comedy, because "Up" and "Big" were liked | Comedy, because "Up" and "Big" were liked
 planner | {"next_category": "Comedy", "reason": "it is new"} | Comedy, reason: it is new
-planner | Next category: Comedy next\nNext category: War | Comedy next
-planner | Here is my thought process:\n\nThought 3: Comedy next | Comedy next
-planner | War was shown.\n\n**Answer:** Comedy next ; War. Final Answer: Comedy next | Comedy next
 reflector | **Lesson:** He left.\n\n**Better next time:** Up | He left. Better next time: Up
-reflector | Sad because of Up.\n> Better next time: M | Sad because of Up. Better next time: M
 reflector | - Lesson: He left.\n- Better next: Up | He left. Better next: Up
-reflector | Sad.\n**Better next:**\nUp ; Sad.\n### Better next\nUp | Sad. Better next: Up
+reflector | Sad.\n### Better next\nUp ; Sad.\n**Better next:**\nUp | Sad. Better next: Up
 reflector | Reflection: Sad.\nNext category: Up | Sad. Next category: Up
 reflector | Sad.\n- **Better category:** Up | Sad. Better category: Up
 critic | Value after step 3: 7.5 ; Value (at most 10): 7.5 ; 7,5 ; Value: about 7.5 of 10 | 7.5
-critic | <think>\nValue: 1\n</think>\nValue: 7.5 ; 7.5<think>\nValue: 1 | 7.5
-critic | Value at t=4: 7.5 ; Value of state = 4: 7.5 ; Value t = 7.5 | 7.5
-critic | Step 3: 7.5 ; On a scale of 0 to 10: 7.5 ; V_3 = 7.5 ; (8 + 7) / 2 = 7.5 | 7.5
-critic | If the user stays, the value is 10.00; if the user leaves next, it is 0. So 7.5. | 7.5
-critic | If the user stays, the value is 10.00, but they may leave, so 7.5 | 7.5
-critic | Cases have 7.35 on average, so 7.5. ; Value: Between 0 and 8.00, I estimate 7.5. | 7.5
-critic | I'd say 7.5. ; Value 4 = 7,5 ; Value: (7.5) ; Value: 4 + 0.5 * 7 = 7.5 | 7.5
+critic | **Value:** 7.5 ; 7.5<think>\nValue: 1 ; Value at t=4: 7.5 ; Value of state = 4: 7.5 | 7.5
+critic | Step 3: 7.5 ; V_3 = 7.5 ; Cases have 7.35 on average, so 7.5. ; Value: 15 ÷ 2 = 7.5 | 7.5
+critic | If the user stays, the value is 10.00, but they may leave, so 7.5 ; 5 steps.\n\n7.5 | 7.5
+critic | Value: Between 0 and 8.00, I estimate 7.5. ; Value: 4 + 0.5 * 7 = 7.5 ; (7.5) | 7.5
 critic | Value: 4 + 0.5·7 ≈ 7.5 ; Value: 7.5, since gamma = 0.5 ; Value (gamma = 0.5): 7.5 | 7.5
-critic | The value of state 4 is 7.5 ; Value: approx. 7.5 ; Value: (7.5)\nThat is 4 steps. | 7.5
-critic | As before, the value is 8; if the user leaves, it is 0.\nValue: 7.5 ; **Value:** 7.5 | 7.5
-critic | Value: 7.5 = 4 + 3.5 ; **Value:** 7.5 = 4 + 3.5 ; Value:\n4 + 3.5 = 7.5 | 7.5
-critic | Value: V = 4 + 0.5 * 7 = 7.5 ; Value: V(s) = 4 + 3.5 = 7.5 ; Value: = 4 + 3.5 = 7.5 | 7.5
-critic | Values: 9, 8\n\n**Value:**\n\n7.5 | 7.5
-critic | Value（at most 10）：7.5 ; I put a fair value at 7.5 ; Value: 15 ÷ 2 = 7.5 | 7.5
-critic | Value: 4 + 0.5 * 7 = 4 + 3.5 = 7.5 ; Value: \frac12 \cdot 15 = 7.5 | 7.5
-critic | Value: \(4 + 0.5 \cdot 7 = 7.5\) | 7.5
-critic | The value is 7.5 out of 10 ; Three of 5 liked it. Final Answer: 7.5 ; 5 steps.\n\n7.5 | 7.5
-critic | The value is 7.5 because he is at step 4 ; The value is 7.5, given 4 ratings of 5 | 7.5
-critic | The value is 7.5 because the value of others is 6. ; (7.5) ; Around 7.5, I think | 7.5
-critic | Value: 7.5\nIf the user leaves, the value is 0. ; Value: 7.5. Then the value is 0. | 7.5
-critic | Value at step 4 given the history: 7.5 ; Value: r + gamma * next = 4 + 3.5 = 7.5 | 7.5
-critic | Similar ones have 6 as average, so the value is 7.5. | 7.5
-critic | Value: at most 7.5 ; Value: at most 7,5 ; 7.5\n\nThis answer is based on 8 cases. | 7.5
-critic | 8 cases have 6 on average. Thus: \boxed{7.5} ; ## Step 1: 6\n$\boxed{7.5}$ | 7.5
-critic | The value is 7.5. If the user leaves, it is 0. ; The value is 7.5, above 7.2. | 7.5
-critic | The value is 7.5. The value if he leaves is 0. ; The value is 7.5 at step 4. | 7.5
-critic | I'd say the value is 7.5, below the value of 8 if he stays. ; A value of 7.5, of 10 | 7.5
-critic | Since step 4 went well, I think 7.5 ; The user liked 3 films, I think it's about 7.5. | 7.5
-critic | I'd say 7.5; the mean value is 7.2 ; I say 7.5; the average value is 7.2 | 7.5
-critic | 1. He liked it.\n2. Cases have 6.\n\nMy estimate is 7.5. ; They have 6, so I say 7.5 | 7.5
+critic | The value of state 4 is 7.5 ; Value: (7.5)\nThat is 4 steps. ; Value: at most 7,5 | 7.5
+critic | **Value:** 7.5 = 4 + 3.5 ; The value is 7.5 because the value of others is 6. | 7.5
+critic | Value at step 4 given the history: 7.5 ; ## Step 1: 6\n$\boxed{7.5}$ | 7.5
+critic | Similar ones have 6 as average, so the value is 7.5. ; The value is 7.5 out of 10 | 7.5
+critic | The value is 7.5. The value if he leaves is 0. ; I'd say 7.5; the mean value is 7.2 | 7.5
+critic | The user liked 3 films, I think it's about 7.5. ; I say 7.5; the average value is 7.2 | 7.5
 critic | With 3 cases at 7.1, I'd estimate the value at 7.5. ; 3 have 7, so I'd put it at 7.5 | 7.5
 critic | The last 2 had 5: my estimate would be 7.5. ; 3 have 7, so a value of about 7.5 | 7.5
 critic | 7.5\n\nIt is computed so: the value is 8, less 0.5. ; Value: $7 + 0.5 \approx 7.5$ | 7.5
 critic | - Value if he stays: 8\n- Value if he leaves: 0\n\nValue: 7.5 | 7.5
 critic | The value is 10.00 if the user stays, but I'd say it is 7.5 | 7.5
-critic | Value: \frac{8 + 7}{2} = 7.5 ; Value: Average = (8 + 7) / 2 = 7.5 | 7.5
-critic | Value: about 0.75 * 10 = 7.5 ; Value: \[ 15 / 2 = 7.5 \] | 7.5
+critic | Value: \frac{8 + 7}{2} = 7.5 ; Value: \[ 15 / 2 = 7.5 \] | 7.5
+critic | Value: about 0.75 * 10 = 7.5 | 7.5
 critic | Value: −3 ; Value: -3 = 4 - 7 | -3.0
 """))
 def test_an_answer_is_read_without_its_wrapping(role, reply, value):
@@ -1239,19 +1101,17 @@ planner ; reflector | Next category: CATEGORY, because REASON ; Comedy, because 
 planner ; reflector | Reflection: Left because it was sad. Better next: CATEGORY
 actor | Free item: ; **Free item:** ; Free item: title
 planner | The best choice is unclear.\nNext category: N/A
-any | Free item: TITLE ; I'm sorry, but I can't help with that. ; \n ; Sorry, I cannot do this.
-any | As an AI, I have no opinion. ; ```\n``` ; I can’t assist with that request.
-any | I'm really sorry, but I can't. ; Unfortunately, I cannot determine the next category.
-any | As a large language model, I cannot watch films. ; I do not have enough information.
-any | My apologies, I am no expert. ; I must decline. ; Unable to comply.
-any | I'm afraid I can't do that. ; I'm a language model. ; I'm just a language model.
-any | I apologize. ; I'm not comfortable with this. ; I'm not programmed to do this.
-any | I can't continue with this. ; I cannot discuss such films. ; I'm sorry. ; I'm afraid I can't.
+any | Free item: TITLE ; I'm sorry, but I can't help with that. ; \n ; ```\n``` ; ... ; I apologize.
+any | Sorry, I cannot do this. ; I can’t assist with that request. ; I'm really sorry, but I can't.
+any | Unfortunately, I cannot determine the next category. ; I do not have enough information.
+any | My apologies, I am no expert. ; Unable to comply. ; I'm afraid I can't do that. ; I'm sorry.
+any | I'm just a language model. ; I'm not comfortable with this. ; I'm not programmed to do this.
+any | I can't continue with this. ; I cannot discuss such films. ; I'm afraid I can't.
 any | I cannot help with that. ; I must respectfully decline. ; Apologies, but I can't do that.
 any | As a helpful assistant, I cannot. ; I am an AI and have no taste. ; I won't be able to help.
 any | I regret that I cannot help. ; None of the above. ; I must refuse. ; Request denied.
-any | The content was blocked. ; N/A ; I don't feel comfortable. ; I don't know.
-any | This request goes against my rules. ; ... ; ---
+any | The content was blocked. ; I don't feel comfortable. ; I don't know.
+any | This request goes against my rules.
 """))
 def test_a_refusal_or_unfilled_form_is_malformed(role, reply):
     for name in ("planner", "actor", "reflector") if role == "any" else (role,):
@@ -1260,26 +1120,20 @@ def test_a_refusal_or_unfilled_form_is_malformed(role, reply):
 
 
 @pytest.mark.parametrize("hidden", [
-    "<think>Jaws?</think>{}", "Jaws?</think>{}", "<reasoning>Jaws?</reasoning>\n{}",
-    "<thought>Jaws?</thought>{}", "{}<think>or Jaws?", "<thinking>Jaws\n\n?</thinking>{}",
-    "[THINK]Jaws?[/THINK]{}", "<|channel>thought\nJaws?<channel|>{}",
-    "analysisJaws?assistantfinal{}", "<|START_THINKING|>Jaws?<|END_THINKING|>{}",
-    "<|begin_of_thought|>Jaws?<|end_of_thought|>{}", "[thinking]Jaws?[/thinking]{}",
-    "<chain_of_thought>Jaws?</chain_of_thought>{}", "<unused94>thought\nJaws?<unused95>{}",
-    "Here is my thought process:\nJaws?\nHere is my response:\n{}",
-    "Jaws?\n[BEGIN FINAL RESPONSE]\n{}", "<antThinking>Jaws?</antThinking>{}",
-    "<|thinking_start|>Jaws?<|thinking_end|>{}", "<no_think>{}", "<think/>{}",
-    "{}<think>or Jaws?</think>", "<think>Jaws?</think>\n<think>or Jaws?</think>{}",
+    "<think>Jaws?</think>{}", "Jaws?</think>{}", "<reasoning>Jaws?</reasoning>\n{}", "<think/>{}",
+    "<thought>Jaws?</thought>{}", "{}<think>or Jaws?", "[THINK]Jaws?[/THINK]{}", "<no_think>{}",
+    "<|channel>thought\nJaws?<channel|>{}", "analysisJaws?assistantfinal{}",
+    "<|START_THINKING|>Jaws?<|END_THINKING|>{}", "<|begin_of_thought|>Jaws?<|end_of_thought|>{}",
+    "<unused94>thought\nJaws?<unused95>{}", "Jaws?\n[BEGIN FINAL RESPONSE]\n{}",
+    "Here is my thought process:\nJaws?\nHere is my response:\n{}", "{}<think>or Jaws?</think>",
+    "<antThinking>Jaws?</antThinking>{}", "<|thinking_start|>Jaws?<|thinking_end|>{}",
     "[REASONING]Jaws?[/REASONING]{}", "<deliberation>Jaws?</deliberation>{}",
-    "<reasoning_content>Jaws?</reasoning_content>{}", "<inner_monologue>Jaws?</inner_monologue>{}",
+    "<inner_monologue>Jaws?</inner_monologue>{}",
     "<|channel|>analysis<|message|>Jaws?<|end|><|start|>assistant<|channel|>final<|message|>{}"])
 def test_hidden_thinking_is_never_stored(hidden):
     assert "Jaws" not in prompts.spoken(hidden)
-    llm = scripted({"planner": [hidden.format("Thought 1: Alien")],
-                    "actor": [hidden.format("Action 1: recommend Alien")]})
-    plan, _ = billp.planner(STATE, EMPTY, llm)
-    act, _ = billp.actor(STATE, EMPTY, llm, CATALOG)
-    assert plan.said == act.said == "Alien"
+    assert prompts.parse_planner(hidden.format("Thought 1: Alien")) == "Alien"
+    assert prompts.parse_actor(hidden.format("Action 1: recommend Alien")) == "Alien"
 
 
 @pytest.mark.parametrize("piece", [
@@ -1332,35 +1186,27 @@ def test_a_catalog_refuses_rows_of_another_length_than_1(factor):
 
 
 def test_the_category_tool_by_hand():
+    """F was shown too long ago to count."""
     history = ["A [War, Drama]", "B [Drama]", "C [Comedy, War]", "D [Drama]", "E []"]
-    shown = ["F [Horror]", "G [War]", "H [Sci-Fi, War]"]
-    tastes = prompts.category_tool(history, shown, 2)
-    assert tastes.recent == ("War", "Sci-Fi")               # F was shown too long ago
-    assert tastes.liked == ("Drama", "War", "Comedy")
-    assert tastes.other == ("Drama", "Comedy")
-    nothing = prompts.category_tool([], [], 2)
-    all_shown = prompts.category_tool(["A [War]"], ["B [War]"], 2)
-    unlabelled = prompts.category_tool(["A []"], ["B [War]"], 2)
-    in_text = {
-        "in the last 2 steps: War, Sci-Fi.\n": prompts.render_planner([], tastes, 2),
-        "should come next: Drama, Comedy? ": prompts.render_planner([], tastes, 2),
-        "steps: none yet.\nWhat should come next? ": prompts.render_planner([], nothing, 2),
-        "Which one was shown longest ago?": prompts.render_planner([], all_shown, 2),
-        "steps: War.\nWhat should come next? ": prompts.render_planner([], unlabelled, 2),
-        "\nLessons:\n- Rest\n": prompts.render_planner(["Rest"], tastes, 2),
-        "ended with H [War].": prompts.render_reflector("H [War]", tastes, True),
-        "better: Drama, Comedy? ": prompts.render_reflector("H [War]", tastes, True),
-        "Left because": prompts.render_reflector("H [War]", tastes, True),
-        "Stayed because": prompts.render_reflector("H [War]", nothing, False)}
-    for words, text in in_text.items():
-        assert words in text
+    tastes = prompts.category_tool(history, ["F [Horror]", "G [War]", "H [Sci-Fi, War]"], 2)
+    assert tastes == (("War", "Sci-Fi"), ("Drama", "Comedy"), ("Drama", "War", "Comedy"))
+    text = prompts.render_planner(["Rest"], tastes, 2)
+    assert "\nLessons:\n- Rest\n" in text and "in the last 2 steps: War, Sci-Fi.\n" in text
+    assert "should come next: Drama, Comedy? " in text
     assert "Lessons" not in prompts.render_planner([], tastes, 2)
+    for liked, shown, words in (([], [], "steps: none yet.\nWhat should come next? "),
+                                (["A [War]"], ["B [War]"], "Which one was shown longest ago?"),
+                                (["A []"], ["B [War]"], "steps: War.\nWhat should come next? ")):
+        assert words in prompts.render_planner([], prompts.category_tool(liked, shown, 2), 2)
+    text = prompts.render_reflector("H [War]", tastes, True)
+    assert "ended with H [War]." in text and "better: Drama, Comedy? " in text
+    assert "Left because" in text
+    assert "Stayed because" in prompts.render_reflector("H [War]", tastes, False)
 
 
 @pytest.mark.parametrize("wish, thought", table("""
-[Sci-Fi] | War is over, sci fi next ; Sci-Fi, avoiding Drama ; Anything but Drama, perhaps Sci-Fi
-[Sci-Fi] | Don't repeat War, choose Sci-Fi
-[Drama] | Dramas, because Sci-Fi was liked ; Some light item such as Drama, because Sci-Fi was liked
+[Sci-Fi] | Sci-Fi, avoiding Drama ; Anything but Drama, perhaps Sci-Fi
+[Drama] | Some light item such as Drama, because Sci-Fi was liked
 [Comedy] | Comedies next, because Drama was liked ; Comedy, explanation: Drama was liked
 [Comedy] | Comedy, given that Drama was liked ; Comedy, considering Drama ; Comedy - Drama was liked
 [Comedy] | Given that Drama was liked, Comedy ; Comedy, which goes with Drama
@@ -1491,7 +1337,6 @@ def test_exactly_beta_and_the_floor_are_borne(place, rating, borne):
     ("titles", (), "0 items"), ("titles", ("a", "b", 2.5), "2.5 is not a text"),
     ("years", (1999,), "years"), ("learners", 2, "learners"),
     ("histories", [], "0 users"), ("histories", [[0.5]], "0.5"), ("histories", [[3]], r"\{3\}"),
-    ("belongs", np.ones((2, 3), bool), "belongs"),
     ("belongs", np.ones((3, 9), bool), "belongs"),
     ("vectors", np.ones((2, 2)), "vectors"), ("vectors", np.full((3, 1), np.inf), "finite"),
     ("belongs", [[1, 0]] * 3, "an array"), ("vectors", [[1, 0]] * 3, "an array"),
@@ -1569,14 +1414,10 @@ def test_films_are_200_and_a_seed_draws_its_own_users():
 
 @pytest.mark.parametrize("name", GOLDEN_LENGTHS)
 def test_how_long_policies_last_in_films(name):
+    """Bandit and actor-critic have learned from 400 episodes."""
     low, high = GOLDEN_LENGTHS[name]
-    assert low <= lengths(envs.policy_named(name, FILMS)).mean() <= high
-
-
-@pytest.mark.parametrize("learn, factor", [(envs.learn_bandit, 3), (envs.learn_a2c, 2)])
-def test_bandit_and_actor_critic_learn(learn, factor):
-    untrained, trained = (lengths(learn(FILMS, episodes)).mean() for episodes in (0, 400))
-    assert trained > factor * max(lengths(envs.random).mean(), untrained)
+    played = roll(FILMS, range(500, 600), envs.policy_named(name, FILMS, 400))
+    assert low <= (played.items >= 0).sum(1).mean() <= high
 
 
 @given(numbers, gammas, numbers, numbers, st.booleans())
@@ -1764,7 +1605,6 @@ ratings.csv | user,item,rating\n,1,4 | line 2: a rating without user
 ratings.csv | user,item,rating\na,1, | line 2: a user and an item without rating
 ratings.csv | user,item,rating\na,1,4 | fewer than two users
 ratings.csv | user,item,rating\na,1,9\nb,1,9 | every rating is 9
-ratings.csv | user,item,rating\na,1,1\nb,1,1 | every rating is 1
 ratings.csv | user,item,rating\na,1,1\nb,1,5 | fewer than two items
 """))
 def test_bad_ratings_are_refused_in_one_line(tmp_path, name, text, words):
@@ -1772,11 +1612,6 @@ def test_bad_ratings_are_refused_in_one_line(tmp_path, name, text, words):
     with pytest.raises(envs.BadData, match=words) as error:
         envs.ratings_folder(tmp_path)
     assert "\n" not in str(error.value) and "README" in str(error.value)
-
-
-def test_a_missing_folder_is_told(tmp_path):
-    with pytest.raises(envs.BadData, match="none is no folder"):
-        envs.ratings_folder(tmp_path / "none")
 
 
 def test_another_scale_is_mapped_and_told(tmp_path):
@@ -1899,10 +1734,8 @@ def test_a_token_count_that_is_no_number_is_unknown(usage):
 408 ; 409 ; 423 ; 424 ; 425 ; 429 ; 498 ; 499 ; 500 ; 503 ; 529 | no
 400 | Model unloaded.
 403 | You are being rate limited
-429 | Allocated quota exceeded, code insufficient_quota ; tokens per day: try again in 12s
-500 | error processing input: deadline exceeded
-429 | Rate limit of this API key: content policy, max_tokens limit
-500 | unknown error while sampling: temperature overflow ; request canceled: timeout exceeded
+429 | Allocated quota exceeded: insufficient_quota ; Rate limit: content policy, API key, max_tokens
+500 | error processing input: deadline exceeded ; request canceled: timeout exceeded
 400 | odd | x-should-retry: true
 422 | {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs"}]}
 200 | {"error": {"message": "busy", "code": 503}} ; {"error": {"code": "rate_limit"}} ; <html> ;
@@ -1935,8 +1768,7 @@ def test_a_single_fault_is_survived(row):
 200 | {"choices": [{"message": {"content": "<think>so"}, "finish_reason": "length"}]} | length | 1
 200 | {"choices": [{"message": {"content": "<think>so</think>"}}]} | no text | 2
 200 | {"choices": [{"message": {"content": "a"}, "finish_reason": "error"}]} | error | 4
-400 | {"error": {"message": "x", "code": "tool_use_failed"}} | x | 4
-400 | {"error": {"message": "x", "code": "output_parse_failed"}} | x | 4
+400 | {"error": {"code": "tool_use_failed"}} ; output_parse_failed | failed | 4
 """))
 def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times):
     seen = client(*[response(status, body)] * int(times))
@@ -1950,35 +1782,28 @@ def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times
 @pytest.mark.parametrize("status, body, header, words, times", table("""
 401 ; 403 | no | | OPENAI_API_KEY | 1
 400 | [{"error": {"code": 400, "message": "API key not valid."}}] | | OPENAI_API_KEY valid | 1
+400 ; 422 | api key is invalid ; Missing or invalid Authorization header | | OPENAI_API_KEY | 1
 402 ; 429 ; 500 | {"error": {"code": "insufficient_quota"}} | | top up | 1
 200 | {"choices": null, "base_resp": "insufficient balance"} | | top up | 1
-500 ; 422 | The prompt exceeds the maximum sequence length | | --titles --transcript | 1
-400 | Your credit balance is too low | | top up | 1
-403 ; 429 | Your account does not have enough credits | | top up | 1
-429 ; 403 | used all available credits or reached its monthly spending limit | | top up | 1
-400 ; 412 | API usage limits ; spend limit reached ; balance is insufficient | | top up | 1
+400 ; 403 ; 412 ; 429 | credit balance is too low ; not enough credits ; spend limit | | top up | 1
+400 | reached its monthly spending limit ; API usage limits ; balance is insufficient | | top up | 1
+429 | Insufficient balance ; ExceededBudget: 9 ; Budget has been exceeded | | top up | 1
 404 | model 'm' not found | | 404 /v1/chat/completions --model | 1
 400 | unknown: seed. context size is 9 ; The input token count (9) exceeds 8 | | --transcript | 1
 400 | {"error": {"message": "max_tokens limit", "code": "context_length_exceeded"}} | | --titles | 1
-500 ; 413 | the request exceeds the available context size | | --titles --transcript | 1
-400 | maximum prompt length is 9 ; [input_too_large] | | --titles --transcript | 1
-400 | Range of input length should be [1, 9] | | --titles --transcript | 1
+413 ; 422 ; 500 | The prompt exceeds the maximum ; exceeds the context size | | --transcript | 1
+400 | prompt length is 9 ; [input_too_large] ; input length should be [1, 9] | | --transcript | 1
 400 | Unknown name "safety_settings" | | --extra-body | 1
 200 | {"error": "Unexpected endpoint or method. (POST /chat/completions)"} | | --base-url | 1
-400 | max_tokens or model output limit was reached | | --reply-tokens | 1
-400 | max_tokens is too large: 9 | | --reply-tokens | 1
+400 | max_tokens or model output limit was reached ; max_tokens is too large | | --reply-tokens | 1
 400 | max_tokens is too large: 9. This model's maximum context length is 8 | | --reply-tokens | 1
 422 | inputs + max_new_tokens must be <= 4096 | | --titles --transcript | 1
 422 | max_new_tokens must be <= 512 ; max_tokens is larger than allowed | | --reply-tokens | 1
 400 | Model Not Exist ; m is not a valid model ID | | --model --base-url | 1
-422 | api key is invalid ; missing Authorization | | OPENAI_API_KEY | 1
-429 | Insufficient balance ; ExceededBudget: 9 ; Budget has been exceeded | | top up | 1
 429 | Request too large (TPM): Limit 9, Requested 10 | | --transcript | 1
-400 | Missing or invalid Authorization header | | OPENAI_API_KEY | 1
 200 | {"error": {"message": "who?", "code": "401"}} | | 401 who? OPENAI_API_KEY | 1
 503 | down | x-should-retry: false | 503 down resumes | 1
-400 ; 501 | odd request | | odd --extra-body | 1
-400 | max_new_tokens is odd, tools are fine | | --extra-body | 1
+400 ; 501 | odd request ; max_new_tokens is odd, tools are fine | | odd --extra-body | 1
 400 | {"error": {"message": "error", "metadata": {"raw": "bad tea"}}} | | bad tea | 1
 200 | <html> sk-Quite5ecretKey42 | | 200 <html> *** /v1? | 2
 200 | [] ; | | 200 /v1? | 2
@@ -2037,14 +1862,14 @@ def test_what_is_asked():
     assert seen.requests[0].headers.get_list("authorization") == ["Basic me"]       # and no key
     seen = client(key=" \n")
     assert seen.ask(ASK) == GOOD and "Authorization" not in seen.requests[0].headers
-    seen = client(headers={"authorization": "Bearer mine"})
-    seen.ask(ASK)
-    assert seen.requests[0].headers.get_list("authorization") == ["Bearer mine"]
 
 
-@pytest.mark.parametrize("name", ["max_tokens", "temperature", "seed"])
-def test_a_refused_parameter_is_replaced_or_dropped_and_told_once(name):
-    seen = client(*[refuses(name)] * 3)
+@pytest.mark.parametrize("name, text", [
+    ("max_tokens", "Unsupported parameter: '{}' is not supported"),
+    ("temperature", '{{"error": {{"message": "Unsupported parameter", "param": "{}"}}}}'),
+    ("seed", '{{"error": {{"message": "Unsupported parameter", "cause": "{}"}}}}')])
+def test_a_refused_parameter_is_replaced_or_dropped_and_told_once(name, text):
+    seen = client(*[refuses(name, text)] * 3)
     assert seen.ask(ASK) == seen.ask(ASK) == GOOD
     assert len(seen.notices) == 1 and name in seen.notices[0] and not seen.waits
     assert [name in body for body in seen.bodies] == [True, False, False]
@@ -2064,23 +1889,14 @@ def test_only_the_first_named_parameter_goes_never_a_users_own():
     assert "seed" in failure(seen.ask, ASK) and len(seen.requests) == 1
 
 
-@pytest.mark.parametrize("place", ["param", "cause"])
-def test_a_refused_parameter_may_stand_outside_the_message(place):
-    error = {"error": {"message": "Unsupported parameter", place: "temperature"}}
-    seen = client(response("400", json.dumps(error)))
-    assert seen.ask(ASK) == GOOD and "temperature" not in seen.bodies[1]
-
-
 @pytest.mark.parametrize("header, message, low, high", table("""
 Retry-After: 7 | no | 7 | 7
 Retry-After: soon ; Retry-After: 0 ; Retry-After: Mon, 01 Jan 2001 00:00:00 GMT | no | .37 | .5
 Retry-After: SOON | no | 50 | 100
 retry-after-ms: 1500 | no | 1.5 | 1.5
-x: y | try again in 1500ms | 1.5 | 1.5
 x: y | Please try again in 12s. ; Please wait 12 seconds | 12 | 12
 x: y | {"error": {"details": [{"retryDelay": "36s"}]}} | 36 | 36
 x: y | try again in 1m59.5s | 119.5 | 119.5
-x: y | Please retry after 2 minutes | 120 | 120
 x: y | Please wait 1 minute 30 seconds | 90 | 90
 x: y | {"retry_after": 25} ; {"retryAfter": "25s"} ; Limit resets in 25s | 25 | 25
 x: y | Try again after 30 seconds ; try again in about 30s ; wait for 30 seconds | 30 | 30
@@ -2109,8 +1925,6 @@ def test_a_wait_is_bounded_and_ends_with_the_run():
     assert seen.ask(ASK) == GOOD and seen.waits == [prompts.LONGEST_WAIT]
     seen = client(response("429"), sleep=lambda seconds: True)
     assert failure(seen.ask, ASK) == "stopped" and len(seen.requests) == 1
-    seen = client(response("429"), sleep=lambda seconds: "slept")       # only True means stop
-    assert seen.ask(ASK) == GOOD
 
 
 # `acts` are the answers to the requests of one ask: "abort" is asked four times
@@ -2324,10 +2138,6 @@ def test_a_batch_is_halved_until_it_is_taken(most, status, text):
     assert text in failure(embedder(*[refusal] * 99).ask, ["a", "b"])
 
 
-def test_a_log_may_lie_in_the_home_folder():
-    assert prompts.open_log("~/calls.jsonl", "m").path == Path.home() / "calls.jsonl"
-
-
 def test_a_log_without_a_text_is_asked_again(tmp_path):
     """Embeddings are no texts, and are kept. When a text came in between, it counts for good."""
     path = tmp_path / "log"
@@ -2340,8 +2150,9 @@ def test_a_log_without_a_text_is_asked_again(tmp_path):
     assert log.has_spoken and len(prompts.recorded_embed(prompts.unlogged, log)(["a"])) == 1
 
 
-def test_a_log_replays_without_the_model(tmp_path):
-    path = tmp_path / "a new folder" / "log"
+def test_a_log_in_the_home_folder_replays_without_the_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = "~/a new folder/log"
     assert logged_answers(path, LOGGED.get) == logged_answers(path) == list(LOGGED.values())
     replay = prompts.recorded(prompts.unlogged, prompts.open_log(path, "m"))
     assert "'critic', 0, 'learn'" in failure(replay, ASK._replace(role="critic"))
@@ -2366,15 +2177,13 @@ def test_an_unreadable_line_is_asked_again(tmp_path, damage):
 
 
 def test_of_two_answers_at_once_the_first_counts(tmp_path):
-    """Two threads ask the same, and wait() gives each another number."""
+    """Two threads embed the same text, and wait() gives each another number."""
     log, both = prompts.open_log(tmp_path / "log", "m"), threading.Barrier(2)
-    llm = prompts.recorded(lambda ask: Reply(str(both.wait())), log)
     embed = prompts.recorded_embed(lambda texts: np.full((1, 3), both.wait(), "f4"), log)
     with ThreadPoolExecutor(2) as pool:
-        assert len(set(pool.map(llm, [ASK, ASK]))) == 1
         first, second = pool.map(embed, [["a"], ["a"]])
     assert first.tobytes() == second.tobytes()
-    assert (tmp_path / "log").read_bytes().count(b"\n") == 2
+    assert (tmp_path / "log").read_bytes().count(b"\n") == 1
 
 
 def test_embeddings_are_recorded_once_to_the_bit_and_never_mix(tmp_path):
@@ -2412,13 +2221,10 @@ def test_workers_a_second_run_and_a_draft_change_nothing(workers, finished, tmp_
         assert files(tmp_path) == files(finished)
 
 
-@pytest.mark.parametrize("method", ["billp", "greedy"])
-def test_the_leaving_item_is_no_recommendation(method):
-    asked = settings_of(f"--method {method} --episodes 0 --users 20")
+def test_the_leaving_item_is_no_recommendation():
+    asked = settings_of("--method greedy --users 20")
     place = run.build_place(asked)
-    outcome = run.perform(asked, place, billp.NOVICE, prompts.offline, prompts.hashed_ngrams, map,
-                          ("after",))
-    for user, session in zip(place.held_out, outcome.sessions["after"]):
+    for user, session in zip(place.held_out, run.policy_sessions(asked, place, "before")):
         ratings = place.env.rate(user, np.array(session.items, int))
         assert session.reward == ratings.sum() and (ratings >= 2).all()
 
@@ -2445,21 +2251,11 @@ def test_the_summary_tells_what_the_episodes_hold(finished):
 def test_replies_of_no_use_are_counted(tmp_path, monkeypatch):
     """Each reply is malformed 3 times. Then the fallback answers, which names no item."""
     monkeypatch.setattr(prompts, "offline", scripted(dict.fromkeys(REPLIES, [""])))
-    succeed(*SMALL, "--episodes", 0, "--out", tmp_path)
+    out = succeed(*SMALL, "--episodes", 0, "--out", tmp_path)
     summary = read(tmp_path / "summary.json")
     calls = sum(row["calls"] for row in summary["calls"].values())
     assert summary["malformed"] == calls == 3 * summary["fallbacks"] > 0
     assert summary["ungrounded"] == 1
-
-
-def test_an_experiment_counts_replies_of_rows_that_ask(tmp_path):
-    def silent(body):
-        return 200, json.dumps({"choices": [{"message": {"content": "As an AI, I am no critic."}}]})
-
-    with endpoint(silent) as server:
-        rows = ("--seeds", 1, "--experiment", "table5", "--rows", "billp,billp-no-model")
-        out = succeed(*flags_of(server.url, tmp_path, *rows))
-    calls = len(server.asked)
     counts = f"malformed {calls}, fallbacks {calls // 3}, actions that named no free item 100%"
     assert f"replies   {counts}\n" in out
 
@@ -2470,6 +2266,8 @@ def test_no_lesson_is_written_that_nobody_reads(tmp_path):
     flags = ("--method", "act", "--lessons", "nearest", "--out", tmp_path / "act")
     _, out, err = command(*SMALL, *flags)
     assert "learns nothing" in err and "reflector" not in out
+    _, _, err = command(*SMALL, "--load", tmp_path / "act", "--out", tmp_path / "loaded")
+    assert "empty memories" in err
 
 
 @pytest.mark.parametrize("method", run.METHOD_NAMES)
@@ -2546,12 +2344,6 @@ def test_a_loaded_run_goes_on_with_users_not_seen(tmp_path):
     assert "--load" in refuse("--show", folder, "--prompts")
 
 
-def test_a_load_of_empty_memories_is_told(tmp_path):
-    succeed(*SMALL, "--method", "act", "--out", tmp_path / "a")
-    _, _, err = command(*SMALL, "--load", tmp_path / "a", "--out", tmp_path / "b")
-    assert "empty memories" in err
-
-
 def test_a_memory_knows_every_world_it_has_met():
     """Through other worlds, too. In csv and movielens another seed would hold out other users."""
     before = run.memory_text(settings_of("--episodes 9"), NOVICE, {("csv:a", 0): 7})
@@ -2611,25 +2403,6 @@ def test_a_run_without_an_answer_yields_its_directory(tmp_path):
     succeed(*SMALL, "--out", tmp_path)
 
 
-@pytest.mark.parametrize("name, is_in_use", [("calls.jsonl", False), ("notes.txt", True)])
-def test_a_directory_may_hold_a_copied_log_alone(tmp_path, name, is_in_use):
-    (tmp_path / name).touch()
-    assert run.is_in_use(tmp_path) == is_in_use
-    (tmp_path / "config.json").touch()
-    assert run.is_in_use(tmp_path)
-    (tmp_path / name).unlink()
-    assert not run.is_in_use(tmp_path)
-
-
-def test_a_copied_log_alone_is_replayed(finished, tmp_path):
-    with endpoint() as server:
-        succeed(*flags_of(server.url, tmp_path / "a"))
-    (tmp_path / "b").mkdir()
-    (tmp_path / "a" / "calls.jsonl").rename(tmp_path / "b" / "calls.jsonl")
-    succeed(*flags_of(server.url, tmp_path / "b", "--replay"))         # the server is gone
-    assert files(tmp_path / "b") == files(finished)
-
-
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     run.write(tmp_path / "a", "old")
     with mock.patch.object(os, "replace", side_effect=OSError), pytest.raises(OSError):
@@ -2664,20 +2437,19 @@ FOLDER = {                                  # what lies in the folder of the tes
 --load nowhere.json ; --load foreign.json ; --load verdict.json | is no memory.json
 --load lesson.json ; --load target.json ; --load met.json | is no memory.json
 --show nowhere | nowhere
---pick after ; --prompts ; --seeds 3 ; --rows react ; --show full --seed 1 | has no effect
---timeout 9 ; --max-calls 9 ; --header a=b ; --model offline --replay | has no effect
---method greedy --lately 3 ; --method a2c --model m --base-url x | has no effect
---method a2c --load full ; --method bandit --workers 2 | has no effect
---method bandit --gamma 0.9 | has no effect
+--pick after:3 ; --seeds 3 ; --rows react ; --show full --seed 1 ; --max-calls 9 | has no effect
+--model offline --replay ; --method greedy --lately 3 ; --method a2c --load full | has no effect
+--method a2c --model m --base-url x ; --method bandit --workers 2 | has no effect
+--method bandit --gamma 0.9 ; --experiment table3 --models m,n --base-url x | has no effect
+--experiment fig4 --users 9 ; --experiment fig5 --window 2 | has no effect
+--experiment table5 --cluster a --workers 2 ; --experiment table5 --method act | has no effect
+--experiment table5 --load full | has no effect
 --model m --base-url x --experiment table5 --cluster a | has no effect
---experiment table5 --cluster a --workers 2 ; --experiment fig4 --users 9 | has no effect
 --experiment table6 --model m --models m,n --base-url x | has no effect
---experiment table5 --method act ; --experiment table5 --load full | has no effect
 --out full | full
 --experiment table9 | table9
 --experiment table5 --rows act | only billp-no-macro
 --experiment table6 --models m,n | --base-url
---experiment table3 --models m,n --base-url x ; --experiment fig5 --window 2 | has no effect
 --base-url x | --model
 --replay --model m | --replay
 --base-url x --model m --extra-body 1 ; --base-url x --model m --extra-body {SECRET} | JSON object
@@ -2701,6 +2473,7 @@ def test_a_folder_is_announced_before_it_is_read(tmp_path):
     code, _, err = command("--world", f"csv:{tmp_path}")
     announced, fault = err.splitlines()
     assert code == 2 and announced.startswith("reading ") and "no ratings.csv" in fault
+    assert "none is no folder" in refuse("--world", f"csv:{tmp_path / 'none'}")
 
 
 def test_flags_reach_what_they_name():
@@ -2797,10 +2570,6 @@ def test_rows_are_compared_with_billp_at_the_same_x(tmp_path, monkeypatch, capsy
     assert words == ["lower", "higher", "not significant"]
 
 
-def test_an_axis_of_zeros_has_some_length():
-    assert run.limit_of([run.Row("random", None, {"R_traj": [0, 0, 0]})]) > 0
-
-
 def test_shares_of_popularity_by_hand():
     """Of ten items, 7 is liked least, then 8, 9, 0, 1 and so on up to 6."""
     ratings = [(item + 3) % 10 + 1 for item in range(10)]
@@ -2842,9 +2611,9 @@ def test_a_run_over_http_is_the_offline_run_and_replays(workers, finished, tmp_p
     assert files(tmp_path) == files(finished)
     assert sorted(server.asked) == sorted(set(server.asked)) == sorted(logged(tmp_path))
     assert read(tmp_path / "summary.json")["endpoint"]["system_fingerprint"] == "fp_1"
-    for name in ("episodes.jsonl", "memory.json", "summary.json"):
+    for name in ("config.json", "episodes.jsonl", "memory.json", "summary.json"):
         (tmp_path / name).unlink()
-    code, out, err = command(*flags, "--replay")                        # the server is gone
+    code, out, err = command(*flags, "--replay")        # a log alone; the server is gone
     assert code == 0 and "from the log, 0 new" in out and ", 0 new answers" in err
     assert files(tmp_path) == files(finished)
     log = (tmp_path / "calls.jsonl").read_bytes().splitlines(True)
@@ -2889,6 +2658,7 @@ def test_a_spent_budget_ends_with_3_and_can_go_on(finished, tmp_path):
             code, _, err = command(*flags_of(server.url, tmp_path, "--max-calls", budget))
             assert code == 3 and "--max-calls" in err.splitlines()[-1]
             assert len(server.asked) == start + budget
+        assert "(seed)" in refuse(*flags_of(server.url, tmp_path, "--seed", 1))     # a log counts
         succeed(*flags_of(server.url, tmp_path))
     assert files(tmp_path) == files(finished)
     assert len(server.asked) == len(set(server.asked))
@@ -2909,22 +2679,20 @@ def test_a_failure_among_many_threads_is_one_line(finished, tmp_path):
 
 
 @posix
-@settings(max_examples=1, phases=[Phase.generate])
-@given(moments=st.lists(st.integers(1, 20), min_size=3, max_size=3))
-def test_a_run_killed_at_any_moment_resumes(finished, moments):
+def test_a_run_killed_at_any_moment_resumes(finished, tmp_path):
     """What was logged is never asked again: only the asks on their way, one for each worker."""
-    with endpoint(lambda body: time.sleep(0.003)) as server, tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    moments = (1, 7, 19)
+    with endpoint(lambda body: time.sleep(0.003)) as server:
         for requests in moments:
             start = len(server.asked)
-            child = begin(server.url, folder)
+            child = begin(server.url, tmp_path)
             wait_until(lambda: len(server.asked) >= start + requests or child.poll() is not None)
             assert child.poll() in (None, 0)        # alive, or done: it did not crash
             child.kill()
             child.communicate()
-        succeed(*flags_of(server.url, folder))
-        assert files(folder) == files(finished)
-        assert len(logged(folder)) == len(set(logged(folder)))
+        succeed(*flags_of(server.url, tmp_path))
+    assert files(tmp_path) == files(finished)
+    assert len(logged(tmp_path)) == len(set(logged(tmp_path)))
     assert len(server.asked) - len(set(server.asked)) <= 4 * len(moments)
 
 
@@ -2966,6 +2734,7 @@ def test_models_are_compared_each_with_a_log_of_its_own(tmp_path):
     assert read(tmp_path / "a" / "table6.json") == before
     answers = sum(len(logged(tmp_path / "a" / name)) for name in ("m%2F1", "n"))
     assert f"answers   {answers} from the log, 0 new" in out       # the stand-in has none
+    assert "replies   malformed 0" in out
     succeed(*flags, "table5", "--rows", "billp", "--out", tmp_path / "b")
     [offline] = read(tmp_path / "b" / "table5.json")["rows"]
     assert [row["x"] for row in before["rows"]] == ["m/1", "n", "offline"]
