@@ -39,7 +39,7 @@ import numpy as np
 
 import envs
 import prompts
-from prompts import LLM, Ask, Candidate, Catalog, Key, Malformed
+from prompts import LLM, Ask, Candidate, Catalog, Evidence, Key, Malformed
 
 # --------------------------------------------------------------------------------- config
 
@@ -189,19 +189,17 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
     same text and item only the newest counts: a later verdict or target replaces the earlier one.
     The paper cuts at a tau; the roles below do not.
     """
-    if not memory or k < 1:
+    if not memory:
         return ()
     cosines = np.concatenate([np.vecdot(chunk.vectors, vector) for chunk in memory])
-    distances = (2 - 2 * cosines).round(5)
-    oldest_first = records(memory)
-    # A newer record counts as nearer, by less than 10^-6. Distances that are not equal differ by
-    # 10^-5 or more, so this decides between equals only.
-    newness = 1e-6 * np.arange(len(distances)) / len(distances)
+    # Both lists begin with the newest. The sort is stable, so among equals the newest comes first.
+    newest_first = records(memory)[::-1]
+    distances = (2 - 2 * cosines[::-1]).round(5)
     found = {}                          # (text, item) -> record
-    for i in np.argsort(distances - newness):
+    for i in np.argsort(distances, stable=True):
         if distances[i] > tau or len(found) == k:
             break
-        record = oldest_first[i]
+        record = newest_first[i]
         # Records of the same pair have the same text, so the same distance: the newest came first.
         found.setdefault((record.text, record.item), record)
     return tuple(found.values())
@@ -216,7 +214,7 @@ class State(NamedTuple):
     history: tuple[str, ...]        # lines of the last `titles` items liked before
     shown: tuple[str, ...]          # lines of the items recommended in this session
     ratings: tuple[float, ...]      # what they earned
-    transcript: str                 # the turns of this session so far
+    turns: tuple[str, ...]          # the transcript: the lines of each step of this session
     text: str                       # the last `titles` lines, liked or shown, to search memories by
     vector: np.ndarray              # float32 [d], the embedding of the text
     # items that cannot be recommended: liked before or shown in this session; with `repeats` none
@@ -252,6 +250,7 @@ class Step(NamedTuple):
     act: Answer
     line: str                       # the recommended item as the model reads it
     reward: float
+    turn: str                       # its lines of the transcript
 
 
 class Trajectory(NamedTuple):
@@ -280,7 +279,7 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
     `config.retries` times. Then the fallback answers. With -1 retries it answers at once.
     """
     # without its oldest turns if it is too long
-    transcript = prompts.bounded(state.transcript, config.transcript)
+    transcript = prompts.bounded(state.turns, config.transcript)
     # History and session come first, the same for all roles, then the question of this role.
     prompt = prompts.shared(state.history, transcript) + question
     messages = (("system", prompts.SYSTEM), ("user", prompt))
@@ -338,24 +337,16 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
     return answer._replace(recalled=lessons), memory
 
 
-def experience(state: State, memory: Memory, config: Config) -> dict[str, Candidate]:
-    """The evidence of similar states: how often each remembered item got which verdict.
-
-    The keys are item lines. The item of the nearest state comes first.
-    """
+def experience(state: State, memory: Memory, config: Config) -> Evidence:
+    """The evidence of similar states. The item of the nearest state comes first."""
     if not config.experience:
-        return {}
+        return Counter()
     recalled = recall(memory, state.vector, config.k_experience)
-    counts = Counter((record.item, record.content) for record in recalled)
-    tried = {}
-    for line in dict.fromkeys(record.item for record in recalled):
-        tried[line] = Candidate(line, encouraged=counts[line, 1], discouraged=counts[line, 0])
-    return tried
+    return Counter((record.item, record.content) for record in recalled)
 
 
-def ranked_lines(state: State, tried: dict[str, Candidate], catalog: Catalog,
-                 config: Config) -> list[str]:
-    """The lines of items that the actor may be shown, the most promising first.
+def ranked_lines(state: State, evidence: Evidence, catalog: Catalog, config: Config) -> list[str]:
+    """The lines of items, the most promising first; `shortlist` drops those that are not free.
 
     An item counts by
         cos(item, wish) + cos(item, other) + evidence
@@ -364,15 +355,13 @@ def ranked_lines(state: State, tried: dict[str, Candidate], catalog: Catalog,
     average chance (prompts.chance). With `candidates` 0, as in the paper, the remembered items are
     ranked by evidence alone.
     """
-    average = prompts.average_chance(tried.values())
-    bonus = {line: prompts.chance(item, average) - average for line, item in tried.items()}
+    average = prompts.average_chance(evidence)
+    bonus = {line: prompts.chance(line, evidence, average) - average for line, _ in evidence}
     if not config.candidates:
-        in_catalog = set(catalog.lines)             # a loaded memory may come from another world
-        known = [line for line in tried if line in in_catalog]
-        return sorted(known, key=bonus.get, reverse=True)
+        return sorted(bonus, key=bonus.get, reverse=True)
     # such as "[War]" and "[Comedy, Drama]"; the second is left out if it would be empty
     texts = prompts.query(state.thought, catalog.env.categories, tastes_of(state, config))
-    items = prompts.closest(texts, catalog, state.taken, len(catalog.lines), bonus)
+    items = prompts.closest(texts, catalog, bonus)
     return [catalog.lines[item] for item in items]
 
 
@@ -383,21 +372,18 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     They are the first of `ranked_lines`. Of them, items without a category shown lately come first:
     a small model tends to take the first item, and would too often repeat a category.
     """
-    tried = experience(state, memory, config)
-    # A remembered item may be taken. A free item may have the same line as a taken one: the model
-    # could not tell them apart.
-    taken_lines = {catalog.lines[item] for item in state.taken}
-    limit = config.candidates or config.k_actions
-    chosen = []
-    for line in ranked_lines(state, tried, catalog, config):
-        if len(chosen) == limit:
-            break
-        if line not in taken_lines and line not in chosen:      # two items may share a line
-            chosen.append(line)
+    evidence = experience(state, memory, config)
+    # An item of a loaded memory may come from another world. A free item may have the same line as
+    # a taken one: the model could not tell them apart.
+    free_lines = set(catalog.lines).difference(catalog.lines[item] for item in state.taken)
+    ranked = ranked_lines(state, evidence, catalog, config)
+    # two items may share a line: `fromkeys` keeps the first
+    free = [line for line in dict.fromkeys(ranked) if line in free_lines]
+    chosen = free[:config.candidates or config.k_actions]
     recent = set(tastes_of(state, config).recent)
     # False comes before True. The sort is stable: within both groups the order stays.
-    chosen.sort(key=lambda line: any(tag in recent for tag in prompts.line_tags(line)))
-    return tuple(tried.get(line, Candidate(line)) for line in chosen)
+    chosen.sort(key=lambda line: not recent.isdisjoint(prompts.line_tags(line)))
+    return tuple(Candidate(line, evidence[line, 1], evidence[line, 0]) for line in chosen)
 
 
 def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
@@ -413,16 +399,16 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
     question = prompts.render_actor(state.key.step + 1, state.thought, listed, form)
     answer = consult(llm, "actor", state, question, prompts.parse_actor, config, "")
     lines = [candidate.line for candidate in listed]
+    exact = False
     if answer.fallback and lines:
-        item, exact = catalog.lines.index(lines[0]), False
+        item = catalog.lines.index(lines[0])
     elif answer.fallback:
-        item, exact = prompts.nearest(state.text, catalog, state.taken), False
+        item = prompts.nearest(state.text, catalog, state.taken)[0]
     else:
-        to_choose_from = []
-        if config.candidates:
-            # A reply that names no free item often names a recent one. The nearest of all free
-            # items would be too similar to that one, so the nearest of the listed ones is taken.
-            to_choose_from = [item for item, line in enumerate(catalog.lines) if line in lines]
+        # A reply that names no free item often names a recent one. The nearest of all free items
+        # would be too similar to that one, so the nearest of the listed ones is taken.
+        on_list = [item for item, line in enumerate(catalog.lines) if line in lines]
+        to_choose_from = on_list if config.candidates else ()
         item, exact = prompts.ground(answer.value, catalog, state.taken, to_choose_from)
     return answer._replace(value=item, recalled=listed, exact=exact), memory
 
@@ -439,8 +425,8 @@ def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> 
     # fewer steps are left, but with a small gamma this hardly matters.
     rating = fmean(state.ratings or [3.0])
     as_before = state.top * rating / 5
-    question = prompts.render_critic(targets, as_before)
     expected = fmean([target for _, target in targets] or [as_before])
+    question = prompts.render_critic(targets, expected, as_before)
     answer = consult(llm, "critic", state, question, prompts.parse_critic, config, expected)
     value = min(max(answer.value, 0.0), state.top)
     return answer._replace(value=value, recalled=targets), memory
@@ -471,43 +457,27 @@ def score(trajectory: Trajectory) -> tuple[int, float]:
     return length, fsum(step.reward for step in trajectory.steps)
 
 
-def opening(catalog: Catalog, user: int, key: Key, config: Config = DEFAULT) -> State:
-    """The state before the first step of a session."""
+def state_after(catalog: Catalog, user: int, key: Key, config: Config = DEFAULT,
+                steps: Sequence[Step] = ()) -> State:
+    """The state after these steps of a session; without steps, before the first one.
+
+    With each step the transcript grows by one turn: prompts extend each other.
+    """
     liked = [int(item) for item in catalog.env.histories[user]]
     history = tuple(catalog.lines[item] for item in liked[-config.titles:])
-    text = "\n".join(history)
+    shown = tuple(step.line for step in steps)
+    text = "\n".join((history + shown)[-config.titles:])
+    taken = liked + [step.act.value for step in steps]
     return State(
-        key=key._replace(step=0),
+        key=key._replace(step=len(steps)),
         history=history,
-        shown=(),
-        ratings=(),
-        transcript="",
-        text=text,
-        vector=catalog.embed([text])[0],
-        taken=() if config.repeats else tuple(liked),
-        top=discounted_return([5.0] * catalog.env.max_steps, config.gamma))
-
-
-def advance(state: State, catalog: Catalog, step: Step, left: bool, config: Config) -> State:
-    """The state after one more step.
-
-    The transcript grows by one turn and nothing in it is rewritten: prompts extend each other.
-    """
-    n = state.key.step + 1
-    shown = state.shown + (step.line,)
-    text = "\n".join((state.history + shown)[-config.titles:])
-    # what the model asked for if it could not be recommended; a fallback has said ""
-    asked = "" if step.act.exact else step.act.said
-    return state._replace(
-        key=state.key._replace(step=n),
         shown=shown,
-        ratings=state.ratings + (step.reward,),
-        transcript=state.transcript + prompts.turn(
-            n, step.plan.value, step.line, step.reward, left, asked),
+        ratings=tuple(step.reward for step in steps),
+        turns=tuple(step.turn for step in steps),
         text=text,
         vector=catalog.embed([text])[0],
-        taken=() if config.repeats else state.taken + (step.act.value,),
-        thought="")
+        taken=() if config.repeats else tuple(taken),
+        top=discounted_return([5.0] * catalog.env.max_steps, config.gamma))
 
 
 def episode(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM,
@@ -517,7 +487,7 @@ def episode(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM,
     The agent is read and never changed.
     """
     env_state = envs.reset(catalog.env, user)
-    state = opening(catalog, user, key, config)
+    state = state_after(catalog, user, key, config)
     steps = []
     left = cut = False
     while not (left or cut):
@@ -527,9 +497,12 @@ def episode(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM,
         state = state._replace(thought=plan.value)
         act, _ = actor(state, agent.actor, llm, catalog, config)
         env_state, reward, left, cut = envs.step(catalog.env, env_state, act.value)
-        step = Step(state, plan, act, catalog.lines[act.value], float(reward))
-        state = advance(state, catalog, step, bool(left), config)
-        steps.append(step)
+        line = catalog.lines[act.value]
+        # what the model asked for if it could not be recommended; a fallback has said ""
+        asked = "" if act.exact else act.said
+        turn = prompts.turn(len(steps) + 1, plan.value, line, reward, left, asked)
+        steps.append(Step(state, plan, act, line, float(reward), turn))
+        state = state_after(catalog, user, key, config, steps)
     return Trajectory(user, tuple(steps), state, bool(left))
 
 
@@ -541,18 +514,18 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
     steps = trajectory.steps
     states = [step.state for step in steps] + [trajectory.last]
     asks_critic = config.experience and config.baseline
-    valued = states if asks_critic else []          # the states whose value the critic estimates
-    if trajectory.terminated:
-        valued = valued[:-1]                        # once the user has left there is no future
-    answers = tuple(critic(state, agent.critic, llm, config)[0] for state in valued)
-    # the last state has the value 0 if the user left; all states have it without a critic
-    values = [answer.value for answer in answers] + [0.0] * (len(states) - len(valued))
-    # the user can have left at the last step only
-    lefts = [False] * (len(steps) - 1) + [trajectory.terminated]
+    # the states whose value the critic estimates: once the user has left there is no future
+    valued = states[:-1] if trajectory.terminated else states
+    answers = ()
+    if asks_critic:
+        answers = tuple(critic(state, agent.critic, llm, config)[0] for state in valued)
+    values = [answer.value for answer in answers]
+    values += [0.0] * (len(states) - len(values))   # of the other states
     advantages = []
     m_p, m_a, m_c = EMPTY, EMPTY, EMPTY             # what this episode adds to the three memories
-    for step, value, next_value, left in zip(steps, values, values[1:], lefts):
+    for step, value, next_value in zip(steps, values, values[1:]):
         state = step.state
+        left = trajectory.terminated and step is steps[-1]      # users leave at the last step only
         adv = advantage(step.reward, config.gamma, value, next_value, left)
         advantages.append(adv)
         if config.experience:

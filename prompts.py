@@ -35,7 +35,7 @@ from email.utils import parsedate_to_datetime
 from itertools import compress
 from pathlib import Path
 from statistics import fmean
-from threading import Lock
+from threading import Lock, Semaphore
 from typing import Any, Callable, Collection, Iterable, Iterator, Mapping, NamedTuple, Sequence
 from urllib.parse import unquote_plus
 from zlib import crc32
@@ -110,8 +110,7 @@ def clean(text: str, limit: int = 600) -> str:
     # Cleaning a long text is slow, so it is cut first. It may still shrink: a run of spaces becomes
     # one.
     text = text[:4 * limit]
-    if not text.isprintable():
-        text = "".join(c if c.isprintable() else " " for c in text)
+    text = "".join(c if c.isprintable() else " " for c in text)
     return " ".join(text.split())[:limit].rstrip()
 
 
@@ -164,18 +163,16 @@ def unaccented(text: str) -> str:
     >>> unaccented("Amélie")
     'Amelie'
     """
-    if text.isascii():              # twice as fast
-        return text
     return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
 
-def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
-    """Embeds texts without a model: signed counts of character trigrams, float32 [n, d], unit rows.
+def hashed_ngrams(texts: Sequence[str]) -> np.ndarray:
+    """Embeds texts without a model: signed counts of trigrams, float32 [n, 512], unit rows.
 
-    Each three neighbouring characters are hashed to a place 0..d-1 and a sign. With signs, trigrams
+    Each three neighbouring characters are hashed to a place 0..511 and a sign. With signs, trigrams
     that share a place cancel out on average.
     """
-    rows = np.zeros((len(texts), d), np.float32)
+    rows = np.zeros((len(texts), 512), np.float32)
     for row, text in zip(rows, texts):
         # without case and accents, and one number for each character
         plain = f" {unaccented(text.casefold())} "
@@ -183,9 +180,9 @@ def hashed_ngrams(texts: Sequence[str], d: int = 512) -> np.ndarray:
         # These products wrap at 2^32 on purpose. The factor in `mixed` is from Knuth's hash.
         trigrams = (codes[:-2] * 31 * 31) + (codes[1:-1] * 31) + codes[2:]
         mixed = (trigrams * 2654435761) >> 16       # the upper 16 bits
-        place = mixed % d
+        place = mixed % 512
         sign = 1.0 - 2.0 * (mixed >> 15)            # the highest bit decides: 1 or -1
-        row += np.bincount(place, weights=sign, minlength=d)
+        row += np.bincount(place, weights=sign, minlength=512)
         if not row.any():
             row[0] = 1              # an empty text needs a direction, too
         row /= np.sqrt(row @ row)
@@ -201,7 +198,7 @@ THINKING = (r"(\w+[_:] | ant)?"        # chain_of_thought, seed:think, antThinki
             "(think|thinking|thoughts?|reason|reasoning|analysis|scratchpad|monologue|cot"
             "|deliberation|planning)"
             r"(_\w+)?")                # reasoning_content
-OPENING = re.compile(rf"""(?isx)
+OPENING = rf"""(?isx)
     # <think>, <|thinking|>, <thinking type="a">
     # but not <end_of_thought>, <no_think>, <|thought_end|>, <think/>
     <\|? (?! end_ | no_ | \w+_end) {THINKING} \b [^<>]* (?<!/) >
@@ -210,8 +207,8 @@ OPENING = re.compile(rf"""(?isx)
     | <\|channel>thought                # Gemma
     | <\|channel\|> (?! \s*final)       # gpt-oss: <|channel|>analysis, <|channel|>commentary
     | ^ analysis (?= .*assistantfinal)  # gpt-oss behind a server that drops the marks
-    """)
-ENDING = re.compile(rf"""(?isx)
+    """
+ENDING = rf"""(?isx)
     # </think>, <|/think|>, <|end_of_thought|>
     # <|thought_end|>: (?= \w+_end) only looks ahead, then THINKING reads "thought" and "_end"
     <\|? (/ \|? | end_ (of_)? | (?= \w+_end)) {THINKING} \b [^<>]* >
@@ -223,7 +220,7 @@ ENDING = re.compile(rf"""(?isx)
     | <channel\|>                       # Gemma
     | <\|channel\|> \s*final ([^<]*<\|message\|>)?      # gpt-oss
     | assistantfinal                    # gpt-oss behind a server that drops the marks
-    """)
+    """
 MARK = r"<\|\w+\|>|</?[a-z_]+>"         # any other mark: <|im_end|>, <answer>, </s>
 
 
@@ -236,8 +233,8 @@ def spoken(text: str) -> str:
     >>> spoken("<think>A comedy?</think> Alien"), spoken("A comedy?</think> Alien")
     ('Alien', 'Alien')
     """
-    text = OPENING.sub("<think>", text)
-    text = ENDING.sub("</think>", text)
+    text = re.sub(OPENING, "<think>", text)
+    text = re.sub(ENDING, "</think>", text)
     behind = text.rpartition("</think>")[2]     # the opening mark may be part of the prompt
     # thinking behind the answer, perhaps cut off
     answer = behind.partition("<think>")[0].strip() or text.partition("<think>")[0]
@@ -275,11 +272,11 @@ IN_LINE = re.compile(rf"""(?imx)
 # has a mark (* _ # >) or a number; text follows below.
 #     yes: "**Action**", then "Up" · "Action 3", then "Up"
 #     no:  "Action", then "Up" · "**Action**" at the end
-HEADING = re.compile(rf"""(?imx)
+HEADING = rf"""(?imx)
     ^ (?= (?: [ \t]* [*_\#>] ) | (?: .*\d ) )   # a line with a mark at its front, or a number
     [ \t*_\#>]* (?P<name> {LABELS} ) {GAP} \d* {GAP} $
     (?= \s* \S )                    # with text below
-    """)
+    """
 
 
 def with_colons(text: str) -> str:
@@ -288,7 +285,7 @@ def with_colons(text: str) -> str:
     >>> with_colons("**Action 3**\\nUp")
     'Action:\\nUp'
     """
-    return HEADING.sub(r"\g<name>:", text)
+    return re.sub(HEADING, r"\g<name>:", text)
 
 
 def segment(text: str, labels: Sequence[str]) -> str:
@@ -303,14 +300,14 @@ def segment(text: str, labels: Sequence[str]) -> str:
     >>> segment("Action 3: Up\\nThought 4: a comedy", ITEMS)
     'Up'
     """
-    found = list(IN_LINE.finditer(text))
-    for i, label in enumerate(found):
+    for label in IN_LINE.finditer(text):
         name = label["name"].lower()
         if name not in labels:
             continue
         # the labels of ITEMS that begin a turn, such as "action", are in TURNS already
         ends = TURNS if name in ITEMS else (*TURNS, name)
-        starts = (later.start("name") for later in found[i + 1:] if later["name"].lower() in ends)
+        later_labels = IN_LINE.finditer(text, label.end())
+        starts = (later.start("name") for later in later_labels if later["name"].lower() in ends)
         end = next(starts, len(text))           # where the next turn starts
         content = text[label.end():end].strip()
         if content:
@@ -353,7 +350,9 @@ REFUSALS = (
     rf"{I_CANNOT} help(?! but (recommend|suggest|choose|pick))\b",
     rf"{I_CANNOT} (create|generate|discuss|share|do|continue( with)?) (this|that|such|so)\b",
 )
-REFUSAL = re.compile(rf"(?i)\W*(unfortunately\W+)?({'|'.join(REFUSALS)})")
+# (?!.*X) means "without X": "Sorry, but no War is left; I'd pick Up" holds a choice and is none.
+REFUSAL = (rf"(?is)(?!.*({CHOSEN}|is the (best|closest)))\W*(unfortunately\W+)?"
+           rf"({'|'.join(REFUSALS)})")
 
 
 def refuses(text: str) -> bool:
@@ -362,9 +361,7 @@ def refuses(text: str) -> bool:
     >>> refuses("Sorry to Bother You"), refuses("Sorry, I can't")
     (False, True)
     """
-    # "Sorry, but no War is left; I'd pick Up" is none, nor is "..., but Up is the closest"
-    is_refusal = REFUSAL.match(text) is not None
-    return is_refusal and not re.search(f"(?i){CHOSEN}|is the (best|closest)", text)
+    return re.match(REFUSAL, text) is not None
 
 
 def unmarked(line: str) -> str:
@@ -377,8 +374,7 @@ def unmarked(line: str) -> str:
     #     War", "reason": "new"}      becomes
     #     War, reason: new"}
     line = re.sub(r'",\s*"(\w+)":\s*"', r", \1: ", clean(line))
-    line = re.sub(r"^\d{1,2}[.)] ", "", line)
-    content = re.sub("[*`]|__", "", line).strip(' _#>-•"{}')
+    content = re.sub(r"^\d{1,2}[.)] |[*`]|__", "", line).strip(' _#>-•"{}')
     if not re.search(r"\w", content):
         return ""
     # A quote may have lost its partner, which was stripped just now or stood before the label. Then
@@ -429,31 +425,17 @@ def labelled(text: str, labels: Sequence[str]) -> str:
     return "" if has_placeholder else line
 
 
-def item_part(text: str) -> str:
-    """The part of a reply that names the item: what stands after a label, or else the whole reply.
-
-    Words such as "I would recommend" before the title are dropped.
-
-    >>> item_part("Thought 1: tense. Action 1: recommend Alien (1979)")
-    'Alien (1979)'
-    """
-    text = with_colons(text)
-    part = segment(text, ITEMS) or text
-    verb = r"(?i)^\W*(i ?)?((would|will|['’]d) )?recommend(ing|ed)?\b[\s:]*"
-    return re.sub(verb, "", part).strip()
-
-
 # ------------------------------------------------------------------ catalogue and grounding
 
 ARTICLES = frozenset("the a an le la les l un une il lo el los las der das".split())
 LONGEST = 40                        # words of a title that are compared: those of `title_of`
-YEAR = re.compile("(1[89]|20)[0-9]{2}")
+YEAR = "(1[89]|20)[0-9]{2}"
 # What follows a title in that of a sequel: "Frozen II", "Jaws 2 (1978)", "Dune: Part Two", "Toy
 # Story 3, because ...". It is matched with the two words behind the title, without punctuation.
-SEQUEL = re.compile(rf"(II|III|IV|VI{{0,3}}|(Part|Episode) ([\dIV]+|Two|Three|Four|Five|Six)"
-                    rf"|[2-9]( {YEAR.pattern}| because| since| as|$))\b")
+SEQUEL = (r"(II|III|IV|VI{0,3}|(Part|Episode) ([\dIV]+|Two|Three|Four|Five|Six)"
+          rf"|[2-9]( {YEAR}| because| since| as|$))\b")
 # More words of another film's title, then its year: "[The Matrix] Reloaded (2003)"
-LONGER = re.compile(rf"((in|of|on|the|to|[A-Z0-9]\w*) ){{1,6}}(?P<year>{YEAR.pattern})\b")
+LONGER = rf"((in|of|on|the|to|[A-Z0-9]\w*) ){{1,6}}(?P<year>{YEAR})\b"
 LIST_ITEM = r"\s*[-*•] |\W*\d{1,2}[.)]"       # "- Up", "* Up", "1. Up"
 BOLD = r"\*\*[^*\n]+\*\*(?:\s*\(\d{4}\))?"
 
@@ -495,10 +477,10 @@ def spellings(title: str) -> list[str]:
     words = words_of(title)
     size = 1 if words and words[0].casefold() in ARTICLES else 0
     article, others = words[:size], words[size:]
-    names = [name_of(article + others), name_of(others + article), name_of(others)]
+    forms = [words, others + article, others]
     if len(others) > 1:
-        names.append(name_of(["the", *others]))
-    return names
+        forms.append(["the", *others])
+    return [name_of(form) for form in forms]
 
 
 def main_title(title: str) -> str:
@@ -570,7 +552,7 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     for size in range(min(LONGEST, len(words)), 0, -1):
         name = name_of(words[:size])
         behind = words[size:]           # begins with the year, if there is one
-        year_words = 1 if behind and YEAR.fullmatch(behind[0]) else 0
+        year_words = 1 if behind and re.fullmatch(YEAR, behind[0]) else 0
         items = catalog.names.get(name, [])
         nothing_follows = len(behind) == year_words
         if nothing_follows and not items:
@@ -579,11 +561,11 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
             continue
         if year_words:
             items = of_year(items, int(behind[0]), catalog)
-        longer = None if year_words else LONGER.match(" ".join(behind[:7]))
+        longer = None if year_words else re.match(LONGER, " ".join(behind[:7]))
         # not "Alien, Jaws (1975)", where another title begins
         if longer and not leading_title(behind, catalog)[0]:
             items = of_year(items, int(longer["year"]), catalog)
-        if not items or SEQUEL.match(" ".join(behind[:2])):
+        if not items or re.match(SEQUEL, " ".join(behind[:2])):
             return [], size             # a title, but of another film
         return items, size + year_words
     return [], 0
@@ -704,29 +686,26 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     return items
 
 
-def closest(texts: Sequence[str], catalog: Catalog, exclude: Collection[int], k: int,
+def closest(texts: Sequence[str], catalog: Catalog,
             bonus: Mapping[str, float] | None = None) -> list[int]:
-    """The k items not excluded whose lines are nearest to the texts, by summed cosine.
+    """All items. Those whose lines are nearest to the texts, by summed cosine, come first.
 
-    The nearest comes first. `bonus` is added to the cosines: line -> number. It takes one product
-    of all m items with the sum of the texts' embeddings: half a second for a million items.
+    `bonus` is added to the cosines: line -> number. It takes one product of all m items with the
+    sum of the texts' embeddings: half a second for a million items.
     """
     vector = catalog.embed(texts).sum(0)
     # In double precision and rounded, so that the order does not depend on the processor.
     products = np.vecdot(catalog.vectors, vector, dtype=float).round(5)
     if bonus:
         products += [bonus.get(line, 0.0) for line in catalog.lines]
-    products[list(exclude)] = -np.inf
     # The sort is stable: among equals the lowest number comes first.
-    best_first = np.argsort(-products, stable=True)
-    free = best_first[products[best_first] > -np.inf]
-    return free[:k].tolist()
+    return np.argsort(-products, stable=True).tolist()
 
 
-def nearest(text: str, catalog: Catalog, exclude: Collection[int]) -> int:
-    """The item not excluded whose line is nearest to a text; if all are excluded, of all items."""
-    found = closest([text], catalog, exclude, 1) or closest([text], catalog, (), 1)
-    return found[0]
+def nearest(text: str, catalog: Catalog, exclude: Collection[int]) -> list[int]:
+    """The items not excluded, the nearest to a text first; if all are excluded, all items."""
+    items = closest([text], catalog)
+    return [item for item in items if item not in exclude] or items
 
 
 def ground(text: str, catalog: Catalog, exclude: Collection[int] = (),
@@ -734,23 +713,22 @@ def ground(text: str, catalog: Catalog, exclude: Collection[int] = (),
     """The item that a text stands for, and whether the text names it.
 
     `listed` holds the items that the prompt offered; it is empty if it offered none.
-    - Items named and not excluded: the first of them that is listed, or else the first.
-    - All items named are excluded: the item nearest to the categories of the first. It is one of
-      its kind, not one spelled like it.
-    - No item is named: the item nearest to the text.
-    The nearest item is looked for among the listed items, or without a list among all, but not
-    among the excluded ones. If this leaves none, it is looked for among all.
+    These items come into question, the likeliest first:
+    - The items named and not excluded.
+    - If all items named are excluded: those near to the categories of the first. They are of its
+      kind, not spelled like it.
+    - If no item is named: those near to the text.
+    The first of them that is listed is taken, or else the first.
     """
     items = mentioned(text, catalog)
     free = [item for item in items if item not in exclude]
-    if free:
-        # words may be a title by chance: "It is old. They like Up." names It in a large catalogue
-        chosen = [item for item in free if item in listed] or free
-        return chosen[0], True
-    tags = line_tags(catalog.lines[items[0]]) if items else ()
-    wanted = in_brackets(tags) if tags else text
-    not_listed = set(range(len(catalog.lines))).difference(listed) if listed else ()
-    return nearest(wanted, catalog, {*exclude, *not_listed}), False
+    is_named = bool(free)
+    if not is_named:
+        tags = line_tags(catalog.lines[items[0]]) if items else ()
+        free = nearest(in_brackets(tags) if tags else text, catalog, exclude)
+    # words may be a title by chance: "It is old. They like Up." names It in a large catalogue
+    chosen = [item for item in free if item in listed] or free
+    return chosen[0], is_named
 
 
 # ---------------------------------------------------------------------- the shared prefix
@@ -767,9 +745,8 @@ def shared(history: Sequence[str], transcript: str) -> str:
     return f"Seen and liked before, oldest first:\n{liked}\n\nSession so far:\n{transcript}"
 
 
-def bounded(transcript: str, limit: int) -> str:
-    """The newest whole turns of a transcript: at most `limit` characters, but at least one turn."""
-    turns = re.findall(r"(?ms).*?^Observation [^\n]*\n", transcript)
+def bounded(turns: Sequence[str], limit: int) -> str:
+    """The newest turns of a transcript: at most `limit` characters, but at least one turn."""
     while len(turns) > 1 and sum(map(len, turns)) > limit:
         turns = turns[1:]
     return "".join(turns)
@@ -924,33 +901,35 @@ class Candidate(NamedTuple):
     discouraged: int = 0
 
 
+Evidence = Counter[tuple[str, int]]     # how often each pair (item line, verdict) was recalled
+
+
 # Evidence is shrunk to the average: an item counts as if it had been tried so often before, with
 # average success. Most verdicts come from users of another taste: a few must not move an item far.
 # Of 2, 4, 8, 16 and 32 trials, 8 were best for a reader that chooses as a small model does.
 EARLIER_TRIALS = 8
 
 
-def average_chance(tried: Collection[Candidate]) -> float:
+def average_chance(evidence: Evidence) -> float:
     """The chance that an item is encouraged, over all items, by Laplace's rule: 1/2 without any.
 
-    >>> average_chance([Candidate("Up", 2, 0), Candidate("Big", 0, 1)])
+    >>> average_chance(Counter({("Up", 1): 2, ("Big", 0): 1}))
     0.6
     """
-    encouraged = sum(candidate.encouraged for candidate in tried)
-    discouraged = sum(candidate.discouraged for candidate in tried)
-    return (encouraged + 1) / (encouraged + discouraged + 2)
+    encouraged = sum(verdict * times for (_, verdict), times in evidence.items())
+    return (encouraged + 1) / (evidence.total() + 2)
 
 
-def chance(candidate: Candidate, average: float) -> float:
+def chance(line: str, evidence: Evidence, average: float) -> float:
     """The chance that an item is encouraged, shrunk to the average of all items.
 
-    It is the average if the item was never tried.
+    It is the average if the item was never tried: a Counter gives 0 for what it does not hold.
 
-    >>> chance(Candidate("Up"), 0.5), chance(Candidate("Up", encouraged=8), 0.5)
+    >>> chance("Up", Counter(), 0.5), chance("Up", Counter({("Up", 1): 8}), 0.5)
     (0.5, 0.75)
     """
-    trials = candidate.encouraged + candidate.discouraged + EARLIER_TRIALS
-    return (candidate.encouraged + EARLIER_TRIALS * average) / trials
+    trials = evidence[line, 1] + evidence[line, 0] + EARLIER_TRIALS
+    return (evidence[line, 1] + EARLIER_TRIALS * average) / trials
 
 
 def with_count(candidate: Candidate) -> str:
@@ -1000,10 +979,10 @@ def named_in(text: str, tags: Sequence[str]) -> list[str]:
     # The longest come first. Each is taken out, so that the words of one do not name another.
     for tag in sorted(tags, key=len, reverse=True):
         name = spaced(tag).rstrip()                 # "" for a category of symbols alone
-        for form in (name, f"{name}s", f"{name.removesuffix('y')}ies"):
-            if name and f"{form} " in words:
-                words = words.replace(f"{form} ", " ")
-                named.append(tag)
+        forms = rf"({name}s?|{name.removesuffix('y')}ies) "
+        if name and re.search(forms, words):
+            words = re.sub(forms, " ", words)
+            named.append(tag)
     return [tag for tag in tags if tag in named]
 
 
@@ -1084,8 +1063,16 @@ def render_actor(n: int, thought: str, candidates: Sequence[Candidate], form: st
 
 
 def parse_actor(text: str) -> str | Malformed:
-    """The part of a reply in which the item is named, at most 2,000 characters."""
-    part = item_part(spoken(text))
+    """What stands after a label, or else the whole reply: at most 2,000 characters.
+
+    Words such as "I would recommend" before the title are dropped.
+
+    >>> parse_actor("Thought 1: tense. Action 1: recommend Alien (1979)")
+    'Alien (1979)'
+    """
+    text = with_colons(spoken(text))
+    verb = r"(?i)^\W*(i ?)?((would|will|['’]d) )?recommend(ing|ed)?\b[\s:]*"
+    part = re.sub(verb, "", segment(text, ITEMS) or text).strip()
     if len(part) > 2000:            # the choice stands at the beginning or at the end
         part = f"{part[:1000]}\n{part[-999:]}"
     is_empty = name_of(words_of(part)) in ("", "title", "free item")
@@ -1104,17 +1091,14 @@ If the user stays and goes on as before, the value is {as_before:.2f}; if the us
 Value: NUMBER"""
 
 
-def render_critic(targets: Sequence[tuple[str, float]], as_before: float) -> str:
+def render_critic(targets: Sequence[tuple[str, float]], mean: float, as_before: float) -> str:
     """The critic's question.
 
-    targets: pairs (last line of a similar state, its TD target).
+    targets: pairs (last line of a similar state, its TD target); mean: that of the targets.
     as_before: the value of a whole session at the mean rating so far.
     """
     known = [f"{target:.2f} after {line}" for line, target in targets]
-    average = ""
-    if targets:
-        mean = fmean(target for _, target in targets)
-        average = f"Similar situations have {mean:.2f} on average. "
+    average = f"Similar situations have {mean:.2f} on average. " if targets else ""
     return CRITIC.format(targets=bullets(known), as_before=as_before, average=average)
 
 
@@ -1134,7 +1118,7 @@ SUMS = r"""(?:
     [=≈]
     ){0,9}"""
 # "Value 4: about 7,5" · "**Value:**", then "7.5"
-VALUE_LINE = re.compile(rf"""(?imx)
+VALUE_LINE = rf"""(?imx)
     ^ ([^\w\n] | _)* ((final|estimated)[ ])? value\b
     # words, among them "at t=4"
     (?: \b (?:t|n|s|step|state) [ ]?=[ ]? \d+\b | (?! \bif\b ) [^:=：\n] )* [:=：]
@@ -1142,9 +1126,9 @@ VALUE_LINE = re.compile(rf"""(?imx)
         [\s*_]*                     # line breaks and marks: the number is in the next line
       | [^\d\n]*?                   # words: "about"
     ) {NUMBER}
-    """)
+    """
 # "The value of state 4 is 7.5"
-VALUE_IS = re.compile(rf"""(?ix)
+VALUE_IS = rf"""(?ix)
     # the word, but not in "the average value of such states"
     (?<! average[ ] ) (?<! mean[ ] ) value\b
     # words without another "value", without an if-clause and without the end of a sentence; at most
@@ -1154,14 +1138,14 @@ VALUE_IS = re.compile(rf"""(?ix)
     # a calculation or a few words, then the number
     {SUMS} (?: (?! value\b | [.!?;]\s ) [^\d\n] )*? {NUMBER}
     (?! [\d.,]*[ ]if\b )            # not "is 10.00 if the user stays, but"
-    """)
+    """
 # "So I'd say 7.5", "..., so 7.5", "\boxed{7.5}"
-GUESS = re.compile(rf"""(?ix)
+GUESS = rf"""(?ix)
     (?: \b (?: answer | estimate | score | say | think | guess | predict | go[ ]with | put[ ]it
              | a[ ]value[ ]of | so | thus | hence | therefore ) \b
       | \\boxed\{{ )
     (?: is | it | it['’]s | at | about | around | would[ ]be | the[ ]value | [\s:=*_$] )* {NUMBER}
-    """)
+    """
 # What is left out: "7.5 out of 10", "7.5 because we are at step 4", "between 0 and 10, 7.5".
 # A reason with a colon stays, "because the user likes it: 7.5": (?!.*[:=：]) is "no colon follows".
 LEFT_OUT = (r"(?i)(?<=\d),? ((out of|of a maximum of|at most) \d+([.,]\d+)?"
@@ -1171,9 +1155,9 @@ LEFT_OUT = (r"(?i)(?<=\d),? ((out of|of a maximum of|at most) \d+([.,]\d+)?"
 REPEATED = r"(?i)\bif the user (stays|leaves)\b((?! but )[^;.\n])*?\b(value|it) is \d+([.,]\d+)?"
 
 
-def last_match(pattern: re.Pattern, text: str) -> re.Match | None:
+def last_match(pattern: str, text: str) -> re.Match | None:
     """The last match, or None. In a text of several sentences the conclusion stands last."""
-    matches = list(pattern.finditer(text))
+    matches = list(re.finditer(pattern, text))
     return matches[-1] if matches else None
 
 
@@ -1186,11 +1170,11 @@ def parse_critic(text: str) -> float | Malformed:
     text = re.sub(r"\\[()\[\]]", " ", spoken(text)).replace("\\approx", "≈")     # LaTeX
     text = re.sub(LEFT_OUT, " ", text)
     outside = re.sub(rf"{REPEATED}|[(（][^()（）\n]*[)）]", " ", text)
-    attempts = (VALUE_LINE.search(outside),                     # "Value: 7.5"
+    attempts = (re.search(VALUE_LINE, outside),                 # "Value: 7.5"
                 re.match(rf"[\s*_$`]*{NUMBER}[ *_$`.]*\n", outside),    # "7.5", then a reason
                 last_match(VALUE_IS, outside),                  # "so the value is 7.5"
                 last_match(GUESS, outside),                     # "I would say 7.5", "\boxed{7.5}"
-                VALUE_LINE.search(text),                        # "Value: (7.5)"
+                re.search(VALUE_LINE, text),                    # "Value: (7.5)"
                 # the last line, or behind a colon: "Step 3: 7.5"
                 re.search(rf"(?m)(^|[:=≈：])[\s*_$`]*{NUMBER}[ *_$`.]*\Z", outside),
                 re.search(NUMBER, outside),                     # the first number
@@ -1220,16 +1204,6 @@ AVOID = r"Avoid (.*?)\."
 MOST_LIKED = "most liked"
 
 
-def parts_of(prompt: str) -> tuple[str, str, str]:
-    """History, transcript and question.
-
-    The last observation counts as part of the question: it tells whether the user left.
-    """
-    history, _, rest = prompt.partition("\nSession so far:\n")
-    transcript, _, question = rest.rpartition("\nObservation ")
-    return history, transcript, question
-
-
 def tags_in(text: str, pattern: str) -> list[str]:
     """The categories of all lists that a pattern finds in a text."""
     return [tag for tags in re.findall(pattern, text) for tag in split_tags(tags)]
@@ -1238,11 +1212,6 @@ def tags_in(text: str, pattern: str) -> list[str]:
 def shown_in(transcript: str) -> list[tuple]:
     """Pairs (title, categories) of the items recommended, oldest first."""
     return [(title, split_tags(tags)) for title, tags in re.findall(SHOWN, transcript)]
-
-
-def pick(options: Sequence, text: str, seed: int) -> Any:
-    """One of the options, chosen by text and seed, as a sampled model varies its answers."""
-    return options[(crc32(text.encode("utf-8", "replace")) ^ seed) % len(options)]
 
 
 def apart_in(text: str) -> int:
@@ -1260,13 +1229,12 @@ def spelled_avoid(categories: set[str]) -> str:
     return f" Avoid {', '.join(sorted(categories))}." if categories else ""
 
 
-def offline_planner(text: str, seed: int) -> str:
+def offline_planner(history: str, transcript: str, question: str, draw: int) -> str:
     """One of the categories that the tool offers, and what the lessons say to keep away from.
 
     "Next category: War, because similar items go 3 steps apart. Avoid Horror. Keep away from Drama,
     Horror."
     """
-    history, transcript, question = parts_of(text)
     apart = apart_in(question)
     # a warning does not count for a user who liked the category
     warned = set(tags_in(question, AVOID)).difference(tags_in(history, LIKED))
@@ -1278,7 +1246,7 @@ def offline_planner(text: str, seed: int) -> str:
     options = [tag for tag in other if tag not in unwanted] or other
     if MOST_LIKED in question:      # a lesson says: begin with the most liked categories
         options = options[:1]       # the tool names the most liked first
-    category = pick(options, text, seed)
+    category = options[draw % len(options)]
     keep_away = ", ".join(sorted(unwanted - {category})) or "nothing"
     # The actor reads this sentence by PLAN, the reflector by APART. No one reads its "Avoid ...":
     # it shows a person what comes from lessons.
@@ -1286,9 +1254,8 @@ def offline_planner(text: str, seed: int) -> str:
             f"{spelled_avoid(warned)} Keep away from {keep_away}.")
 
 
-def offline_actor(text: str, seed: int) -> str:
+def offline_actor(history: str, transcript: str, question: str, draw: int) -> str:
     """An item of the list that fits the plan best: with evidence the first of them, else any."""
-    _, _, question = parts_of(text)
     plan = re.search(PLAN, question)
     category, keep_away = plan.groups() if plan else ("", "")
     titles = {}                     # rank -> titles
@@ -1300,13 +1267,12 @@ def offline_actor(text: str, seed: int) -> str:
         return "Free item: anything"
     best = titles[max(titles)]
     # With evidence the list begins with the best known.
-    title = best[0] if re.search(EVIDENCE, question) else pick(best, text, seed)
+    title = best[0] if re.search(EVIDENCE, question) else best[draw % len(best)]
     return f"Free item: {title}"
 
 
-def offline_critic(text: str, seed: int) -> str:
+def offline_critic(history: str, transcript: str, question: str, draw: int) -> str:
     """The mean of the recalled targets; with none, the value if the user goes on as before."""
-    _, _, question = parts_of(text)
     targets = [float(number) for number in re.findall(r"\n- (-?[\d.]+) after\b", question)]
     as_before = float(re.search(r"as before, the value is ([\d.]+);", question)[1])
     return f"Value: {fmean(targets or [as_before]):.2f}"
@@ -1338,7 +1304,7 @@ def gaps_between(shown: Sequence[Sequence[str]]) -> Iterator[int]:
         yield min(backs, default=9)
 
 
-def offline_reflector(text: str, seed: int) -> str:
+def offline_reflector(history: str, transcript: str, question: str, draw: int) -> str:
     """Reads off why the user left: similar items too close together, or a disappointment.
 
     A gap is the number of steps from an item back to the nearest similar one.
@@ -1348,7 +1314,6 @@ def offline_reflector(text: str, seed: int) -> str:
     If the last gap is below `harmless`, it is taken for the cause: then at least one step more than
     this gap is advised.
     """
-    history, transcript, question = parts_of(text)
     liked = Counter(tags_in(history, LIKED))
     titles, tags = zip(*shown_in(transcript))
     *earlier, last = gaps_between(tags)
@@ -1376,15 +1341,24 @@ READERS = {"planner": offline_planner, "actor": offline_actor,
            "critic": offline_critic, "reflector": offline_reflector}
 
 
+def offline_text(role: str, prompt: str, seed: int) -> str:
+    """The stand-in's reply. Its choices vary with prompt and seed, as those of a model do."""
+    history, _, rest = prompt.partition("\nSession so far:\n")
+    # the last observation counts as part of the question: it tells whether the user left
+    transcript, _, question = rest.rpartition("\nObservation ")
+    draw = crc32(prompt.encode("utf-8", "replace")) ^ seed
+    return READERS[role](history, transcript, question, draw)
+
+
 def offline(ask: Ask) -> Reply:
     """A rule-based stand-in for a model: no key, no network, and no evidence about real models.
 
     It reads the prompt that an endpoint would be sent and, above temperature 0, a seed to choose
     by.
     """
-    seed = seed_of(ask.key) if ask.temperature else 0
     _, prompt = ask.messages[1]
-    return Reply(READERS[ask.role](prompt, seed))
+    seed = seed_of(ask.key) if ask.temperature else 0
+    return Reply(offline_text(ask.role, prompt, seed))
 
 
 # ---------------------------------------------------------------------- the outside world
@@ -1489,7 +1463,7 @@ FOLLOWED = Kind("followed", 4, ELSEWHERE, "")       # a redirect that is followe
 INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
            "temperature": None, "seed": None, "encoding_format": None}
 # Headers whose values are secrets: Authorization, X-API-Key, Cookie, X-Auth-Token ...
-SECRET = re.compile("(?i)auth|key|cookie|token|secret|password")
+SECRET = "(?i)auth|key|cookie|token|secret|password"
 LONGEST_WAIT = 120.0                # seconds; after 408, 409, 429, 5xx a longer wait ends the run
 # A number with a unit, or alone: '"retry_after": 25' is in seconds. "5 m" is five minutes. The m of
 # "20 milliseconds", "5 more seconds" and "5 months" is not.
@@ -1501,9 +1475,9 @@ DURATION = (r"(?i)(retryDelay|(again|retry|resets?)[ _-]?(in|after)|wait)( for| 
             rf"\W*(?P<periods>({PERIOD}[a-z]*[ ,]*)+)")
 SECONDS = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 # names without a dot, and private addresses: servers without https
-PRIVATE = re.compile(r"[\w-]+(:|/|$)|(10|192\.168|172\.(1[6-9]|2\d|3[01]))\."
-                     r"|host\.docker\.internal")
-LOOPBACK = re.compile(r"(([\w-]+\.)*localhost|127\.[\d.]+|0\.0\.0\.0|\[?::1)(?![\w.-])")
+LOOPBACK = r"(([\w-]+\.)*localhost|127\.[\d.]+|0\.0\.0\.0|\[?::1)(?![\w.-])"
+PRIVATE = (rf"{LOOPBACK}|[\w-]+(:|/|$)|(10|192\.168|172\.(1[6-9]|2\d|3[01]))\."
+           r"|host\.docker\.internal")
 # what Python raises if data from outside has not the shape that the code expects
 MISSHAPEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 LOCK = Lock()                       # guards what threads share: counts and the log
@@ -1601,7 +1575,7 @@ def address(base_url: str, path: str) -> Any:
     import httpx
     base = base_url.strip()
     if "://" not in base:
-        scheme = "http" if LOOPBACK.match(base) or PRIVATE.match(base) else "https"
+        scheme = "http" if re.match(PRIVATE, base) else "https"
         base = f"{scheme}://{base}"
     try:
         url = httpx.URL(base)
@@ -1644,7 +1618,7 @@ def secrets_of(url: Any, headers: dict) -> list[str]:
         if name != "api-version":                       # Azure's date may stand in answers
             secrets += [value, unquote_plus(value)]     # as it stands in the URL, and as it is
     for name, value in headers.items():
-        if SECRET.search(name):
+        if re.search(SECRET, name):
             secrets += [value, *value.split()]          # "Bearer sk-..." and "sk-..."
     for secret in tuple(secrets):
         escaped = json.dumps(secret)[1:-1]              # as it stands in a JSON body
@@ -1671,7 +1645,7 @@ def connect(base_url: str, path: str, key: str | None = None, *, timeout: float 
             headers=sent,
             timeout=httpx.Timeout(timeout, connect=10),
             limits=httpx.Limits(),                          # no limit to connections
-            trust_env=not LOOPBACK.match(url.host),         # a proxy cannot reach this machine
+            trust_env=not re.match(LOOPBACK, url.host),     # a proxy cannot reach this machine
             # httpx itself reads SSL_CERT_FILE only with trust_env
             verify=httpx.create_ssl_context() if url.scheme == "https" else True,
             transport=transport)
@@ -1821,15 +1795,12 @@ def limited(llm: LLM, max_calls: int) -> LLM:
 
     A reply from the log does not count: `recorded` stands outside, see `open_model` in run.py.
     """
-    sent = 0
+    left = Semaphore(max_calls)
 
     def charge() -> None:
-        nonlocal sent
-        with LOCK:
-            if sent >= max_calls:
-                raise BudgetSpent(f"the {max_calls} calls that --max-calls allows are used up; "
-                                  "the same command goes on from here")
-            sent += 1
+        if not left.acquire(blocking=False):
+            raise BudgetSpent(f"the {max_calls} calls that --max-calls allows are used up; "
+                              "the same command goes on from here")
 
     def answer(ask: Ask) -> Reply:
         charge()
@@ -2000,9 +1971,6 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
 
 # - embeddings
 
-BATCH = 64                          # texts in one request for embeddings, at most
-
-
 def unpacked(text: str) -> np.ndarray:
     """An embedding from base64, with or without the = at its end."""
     return np.frombuffer(base64.b64decode(text + "=="), "<f4")
@@ -2013,8 +1981,8 @@ def embedded_rows(route: Route, expected: int, data: dict) -> Any:
     # An index of 0 is often left out. Where all are, the order counts: the sort is stable.
     entries = sorted(data["data"], key=lambda entry: int(entry.get("index") or 0))
     rows = [entry["embedding"] for entry in entries]
-    if rows and isinstance(rows[0], str):       # base64, although numbers were asked for
-        rows = [unpacked(row) for row in rows]
+    # a text is base64, although numbers were asked for
+    rows = [unpacked(row) if isinstance(row, str) else row for row in rows]
     try:
         matrix = np.array(rows, np.float32)
         norms = np.linalg.norm(matrix, axis=1, keepdims=True)
@@ -2030,7 +1998,7 @@ def embedded_rows(route: Route, expected: int, data: dict) -> Any:
 def embeddings(base_url: str, model: str, key: str | None = None, **options: Any) -> Embed:
     """An embedding behind an OpenAI-compatible endpoint. The options are those of `connect`."""
     route = connect(base_url, "embeddings", key, **options)
-    batch = BATCH
+    batch = 64                      # texts in one request, at most
 
     def answer(texts: Sequence[str]) -> np.ndarray:
         nonlocal batch
@@ -2073,22 +2041,21 @@ def open_log(path: str | Path, model_id: Any) -> Log:
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.exists() else b""
-    known: dict[str, Reply] = {}
+    texts: dict[str, Reply] = {}
+    empty: dict[str, Reply] = {}
     has_spoken = False
     for line in content.splitlines():
         try:
             record = json.loads(line)
             reply = Reply(record["text"], Usage(*record["usage"]), record.get("reason", ""))
-            if isinstance(reply.text, str):
-                earlier = known.get(record["ask"], Reply(""))
-                if not earlier.text:
-                    known[record["ask"]] = reply
-                if reply.text and record.get("role") != "embed":
-                    has_spoken = True
+            if reply.text == "":
+                empty[record["ask"]] = reply
+            elif isinstance(reply.text, str):
+                texts.setdefault(record["ask"], reply)
+                has_spoken = has_spoken or record.get("role") != "embed"
         except MISSHAPEN:
             continue                # an incomplete line: its ask is asked again
-    if not has_spoken:
-        known = {name: reply for name, reply in known.items() if reply.text}    # of an embedding
+    known = empty | texts if has_spoken else texts
     if content and not content.endswith(b"\n"):
         with path.open("ab") as file:
             file.write(b"\n")       # so that the next record begins a line of its own

@@ -1213,7 +1213,7 @@ def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Cal
             one_return, *others = [billp.discounted_return(trajectory.last.ratings, config.gamma)
                                    for trajectory in played]
             reference = np.mean(others)
-            state = billp.opening(catalog, user, Key(seed, "value", i), config)
+            state = billp.state_after(catalog, user, Key(seed, "value", i), config)
             answer, _ = billp.critic(state, agent.critic, llm, config)
             errors[repeat, i] = one_return - reference, answer.value - reference
     bias, variance = errors.mean(0), errors.var(0)                      # [users, 2]

@@ -104,7 +104,7 @@ NAMES = [line.partition(" [")[0] for line in ODDLY_TITLED.lines]
 
 # --------------------------------------------------------- builders: models and episodes
 
-STATE = billp.opening(CATALOG, 0, Key(0, "learn", 0))
+STATE = billp.state_after(CATALOG, 0, Key(0, "learn", 0))
 REPLIES = {
     "planner": ["Thought: bugs", "Thought: bugs still", "Thought: a beast"],
     "actor": ["Action: recommend Ant", "Action: recommend Bee (1990)", "Action: recommend bat"],
@@ -178,13 +178,13 @@ kinds = st.sampled_from(["table", "halves"])
 def plain_texts(draw):
     """A line as a well-behaved model writes it: no marks at its ends, no label in front.
 
-    `item_part` drops "I would recommend" from the front. "x" stands for a line that is not plain.
+    `parse_actor` drops "I would recommend" from the front. "x" stands for a line that is not plain.
     """
     unmarked = re.sub('[*`"]|__', "", draw(st.text(max_size=60)))
     text = prompts.clean(prompts.spoken(unmarked)).strip("#>_- '“”[]{}:：!•")
     labels = r"(?i)(thought|action|observation|value|reflection|recommend|i |would |\d+[.)] )"
     has_words = re.search(r"\w", text)
-    is_plain = has_words and not re.match(labels, text) and not prompts.REFUSAL.match(text)
+    is_plain = has_words and not re.match(labels, text) and not prompts.refuses(text)
     return text if is_plain else "x"
 
 
@@ -367,7 +367,7 @@ def stand_in(body):
         rows = prompts.hashed_ngrams(body["input"]).tolist()
         return 200, json.dumps({"data": [{"embedding": row} for row in rows]})
     prompt, role = prompt_and_role(body)
-    text = prompts.READERS[role](prompt, body["seed"])
+    text = prompts.offline_text(role, prompt, body["seed"])
     answer = {"choices": [{"message": {"content": text}}], "system_fingerprint": "fp_1"}
     return 200, json.dumps(answer)
 
@@ -645,7 +645,7 @@ def test_a_malformed_reply_is_asked_again():
     llm, asks = noting(scripted({"planner": replies}))
     config = Config(reply_tokens=77, temperature=0.3, transcript=1000, retries=3)
     turn = prompts.turn(1, "", "a line", 5, False)
-    plan, _ = billp.planner(STATE._replace(transcript=99 * turn), EMPTY, llm, config)
+    plan, _ = billp.planner(STATE._replace(turns=99 * (turn,)), EMPTY, llm, config)
     assert (plan.value, plan.malformed, plan.fallback, len(asks)) == ("go on", 3, False, 4)
     for attempt, ask in enumerate(asks):
         prompt, complaints = ask.messages[:2], ask.messages[2:]
@@ -673,7 +673,7 @@ def test_an_unreadable_actor_takes_the_first_item_shown():
     assert (act.said, act.malformed, act.fallback, act.exact) == ("", 5, True, False)
     assert CATALOG.lines[act.value] == act.recalled[0].line and len(asks) == 5
     act, _ = billp.actor(state, EMPTY, llm, CATALOG, Config(candidates=0))
-    assert [act.value] == prompts.closest([STATE.text], CATALOG, STATE.taken, 1)
+    assert [act.value] == prompts.nearest(STATE.text, CATALOG, STATE.taken)[:1]
 
 
 def test_items_are_listed_by_their_lines():
@@ -682,7 +682,7 @@ def test_items_are_listed_by_their_lines():
     Twins with one line are listed once, and not if one is taken. A twin in title alone is.
     """
     catalog = prompts.catalog(hand_world(titles=("Ant", "Ant", "Bat", "Ant"), years=(None,) * 4))
-    opening = billp.opening(catalog, 0, Key(0, "learn", 0))
+    opening = billp.state_after(catalog, 0, Key(0, "learn", 0))
     silent = scripted({"actor": [""]})
     for taken, lines, value in (((2, 3), ["Ant [Bug]"], 0), ((0, 2, 3), [], 1),
                                 ((2,), ["Ant [Bug]", "Ant [Beast]"], 0)):
@@ -734,11 +734,11 @@ def test_a_replaced_action_is_told_in_one_line():
     replies = {"planner": ["t"], "actor": ["Dog", "Ant, Bee or Bat", ""]}
     catalog = prompts.catalog(hand_world(beta=0.0, floor=0.0, max_steps=3))
     t = play(catalog, replies, retries=0)
-    heads = [line.partition(":")[0] for line in t.last.transcript.splitlines()]
+    heads = [line.partition(":")[0] for line in "".join(t.last.turns).splitlines()]
     assert heads == ["Thought 1", "Note 1", "Action 1", "Observation 1", "Thought 2", "Action 2",
                      "Observation 2", "Thought 3", "Action 3", "Observation 3"]
     note = 'Note 1: "Dog" is not available; the next line was recommended instead\n'
-    assert note + f"Action 1: recommend {t.steps[0].line}\n" in t.steps[1].state.transcript
+    assert note + f"Action 1: recommend {t.steps[0].line}\n" in t.steps[1].state.turns[0]
     assert [step.act.exact for step in t.steps] == [False, True, False]
 
 
@@ -770,7 +770,7 @@ def test_only_leaving_zeroes_the_next_value():
 
 def told(batches):
     """All that learning gives, in a form that can be compared."""
-    played = [(t.last.transcript, t.values, t.advantages) for _, batch in batches for t in batch]
+    played = [(t.last.turns, t.values, t.advantages) for _, batch in batches for t in batch]
     agent, _ = batches[-1]
     return played, [records(memory) for memory in agent]
 
@@ -824,7 +824,7 @@ def test_the_stand_in_tells_which_items_were_too_close():
     lines = ["Alien [War]", "Up [Comedy]", "Jaws [War]"]
     session = "".join(prompts.turn(n, "", line, 4, n == 3) for n, line in enumerate(lines, 1))
     question = prompts.render_reflector(lines[-1], prompts.category_tool([], lines, 4), True)
-    reply = prompts.offline_reflector(prompts.shared([], session) + question, 0)
+    reply = prompts.offline_text("reflector", prompts.shared([], session) + question, 0)
     assert "left because Jaws came 2 steps after Alien" in reply and "3 steps apart" in reply
 
 
@@ -1161,20 +1161,16 @@ def test_grounding_never_returns_what_is_excluded(text, excluded):
 
 
 @given(st.lists(queries, max_size=9), st.lists(queries, min_size=1, max_size=2),
-       st.sets(st.integers(0, 8)), st.integers(0, 12),
        st.dictionaries(queries, st.sampled_from([-0.5, 0.25, 1.0])))
-def test_closest_is_sort_and_cut_over_free_items(items, texts, taken, k, bonus):
+def test_closest_is_a_sort(items, texts, bonus):
     def embed(texts):
         return np.array([VECTORS[text] for text in texts], np.float32).reshape(-1, 3)
-    taken = {item for item in taken if item < len(items)}
     together = sum(VECTORS[text] for text in texts)
     ranks = []
     for item, text in enumerate(items):
-        if item not in taken:
-            ranks.append((-round(float(VECTORS[text] @ together), 5) - bonus.get(text, 0), item))
+        ranks.append((-round(float(VECTORS[text] @ together), 5) - bonus.get(text, 0), item))
     catalog = CATALOG._replace(lines=tuple(items), vectors=embed(items), embed=embed)
-    found = prompts.closest(texts, catalog, taken, k, bonus)
-    assert found == [item for _, item in sorted(ranks)][:k]
+    assert prompts.closest(texts, catalog, bonus) == [item for _, item in sorted(ranks)]
 
 
 @pytest.mark.parametrize("factor", [2, math.nan])
@@ -1231,7 +1227,7 @@ def test_each_prompt_of_an_episode_extends_the_one_before():
     shared = {}
     for t in trajectories:
         states = [step.state for step in t.steps] + [t.last]
-        texts = [prompts.shared(state.history, state.transcript) for state in states]
+        texts = [prompts.shared(state.history, "".join(state.turns)) for state in states]
         assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
         shared[t.last.key.episode] = texts
     for ask in asks:
@@ -1241,11 +1237,10 @@ def test_each_prompt_of_an_episode_extends_the_one_before():
 @given(st.integers(1, 60), st.integers(1000, 4000))
 def test_a_bounded_session_is_its_newest_whole_turns(n, limit):
     turns = [prompts.turn(i, "t" * 80, "X [A]", 5, False) for i in range(n)]
-    session = "".join(turns)
-    kept = prompts.bounded(session, limit)
+    kept = prompts.bounded(turns, limit)
     fitting = ["".join(turns[i:]) for i in range(n) if len("".join(turns[i:])) <= limit]
     assert kept == fitting[0]
-    assert prompts.bounded(session + turns[0], 9) == turns[0]       # at least one turn
+    assert prompts.bounded(turns + turns[:1], 9) == turns[0]       # at least one turn
 
 
 def rendered(title, category, reply):
@@ -1255,7 +1250,8 @@ def rendered(title, category, reply):
     return [prompts.shared([line], ""), prompts.turn(1, reply, line, 4, False, reply),
             prompts.render_planner([reply, reply], tastes, 4),
             prompts.render_actor(2, reply, [Candidate(line, 1, 2)]),
-            prompts.render_critic([(line, 2.0)], 9.0), prompts.render_reflector(line, tastes, True)]
+            prompts.render_critic([(line, 2.0)], 2.0, 9.0),
+            prompts.render_reflector(line, tastes, True)]
 
 
 @given(junk, junk, junk)
@@ -2443,7 +2439,7 @@ FOLDER = {                                  # what lies in the folder of the tes
 --method bandit --gamma 0.9 ; --experiment table3 --models m,n --base-url x | has no effect
 --experiment fig4 --users 9 ; --experiment fig5 --window 2 | has no effect
 --experiment table5 --cluster a --workers 2 ; --experiment table5 --method act | has no effect
---experiment table5 --load full | has no effect
+--experiment table5 --load full ; --experiment curve,fig4 --episodes 5 | has no effect
 --model m --base-url x --experiment table5 --cluster a | has no effect
 --experiment table6 --model m --models m,n --base-url x | has no effect
 --out full | full
@@ -2466,6 +2462,11 @@ def test_bad_input_gets_one_line_and_changes_nothing(argv, words, tmp_path, monk
     assert words in err and SECRET not in err
     left = [path for path in Path().rglob("*") if path.name != "full"]
     assert {str(path): path.read_text() for path in left} == FOLDER
+
+
+def test_a_flag_of_one_of_two_experiments_is_accepted():
+    args = run.parse("--experiment fig4,fig5 --users 9 --window 2 --episodes 5".split())
+    assert (args.users, args.window, args.episodes) == (9, 2, 5)
 
 
 def test_a_folder_is_announced_before_it_is_read(tmp_path):
@@ -2598,9 +2599,9 @@ def test_returns_are_played_while_rewards_count_a_thousandth():
 def test_errors_of_the_critic_by_hand():
     """Every return is 4 + 0.5 * 5 = 6.5 and V = 8: the bias is 1.5, its square 2.25."""
     llm = scripted(REPLIES | {"critic": ["Value: 8"]})
-    errors = run.critic_errors(settings_of(""), run.Place(hand_world(), [0], [0]), llm,
+    errors = run.critic_errors(settings_of(""), run.Place(hand_world(), [0], [0, 0]), llm,
                                prompts.hashed_ngrams, map, repeats=2, draws=3)
-    assert errors == [[0, 0, 0, 1.5, 0, 2.25]]
+    assert errors == [[0, 0, 0, 1.5, 0, 2.25]] * 2          # of two users
 
 
 @pytest.mark.parametrize("workers", [1, 8])
@@ -2734,7 +2735,8 @@ def test_models_are_compared_each_with_a_log_of_its_own(tmp_path):
     assert read(tmp_path / "a" / "table6.json") == before
     answers = sum(len(logged(tmp_path / "a" / name)) for name in ("m%2F1", "n"))
     assert f"answers   {answers} from the log, 0 new" in out       # the stand-in has none
-    assert "replies   malformed 0" in out
+    replies = "malformed 0, fallbacks 0, actions that named no free item 0%"
+    assert f"replies   {replies}\n" in out
     succeed(*flags, "table5", "--rows", "billp", "--out", tmp_path / "b")
     [offline] = read(tmp_path / "b" / "table5.json")["rows"]
     assert [row["x"] for row in before["rows"]] == ["m/1", "n", "offline"]
