@@ -19,8 +19,8 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
 
 Recording (s, a) as encouraged makes it likelier that a is chosen in similar states. A
 policy-gradient step also raises pi(a | s), by changing weights and in proportion to A.
-Ours, not the paper's: the actor chooses from a list of free items (`candidates=0` leaves it out),
-and the planner is told which categories were shown lately.
+Two things are ours and not the paper's. The actor chooses from a list of free items; `candidates=0`
+leaves it out. The planner is told which categories were shown lately.
 
 All functions are pure. The model comes in as the argument `llm`, the embedding with the catalogue.
 Parallelism comes in as the argument `pmap`: any function that works like the built-in `map` and
@@ -168,7 +168,7 @@ def push(memory: Memory, chunk: Chunk) -> Memory:
 
 def merge(memory: Memory, newer: Memory) -> Memory:
     """The memory with all records of a newer one at its end."""
-    return reduce(push, newer, memory)          # pushes chunk after chunk
+    return reduce(push, newer, memory)
 
 
 def remember(memory: Memory, text: str, content: Any, vector: np.ndarray, item: str = "") -> Memory:
@@ -230,7 +230,7 @@ class Answer(NamedTuple):
     recalled: tuple = ()            # reflections, candidates, or pairs (item line, target)
     malformed: int = 0              # replies that could not be parsed
     fallback: bool = False          # no reply could be parsed
-    exact: bool = True              # the actor named a free item of the catalogue
+    exact: bool = True              # false if the actor named no free item of the catalogue
 
 
 class Agent(NamedTuple):
@@ -278,7 +278,7 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
     After a malformed reply the model is told what was wrong and asked again, at most
     `config.retries` times. Then the fallback answers. With -1 retries it answers at once.
     """
-    # without its oldest turns if it is too long
+    # A long transcript loses its oldest turns.
     transcript = prompts.bounded(state.turns, config.transcript)
     # History and session come first, the same for all roles, then the question of this role.
     prompt = prompts.shared(state.history, transcript) + question
@@ -295,7 +295,7 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
 
 
 def are_alike(a: str, b: str) -> bool:
-    """Whether two texts share more than 4/5 of their combined words: of ten words one may differ.
+    """Whether two texts share more than 4/5 of their combined words, for example 9 of 11.
 
     Small models write one lesson several times with few words changed.
     """
@@ -560,7 +560,7 @@ def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, see
 
     (seed, phase, i) determines the draws of users[i].
     """
-    # int: a number of numpy would give other draws
+    # int, because a key with np.int64(0) would give other draws
     keys = [Key(int(seed), phase, i) for i in range(len(users))]
     play = partial(episode, catalog, agent=agent, llm=llm, config=config)
     return tuple(pmap(play, users, keys))

@@ -235,9 +235,10 @@ def spoken(text: str) -> str:
     """
     text = re.sub(OPENING, "<think>", text)
     text = re.sub(ENDING, "</think>", text)
-    behind = text.rpartition("</think>")[2]     # the opening mark may be part of the prompt
-    # thinking behind the answer, perhaps cut off
-    answer = behind.partition("<think>")[0].strip() or text.partition("<think>")[0]
+    # "<think>War?</think>Up", or without its opening mark, which may be part of the prompt
+    answer = text.rpartition("</think>")[2].partition("<think>")[0]
+    if not answer.strip():              # "Up<think>or War?", perhaps with its closing mark
+        answer = text.partition("<think>")[0]
     lines = [line.strip() for line in re.sub(MARK, "\n", answer).splitlines()]
     return "\n".join(line for line in lines if line)
 
@@ -249,7 +250,7 @@ ITEMS = ("action", "free item", "item", "title", "recommendation", "film", "movi
 REFLECTIONS = ("reflection", "lesson", *ANSWERS)
 # those that begin a turn, and so end what stands before them
 TURNS = ("thought", "action", "free item", "final answer", "observation")
-# all of them, as a pattern in which spaces do not count; that some come twice does not matter
+# All of them, as a pattern in which spaces do not count. Some come twice, which does no harm.
 LABELS = "|".join([*THOUGHTS, *ITEMS, *REFLECTIONS, "observation", "value"]).replace(" ", "[ ]")
 GAP = r"[ \t*_]{0,9}"                   # spaces, and marks of bold letters
 # In both patterns spaces and comments do not count.
@@ -370,9 +371,8 @@ def unmarked(line: str) -> str:
     >>> unmarked('- **"Up"** is fun'), unmarked('1. "Up" is fun'), unmarked("...")
     ('Up is fun', 'Up is fun', '')
     """
-    # The reply {"category": "War", "reason": "new"} comes without its label:
-    #     War", "reason": "new"}      becomes
-    #     War, reason: new"}
+    # A label has taken `"category": "` off {"category": "War", "reason": "new"}. What is left,
+    # `War", "reason": "new"}`, becomes `War, reason: new"}`.
     line = re.sub(r'",\s*"(\w+)":\s*"', r", \1: ", clean(line))
     content = re.sub(r"^\d{1,2}[.)] |[*`]|__", "", line).strip(' _#>-•"{}')
     if not re.search(r"\w", content):
@@ -571,22 +571,26 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     return [], 0
 
 
+# "like" compares, but not in "I'd like Up", "you would, might, may or will like Up" or "they also
+# like Up", nor in "a film like Up would be new". (?<!X) means "not after X". There are seven,
+# because Python wants X to have a fixed length.
+LIKE = (r"(?<!['’]d )(?<!['’]ll )(?<!would )(?<!might )(?<!may )(?<!will )(?<!also )like"
+        r"(?![^.,;\n]* would\b)")
+# Words that begin a reason or a comparison. "as" needs a pronoun or "the" behind it: "Life as a
+# House" is a title.
+REASON = (r'(?<![\w-])(?:[Bb]ecause|[Rr]eason["\s*_]*:|[Ee]xplanation["\s*_]*:|unlike|than|since'
+          r"|(?<!such )as (?:it|he|she|they|the|this|that|these|you|we|I)|given that|similar to"
+          r"|in contrast to|in the spirit of|compared (?:to|with)|contrasts with"
+          rf"|{LIKE})(?![\w-])")
+
+
 def before_reason(text: str) -> str:
     """The text up to the words that begin a reason or a comparison.
 
     >>> before_reason("Up, because I liked Alien"), before_reason("I'd like Up")
     ('Up, ', "I'd like Up")
     """
-    # Not a comparison: "I'd like Up", "you would, might, may or will like Up", "they also like Up".
-    # (?<!X) means "not after X". There are seven, because Python wants X to have a fixed length.
-    # "as" needs a pronoun or "the" behind it: "Life as a House" is a title.
-    like = r"(?<!['’]d )(?<!['’]ll )(?<!would )(?<!might )(?<!may )(?<!will )(?<!also )like"
-    like += r"(?![^.,;\n]* would\b)"        # nor "a film like Up would be new"
-    reason = (rf'[Bb]ecause|[Rr]eason["\s*_]*:|[Ee]xplanation["\s*_]*:|{like}|unlike|than'
-              "|since|(?<!such )as (?:it|he|she|they|the|this|that|these|you|we|I)|given that"
-              "|similar to|in contrast to|in the spirit of"
-              "|compared (?:to|with)|contrasts with")
-    return re.split(rf"(?<![\w-])(?:{reason})(?![\w-])", text)[0]
+    return re.split(REASON, text)[0]
 
 
 def items_within(text: str, catalog: Catalog) -> list[int]:
@@ -668,19 +672,20 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
         return items_alone(text, catalog)
     items = []
     # "Jaws is old, I recommend Alien, because ...": the choice is "Alien"
-    pieces = re.split(f"(?i){CHOSEN}|{CONCLUDED}", text, maxsplit=1)
-    if len(pieces) > 1:                             # there are such words
-        items += items_within(before_reason(pieces[1]), catalog)           # 1
-    best = re.search(IS_BEST, text)
-    if best:
-        before = without_asides(text[:best.start()])
+    choice = re.search(f"(?i){CHOSEN}|{CONCLUDED}", text)
+    if choice:
+        behind = before_reason(text[choice.end():])
+        items += items_within(behind, catalog)                             # 1
+    conclusion = re.search(IS_BEST, text)
+    if conclusion:
+        before = without_asides(text[:conclusion.start()])
         items += items_within(before, catalog)[-1:]                        # 1
     bold = "\n".join(re.findall(BOLD, text))
     items += items_within(bold, catalog)                                   # 2
     items += items_alone(text, catalog)                                    # 3
     for line in without_asides(text).splitlines():
-        plan = before_reason(line).partition("[")[0]
-        items += items_within(plan, catalog)                               # 4
+        claim = before_reason(line).partition("[")[0]
+        items += items_within(claim, catalog)                              # 4
     if not items:
         items += items_within(text, catalog)                               # 5
     return items
@@ -906,7 +911,8 @@ Evidence = Counter[tuple[str, int]]     # how often each pair (item line, verdic
 
 # Evidence is shrunk to the average: an item counts as if it had been tried so often before, with
 # average success. Most verdicts come from users of another taste: a few must not move an item far.
-# Of 2, 4, 8, 16 and 32 trials, 8 were best for a reader that chooses as a small model does.
+# Of 2, 4, 8, 16 and 32 trials, 8 were best for a player that takes the first, second, ... listed
+# item as often as a 1.5B model does.
 EARLIER_TRIALS = 8
 
 
@@ -1023,13 +1029,13 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     '[Non-Fiction]'
     """
     # "Since War was shown, Comedy comes next" begins with its reason
-    plan = re.sub(r"(?i)^\W*(since|because|as|given|to avoid)\b[^,]*,", "", thought)
-    plan = re.split(REASON_BEGINS, re.sub(AVOIDED, " ", plan))[0]
+    without_opening = re.sub(r"(?i)^\W*(since|because|as|given|to avoid)\b[^,]*,", "", thought)
+    plan = re.split(REASON_BEGINS, re.sub(AVOIDED, " ", without_opening))[0]
     first_sentence = re.split(r"[.;!?]\s", plan)[0]
-    wanted = re.sub(AVOIDED, " ", thought)
+    with_reason = re.sub(AVOIDED, " ", thought)
     fresh = [tag for tag in tags if tag not in recent]
     for part, categories in ((first_sentence, fresh), (plan, fresh), (plan, tags),
-                             (wanted, fresh), (wanted, tags)):
+                             (with_reason, fresh), (with_reason, tags)):
         chosen = [tag for tag in named_in(part, tags) if tag in categories]
         if chosen:
             return in_brackets(chosen)
@@ -1169,6 +1175,7 @@ def parse_critic(text: str) -> float | Malformed:
     """
     text = re.sub(r"\\[()\[\]]", " ", spoken(text)).replace("\\approx", "≈")     # LaTeX
     text = re.sub(LEFT_OUT, " ", text)
+    # remarks in brackets and the prompt's own sentence often hold another number
     outside = re.sub(rf"{REPEATED}|[(（][^()（）\n]*[)）]", " ", text)
     attempts = (re.search(VALUE_LINE, outside),                 # "Value: 7.5"
                 re.match(rf"[\s*_$`]*{NUMBER}[ *_$`.]*\n", outside),    # "7.5", then a reason
@@ -1248,8 +1255,8 @@ def offline_planner(history: str, transcript: str, question: str, draw: int) -> 
         options = options[:1]       # the tool names the most liked first
     category = options[draw % len(options)]
     keep_away = ", ".join(sorted(unwanted - {category})) or "nothing"
-    # The actor reads this sentence by PLAN, the reflector by APART. No one reads its "Avoid ...":
-    # it shows a person what comes from lessons.
+    # The actor reads this by PLAN, the reflector by APART. AVOID is looked for in lessons alone:
+    # here the warning tells a person what comes from them.
     return (f"Next category: {category}, because similar items go {counted_steps(apart)} apart."
             f"{spelled_avoid(warned)} Keep away from {keep_away}.")
 
@@ -1316,16 +1323,16 @@ def offline_reflector(history: str, transcript: str, question: str, draw: int) -
     """
     liked = Counter(tags_in(history, LIKED))
     titles, tags = zip(*shown_in(transcript))
-    *earlier, last = gaps_between(tags)
-    harmless = min(earlier, default=9)
+    *earlier_gaps, last_gap = gaps_between(tags)
+    harmless = min(earlier_gaps, default=9)
     advised = min(apart_in(transcript), harmless)
     warned = set()
     if "the user left" not in question:
         why = f"The user stayed for all {counted_steps(len(titles))}"
-    elif last < harmless:                           # too similar to an item shown lately
-        advised = max(advised, last + 1)            # still at most `harmless`
-        why = (f"The user left because {titles[-1]} came {counted_steps(last)} after "
-               f"{titles[-1 - last]}, which is similar")
+    elif last_gap < harmless:                       # too similar to an item shown lately
+        advised = max(advised, last_gap + 1)        # still at most `harmless`
+        why = (f"The user left because {titles[-1]} came {counted_steps(last_gap)} after "
+               f"{titles[-1 - last_gap]}, which is similar")
     else:
         why = f"The user left because {titles[-1]} disappointed"
         warned = set(tags[-1]).difference(liked)
@@ -1544,8 +1551,8 @@ def count(stats: dict, name: str) -> None:
 def fault(route: Route, label: str, shown: str, searched: str = "") -> Fault:
     """The Fault with this label. `shown` is the message for the user.
 
-    `searched` is what KINDS is matched with, after the label; by default `shown`. `fault_in` passes
-    the body, because what tells the kind may stand outside the message.
+    KINDS is matched with the label and `searched`, or else `shown`. `fault_in` gives the body to
+    search, because what tells the kind may stand outside the message.
     """
     reason = clean(starred(route, f"{label} {shown}"), 300)
     if len(route.key) > 3:          # here the key is starred even if it is a short or ordinary word
@@ -1677,7 +1684,7 @@ def asked_wait(headers: Any, text: str) -> float:
         return parsedate_to_datetime(after).timestamp() - time.time()
     except MISSHAPEN:
         pass                    # no date
-    # DURATION reads the headers, too, if "wait" stands before their numbers.
+    # "wait" stands before the headers' numbers, so that DURATION reads them, too.
     for said in (f"wait {milliseconds}ms", f"wait {after}", text):
         duration = re.search(DURATION, said)
         if duration:
@@ -1736,8 +1743,7 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
         if response.is_success and not data.get("error"):
             return read(data)       # a shape that it cannot read is a bad answer, too
     except MISSHAPEN:
-        # Without data `fault_in` finds no error in the body and takes the HTTP status. A status 200
-        # is then the Kind "page".
+        # Without data `fault_in` takes the HTTP status. A status 200 is then the Kind "page".
         data = {}
     # an error status, an error in the body, or a body that `read` cannot use
     return fault_in(route, response, data, text)
@@ -1864,10 +1870,10 @@ def send(route: Route, body: dict, read: Callable) -> Any:
         if not isinstance(got, Fault):
             return got
         is_adapted = adapt(route, sent, got)        # at most once for each name in INSTEAD
-        tried[got.kind] += 1
-        is_last_try = tried[got.kind] >= got.kind.tries
-        if is_last_try and not is_adapted:
-            return got
+        if not is_adapted:
+            tried[got.kind] += 1
+            if tried[got.kind] == got.kind.tries:
+                return got
         # It is sent again. `limited` has paid for the first request only.
         charge()
         count(route.stats, f"retries: {got.kind.name}")
@@ -2088,7 +2094,7 @@ def recorded(llm: LLM, log: Log) -> LLM:
 
 
 def unlogged(asked: Any) -> Any:
-    """Stands for the model and for the embedding in a replay. `asked` is an Ask or a list of texts.
+    """It takes the place of model and embedding in a replay. `asked` is an Ask or a list of texts.
 
     It is reached only if the log lacks an answer, and raises an EndpointError.
     """
