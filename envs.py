@@ -976,7 +976,11 @@ def parse_entry(items: dict, row: dict) -> tuple:
 
 
 def timestamp(text: str) -> float:
-    """A time as a number, which may be written as a date like 2005-04-02 23:53:47. No text is 0."""
+    """A time as a number, which may be written as a date like 2005-04-02 23:53:47. No text is 0.
+
+    >>> timestamp("2005-04-02T23:53:47+02:00") - timestamp("2005-04-02 21:53:40")
+    7.0
+    """
     try:
         return float(text or 0)
     except ValueError:

@@ -2261,6 +2261,7 @@ def test_no_lesson_is_written_that_nobody_reads(tmp_path):
     assert "critic" in out and "reflector" not in out
     flags = ("--method", "act", "--lessons", "nearest", "--out", tmp_path / "act")
     _, out, err = command(*SMALL, *flags)
+    assert "learn: 4 of 4 episodes" in err and "after: 3 of 3 episodes" in err
     assert "learns nothing" in err and "reflector" not in out
     _, _, err = command(*SMALL, "--load", tmp_path / "act", "--out", tmp_path / "loaded")
     assert "empty memories" in err
@@ -2439,7 +2440,8 @@ FOLDER = {                                  # what lies in the folder of the tes
 --method bandit --gamma 0.9 ; --experiment table3 --models m,n --base-url x | has no effect
 --experiment fig4 --users 9 ; --experiment fig5 --window 2 | has no effect
 --experiment table5 --cluster a --workers 2 ; --experiment table5 --method act | has no effect
---experiment table5 --load full ; --experiment curve,fig4 --episodes 5 | has no effect
+--experiment table5 --load full | has no effect
+--experiment curve,fig4 --episodes 5 --world csv:no | has no effect
 --model m --base-url x --experiment table5 --cluster a | has no effect
 --experiment table6 --model m --models m,n --base-url x | has no effect
 --out full | full
