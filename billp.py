@@ -192,14 +192,16 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
     if not memory:
         return ()
     cosines = np.concatenate([np.vecdot(chunk.vectors, vector) for chunk in memory])
-    # Both lists begin with the newest. The sort is stable, so among equals the newest comes first.
-    newest_first = records(memory)[::-1]
-    distances = (2 - 2 * cosines[::-1]).round(5)
+    distances = (2 - 2 * cosines).round(5)
+    oldest_first = records(memory)
+    # A newer record counts as nearer, by less than 10^-6. Distances that are not equal differ by
+    # 10^-5 or more, so this decides between equals only. A stable sort would be slower.
+    newness = 1e-6 * np.arange(len(distances)) / len(distances)
     found = {}                          # (text, item) -> record
-    for i in np.argsort(distances, stable=True):
+    for i in np.argsort(distances - newness):
         if distances[i] > tau or len(found) == k:
             break
-        record = newest_first[i]
+        record = oldest_first[i]
         # Records of the same pair have the same text, so the same distance: the newest came first.
         found.setdefault((record.text, record.item), record)
     return tuple(found.values())
@@ -358,7 +360,9 @@ def ranked_lines(state: State, evidence: Evidence, catalog: Catalog, config: Con
     average = prompts.average_chance(evidence)
     bonus = {line: prompts.chance(line, evidence, average) - average for line, _ in evidence}
     if not config.candidates:
-        return sorted(bonus, key=bonus.get, reverse=True)
+        in_catalog = set(catalog.lines)             # a loaded memory may come from another world
+        known = [line for line in bonus if line in in_catalog]
+        return sorted(known, key=bonus.get, reverse=True)
     # such as "[War]" and "[Comedy, Drama]"; the second is left out if it would be empty
     texts = prompts.query(state.thought, catalog.env.categories, tastes_of(state, config))
     items = prompts.closest(texts, catalog, bonus)
@@ -373,13 +377,16 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     a small model tends to take the first item, and would too often repeat a category.
     """
     evidence = experience(state, memory, config)
-    # An item of a loaded memory may come from another world. A free item may have the same line as
-    # a taken one: the model could not tell them apart.
-    free_lines = set(catalog.lines).difference(catalog.lines[item] for item in state.taken)
-    ranked = ranked_lines(state, evidence, catalog, config)
-    # two items may share a line: `fromkeys` keeps the first
-    free = [line for line in dict.fromkeys(ranked) if line in free_lines]
-    chosen = free[:config.candidates or config.k_actions]
+    # A remembered item may be taken. A free item may have the same line as a taken one: the model
+    # could not tell them apart.
+    taken_lines = {catalog.lines[item] for item in state.taken}
+    limit = config.candidates or config.k_actions
+    chosen = []
+    for line in ranked_lines(state, evidence, catalog, config):
+        if len(chosen) == limit:
+            break
+        if line not in taken_lines and line not in chosen:      # two items may share a line
+            chosen.append(line)
     recent = set(tastes_of(state, config).recent)
     # False comes before True. The sort is stable: within both groups the order stays.
     chosen.sort(key=lambda line: not recent.isdisjoint(prompts.line_tags(line)))
