@@ -1036,7 +1036,7 @@ def test_a_reply_names_what_a_person_reads(name, reply, taken):
 Alien | Action 1: recommend Alien (1979) ; Free item: Alien (1979), a tense film like Jaws
 Alien | I'd like Alien, because Jaws was tense ; I would like Alien, because Jaws was tense
 Alien | **Alien** because Jaws is too mild ; Alien, similar to Jaws ; Alien\n\nJaws was liked.
-Alien | {"free_item": "Alien", "reason": "Jaws was liked"}
+Alien | {"free_item": "Alien", "reason": "Jaws was liked"} ; So I'd pick Alien because Jaws is old
 Heat | Heat
 """))
 def test_a_taken_title_stands_for_its_categories(name, reply):
@@ -1158,6 +1158,8 @@ def test_grounding_never_returns_what_is_excluded(text, excluded):
     assert not exact or title in written
     second, _ = prompts.ground(text, CATALOG, excluded | {item})
     assert second not in excluded | {item}
+    _, exact = prompts.ground(text, CATALOG, range(200))        # nothing is left: any item
+    assert not exact
 
 
 @given(st.lists(queries, max_size=9), st.lists(queries, min_size=1, max_size=2),
