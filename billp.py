@@ -199,7 +199,7 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
     newness = 1e-6 * np.arange(len(distances)) / len(distances)
     found = {}                          # (text, item) -> record
     for i in np.argsort(distances - newness):
-        if distances[i] > tau or len(found) == k:
+        if distances[i] > tau or len(found) >= k:
             break
         record = oldest_first[i]
         # Records of the same pair have the same text, so the same distance: the newest came first.
@@ -340,7 +340,7 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
 
 
 def experience(state: State, memory: Memory, config: Config) -> Evidence:
-    """The evidence of similar states. The item of the nearest state comes first."""
+    """How often each item got each verdict in similar states, the item of the nearest one first."""
     if not config.experience:
         return Counter()
     recalled = recall(memory, state.vector, config.k_experience)

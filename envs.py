@@ -393,7 +393,7 @@ def new_sessions(env: Env, episodes: int, rounds: int,
     taken in a random order, again and again until there are enough. With fewer episodes than rounds
     some rounds are empty.
     """
-    if env.learners == 0:           # of nobody `np.resize` would make user 0
+    if env.learners == 0:           # `np.resize` fills an empty list up with 0, which is a user
         return
     users = np.resize(rng.permutation(env.learners), episodes)      # repeats the order
     for group in np.array_split(users, rounds):

@@ -167,12 +167,13 @@ def unaccented(text: str) -> str:
 
 
 def hashed_ngrams(texts: Sequence[str]) -> np.ndarray:
-    """Embeds texts without a model: signed counts of trigrams, float32 [n, 512], unit rows.
+    """Embeddings of texts, made without a model: float32 [n, d], rows of length 1.
 
-    Each three neighbouring characters are hashed to a place 0..511 and a sign. With signs, trigrams
-    that share a place cancel out on average.
+    A row holds signed counts of trigrams. Each three neighbouring characters are hashed to a place
+    0..d-1 and a sign. With signs, trigrams that share a place cancel out on average.
     """
-    rows = np.zeros((len(texts), 512), np.float32)
+    d = 512             # more places than a state's text has trigrams, which is about 350 in films
+    rows = np.zeros((len(texts), d), np.float32)
     for row, text in zip(rows, texts):
         # without case and accents, and one number for each character
         plain = f" {unaccented(text.casefold())} "
@@ -180,9 +181,9 @@ def hashed_ngrams(texts: Sequence[str]) -> np.ndarray:
         # These products wrap at 2^32 on purpose. The factor in `mixed` is from Knuth's hash.
         trigrams = (codes[:-2] * 31 * 31) + (codes[1:-1] * 31) + codes[2:]
         mixed = (trigrams * 2654435761) >> 16       # the upper 16 bits
-        place = mixed % 512
+        place = mixed % d
         sign = 1.0 - 2.0 * (mixed >> 15)            # the highest bit decides: 1 or -1
-        row += np.bincount(place, weights=sign, minlength=512)
+        row += np.bincount(place, weights=sign, minlength=d)
         if not row.any():
             row[0] = 1              # an empty text needs a direction, too
         row /= np.sqrt(row @ row)
@@ -1481,8 +1482,8 @@ PERIOD = r"""(?x: (\d+ (?:\.\d*)?)
 DURATION = (r"(?i)(retryDelay|(again|retry|resets?)[ _-]?(in|after)|wait)( for| about)*"
             rf"\W*(?P<periods>({PERIOD}[a-z]*[ ,]*)+)")
 SECONDS = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-# names without a dot, and private addresses: servers without https
 LOOPBACK = r"(([\w-]+\.)*localhost|127\.[\d.]+|0\.0\.0\.0|\[?::1)(?![\w.-])"
+# servers without https: on this machine, names without a dot, and private addresses
 PRIVATE = (rf"{LOOPBACK}|[\w-]+(:|/|$)|(10|192\.168|172\.(1[6-9]|2\d|3[01]))\."
            r"|host\.docker\.internal")
 # what Python raises if data from outside has not the shape that the code expects
@@ -1801,10 +1802,10 @@ def limited(llm: LLM, max_calls: int) -> LLM:
 
     A reply from the log does not count: `recorded` stands outside, see `open_model` in run.py.
     """
-    left = Semaphore(max_calls)
+    budget = Semaphore(max_calls)
 
     def charge() -> None:
-        if not left.acquire(blocking=False):
+        if not budget.acquire(blocking=False):
             raise BudgetSpent(f"the {max_calls} calls that --max-calls allows are used up; "
                               "the same command goes on from here")
 
@@ -1977,6 +1978,7 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
 
 # - embeddings
 
+
 def unpacked(text: str) -> np.ndarray:
     """An embedding from base64, with or without the = at its end."""
     return np.frombuffer(base64.b64decode(text + "=="), "<f4")
@@ -2094,7 +2096,7 @@ def recorded(llm: LLM, log: Log) -> LLM:
 
 
 def unlogged(asked: Any) -> Any:
-    """It takes the place of model and embedding in a replay. `asked` is an Ask or a list of texts.
+    """The model and the embedding of a replay. `asked` is an Ask or a list of texts.
 
     It is reached only if the log lacks an answer, and raises an EndpointError.
     """

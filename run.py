@@ -420,7 +420,8 @@ def settings(args: Namespace, saved: Json) -> Settings:
         extra=digest(extra) if args.extra_body else "",
         config=config | given_of(args, Config._fields), rule=given_of(args, envs.RULE))
     # act and react learn nothing, too, but keep their learning episodes here: these can be looked
-    # at, and after minus before shows what chance alone does. `settings_of` drops them.
+    # at, and after minus before shows what chance alone does. In experiments `settings_of` drops
+    # them.
     if args.method in envs.POLICIES:
         run = without_idle_learning(run)
     return run
@@ -1202,6 +1203,7 @@ def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Cal
         seed = run.seed + 1000 * (repeat + 1)
         # the same world and users, but the learners in another order
         learners = envs.branch(seed, "learners").permutation(place.learners).tolist()
+        agent = billp.NOVICE
         for agent, _ in billp.train(catalog, learners, llm, seed, config=config, pmap=pmap):
             pass                        # the last agent counts
         for i, user in enumerate(users):

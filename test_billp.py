@@ -1986,6 +1986,7 @@ http://[::1]:5 | http://[::1]:5/v1
 api.example ; HTTPS://api.example | https://api.example/v1
 localhost.example | https://localhost.example/v1
 192.168.1.5:11434 | http://192.168.1.5:11434/v1
+127.0.0.1:8000 | http://127.0.0.1:8000/v1
 myserver:8000 | http://myserver:8000/v1
 http://a/chat/completions ; http://a/embeddings | http://a
 http://a/api/v3 ; http://a/api/v3/embeddings | http://a/api/v3
@@ -2329,6 +2330,9 @@ def test_show_prints_the_prompts_and_their_replies(tmp_path):
             assert f"\n- {line}" in out
         assert f"---- reply\nNext category: {step['thought']}\n" in out
         assert f"---- reply\nFree item: {step['said']}\n" in out
+    log = tmp_path / "calls.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(True)[1:]))
+    assert "the log lacks" in refuse("--show", tmp_path, "--prompts", "--pick", "before:0")
 
 
 def test_a_loaded_run_goes_on_with_users_not_seen(tmp_path):
