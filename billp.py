@@ -184,8 +184,8 @@ def records(memory: Memory) -> tuple[Record, ...]:
 def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> tuple[Record, ...]:
     """The k records nearest to a unit vector [d], nearest first, none farther than tau.
 
-    The distance is squared L2, which is 2 - 2 cos between unit vectors. It is rounded, so that the
-    order does not depend on the processor. Among equals the newest comes first. Of records with the
+    The distance is squared L2, which is 2 - 2 cos between unit vectors. It is rounded, so that
+    processors, whose last digits differ, give the same order. Among equals the newest comes first. Of records with the
     same text and item only the newest counts: a later verdict or target replaces the earlier one.
     The paper cuts at a tau; the roles below do not.
     """
@@ -340,7 +340,10 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
 
 
 def experience(state: State, memory: Memory, config: Config) -> Evidence:
-    """How often each item got each verdict in similar states, the item of the nearest one first."""
+    """How often each item got each verdict in similar states.
+
+    The item of the nearest record stands first: `ranked_lines` keeps this order among equals.
+    """
     if not config.experience:
         return Counter()
     recalled = recall(memory, state.vector, config.k_experience)
@@ -415,7 +418,7 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
         # A reply that names no free item often names a recent one. The nearest of all free items
         # would be too similar to that one, so the nearest of the listed ones is taken.
         on_list = [item for item, line in enumerate(catalog.lines) if line in lines]
-        to_choose_from = on_list if config.candidates else ()
+        to_choose_from = on_list if config.candidates else ()      # (): any free item may be taken
         item, exact = prompts.ground(answer.value, catalog, state.taken, to_choose_from)
     return answer._replace(value=item, recalled=listed, exact=exact), memory
 

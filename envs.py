@@ -1083,10 +1083,10 @@ def star_limits(model: Factorisation, votes: Array) -> Array:
     """
     shares_below = np.array([(votes["rating"] < edge).mean() for edge in (1.5, 2.5, 3.5, 4.5)])
     limits = np.quantile(predict(model, votes["user"], votes["item"]), shares_below)
-    # A rating that no vote gives is never predicted. The quantile 0 would be the lowest prediction
-    # for a vote, and predictions for other pairs may lie below it.
-    limits[shares_below == 0] = -np.inf
-    limits[shares_below == 1] = np.inf
+    # A rating that no vote gives is never predicted, also not for pairs without a vote, whose
+    # predictions may lie outside those of the votes.
+    limits[shares_below == 0] = -np.inf     # no vote is below this edge: all predictions reach it
+    limits[shares_below == 1] = np.inf      # all votes are below it: no prediction reaches it
     return limits
 
 

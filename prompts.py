@@ -238,7 +238,7 @@ def spoken(text: str) -> str:
     text = re.sub(ENDING, "</think>", text)
     # "<think>War?</think>Up", or without its opening mark, which may be part of the prompt
     answer = text.rpartition("</think>")[2].partition("<think>")[0]
-    if not answer.strip():              # "Up<think>or War?", perhaps with its closing mark
+    if not answer.strip():              # nothing behind the last mark: "Up<think>or War?</think>"
         answer = text.partition("<think>")[0]
     lines = [line.strip() for line in re.sub(MARK, "\n", answer).splitlines()]
     return "\n".join(line for line in lines if line)
@@ -352,7 +352,8 @@ REFUSALS = (
     rf"{I_CANNOT} help(?! but (recommend|suggest|choose|pick))\b",
     rf"{I_CANNOT} (create|generate|discuss|share|do|continue( with)?) (this|that|such|so)\b",
 )
-# (?!.*X) means "without X": "Sorry, but no War is left; I'd pick Up" holds a choice and is none.
+# (?!.*X) means "without X": "Sorry, but no War is left; I'd pick Up" holds a choice, so it is no
+# refusal.
 REFUSAL = (rf"(?is)(?!.*({CHOSEN}|is the (best|closest)))\W*(unfortunately\W+)?"
            rf"({'|'.join(REFUSALS)})")
 
@@ -372,8 +373,8 @@ def unmarked(line: str) -> str:
     >>> unmarked('- **"Up"** is fun'), unmarked('1. "Up" is fun'), unmarked("...")
     ('Up is fun', 'Up is fun', '')
     """
-    # A label has taken `"category": "` off {"category": "War", "reason": "new"}. What is left,
-    # `War", "reason": "new"}`, becomes `War, reason: new"}`.
+    # `segment` cuts behind a label. So of {"category": "War", "reason": "new"} this line may be
+    # `War", "reason": "new"}`, which becomes `War, reason: new"}`.
     line = re.sub(r'",\s*"(\w+)":\s*"', r", \1: ", clean(line))
     content = re.sub(r"^\d{1,2}[.)] |[*`]|__", "", line).strip(' _#>-•"{}')
     if not re.search(r"\w", content):
@@ -517,7 +518,7 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
         lines.append(item_line(title, year_shown, compress(env.categories, belongs)))
     titles = [title_of(title) for title in env.titles]
     all_names = [spellings(title) for title in titles]
-    whole_names = [names[:2] for names in all_names]
+    whole_names = [names[:2] for names in all_names]        # these two have all words of the title
     # Whole names replace those without an article: "heat" is Heat, not The Heat, if there are both.
     by_name = items_by_name(all_names) | items_by_name(whole_names)
     by_main = items_by_name(spellings(main_title(title)) for title in titles)
@@ -563,7 +564,8 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
         if year_words:
             items = of_year(items, int(behind[0]), catalog)
         longer = None if year_words else re.match(LONGER, " ".join(behind[:7]))
-        # not "Alien, Jaws (1975)", where another title begins
+        # "Léon The Professional (1994)": if the year is that of Léon, the words are part of its
+        # title, else of another film's. Not "Alien, Jaws (1975)", where another title begins.
         if longer and not leading_title(behind, catalog)[0]:
             items = of_year(items, int(longer["year"]), catalog)
         if not items or re.match(SEQUEL, " ".join(behind[:2])):
@@ -629,7 +631,8 @@ def items_alone(text: str, catalog: Catalog) -> list[int]:
             titled, words_used = leading_title(words, catalog)
             if not titled or words_used < len(words):
                 continue
-            # not the end of a longer title: "My pick: The Lost World: Jurassic Park"
+            # A part may be the end of a longer title: "My pick: The Lost World: Jurassic Park". The
+            # whole line cannot.
             if part == line or titled[0] in whole_titles:
                 items += titled
                 break
@@ -660,8 +663,8 @@ def without_asides(text: str) -> str:
 def mentioned(text: str, catalog: Catalog) -> list[int]:
     """The items that a text names, the likeliest first. An item may come several times.
 
-    If the first line is a title, and no item of a list, the other lines explain it. Only other
-    titles alone in a line may take its place. Otherwise the order is:
+    If the first line is a title, and no item of a list, the other lines explain it: only titles
+    alone in a line count, and this one is the first of them. Otherwise the order is:
     1. Titles behind words such as "I recommend", and the last one before "fits best".
     2. Titles in bold letters.
     3. Titles alone in a line.
@@ -700,7 +703,8 @@ def closest(texts: Sequence[str], catalog: Catalog,
     sum of the texts' embeddings: half a second for a million items.
     """
     vector = catalog.embed(texts).sum(0)
-    # In double precision and rounded, so that the order does not depend on the processor.
+    # In double precision and rounded, so that processors, whose last digits differ, give the same
+    # order.
     products = np.vecdot(catalog.vectors, vector, dtype=float).round(5)
     if bonus:
         products += [bonus.get(line, 0.0) for line in catalog.lines]
@@ -875,7 +879,8 @@ def parse_reflector(text: str) -> str | Malformed:
     better = r'"?(better[ _](next|category)|next category)\b'
     # "Better next:" and the category in the line below are joined.
     text = re.sub(rf"(?i)({better})[^\w\n]*\n\W*", r"\1: ", spoken(text))
-    # Two lines of one reflection are joined: "... because War.", then "- Better next: Comedy".
+    # Two lines of one reflection are joined: "... because War.", then "- Better next: Comedy". The
+    # quote of a JSON key, "better_next", is part of `better`.
     break_and_marks = r'\n[^\w"]{0,9}'
     text = re.sub(rf"(?i){break_and_marks}(?={better})", " ", text)
     return labelled(text, REFLECTIONS) or Malformed("the reply held no line 'Reflection: ...'")
@@ -1008,9 +1013,12 @@ REASON_BEGINS = (r"(?i)\b(?:because|since|(?<!such )as|given|considering|which|d
 def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     """The categories that a thought asks for, as in item lines, or else the thought itself.
 
-    - Those to avoid do not count.
-    - Those in its reason, or behind its first sentence, count only if there are no others.
-    - Those shown lately count only if there are no others.
+    Those to avoid do not count. Of the others the first kind that the thought names is taken:
+    1. in its first sentence, before a reason, and not shown lately
+    2. in any sentence before a reason, and not shown lately
+    3. the same, but shown lately
+    4. anywhere, and not shown lately
+    5. the same, but shown lately
 
     >>> wish_of("Comedy, because War was liked", ["Comedy", "War"], [])
     '[Comedy]'
@@ -1035,8 +1043,9 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     first_sentence = re.split(r"[.;!?]\s", plan)[0]
     with_reason = re.sub(AVOIDED, " ", thought)
     fresh = [tag for tag in tags if tag not in recent]
-    for part, categories in ((first_sentence, fresh), (plan, fresh), (plan, tags),
-                             (with_reason, fresh), (with_reason, tags)):
+    for part, categories in ((first_sentence, fresh),           # 1
+                             (plan, fresh), (plan, tags),       # 2, 3
+                             (with_reason, fresh), (with_reason, tags)):        # 4, 5
         chosen = [tag for tag in named_in(part, tags) if tag in categories]
         if chosen:
             return in_brackets(chosen)
@@ -1120,6 +1129,7 @@ SUMS = r"""(?:
     (?! [\s*_$]* [-−]?[\d.,]+ [\s*_$%]* [=≈] )
     [^\d\n=≈\\]{0,60}            # words: "Average ="
     # digits, operators, words of LaTeX such as \gamma, and the names of a formula; then "="
+    # (?![a-z]) keeps \max whole: without it the pattern would also try \ma and the operator x
     (?: [\d\s.+*x×·/÷%${}−-] | \\[a-z]+(?![a-z])
       | \b(of|r|reward|gamma|next)\b | V(\(s\))? )*
     [=≈]
@@ -1383,7 +1393,7 @@ class Kind(NamedTuple):
     remedy: str                     # what the user can do after the last one
     pattern: str                    # a regular expression for "LABEL ADVICE BODY", see `fault_in`
     # The run ends after so many asks in a row that end in this kind of fault. Before that each such
-    # ask gets an empty reply. 1 is for faults that no prompt causes.
+    # ask gets an empty reply. 1 is for faults that the user has to mend before the run goes on.
     patience: int = 1
 
 

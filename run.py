@@ -107,7 +107,8 @@ FLAGS = {                               # group -> flag -> what it does
     },
     "a real model": {
         "model": "model name, or offline (default: OPENAI_MODEL)",
-        "base_url": "endpoint (default: OPENAI_BASE_URL); the key is OPENAI_API_KEY",
+        "base_url": "endpoint (default: OPENAI_BASE_URL or OPENAI_API_BASE); the key is "
+                    "OPENAI_API_KEY",
         "embed_model": "embedding model (default: OPENAI_EMBED_MODEL, or character trigrams)",
         "extra_body": "a JSON object: more fields for each chat request",
         "header": "one more request header, as NAME=VALUE",
@@ -597,8 +598,9 @@ def learners_met(saved: Json, world: str, seed: int) -> int:
 
     UserError if the memory may have learned from users that this seed holds out.
     """
-    # Only in worlds of ratings does the seed decide which of the same users are held out. Two
-    # folders may hold the same data, so their names are not compared.
+    # In worlds of ratings the seed decides which users are held out. In films each seed has users
+    # of its own, and in steam and amazon the files decide. Two folders may hold the same data, so
+    # their names are not compared.
     for earlier_world, earlier_seed in saved["met"]:
         kinds = {name.partition(":")[0] for name in (world, earlier_world)}
         if kinds.issubset(OF_RATINGS) and seed != earlier_seed:
@@ -709,7 +711,8 @@ def parallel(pool: futures.Executor, stop: Event) -> Iterator[Callable]:
         yield pool.map
     except BaseException as error:
         stop.set()
-        # GeneratorExit: Ctrl-C came while the generator `do_jobs` waited at its yield
+        # Ctrl-C may strike the loop of `experiments`, while the generator `do_jobs` waits at its
+        # yield. Then Python closes the generator, which raises GeneratorExit here.
         is_ctrl_c = isinstance(error, (KeyboardInterrupt, GeneratorExit))
         pool.shutdown(wait=not is_ctrl_c)
         if is_ctrl_c:
@@ -961,7 +964,7 @@ def one_run(args: Namespace, live: Live) -> None:
     folder = run_directory(args, run._asdict())
     llm, embed = open_model(args, run, folder, live)
     agent = agent_of(saved, embed)
-    if args.load and agent == billp.NOVICE:
+    if args.load and not any(agent):
         say(f"{args.load} holds empty memories: its run learned nothing")
     workers = args.workers or (1 if run.model == "offline" else run.config["batch"])
     with parallel(futures.ThreadPoolExecutor(workers), live.stop) as pmap:
