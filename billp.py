@@ -17,8 +17,9 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
                    run it is asked and determines the draw of the answer, so a run can be repeated
     malformed      a reply that a parser cannot use; after the last retry a role gives its fallback
 
-Recording (s, a) as encouraged makes it likelier that a is chosen in similar states. A
-policy-gradient step also raises pi(a | s), by changing weights and in proportion to A.
+Recording (s, a) as encouraged makes a more likely to be listed and chosen in similar states
+(`prompts.chance`). A policy-gradient step also raises pi(a | s), by changing weights and in
+proportion to A.
 Two things are ours and not the paper's. The actor chooses from a list of free items; `candidates=0`
 leaves it out. The planner is told which categories were shown lately.
 
