@@ -568,7 +568,9 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
         # title, else of another film's. Not "Alien, Jaws (1975)", where another title begins.
         if longer and not leading_title(behind, catalog)[0]:
             items = of_year(items, int(longer["year"]), catalog)
-        if not items or re.match(SEQUEL, " ".join(behind[:2])):
+        # "Star Wars: Episode IV - A New Hope (1977)" is no sequel if its year is that of Star Wars
+        is_sequel = re.match(SEQUEL, " ".join(behind[:2])) and not longer
+        if not items or is_sequel:
             return [], size             # a title, but of another film
         return items, size + year_words
     return [], 0
@@ -881,8 +883,10 @@ def parse_reflector(text: str) -> str | Malformed:
     text = re.sub(rf"(?i)({better})[^\w\n]*\n\W*", r"\1: ", spoken(text))
     # Two lines of one reflection are joined: "... because War.", then "- Better next: Comedy". The
     # quote of a JSON key, "better_next", is part of `better`.
-    break_and_marks = r'\n[^\w"]{0,9}'
+    break_and_marks = r'\n(\d\.)?[^\w"]{0,9}'
     text = re.sub(rf"(?i){break_and_marks}(?={better})", " ", text)
+    # "too similar to Action 2: Up" cites a turn. Only at the front of a line a turn may begin.
+    text = re.sub(r"(?i)(?<=[^\n])\b((thought|action|observation) \d+):", r"\1", text)
     return labelled(text, REFLECTIONS) or Malformed("the reply held no line 'Reflection: ...'")
 
 
@@ -1081,14 +1085,16 @@ def render_actor(n: int, thought: str, candidates: Sequence[Candidate], form: st
 def parse_actor(text: str) -> str | Malformed:
     """What stands after a label, or else the whole reply: at most 2,000 characters.
 
-    Words such as "I would recommend" before the title are dropped.
+    "Free item" is asked for, so it counts before other labels. Words such as "I would recommend"
+    before the title are dropped.
 
     >>> parse_actor("Thought 1: tense. Action 1: recommend Alien (1979)")
     'Alien (1979)'
     """
     text = with_colons(spoken(text))
     verb = r"(?i)^\W*(i ?)?((would|will|['’]d) )?recommend(ing|ed)?\b[\s:]*"
-    part = re.sub(verb, "", segment(text, ITEMS) or text).strip()
+    content = segment(text, ["free item"]) or segment(text, ITEMS) or text
+    part = re.sub(verb, "", content).strip()
     if len(part) > 2000:            # the choice stands at the beginning or at the end
         part = f"{part[:1000]}\n{part[-999:]}"
     is_empty = name_of(words_of(part)) in ("", "title", "free item")
@@ -1138,7 +1144,9 @@ SUMS = r"""(?:
 VALUE_LINE = rf"""(?imx)
     ^ ([^\w\n] | _)* ((final|estimated)[ ])? value\b
     # words, among them "at t=4"
-    (?: \b (?:t|n|s|step|state) [ ]?=[ ]? \d+\b | (?! \bif\b ) [^:=：\n] )* [:=：]
+    # but not "Value if the user stays:", "Value range:"
+    (?: \b (?:t|n|s|step|state) [ ]?=[ ]? \d+\b
+      | (?! \b(?:if|range|staying|leaving)\b ) [^:=：\n] )* [:=：]
     {SUMS} (
         [\s*_]*                     # line breaks and marks: the number is in the next line
       | [^\d\n]*?                   # words: "about"
@@ -1172,10 +1180,10 @@ LEFT_OUT = (r"(?i)(?<=\d),? ((out of|of a maximum of|at most) \d+([.,]\d+)?"
 REPEATED = r"(?i)\bif the user (stays|leaves)\b((?! but )[^;.\n])*?\b(value|it) is \d+([.,]\d+)?"
 
 
-def last_match(pattern: str, text: str) -> re.Match | None:
-    """The last match, or None. In a text of several sentences the conclusion stands last."""
-    matches = list(re.finditer(pattern, text))
-    return matches[-1] if matches else None
+def last_match(patterns: Sequence[str], text: str) -> re.Match | None:
+    """The match whose number stands last, or None: the conclusion stands behind other sentences."""
+    matches = [match for pattern in patterns for match in re.finditer(pattern, text)]
+    return max(matches, key=lambda match: match.start("number"), default=None)
 
 
 def parse_critic(text: str) -> float | Malformed:
@@ -1190,8 +1198,8 @@ def parse_critic(text: str) -> float | Malformed:
     outside = re.sub(rf"{REPEATED}|[(（][^()（）\n]*[)）]", " ", text)
     attempts = (re.search(VALUE_LINE, outside),                 # "Value: 7.5"
                 re.match(rf"[\s*_$`]*{NUMBER}[ *_$`.]*\n", outside),    # "7.5", then a reason
-                last_match(VALUE_IS, outside),                  # "so the value is 7.5"
-                last_match(GUESS, outside),                     # "I would say 7.5", "\boxed{7.5}"
+                # "so the value is 7.5", "I would say 7.5", "\boxed{7.5}"
+                last_match([VALUE_IS, GUESS], outside),
                 re.search(VALUE_LINE, text),                    # "Value: (7.5)"
                 # the last line, or behind a colon: "Step 3: 7.5"
                 re.search(rf"(?m)(^|[:=≈：])[\s*_$`]*{NUMBER}[ *_$`.]*\Z", outside),
@@ -1434,7 +1442,8 @@ KINDS = (
          patience=100),
     # all tokens went into hidden thinking
     Kind("overrun", 1, "raise --reply-tokens, or switch reasoning off by --extra-body",
-         "finish_reason (length|max_tokens)", patience=20),
+         # OpenAI: "Could not finish ... because max_tokens or model output limit was reached"
+         "finish_reason (length|max_tokens)|400 .*output limit was reached", patience=20),
     # any other finish_reason, such as "stop", and an empty text
     Kind("nothing", 2, OTHER_MODEL, "finish_reason", patience=100),
     # "This model's maximum context length is 8192 tokens"; status 413
@@ -1922,9 +1931,13 @@ def read_chat(route: Route, ask: Ask, data: dict) -> Any:
         system = starred(route, str(data["system_fingerprint"]))
         with LOCK:
             route.stats["system_fingerprint"] = clean(system, 200)
-    # Some servers give no choice if they filter a prompt. KINDS then finds the reason in the body.
-    no_choice = {"finish_reason": "missing", "error": json.dumps(data)}
-    choice = data["choices"][0] if data["choices"] else no_choice
+    # Some servers give no choice if they filter a prompt, or have no text: KINDS then finds the
+    # reason in the body. What differs in each answer is left out, so equal reasons are counted.
+    told = {name: data[name] for name in data if name not in ("id", "created", "usage")}
+    no_choice = {"finish_reason": "missing", "error": json.dumps(told)}
+    # Gemini leaves "choices" out. Without "usage", too, it is no chat completion: a LookupError.
+    choices = data.get("choices") if "usage" in data else data["choices"]
+    choice = choices[0] if choices else no_choice
     finish = choice.get("finish_reason")
     message = as_object(choice.get("message"))
     refusal = message.get("refusal")

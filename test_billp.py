@@ -1017,10 +1017,13 @@ The Matrix | Action 1: matrix [Action, Sci-Fi] |
 Up | **Thought 3:** fun **Action 3:** recommend **Up (2009)** ; - Up (2009)\n- Jaws (1975) |
 Up | Alien-like tension: Up ; Free item: Up, because it is like the best of them: Alien |
 Up | Jaws and Alien are old. The best fit would be Up! |
+Up | - Action: Alien\n- War: Jaws\n\nFree item: Up ; Title: Jaws\nTitle: Alien\nFree item: Up |
+Up | Action: I need an item that fits the thought.\nFree item: Up |
 Up | Alien (1979)\nJaws (1975)\nUp (2009) | Alien ; Jaws
 Terminator 2: Judgment Day | Free item: Terminator 2 (1991) ; The Terminator 2: Judgment Day |
 Terminator 2: Judgment Day | Free item: The Terminator 2 |
 Blade Runner | Try Blade Runner tonight |
+Star Wars | Star Wars: Episode IV - A New Hope (1977) |
 Amélie | amelie |
 2001: A Space Odyssey | Since Ali (2001) was liked, now 2001: A Space Odyssey comes |
 BioShock™ | Action 1: recommend BioShock |
@@ -1081,6 +1084,8 @@ reflector | - Lesson: He left.\n- Better next: Up | He left. Better next: Up
 reflector | Sad.\n### Better next\nUp ; Sad.\n**Better next:**\nUp | Sad. Better next: Up
 reflector | Reflection: Sad.\nNext category: Up | Sad. Next category: Up
 reflector | Sad.\n- **Better category:** Up | Sad. Better category: Up
+reflector | 1. Lesson: Sad.\n2. Better next: Up | Sad. Better next: Up
+reflector | Lesson: Like Up (Action 2: Up). Next: War | Like Up (Action 2 Up). Next: War
 critic | Value after step 3: 7.5 ; Value (at most 10): 7.5 ; 7,5 ; Value: about 7.5 of 10 | 7.5
 critic | **Value:** 7.5 ; 7.5<think>\nValue: 1 ; Value at t=4: 7.5 ; Value of state = 4: 7.5 | 7.5
 critic | Step 3: 7.5 ; V_3 = 7.5 ; Cases have 7.35 on average, so 7.5. ; Value: 15 ÷ 2 = 7.5 | 7.5
@@ -1100,6 +1105,8 @@ critic | - Value if he stays: 8\n- Value if he leaves: 0\n\nValue: 7.5 | 7.5
 critic | The value is 10.00 if the user stays, but I'd say it is 7.5 | 7.5
 critic | Value: \frac{8 + 7}{2} = 7.5 ; Value: \[ 15 / 2 = 7.5 \] | 7.5
 critic | Value: about 0.75 * 10 = 7.5 | 7.5
+critic | The value after Up is 6.18. I estimate 7.5. ; The best value is 8.\n\n$\boxed{7.5}$ | 7.5
+critic | Value range: 0 to 10\n\nValue: 7.5 ; Value of staying: 9\nValue: 7.5 | 7.5
 critic | Value: −3 ; Value: -3 = 4 - 7 | -3.0
 """))
 def test_an_answer_is_read_without_its_wrapping(role, reply, value):
@@ -1785,6 +1792,8 @@ def test_a_single_fault_is_survived(row):
 400 | Content Exists Risk ; Input may be inappropriate | 400 | 1
 200 | {"choices": []} ; {"choices": null, "base_resp": "out of tea"} | missing | 4
 200 | {"choices": [], "promptFeedback": {"blockReason": "SAFETY"}} | blockReason | 1
+200 | {"id": "1", "usage": {"prompt_tokens": 9}, "model": "g"} | missing {"model": "g"} | 4
+400 | Could not finish the message because max_tokens or model output limit was reached. | limit | 1
 200 | {"choices": [{"message": {"content": "A"}, "finish_reason": "abort"}]} | half a | 4
 200 | {"choices": [{"message": {"content": "A"}, "finish_reason": "sensitive"}]} | half a | 1
 200 | {"choices": [{"message": {"content": "A"}, "finish_reason": "network_error"}]} | network | 4
@@ -1822,7 +1831,7 @@ def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times
 400 | prompt length is 9 ; [input_too_large] ; input length should be [1, 9] | | --transcript | 1
 400 | Unknown name "safety_settings" | | --extra-body | 1
 200 | {"error": "Unexpected endpoint or method. (POST /chat/completions)"} | | --base-url | 1
-400 | max_tokens or model output limit was reached ; max_tokens is too large | | --reply-tokens | 1
+400 | max_tokens is too large | | --reply-tokens | 1
 400 | max_tokens is too large: 9. This model's maximum context length is 8 | | --reply-tokens | 1
 422 | inputs + max_new_tokens must be <= 4096 | | --titles --transcript | 1
 422 | max_new_tokens must be <= 512 ; max_tokens is larger than allowed | | --reply-tokens | 1
