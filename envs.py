@@ -152,11 +152,18 @@ def distance_to_recent(env: Env, state: EnvState, item: Array) -> Array:
     return smallest
 
 
+def too_similar(env: Env, distance: Array) -> Array:
+    """bool [...]: whether distances are below beta.
+
+    They are rounded, so that those that are equal on paper are treated alike.
+    """
+    return np.round(distance, 5) < env.beta
+
+
 def leaves(env: Env, state: EnvState, item: Array, rating: Array) -> Array:
     """bool [...]: whether each user leaves, given the item and his or her rating of it."""
-    too_similar = distance_to_recent(env, state, item) < env.beta
     disappointed = (rating < env.floor) & (state.t >= env.grace)
-    return too_similar | disappointed
+    return too_similar(env, distance_to_recent(env, state, item)) | disappointed
 
 
 def step(env: Env, state: EnvState, item: Array) -> tuple[EnvState, Array, Array, Array]:
@@ -178,7 +185,7 @@ def why_left(env: Env, user: int, items: Sequence[int]) -> str:
     *earlier, item = items
     newest_first = earlier[::-1][:env.window]
     for back, other in enumerate(newest_first, 1):
-        if env.distance(user, other, item) < env.beta:
+        if too_similar(env, env.distance(user, other, item)):
             return f"too similar to {env.titles[other]}, {back} back"
     return f"disappointed: would rate it {env.rate(user, item):g}"
 
@@ -330,7 +337,7 @@ def popular(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> 
 def one_list(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """The free item of most appeal [m] that is not too similar. See `popular`."""
     sessions, every = with_every_item(env, state)
-    different = distance_to_recent(env, sessions, every) >= env.beta
+    different = ~too_similar(env, distance_to_recent(env, sessions, every))
     return best(appeal, preferred(different, free))
 
 
@@ -596,7 +603,7 @@ def scores(lengths: Sequence[int], returns: Sequence[float]) -> Array:
 def totals(samples: Array) -> Array:
     """Scores [..., N, 2] of N episodes -> [..., 3]: their Len, R_each and R_traj.
 
-    R_each is all reward divided by all steps.
+    R_each is all reward divided by all steps, or 0 without a step.
     """
     means = samples.mean(-2)
     steps, reward = means[..., 0], means[..., 1]
@@ -826,7 +833,7 @@ ADVICE = ("the README tells what the files hold, in fields separated by commas; 
 ITEM_FILES = ("items.csv", "movies.csv", "movie.csv", "movies.dat")
 HEADERS = {"movies.dat": ["movieId", "title", "genres"],                # .dat files have no header
            "ratings.dat": ["userId", "movieId", "rating", "timestamp"]}
-ALIASES = {"user": "user userid",
+ALIASES = {"user": "userid user",
            "item": "itemid item movieid filmid bookid productid id isbn movie film book product",
            "title": "title movietitle itemtitle name",
            "year": "year releaseyear",
@@ -894,6 +901,8 @@ def columns(header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
 
     >>> columns(["Title", "Movie_ID"], ["item"])
     {'item': 1, 'title': 0}
+    >>> columns(["user", "user_id"], ["user"])
+    {'user': 1}
     """
     demand(header, "the file is empty")
     plain = [re.sub(r"[\W_]", "", text).lower() for text in header]
@@ -978,13 +987,14 @@ def parse_entry(items: dict, row: dict) -> tuple:
 def timestamp(text: str) -> float:
     """A time as a number, which may be written as a date like 2005-04-02 23:53:47. No text is 0.
 
-    >>> timestamp("2005-04-02T23:53:47+02:00") - timestamp("2005-04-02 21:53:40")
-    7.0
+    >>> timestamp("2005-04-02T23:53:47.5+02:00") - timestamp("2005-04-02 21:53:40")
+    7.5
     """
     try:
         return float(text or 0)
     except ValueError:
-        # before Python 3.11 a date may not end in Z
+        # before Python 3.11 a date may not end in Z, and a second has 3 or 6 decimals
+        text = re.sub(r"\.\d+", lambda decimals: f"{decimals[0]:0<7.7}", text)
         date = datetime.fromisoformat(text.replace("Z", "+00:00"))
         # without a time zone it counts as UTC, so that it means the same everywhere
         return date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp()

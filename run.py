@@ -34,9 +34,9 @@ from collections import Counter, defaultdict
 from concurrent import futures
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import active_children
+from multiprocessing import parent_process
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 from urllib.parse import quote
 
@@ -185,6 +185,8 @@ def flag(name: str) -> str:
 
 def directory(text: str) -> Path:
     """The path of a directory as it is typed."""
+    if not text:
+        raise ArgumentTypeError("it is given without a value")
     return Path(os.path.expanduser(text))
 
 
@@ -527,8 +529,9 @@ def run_directory(args: Namespace, config: Json) -> Path:
     kind = args.world.partition(":")[0]
     given = given_of(args, [*Config._fields, *envs.RULE])
     suffix = "".join(f"-{field}{value}" for field, value in given.items())
-    name = f"{kind}-{label}-seed{args.seed}{suffix}-{digest(dumps(config))[:6]}"
-    path = args.out or Path("runs", name)
+    # a file system takes names of 255 bytes
+    name = f"{kind}-{label}-seed{args.seed}{suffix}"[:200]
+    path = args.out or Path("runs", f"{name}-{digest(dumps(config))[:6]}")
     earlier = read_object(path / "config.json")
     if is_in_use(path):
         if not earlier:
@@ -714,10 +717,7 @@ def parallel(pool: futures.Executor, stop: Event) -> Iterator[Callable]:
         # Ctrl-C may strike the loop of `experiments`, while the generator `do_jobs` waits at its
         # yield. Then Python closes the generator, which raises GeneratorExit here.
         is_ctrl_c = isinstance(error, (KeyboardInterrupt, GeneratorExit))
-        pool.shutdown(wait=not is_ctrl_c)
-        if is_ctrl_c:
-            for process in active_children():   # those of `offline_pool` ignore Ctrl-C
-                process.terminate()
+        pool.shutdown(wait=not is_ctrl_c, cancel_futures=True)
         raise
     pool.shutdown()
 
@@ -1243,6 +1243,15 @@ def offline_job(job: Job) -> list[list[float]]:
     return measure_job(job, prompts.offline, prompts.hashed_ngrams, map)
 
 
+def end_with_parent() -> None:
+    """Start a worker process: Ctrl-C is for its parent, and it ends when its parent has ended."""
+    def wait() -> None:
+        parent_process().join()
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=wait, daemon=True).start()
+
+
 @contextmanager
 def offline_pool(args: Namespace) -> Iterator[futures.Executor]:
     """Where offline runs are performed: on a cluster or in processes of this machine.
@@ -1250,10 +1259,7 @@ def offline_pool(args: Namespace) -> Iterator[futures.Executor]:
     `parallel` shuts the pool down.
     """
     if not args.cluster:
-        # Ctrl-C is for this process, which then ends the others.
-        yield futures.ProcessPoolExecutor(
-            args.workers or None, initializer=signal.signal,
-            initargs=(signal.SIGINT, signal.SIG_IGN))
+        yield futures.ProcessPoolExecutor(args.workers or None, initializer=end_with_parent)
         return
     try:
         from distributed import Client
@@ -1325,11 +1331,14 @@ def rows_of(series: str, x: Any, samples: dict[Cell, Array], measure: str) -> It
 
 
 def comparison(gain: list[float]) -> str:
-    """How a row compares with billp. It is higher or lower only if the interval holds no 0."""
+    """How a row compares with billp. It is higher or lower only if the interval holds no 0.
+
+    With one user and one seed the interval has no width and says nothing.
+    """
     _, low, high = gain
-    if low > 0:
+    if 0 < low < high:
         return "higher"
-    return "lower" if high < 0 else "not significant"
+    return "lower" if low < high < 0 else "not significant"
 
 
 def label_of(row: Row) -> str:

@@ -1350,6 +1350,17 @@ def test_a_user_stays_at_exactly_beta_and_exactly_the_floor(place, rating, stays
     assert (left, cut, reward) == (not stays, stays, rating if stays else 0)
 
 
+def test_distances_that_are_equal_on_paper_are_treated_alike():
+    """Two films of two categories share one; a film of one category shares it with one of four."""
+    belongs = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]], bool)
+    distance = envs.euclidean(envs.unit(belongs))
+    env = hand_world((0, 1, 2, 3), (5, 5, 5, 5), distance=distance, beta=1)
+    for first, second in ((0, 1), (2, 3)):
+        state, *_ = envs.step(env, envs.reset(env, 0), first)
+        _, _, left, _ = envs.step(env, state, second)
+        assert not left
+
+
 @pytest.mark.parametrize("field, value, words", [
     ("rate", np.ones((1, 3)), "table"), ("distance", np.ones((3, 3)), "function"),
     ("rate", envs.table(np.ones((1, 2))), "does not fit"),
@@ -2496,7 +2507,7 @@ FOLDER = {                                  # what lies in the folder of the tes
 --replay --model m | --replay
 --base-url x --model m --extra-body 1 ; --base-url x --model m --extra-body {SECRET} | JSON object
 --base-url x --model m --header a ; --base-url x --model m --header api-key:{SECRET}= | --header
---model= ; --experiment table5 --rows= | without a value
+--model= ; --experiment table5 --rows= ; --out= ; --load= | without a value
 --api-key={SECRET} | --api-key
 {SECRET} | every value needs its flag
 """))
@@ -2603,20 +2614,22 @@ def test_cells_hold_all_seeds_and_learn_if_they_can():
 
 
 def test_rows_are_compared_with_billp_at_the_same_x(tmp_path, monkeypatch, capsys):
-    """A row is higher or lower only if the interval of the difference holds no 0."""
+    """A row is higher or lower only if the interval of the difference has a width and holds no 0."""
     monkeypatch.setattr(run, "plot", lambda *arguments: None)
     base = settings_of("--experiment fig5")
     cells, gains = {}, {}
-    # returns of two users; minus billp's they are -2, -2 for a; 4, 4 for b; 0, 2 for c
+    # returns of two users; minus billp's: -3, -1 for a; 3, 5 for b; 0, 2 for c; 4, 4 for d
     for series, window, returns in [("billp", 1, (3, 11)), ("billp", 2, (5, 13)),
-                                    ("a", 1, (1, 9)), ("b", 2, (9, 17)), ("c", 2, (5, 15))]:
+                                    ("a", 1, (0, 10)), ("b", 2, (8, 18)), ("c", 2, (5, 15)),
+                                    ("d", 2, (9, 17))]:
         cells[series, window] = np.array([[[1, total] for total in returns]], float)
     run.publish("fig5", base, cells, tmp_path)
     for row in read(tmp_path / "fig5.json")["rows"]:
         gains[row["series"]] = row["gain"]
-    assert gains == {"billp": None, "a": [-2] * 3, "b": [4] * 3, "c": [1, 0, 2]}
+    assert gains == {"billp": None, "a": [-2, -3, -1], "b": [4, 3, 5], "c": [1, 0, 2],
+                     "d": [4, 4, 4]}
     words = re.findall("(?m)(lower|higher|not significant)$", capsys.readouterr().out)
-    assert words == ["lower", "higher", "not significant"]
+    assert words == ["lower", "higher"] + ["not significant"] * 2
 
 
 def test_shares_of_popularity_by_hand():
