@@ -2618,18 +2618,18 @@ def test_rows_are_compared_with_billp_at_the_same_x(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(run, "plot", lambda *arguments: None)
     base = settings_of("--experiment fig5")
     cells, gains = {}, {}
-    # returns of two users; minus billp's: -3, -1 for a; 3, 5 for b; 0, 2 for c; 4, 4 for d
+    # returns of two users; minus billp's: -3, -1 for a; 3, 5 for b; 0, 2 for c; 4, 4 for d; -2, -2 for e
     for series, window, returns in [("billp", 1, (3, 11)), ("billp", 2, (5, 13)),
                                     ("a", 1, (0, 10)), ("b", 2, (8, 18)), ("c", 2, (5, 15)),
-                                    ("d", 2, (9, 17))]:
+                                    ("d", 2, (9, 17)), ("e", 1, (1, 9))]:
         cells[series, window] = np.array([[[1, total] for total in returns]], float)
     run.publish("fig5", base, cells, tmp_path)
     for row in read(tmp_path / "fig5.json")["rows"]:
         gains[row["series"]] = row["gain"]
     assert gains == {"billp": None, "a": [-2, -3, -1], "b": [4, 3, 5], "c": [1, 0, 2],
-                     "d": [4, 4, 4]}
+                     "d": [4] * 3, "e": [-2] * 3}
     words = re.findall("(?m)(lower|higher|not significant)$", capsys.readouterr().out)
-    assert words == ["lower", "higher"] + ["not significant"] * 2
+    assert words == ["lower", "higher"] + ["not significant"] * 3
 
 
 def test_shares_of_popularity_by_hand():
