@@ -2618,7 +2618,7 @@ def test_rows_are_compared_with_billp_at_the_same_x(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(run, "plot", lambda *arguments: None)
     base = settings_of("--experiment fig5")
     cells, gains = {}, {}
-    # returns of two users; minus billp's: -3, -1 for a; 3, 5 for b; 0, 2 for c; 4 for d; -2 for e
+    # two users' returns; minus billp's: -3, -1 for a; 3, 5 for b; 0, 2 for c; 4 for d; -2 for e
     for series, window, returns in [("billp", 1, (3, 11)), ("billp", 2, (5, 13)),
                                     ("a", 1, (0, 10)), ("b", 2, (8, 18)), ("c", 2, (5, 15)),
                                     ("d", 2, (9, 17)), ("e", 1, (1, 9))]:
