@@ -717,7 +717,7 @@ def parallel(pool: futures.Executor, stop: Event) -> Iterator[Callable]:
         # Ctrl-C may strike the loop of `experiments`, while the generator `do_jobs` waits at its
         # yield. Then Python closes the generator, which raises GeneratorExit here.
         is_ctrl_c = isinstance(error, (KeyboardInterrupt, GeneratorExit))
-        pool.shutdown(wait=not is_ctrl_c, cancel_futures=True)
+        pool.shutdown(wait=not is_ctrl_c)
         raise
     pool.shutdown()
 
