@@ -2614,7 +2614,7 @@ def test_cells_hold_all_seeds_and_learn_if_they_can():
 
 
 def test_rows_are_compared_with_billp_at_the_same_x(tmp_path, monkeypatch, capsys):
-    """A row is higher or lower only if the interval of the difference has a width and holds no 0."""
+    """A row is higher or lower only if the interval of the difference has a width and no 0."""
     monkeypatch.setattr(run, "plot", lambda *arguments: None)
     base = settings_of("--experiment fig5")
     cells, gains = {}, {}
