@@ -840,6 +840,17 @@ def test_the_stand_in_tells_which_items_were_too_close():
     assert "left because Jaws came 2 steps after Alien" in reply and "3 steps apart" in reply
 
 
+def test_the_stand_in_advises_liked_categories_after_a_strange_item():
+    """War was liked three times, Comedy never. The user leaves at the second item."""
+    history, lines = ["A [War]", "B [War]", "C [War]"], ["Alien [War]", "Up [Comedy]"]
+    for first, second, is_advised in ((*lines, True), (*lines[::-1], False)):
+        turns = prompts.turn(1, "", first, 4, False) + prompts.turn(2, "", second, 0, True)
+        question = prompts.render_reflector(second, prompts.category_tool([], lines, 4), True)
+        prompt = prompts.shared(history, turns) + question
+        reply = prompts.offline_text("reflector", prompt, 0)
+        assert ("begin with the most liked categories" in reply) == is_advised
+
+
 def test_the_stand_in_learns_and_planning_helps():
     """The mean return of 25 held-out users, after 50 episodes of learning and before."""
     users, returns = range(500, 525), {}
