@@ -188,8 +188,7 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
     The distance is squared L2, which is 2 - 2 cos between unit vectors. It is rounded, so that
     processors, whose last digits differ, give the same order. Among equals the newest comes first.
     Of records with the same text and item only the newest counts: a later verdict or target
-    replaces the earlier one.
-    The paper cuts at a tau; the roles below do not.
+    replaces the earlier one. The paper cuts at a tau; the roles below do not.
     """
     if not memory:
         return ()

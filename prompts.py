@@ -1933,8 +1933,8 @@ def read_chat(route: Route, ask: Ask, data: dict) -> Any:
             route.stats["system_fingerprint"] = clean(system, 200)
     # Some servers give no choice if they filter a prompt, or have no text: KINDS then finds the
     # reason in the body. What differs in each answer is left out, so equal reasons are counted.
-    told = {name: data[name] for name in data if name not in ("id", "created", "usage")}
-    no_choice = {"finish_reason": "missing", "error": json.dumps(told)}
+    details = {name: data[name] for name in data if name not in ("id", "created", "usage")}
+    no_choice = {"finish_reason": "missing", "error": json.dumps(details)}
     # Gemini leaves "choices" out. Without "usage", too, it is no chat completion: a LookupError.
     choices = data.get("choices") if "usage" in data else data["choices"]
     choice = choices[0] if choices else no_choice

@@ -529,7 +529,7 @@ def run_directory(args: Namespace, config: Json) -> Path:
     kind = args.world.partition(":")[0]
     given = given_of(args, [*Config._fields, *envs.RULE])
     suffix = "".join(f"-{field}{value}" for field, value in given.items())
-    # a file system takes names of 255 bytes
+    # a file system takes names of at most 255 bytes
     name = f"{kind}-{label}-seed{args.seed}{suffix}"[:200]
     path = args.out or Path("runs", f"{name}-{digest(dumps(config))[:6]}")
     earlier = read_object(path / "config.json")
@@ -1244,7 +1244,10 @@ def offline_job(job: Job) -> list[list[float]]:
 
 
 def end_with_parent() -> None:
-    """Start a worker process: Ctrl-C is for its parent, and it ends when its parent has ended."""
+    """What a worker process does first: it ignores Ctrl-C and watches for the end of its parent.
+
+    Ctrl-C ends the parent. The worker ends after it, also if the parent was killed.
+    """
     def wait() -> None:
         parent_process().join()
         os._exit(1)
