@@ -2462,7 +2462,8 @@ def test_the_name_of_a_run_with_many_flags_is_short_enough(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     names = ("k_lessons", "k_experience", "k_actions", "k_values", "candidates", "batch",
              "transcript", "reply_tokens", "beta", "floor", "grace")
-    args = run.parse([f"{run.flag(name)}=123456789" for name in names])
+    flags = [f"{run.flag(name)}=123456789" for name in names]
+    args = run.parse([*flags, "--titles=1000", "--max-steps=10000", "--no-repeats"])
     assert run.run_directory(args, {}).is_dir()
 
 
