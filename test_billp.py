@@ -2707,7 +2707,7 @@ def test_faults_change_no_file(finished, tmp_path):
     turns = count()
 
     def act(body):
-        return (503, "busy") if next(turns) % 12 == 0 else None
+        return (503, "busy") if next(turns) % 30 == 0 else None
     with endpoint(act) as server:
         succeed(*flags_of(server.url, tmp_path, "--workers", 8))
     assert len(server.asked) > len(set(server.asked))
