@@ -409,15 +409,15 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
     form = prompts.ACTOR if config.candidates else prompts.OPEN_ACTOR
     question = prompts.render_actor(state.key.step + 1, state.thought, listed, form)
     answer = consult(llm, "actor", state, question, prompts.parse_actor, config, "")
-    lines = [candidate.line for candidate in listed]
     exact = False
-    if answer.fallback and lines:
-        item = catalog.lines.index(lines[0])
+    if answer.fallback and listed:
+        item = catalog.lines.index(listed[0].line)
     elif answer.fallback:
         item = prompts.nearest(state.text, catalog, state.taken)[0]
     else:
         # A reply that names no free item often names a recent one. The nearest of all free items
         # would be too similar to that one, so the nearest of the listed ones is taken.
+        lines = {candidate.line for candidate in listed}
         on_list = [item for item, line in enumerate(catalog.lines) if line in lines]
         to_choose_from = on_list if config.candidates else ()      # (): any free item may be taken
         item, exact = prompts.ground(answer.value, catalog, state.taken, to_choose_from)

@@ -33,7 +33,7 @@ from argparse import (ArgumentParser, ArgumentTypeError, BooleanOptionalAction, 
 from collections import Counter, defaultdict
 from concurrent import futures
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from multiprocessing import parent_process
 from pathlib import Path
 from threading import Event, Thread
@@ -433,6 +433,7 @@ def settings(args: Namespace, saved: Json) -> Settings:
 # ---------------------------------------------------------------------------------- world
 
 
+@cache                      # the runs of an experiment share it: to fit ratings takes a while
 def load_world(name: str, seed: int) -> envs.Env:
     """A world by its name on the command line."""
     kind, _, folder = name.partition(":")
