@@ -1634,6 +1634,7 @@ def test_similarity_is_by_categories(tmp_path):
     # Rounded predictions would lie between 1 and 5.
     assert {*env.rate(np.arange(40)[:, None], np.arange(5)).ravel()} == {1, 2, 3, 4, 5}
     assert "20% of pairs too similar by categories" in env.about            # 2 of 10
+    assert run.load_world(f"csv:{tmp_path}", 0) is env      # a process fits it once
 
 
 @pytest.mark.parametrize("world, tags", [("fitted", ["War"] * 5), ("csv", [""] * 5)])
