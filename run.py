@@ -683,7 +683,6 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
     headers = dict(header.split("=", 1) for header in args.header)
     options = {"key": variable("OPENAI_API_KEY"), "timeout": args.timeout, "headers": headers,
                "notice": say, "sleep": live.stop.wait, "stats": live.stats}
-    folder.mkdir(exist_ok=True)
     model_id = [run.model, run.embedding, run.extra]
     log = prompts.open_log(folder / "calls.jsonl", model_id)
     live.stats.setdefault("asked", 0)   # tells `ledger` that a log was opened
