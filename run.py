@@ -1035,10 +1035,10 @@ def episode_of(folder: Path, pick: str) -> Json:
                         "finished run") from None
     if not episodes:
         raise UserError(f"{folder} holds no episodes: policies without a language model keep none")
-    phase, _, number = pick.partition(":")
+    choice = pick or "learn"           # "learn", or "learn:3"
     for episode in reversed(episodes):
-        is_phase = episode["phase"] == (phase or "learn")
-        if is_phase and number in ("", str(episode["episode"])):
+        name = "{phase}:{episode}".format_map(episode)
+        if choice in (episode["phase"], name):
             return episode
     if pick:
         last = "{phase}:{episode}".format_map(episodes[-1])
