@@ -800,8 +800,8 @@ def perform(run: Settings, place: Place, agent: Agent, llm: LLM, embed: Embed, p
             phases: Sequence[str]) -> Outcome:
     """Some phases of a run: before, learn and after, in this order."""
     if run.method in envs.POLICIES:
-        asked = [phase for phase in phases if phase != "learn"]
-        return Outcome({phase: policy_sessions(run, place, phase) for phase in asked})
+        return Outcome({phase: policy_sessions(run, place, phase)
+                        for phase in phases if phase != "learn"})
     config = Config(**run.config)
     catalog = prompts.catalog(place.env, embed)
     sessions, everything = {}, ()
