@@ -1391,8 +1391,8 @@ def plot_bars(axes: Any, rows: Sequence[Row]) -> None:
     axes.invert_yaxis()
     # Methods with language fill most of the width. A much longer bar, such as the oracle's, is cut.
     methods = [row for row in rows if row.series in billp.METHODS] or rows
-    of_all, of_methods = limit_of(rows), 1.3 * limit_of(methods)
-    axes.set_xlim(0, min(of_all, of_methods))
+    end = min(limit_of(rows), 1.3 * limit_of(methods))
+    axes.set_xlim(0, end)
 
 
 def plot_lines(axes: Any, rows: Sequence[Row]) -> None:
