@@ -888,12 +888,12 @@ def grid(rows: Table) -> list[str]:
 
 def chart(summary: Json) -> Iterator[str]:
     """The learning curve of a run as text, a line for each batch."""
-    episodes, size = summary["episodes"], summary["config"]["batch"]
+    size = summary["config"]["batch"]
     top = max([1.0, *summary["learning"]])
     yield "learning episodes, mean Len of each batch"
     for place, mean in enumerate(summary["learning"]):
         first = place * size + 1
-        last = min(first + size - 1, episodes)
+        last = min(first + size - 1, summary["episodes"])
         bar = "#" * round(40 * mean / top)          # the longest has 40 marks, about half a line
         yield f"{first:5}-{last:<5} {bar} {mean:.1f}"
 
