@@ -156,7 +156,6 @@ RANGES = {                              # lowest and highest number; other flags
     "timeout": (0.001, 10**6), "gamma": (0, 1), "lately": (1, 1000), "titles": (1, 1000),
     "batch": (1, MANY), "transcript": (1000, MANY), "temperature": (0, 2),
     "reply_tokens": (1, MANY), "retries": (0, 100), "window": (1, 1000), "max_steps": (1, 10**5)}
-OF_METHODS = ("thoughts", "lessons", "experience", "baseline")  # switches that billp.METHODS sets
 CHOICES = {"method": METHOD_NAMES, "lessons": ("none", "latest", "nearest")}
 # A flag that is missing here, such as --out, --model or --gamma, is None unless it is given. Fields
 # of Config and of the rule then keep their own defaults.
@@ -273,7 +272,7 @@ def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
         yield FLAGS["experiments"], "without --experiment"
         return
     # each row has its own method, which sets these switches
-    yield ("method", "load", *OF_METHODS), "beside --experiment"
+    yield ["method", "load", "thoughts", "lessons", "experience", "baseline"], "beside --experiment"
     if args.cluster:
         yield ["workers"], "beside --cluster"
     asked = set(args.experiment)
