@@ -630,13 +630,6 @@ def student(freedom: int) -> float:
     return 1.96 + 2.372 / freedom + 2.82 / freedom ** 2         # Cornish and Fisher's expansion
 
 
-def t_interval(figures: Array) -> tuple[Array, Array]:
-    """The ends of the 95 % confidence interval of the mean of figures [S, ...] of S seeds."""
-    seeds = len(figures)
-    margin = student(seeds - 1) * figures.std(0, ddof=1) / np.sqrt(seeds)
-    return figures.mean(0) - margin, figures.mean(0) + margin
-
-
 def bootstrap(statistic: Function, samples: Sequence[Array]) -> Array:
     """[2, ...]: the 0.025 and 0.975 quantiles of a statistic, users drawn with replacement.
 
@@ -663,11 +656,13 @@ def intervals(statistic: Function, *samples: Array) -> list[list[float]]:
     shapes = {np.shape(sample) for sample in samples}
     demand(len(shapes) == 1, f"give samples of the same seeds and users, not of shapes {shapes}")
     figures = statistic(*samples)                               # [S, numbers]
-    if len(figures) > 1:
-        low, high = t_interval(figures)
+    mean, seeds = figures.mean(0), len(figures)
+    if seeds > 1:
+        margin = student(seeds - 1) * figures.std(0, ddof=1) / np.sqrt(seeds)
+        low, high = mean - margin, mean + margin
     else:
         low, high = bootstrap(statistic, [sample[0] for sample in samples])
-    return np.stack([figures.mean(0), low, high], -1).round(4).tolist()
+    return np.stack([mean, low, high], -1).round(4).tolist()
 
 
 def metrics(samples: Array, reference: Array | None = None) -> dict[str, list[float]]:
