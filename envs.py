@@ -531,22 +531,13 @@ def a2c(weights: Weights, env: Env, state: EnvState, free: Array, rng: Rng) -> A
     return best(log_chances(env, weights, observe(env, state), every, free), free)
 
 
-def climb(weights: Weights, squares: Sequence[Array], slopes: Weights) -> None:
-    """A step of Adagrad up the slopes, in place: a weight moves less if its slopes were steep.
-
-    `squares` are the sums of the squared slopes so far, in the shapes of the weights.
-    """
-    for weight, square, slope in zip(weights, squares, slopes):
-        square += slope ** 2
-        weight += 0.3 * slope / np.sqrt(square)
-
-
 def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5) -> Policy:
     """Advantage actor-critic, which learns at every step of many episodes side by side."""
     rng = branch(seed, "actor-critic")
     m, d = env.vectors.shape
     width = 2 * d + 1       # the length of x
     weights = Weights(np.zeros((width, d)), np.zeros(m), np.zeros(width))
+    # the sums of the squared slopes so far
     squares = [np.full_like(weight, 1e-6) for weight in weights]
     # while it learns it chooses among a few items, which is quicker
     few = min(m, max(64, m // 16))
@@ -562,7 +553,11 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5) -> Pol
             state, reward, left, cut = step(env, state, item)
             next_value = observe(env, state) @ weights.value
             td_error = td_errors(reward, gamma, x @ weights.value, next_value, left)
-            climb(weights, squares, gradient(env, x, items, log_chance, pick, td_error))
+            slopes = gradient(env, x, items, log_chance, pick, td_error)
+            # a step of Adagrad up the slopes: a weight moves less if its slopes were steep
+            for weight, square, slope in zip(weights, squares, slopes):
+                square += slope ** 2
+                weight += 0.3 * slope / np.sqrt(square)
             state, free = remaining(state, free, item, left | cut)
     return partial(a2c, weights)
 
