@@ -340,17 +340,6 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
     return answer._replace(recalled=lessons), memory
 
 
-def experience(state: State, memory: Memory, config: Config) -> Evidence:
-    """How often each item got each verdict in similar states.
-
-    The item of the nearest record stands first: `ranked_lines` keeps this order among equals.
-    """
-    if not config.experience:
-        return Counter()
-    recalled = recall(memory, state.vector, config.k_experience)
-    return Counter((record.item, record.content) for record in recalled)
-
-
 def ranked_lines(state: State, evidence: Evidence, catalog: Catalog, config: Config) -> list[str]:
     """The lines of items, the most promising first; `shortlist` drops those that are not free.
 
@@ -380,7 +369,11 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     They are the first of `ranked_lines`. Of them, items without a category shown lately come first:
     a small model tends to take the first item, and would too often repeat a category.
     """
-    evidence = experience(state, memory, config)
+    evidence = Counter()        # (item line, verdict) -> how often it was given in similar states
+    if config.experience:
+        # The item of the nearest record stands first: `ranked_lines` keeps this order among equals.
+        recalled = recall(memory, state.vector, config.k_experience)
+        evidence = Counter((record.item, record.content) for record in recalled)
     # A remembered item may be taken. A free item may have the same line as a taken one: the model
     # could not tell them apart.
     taken_lines = {catalog.lines[item] for item in state.taken}
