@@ -411,8 +411,7 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
         # A reply that names no free item often names a recent one. The nearest of all free items
         # would be too similar to that one, so the nearest of the listed ones is taken.
         lines = {candidate.line for candidate in listed}
-        on_list = [item for item, line in enumerate(catalog.lines) if line in lines]
-        to_choose_from = on_list if config.candidates else ()      # (): any free item may be taken
+        to_choose_from = lines if config.candidates else ()     # (): any free item may be taken
         item, exact = prompts.ground(answer.value, catalog, state.taken, to_choose_from)
     return answer._replace(value=item, recalled=listed, exact=exact), memory
 

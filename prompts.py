@@ -721,10 +721,10 @@ def nearest(text: str, catalog: Catalog, exclude: Collection[int]) -> list[int]:
 
 
 def ground(text: str, catalog: Catalog, exclude: Collection[int] = (),
-           listed: Collection[int] = ()) -> tuple[int, bool]:
+           listed: Collection[str] = ()) -> tuple[int, bool]:
     """The item that a text stands for, and whether the text names it.
 
-    `listed` holds the items that the prompt offered; it is empty if it offered none.
+    `listed` holds the lines that the prompt offered; it is empty if it offered none.
     These items come into question, the likeliest first:
     - The items named and not excluded.
     - If all items named are excluded: those near to the categories of the first. They are of its
@@ -739,7 +739,7 @@ def ground(text: str, catalog: Catalog, exclude: Collection[int] = (),
         tags = line_tags(catalog.lines[items[0]]) if items else ()
         free = nearest(in_brackets(tags) if tags else text, catalog, exclude)
     # words may be a title by chance: "It is old. They like Up." names It in a large catalogue
-    chosen = [item for item in free if item in listed] or free
+    chosen = [item for item in free if catalog.lines[item] in listed] or free
     return chosen[0], is_named
 
 

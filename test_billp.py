@@ -983,8 +983,9 @@ def test_the_end_of_a_very_long_reply_is_read():
 
 def test_a_listed_title_beats_words_that_happen_to_name_one():
     catalog = prompts.catalog(FILMS._replace(titles=("They",) + FILMS.titles[1:]))
-    for reply, listed, named in (("They enjoy Jaws a lot.", [JAWS], JAWS),
-                                 ("They enjoy Jaws a lot.", [], 0), ("They", [JAWS], 0)):
+    jaws = catalog.lines[JAWS]
+    for reply, listed, named in (("They enjoy Jaws a lot.", [jaws], JAWS),
+                                 ("They enjoy Jaws a lot.", [], 0), ("They", [jaws], 0)):
         assert prompts.ground(reply, catalog, (), listed) == (named, True)
 
 
