@@ -854,10 +854,18 @@ def find_file(folder: Path, names: Sequence[str], world: str) -> Path | None:
     return min(files, key=rank, default=None)           # the first of equals
 
 
-def reason_of(error: Exception) -> str:
-    """What an error says, on one line."""
-    reason = str(error).partition("\n")[0] or type(error).__name__
-    return f"no key {reason}" if isinstance(error, KeyError) else reason
+@contextmanager
+def in_one_line(place: Location, advice: str) -> Iterator[None]:
+    """If the block of a `with` fails, its error becomes BadData: place, error, advice."""
+    try:
+        yield                       # the block runs here, so its errors arrive below
+    except BadData:                 # it names its file already
+        raise
+    except Exception as error:      # damaged files make csv, json, numpy, pickle raise anything
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, KeyError):
+            reason = f"no key {reason}"
+        raise BadData(f"{place}: {reason}; {advice}") from None
 
 
 @contextmanager
@@ -869,10 +877,8 @@ def reading(path: Location, names: Sequence[str], advice: str, world: str = "") 
     file = find_file(folder, names, world)
     if file is None:
         raise BadData(f"{folder}: no {' or '.join(names)} there or below; {advice}")
-    try:
-        yield file                  # the block runs here, so its errors arrive below
-    except Exception as error:      # damaged files make csv, json, numpy, pickle raise anything
-        raise BadData(f"{file}: {reason_of(error)}; {advice}") from None
+    with in_one_line(file, advice):
+        yield file
 
 
 def encoding(file: Path) -> str:
@@ -1279,45 +1285,32 @@ def distance_by_half(learners: int, train: Array, test: Array, users: Array, a: 
     return np.where(users < learners, train[a, b], test[a, b])
 
 
-def released_world(path: Location, name: str) -> Env:
-    """The authors' world "steam" or "amazon".
-
-    Files that do not fit together may raise any kind of error; `released` makes it one line.
-    """
-    train, train_distances, train_seen = read_half(path, name, "train")
-    test, test_distances, test_seen = read_half(path, name, "test")
-    ratings = np.concatenate([train, test])
-    m = ratings.shape[1]
-    names = load(path, name, "datamaps.json")["id2item_dict"]
-    titles = [html.unescape(names[str(item)]) for item in range(m)]
-    sources = load(path, name, "list_genre.json")       # lists of genres, written as Python source
-    genres = {html.unescape(title): ast.literal_eval(sources[title]) for title in sources}
-    categories, belongs = category_table([genres.get(title, []) for title in titles])
-    item_called = {title: item for item, title in enumerate(titles)}
-    histories = []
-    for seen in train_seen + test_seen:
-        items = [item_called[title] for title in seen if title in item_called]
-        histories.append(last_distinct(items))
-    return Env(
-        titles=tuple(titles), years=(None,) * m,
-        categories=categories, belongs=belongs, vectors=unit(belongs),
-        rate=table(np.clip(ratings, 1, 5)),         # predictions may lie outside the scale
-        distance=partial(distance_by_half, len(train_seen), train_distances, test_distances),
-        histories=histories, learners=len(train_seen),
-        beta={"steam": 50.0, "amazon": 15.0}[name],         # the paper's
-        grace=1)                # in the authors' code the first item ends no session
-
-
 def released(path: Location, name: str) -> Env:
     """The authors' world "steam" or "amazon", from their files anywhere under path.
 
     Users of train.json learn, those of test.json do not. Only `a2c` sees the vectors, which are the
     genres as rows of length 1.
     """
-    try:
-        return released_world(path, name)
-    except BadData:                 # it names its file already
-        raise
-    except Exception as error:
-        raise BadData(f"{path}: the files of {name} do not fit together: {reason_of(error)}; "
-                      f"{AUTHORS}") from None
+    with in_one_line(f"{path}: the files of {name} do not fit together", AUTHORS):
+        train, train_distances, train_seen = read_half(path, name, "train")
+        test, test_distances, test_seen = read_half(path, name, "test")
+        ratings = np.concatenate([train, test])
+        m = ratings.shape[1]
+        names = load(path, name, "datamaps.json")["id2item_dict"]
+        titles = [html.unescape(names[str(item)]) for item in range(m)]
+        sources = load(path, name, "list_genre.json")   # lists of genres, written as Python source
+        genres = {html.unescape(title): ast.literal_eval(sources[title]) for title in sources}
+        categories, belongs = category_table([genres.get(title, []) for title in titles])
+        item_called = {title: item for item, title in enumerate(titles)}
+        histories = []
+        for seen in train_seen + test_seen:
+            items = [item_called[title] for title in seen if title in item_called]
+            histories.append(last_distinct(items))
+        return Env(
+            titles=tuple(titles), years=(None,) * m,
+            categories=categories, belongs=belongs, vectors=unit(belongs),
+            rate=table(np.clip(ratings, 1, 5)),         # predictions may lie outside the scale
+            distance=partial(distance_by_half, len(train_seen), train_distances, test_distances),
+            histories=histories, learners=len(train_seen),
+            beta={"steam": 50.0, "amazon": 15.0}[name],         # the paper's
+            grace=1)                # in the authors' code the first item ends no session
