@@ -2317,8 +2317,6 @@ def test_useless_replies_are_counted(tmp_path, monkeypatch):
 
 
 def test_no_lesson_is_written_that_nobody_reads(tmp_path):
-    out = succeed(*SMALL, "--no-thoughts", "--out", tmp_path)
-    assert "critic" in out and "reflector" not in out
     flags = ("--method", "act", "--lessons", "nearest", "--out", tmp_path / "act")
     _, out, err = command(*SMALL, *flags)
     assert "learn: 4 of 4 episodes" in err and "after: 3 of 3 episodes" in err
