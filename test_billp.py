@@ -1932,13 +1932,10 @@ def test_a_refused_parameter_is_replaced_or_dropped_and_reported(name, text):
     assert ("max_completion_tokens" in seen.bodies[1]) == (name == "max_tokens")
 
 
-def test_if_both_limits_are_refused_neither_is_sent():
+def test_what_is_refused_goes_never_more_or_a_users_own():
     seen = client(without("max_tokens"), without("max_completion_tokens"))
     assert seen.ask(ASK) == GOOD
     assert not seen.bodies[2].keys() & {"max_tokens", "max_completion_tokens"}
-
-
-def test_only_the_first_named_parameter_goes_never_a_users_own():
     seen = client(without("seed", text="unknown {}; allowed: max_tokens, temperature"))
     assert seen.ask(ASK) == GOOD and {"max_tokens", "temperature"} <= seen.bodies[1].keys()
     seen = client(without("seed"), extra={"seed": 1})
