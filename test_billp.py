@@ -2521,11 +2521,6 @@ def test_bad_input_gets_one_line_and_changes_nothing(argv, words, tmp_path, monk
     assert {str(path): path.read_text() for path in left} == FOLDER
 
 
-def test_a_flag_of_one_of_two_experiments_is_accepted():
-    args = run.parse("--experiment fig4,fig5 --users 9 --window 2 --episodes 5".split())
-    assert (args.users, args.window, args.episodes) == (9, 2, 5)
-
-
 def test_a_folder_is_announced_before_it_is_read(tmp_path):
     lay(tmp_path, {"items.csv": ITEMS})
     code, _, err = command("--world", f"csv:{tmp_path}")
@@ -2543,6 +2538,9 @@ def test_flags_reach_what_they_name():
     assert len(place.held_out) == 9
     config = settings_of("--method act --thoughts --lessons latest").config
     assert config == billp.Config(lessons="latest", experience=False)._asdict()
+    # an experiment takes what the other one refuses
+    args = run.parse("--experiment fig4,fig5 --users 9 --window 2 --episodes 5".split())
+    assert (args.users, args.window, args.episodes) == (9, 2, 5)
 
 
 def test_learners_and_held_out_users_never_mix():
