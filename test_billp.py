@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cache, partial
@@ -1930,7 +1929,7 @@ def test_a_refused_parameter_is_replaced_or_dropped_and_reported(name, text):
     assert ("max_completion_tokens" in seen.bodies[1]) == (name == "max_tokens")
 
 
-def test_what_is_refused_goes_never_more_or_a_users_own():
+def test_only_what_is_refused_goes_never_a_users_own():
     seen = client(without("max_tokens"), without("max_completion_tokens"))
     assert seen.ask(ASK) == GOOD
     assert not seen.bodies[2].keys() & {"max_tokens", "max_completion_tokens"}
@@ -2252,7 +2251,7 @@ def test_embeddings_are_recorded_once_to_the_bit_and_never_mix(tmp_path):
 @pytest.mark.parametrize("options", [
     {"key": "none"}, {"key": "message"}, {"key": "content"}, {"key": "ollama"},
     {"headers": {"X-Title": "title-2026"}}, {"key": "123456"}])
-def test_a_secret_is_no_ordinary_word_and_no_part_of_numbers(options):
+def test_ordinary_words_and_parts_of_numbers_are_no_secrets(options):
     words = "none message content ollama title-2026"
     act = completion(words, usage={"prompt_tokens": 1234567})
     assert client(act, **options).ask(ASK).text == words
