@@ -496,7 +496,7 @@ def main_title(title: str) -> str:
 
 def items_by_name(names_of_items: Iterable[Sequence[str]]) -> dict[str, list[int]]:
     """Names -> the items so called, given the names of each item in turn."""
-    items_of: dict[str, list[int]] = {}
+    items_of = {}
     for item, names in enumerate(names_of_items):
         for name in set(names) - {""}:
             items_of.setdefault(name, []).append(item)
@@ -2072,8 +2072,8 @@ def open_log(path: str | Path, model_id: Any) -> Log:
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.exists() else b""
-    texts: dict[str, Reply] = {}
-    empty: dict[str, Reply] = {}
+    texts = {}                      # the hash of an ask -> its reply
+    empty = {}                      # the same for replies without a text
     has_spoken = False
     for line in content.splitlines():
         try:
