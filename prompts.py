@@ -797,17 +797,10 @@ def complaint(text: str, malformed: Malformed) -> tuple[tuple[str, str], ...]:
 # The lines asked for are not those of the transcript. A small model that is asked for "Thought 5:
 # ..." or "Action 5: recommend ..." tends to copy thought 4 or action 4.
 
-LESSONS = """
-Lessons:
-{lessons}
-"""
 PLANNER = """
 Categories shown in the last {lately} steps: {recent}.
 {choice} Reply with one short line:
 Next category: CATEGORY, because REASON"""
-# A small model chooses best if the categories stand in the question itself.
-CHOICE = "Which one of the other categories should come next: {other}?"
-NO_CHOICE = "All categories liked before were shown. Which one was shown longest ago?"
 # Categories that the planner chooses among. A small model mostly ignores their order, so only
 # the most liked are offered.
 OFFERED = 3
@@ -840,13 +833,15 @@ def offered(tastes: Tastes) -> str:
 
 def render_planner(lessons: Sequence[str], tastes: Tastes, lately: int) -> str:
     """The planner's question, given reflections and the category tool."""
-    learned = LESSONS.format(lessons=bullets(lessons)) if lessons else ""
+    learned = f"\nLessons:\n{bullets(lessons)}\n" if lessons else ""
     recent = ", ".join(tastes.recent) or "none yet"
-    choice = "What should come next?"               # nothing with a category was liked
+    # A small model chooses best if the categories stand in the question itself.
     if tastes.other:
-        choice = CHOICE.format(other=offered(tastes))
+        choice = f"Which one of the other categories should come next: {offered(tastes)}?"
     elif tastes.liked:
-        choice = NO_CHOICE
+        choice = "All categories liked before were shown. Which one was shown longest ago?"
+    else:
+        choice = "What should come next?"           # nothing with a category was liked
     return learned + PLANNER.format(lately=lately, recent=recent, choice=choice)
 
 
@@ -860,7 +855,6 @@ def parse_planner(text: str) -> str | Malformed:
 REFLECTOR = """
 The session ended with {line}. Why, and {better}? Reply with one short line:
 Reflection: {ended} because REASON. Better next: CATEGORY"""
-BETTER = "which one of these categories would have been better: {other}"
 
 
 def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
@@ -871,7 +865,7 @@ def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
     """
     better = "what would have been better"
     if tastes.other:
-        better = BETTER.format(other=offered(tastes))
+        better = f"which one of these categories would have been better: {offered(tastes)}"
     ended = "Left" if left else "Stayed"
     return REFLECTOR.format(line=line, better=better, ended=ended)
 
