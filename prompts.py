@@ -1174,12 +1174,6 @@ LEFT_OUT = (r"(?i)(?<=\d),? ((out of|of a maximum of|at most) \d+([.,]\d+)?"
 REPEATED = r"(?i)\bif the user (stays|leaves)\b((?! but )[^;.\n])*?\b(value|it) is \d+([.,]\d+)?"
 
 
-def last_match(patterns: Sequence[str], text: str) -> re.Match | None:
-    """The match whose number stands last, or None: the conclusion stands behind other sentences."""
-    matches = [match for pattern in patterns for match in re.finditer(pattern, text)]
-    return max(matches, key=lambda match: match.start("number"), default=None)
-
-
 def parse_critic(text: str) -> float | Malformed:
     """The value that a reply states. The first attempt below that finds a number counts.
 
@@ -1190,10 +1184,12 @@ def parse_critic(text: str) -> float | Malformed:
     text = re.sub(LEFT_OUT, " ", text)
     # remarks in brackets and the prompt's own sentence often hold another number
     outside = re.sub(rf"{REPEATED}|[(（][^()（）\n]*[)）]", " ", text)
+    # "so the value is 7.5", "I would say 7.5", "\boxed{7.5}": of these the last is the conclusion
+    sentences = [*re.finditer(VALUE_IS, outside), *re.finditer(GUESS, outside)]
+    conclusion = max(sentences, key=lambda match: match.start("number"), default=None)
     attempts = (re.search(VALUE_LINE, outside),                 # "Value: 7.5"
                 re.match(rf"[\s*_$`]*{NUMBER}[ *_$`.]*\n", outside),    # "7.5", then a reason
-                # "so the value is 7.5", "I would say 7.5", "\boxed{7.5}"
-                last_match([VALUE_IS, GUESS], outside),
+                conclusion,
                 re.search(VALUE_LINE, text),                    # "Value: (7.5)"
                 # the last line, or behind a colon: "Step 3: 7.5"
                 re.search(rf"(?m)(^|[:=≈：])[\s*_$`]*{NUMBER}[ *_$`.]*\Z", outside),
