@@ -1944,12 +1944,9 @@ def read_chat(route: Route, ask: Ask, data: dict) -> Any:
         if finish == "length":
             tell(route, "length", "a reply was cut, because it is longer than --reply-tokens")
         return Reply(text, usage)
-    if refusal:
-        label, reason = "refusal", refusal
-    else:
-        # "finish_reason length and no text"
-        label = finish
-        reason = choice.get("error") or ("and half a text" if text else "and no text")
+    # "finish_reason length and no text"
+    label = "refusal" if refusal else finish
+    reason = refusal or choice.get("error") or ("and half a text" if text else "and no text")
     return fault(route, f"finish_reason {label}", str(reason))._replace(usage=usage)
 
 
