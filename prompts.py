@@ -358,15 +358,6 @@ REFUSAL = (rf"(?is)(?!.*({CHOSEN}|is the (best|closest)))\W*(unfortunately\W+)?"
            rf"({'|'.join(REFUSALS)})")
 
 
-def refuses(text: str) -> bool:
-    """Whether a text is a refusal.
-
-    >>> refuses("Sorry to Bother You"), refuses("Sorry, I can't")
-    (False, True)
-    """
-    return re.match(REFUSAL, text) is not None
-
-
 def unmarked(line: str) -> str:
     """A line without the marks of lists, headings, bold letters, code or JSON.
 
@@ -415,7 +406,7 @@ def labelled(text: str, labels: Sequence[str]) -> str:
     """
     text = with_colons(text)
     part = segment(text, labels)
-    if refuses(part or text):
+    if re.match(REFUSAL, part or text):
         return ""
     first_label = IN_LINE.search(text)
     before_all = text[:first_label.start("name")] if first_label else text
@@ -1092,7 +1083,7 @@ def parse_actor(text: str) -> str | Malformed:
     if len(part) > 2000:            # the choice stands at the beginning or at the end
         part = f"{part[:1000]}\n{part[-999:]}"
     is_empty = name_of(words_of(part)) in ("", "title", "free item")
-    if is_empty or refuses(part):
+    if is_empty or re.match(REFUSAL, part):
         return Malformed("the reply held no line 'Free item: ...'")
     return part
 
