@@ -424,7 +424,7 @@ ARTICLES = frozenset("the a an le la les l un une il lo el los las der das".spli
 LONGEST = 40                        # words of a title that are compared: those of `title_of`
 YEAR = "(1[89]|20)[0-9]{2}"
 # What follows a title in that of a sequel: "Frozen II", "Jaws 2 (1978)", "Dune: Part Two", "Toy
-# Story 3, because ...". It is matched with the two words behind the title, without punctuation.
+# Story 3, because ...". It is matched with the words behind the title, without punctuation.
 SEQUEL = (r"(II|III|IV|VI{0,3}|(Part|Episode) ([\dIV]+|Two|Three|Four|Five|Six)"
           rf"|[2-9]( {YEAR}| because| since| as|$))\b")
 # More words of another film's title, then its year: "[The Matrix] Reloaded (2003)"
@@ -547,20 +547,20 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
         behind = words[size:]           # begins with the year, if there is one
         year_words = 1 if behind and re.fullmatch(YEAR, behind[0]) else 0
         items = catalog.names.get(name, [])
-        nothing_follows = len(behind) == year_words
-        if nothing_follows and not items:
+        if not items and len(behind) == year_words:         # nothing but the year follows
             items = catalog.mains.get(name, [])
         if not items:
             continue
         if year_words:
             items = of_year(items, int(behind[0]), catalog)
-        longer = None if year_words else re.match(LONGER, " ".join(behind[:7]))
+        rest = " ".join(behind[:7])     # LONGER and SEQUEL read no more words
+        longer = None if year_words else re.match(LONGER, rest)
         # "Léon The Professional (1994)": if the year is that of Léon, the words are part of its
         # title, else of another film's. Not "Alien, Jaws (1975)", where another title begins.
         if longer and not leading_title(behind, catalog)[0]:
             items = of_year(items, int(longer["year"]), catalog)
         # "Star Wars: Episode IV - A New Hope (1977)" is no sequel if its year is that of Star Wars
-        is_sequel = re.match(SEQUEL, " ".join(behind[:2])) and not longer
+        is_sequel = re.match(SEQUEL, rest) and not longer
         if not items or is_sequel:
             return [], size             # a title, but of another film
         return items, size + year_words
