@@ -1197,8 +1197,7 @@ def parse_critic(text: str) -> float | Malformed:
 
 # Lines of prompts
 LIKED = r"(?m)^- .* \[(.*)\]$"
-SHOWN = r"(?m)^Action \d+: recommend (.*) \[(.*)\]$"
-LISTED = r"(?m)^- (.*) \[(.*)\]$"
+ITEM = r"(?m)^(?:-|Action \d+: recommend) (.*) \[(.*)\]$"         # listed or shown
 EVIDENCE = r"(?m)^(Encouraged in similar situations|Discouraged): "
 OTHER = r"(?m)^Which one of the other categories should come next: (.*)\? "
 # What the stand-in says to itself. The reflector writes "Keep similar items 3 steps apart ... Avoid
@@ -1216,9 +1215,9 @@ def tags_in(text: str, pattern: str) -> list[str]:
     return [tag for tags in re.findall(pattern, text) for tag in split_tags(tags)]
 
 
-def shown_in(transcript: str) -> list[tuple]:
-    """Pairs (title, categories) of the items recommended, oldest first."""
-    return [(title, split_tags(tags)) for title, tags in re.findall(SHOWN, transcript)]
+def items_in(text: str) -> list[tuple]:
+    """Pairs (title, categories) of the items in a transcript or a list."""
+    return [(title, split_tags(tags)) for title, tags in re.findall(ITEM, text)]
 
 
 def apart_in(text: str) -> int:
@@ -1246,7 +1245,7 @@ def offline_planner(history: str, transcript: str, question: str, draw: int) -> 
     # a warning does not count for a user who liked the category
     warned = set(tags_in(question, AVOID)).difference(tags_in(history, LIKED))
     unwanted = set(warned)
-    newest_first = shown_in(transcript)[::-1]
+    newest_first = items_in(transcript)[::-1]
     for _, tags in newest_first[:apart - 1]:        # shown fewer than `apart` steps ago
         unwanted.update(tags)
     other = tags_in(question, OTHER) or ["anything"]        # no item is of this category
@@ -1266,9 +1265,8 @@ def offline_actor(history: str, transcript: str, question: str, draw: int) -> st
     plan = re.search(PLAN, question)
     category, keep_away = plan.groups() if plan else ("", "")
     titles = {}                     # rank -> titles
-    for title, categories in re.findall(LISTED, question):
-        tags = set(split_tags(categories))
-        rank = (tags.isdisjoint(split_tags(keep_away)), category in tags)
+    for title, tags in items_in(question):
+        rank = (set(tags).isdisjoint(split_tags(keep_away)), category in tags)
         titles.setdefault(rank, []).append(title)
     if not titles:
         return "Free item: anything"
@@ -1322,7 +1320,7 @@ def offline_reflector(history: str, transcript: str, question: str, draw: int) -
     this gap is advised.
     """
     liked = Counter(tags_in(history, LIKED))
-    titles, tags = zip(*shown_in(transcript))
+    titles, tags = zip(*items_in(transcript))
     *earlier_gaps, last_gap = gaps_between(tags)
     harmless = min(earlier_gaps, default=9)
     advised = min(apart_in(transcript), harmless)
