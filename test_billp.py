@@ -1241,7 +1241,9 @@ def test_the_category_tool_by_hand():
 [Comedy] | Comedies next, because Drama was liked ; Comedy, explanation: Drama was liked
 [Comedy] | Comedy, given that Drama was liked ; Comedy, considering Drama ; Comedy - Drama was liked
 [Comedy] | Given that Drama was liked, Comedy ; Comedy, which goes with Drama
-[Comedy] | Avoiding War, I'd take Comedy
+[Comedy] | Avoiding War, I'd take Comedy ; Since Drama was shown, Comedy. They like Drama
+[Comedy] | Something not seen: Comedy ; They would not like Drama, so Comedy
+[Comedy] | War was shown. Comedies next
 [War] | War again
 [Drama] | Drama next, not Sci-Fi. Keep away from: War, Sci-Fi.
 [Drama, War] |
