@@ -599,8 +599,8 @@ def items_within(text: str, catalog: Catalog) -> list[int]:
     items = []
     while words:
         titled, words_used = leading_title(words, catalog)
-        is_year = words_used == 1 and words[0] in years
-        if titled and not is_year and (words_used > 1 or not words[0].islower()):
+        is_word = words_used == 1 and (words[0] in years or words[0].islower())
+        if titled and not is_word:
             items += titled
         words = words[max(words_used, 1):]
     return items
