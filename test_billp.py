@@ -1002,6 +1002,7 @@ Jaws | Jaws<|eot_id|><|start_header_id|>assistant ; {"reason": "Alien was liked"
 Jaws | They like Alien. My final answer is: Jaws ; Alien is old; they want a shark, so Jaws. |
 Jaws | Alien is old.\nTherefore, Jaws. ; Alien might work. Let's go with Jaws. |
 Jaws | I considered Alien and Heat, but Jaws is the better option. ; Instead of Alien, Jaws. |
+Jaws | I thought of Alien and Heat.\n\nJaws ; They saw Alien and Heat.\n\nNow: Jaws, as it is tense |
 Jaws | I considered Alien, but it is too similar. I recommend Jaws. ; Not Alien, but Jaws. |
 Jaws | Alien could fit, but let me suggest Jaws instead. ; Neither Alien nor Heat fits; Jaws does. |
 Jaws | Between Alien and Jaws, I'd lean towards Jaws. ; Of Alien and Jaws, Jaws fits most closely. |
@@ -1022,7 +1023,7 @@ Jaws | 1. Alien - a monster\n2. Jaws - a shark\n3. The Matrix | Alien
 The Matrix | The user wants variety. Answer: The Matrix ; Action 1: recommend “The Matrix” |
 The Matrix | I would recommend The Matrix (1999), since it differs from Up. |
 The Matrix | Action 1: recommend Matrix, The (1999) ; Action 1: recommend THE MATRIX (1998) |
-The Matrix | Action 1: matrix [Action, Sci-Fi] |
+The Matrix | Action 1: matrix [Action, Sci-Fi] ; matrix, the (1999) |
 Up | **Thought 3:** fun **Action 3:** recommend **Up (2009)** ; - Up (2009)\n- Jaws (1975) |
 Up | Alien-like tension: Up ; Free item: Up, because it is like the best of them: Alien |
 Up | Jaws and Alien are old. The best fit would be Up! |
@@ -1244,7 +1245,7 @@ def test_the_category_tool_by_hand():
 [Comedy] | Avoiding War, I'd take Comedy ; Since Drama was shown, Comedy. They like Drama
 [Comedy] | Something not seen: Comedy ; They would not like Drama, so Comedy
 [Comedy] | War was shown. Comedies next
-[War] | War again
+[War] | War again ; Something new, because War was liked
 [Drama] | Drama next, not Sci-Fi. Keep away from: War, Sci-Fi.
 [Drama, War] |
 [Drama] | Film, Noir [old] or Drama
