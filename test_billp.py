@@ -1071,6 +1071,14 @@ def test_a_taken_title_stands_for_its_categories(name, reply):
     assert not is_named and tags == wanted
 
 
+def test_of_several_taken_titles_the_first_gives_the_categories():
+    for reply, first in (("Alien or Grease", "Alien"), ("Grease or Alien", "Grease")):
+        taken = [NAMES.index("Alien"), NAMES.index("Grease")]
+        item, _ = prompts.ground(reply, ODDLY_TITLED, taken)
+        lines = ODDLY_TITLED.lines[item], ODDLY_TITLED.lines[NAMES.index(first)]
+        assert prompts.line_tags(lines[0]) == prompts.line_tags(lines[1])
+
+
 @pytest.mark.parametrize("role, reply, value", table(r"""
 planner | ### Thought 3\nComedy next, it was liked. | Comedy next, it was liked.
 planner | ```\nThought 3: Comedy next\n``` ; ```json\n{"thought": "Comedy next"}\n``` | Comedy next
