@@ -432,7 +432,7 @@ def settings(args: Namespace, saved: Json) -> Settings:
 # ---------------------------------------------------------------------------------- world
 
 
-@cache                      # the runs of an experiment share it: to fit ratings takes a while
+@cache                  # the runs of an experiment share a world, because fitting ratings is slow
 def load_world(name: str, seed: int) -> envs.Env:
     """A world by its name on the command line."""
     kind, _, folder = name.partition(":")

@@ -1003,7 +1003,7 @@ Jaws | Jaws<|eot_id|><|start_header_id|>assistant ; {"reason": "Alien was liked"
 Jaws | They like Alien. My final answer is: Jaws ; Alien is old; they want a shark, so Jaws. |
 Jaws | Alien is old.\nTherefore, Jaws. ; Alien might work. Let's go with Jaws. |
 Jaws | I considered Alien and Heat, but Jaws is the better option. ; Instead of Alien, Jaws. |
-Jaws | I thought of Alien and Heat.\n\nJaws ; They saw Alien and Heat.\n\nNow: Jaws, as it is tense |
+Jaws | I thought of Alien and Heat.\n\nJaws ; They saw Alien and Heat.\n\nNow: Jaws, as it is new |
 Jaws | I considered Alien, but it is too similar. I recommend Jaws. ; Not Alien, but Jaws. |
 Jaws | Alien could fit, but let me suggest Jaws instead. ; Neither Alien nor Heat fits; Jaws does. |
 Jaws | Between Alien and Jaws, I'd lean towards Jaws. ; Of Alien and Jaws, Jaws fits most closely. |
