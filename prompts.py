@@ -1001,9 +1001,10 @@ REASON_BEGINS = (r"(?i)\b(?:because|since|(?<!such )as|given|considering|which|d
 
 
 def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
-    """The categories that a thought asks for, as in item lines, or else the thought itself.
+    """The categories that a thought asks for, as in item lines, or else its words, or "" for none.
 
-    Those to avoid do not count. Of the others the first kind that the thought names is taken:
+    What it wants to avoid does not count. Of the other categories the first kind that the thought
+    names is taken:
     1. in its first sentence, before a reason, and not shown lately
     2. in any sentence before a reason, and not shown lately
     3. the same, but shown lately
@@ -1014,8 +1015,10 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     '[Comedy]'
     >>> wish_of("Something new, because War was liked", ["Comedy", "War"], [])
     '[War]'
-    >>> wish_of("War or Comedy", ["Comedy", "War"], ["War"]), wish_of("Avoid War", ["War"], [])
-    ('[Comedy]', 'Avoid War')
+    >>> wish_of("War or Comedy", ["Comedy", "War"], ["War"])
+    '[Comedy]'
+    >>> wish_of("Something new. Avoid War.", ["War"], []), wish_of("Avoid War.", ["War"], [])
+    ('Something new', '')
     """
     # "Since War was shown, Comedy comes next" begins with its reason
     without_opening = re.sub(r"(?i)^\W*(since|because|as|given|to avoid)\b[^,]*,", "", thought)
@@ -1029,18 +1032,17 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
         chosen = [tag for tag in named_in(part, tags) if tag in categories]
         if chosen:
             return in_brackets(chosen)
-    return thought
+    return clean(with_reason).strip(" .")
 
 
 def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
     """What candidates are retrieved by: one text or two, which `closest` adds up.
 
-    - What the thought asks for, or without a thought all liked categories.
+    - What the thought asks for, or all liked categories if it asks for nothing.
     - The liked categories not shown lately, if there are any.
     """
-    wish = in_brackets(tastes.liked)
-    if thought:
-        wish = wish_of(thought, [tag_of(name) for name in categories], tastes.recent)
+    tags = [tag_of(name) for name in categories]
+    wish = wish_of(thought, tags, tastes.recent) or in_brackets(tastes.liked)
     others = [in_brackets(tastes.other)] if tastes.other else []
     return [wish, *others]
 

@@ -1259,6 +1259,8 @@ def test_the_category_tool_by_hand():
 [Drama, War] |
 [Drama] | Film, Noir [old] or Drama
 warm beasts | warm beasts
+warm beasts | warm beasts. Keep away from War.
+[Drama, War] | Avoid War and Drama.
 """))
 def test_candidates_are_retrieved_by_the_categories_of_the_thought(wish, thought):
     """War and Film, Noir [old] were shown lately. A category without letters is never named."""
