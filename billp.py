@@ -345,8 +345,8 @@ def ranked_lines(state: State, evidence: Evidence, catalog: Catalog, config: Con
 
     An item counts by
         cos(item, wish) + cos(item, other) + evidence
-    where wish is what the thought asks for, or without a thought all liked categories; other is the
-    liked categories not shown lately; evidence is the chance that the item is encouraged, minus the
+    where wish is what the thought asks for, or else all liked categories; other is the liked
+    categories not shown lately; evidence is the chance that the item is encouraged, minus the
     average chance (prompts.chance). With `candidates` 0, as in the paper, the remembered items are
     ranked by evidence alone.
     """
