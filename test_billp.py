@@ -1260,6 +1260,7 @@ def test_the_category_tool_by_hand():
 [Drama] | Film, Noir [old] or Drama
 warm beasts | warm beasts
 warm beasts | warm beasts. Keep away from War.
+warm beasts , please | warm beasts instead of War, please
 [Drama, War] | Avoid War and Drama.
 """))
 def test_candidates_are_retrieved_by_the_categories_of_the_thought(wish, thought):
