@@ -778,7 +778,11 @@ def bullets(lines: Sequence[str]) -> str:
 
 
 def complaint(text: str, malformed: Malformed) -> tuple[tuple[str, str], ...]:
-    """The messages that follow a malformed reply: the reply, and what was wrong with it."""
+    """The messages that follow a malformed reply: the reply, and what was wrong with it.
+
+    >>> [complaint(text, Malformed("no number"))[0] for text in ("Good", "")]
+    [('assistant', 'Good'), ('assistant', '(nothing)')]
+    """
     answer = clean(spoken(text), 300) or "(nothing)"
     wrong = f"Not usable: {malformed.reason}. Reply with the one line asked for."
     return ("assistant", answer), ("user", wrong)
