@@ -848,6 +848,7 @@ def test_the_stand_in_advises_liked_categories_after_a_strange_item():
         question = prompts.render_reflector(second, prompts.category_tool([], lines, 4), True)
         prompt = prompts.shared(history, turns) + question
         reply = prompts.offline_text("reflector", prompt, 0)
+        assert f"because {second.split()[0]} disappointed" in reply
         assert ("begin with the most liked categories" in reply) == is_advised
 
 
