@@ -1005,10 +1005,10 @@ REASON_BEGINS = (r"(?i)\b(?:because|since|(?<!such )as|given|considering|which|d
 
 
 def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
-    """The categories that a thought asks for, as in item lines, or else its words, or "" for none.
+    """The categories that a thought asks for, as in item lines, or else its words.
 
-    What it wants to avoid does not count. Of the other categories the first kind that the thought
-    names is taken:
+    What it wants to avoid does not count. If nothing else is left, this is "". Of the other
+    categories the first kind that the thought names is taken:
     1. in its first sentence, before a reason, and not shown lately
     2. in any sentence before a reason, and not shown lately
     3. the same, but shown lately
@@ -1036,6 +1036,7 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
         chosen = [tag for tag in named_in(part, tags) if tag in categories]
         if chosen:
             return in_brackets(chosen)
+    # the full stop of a sentence that was left out stays behind
     return clean(with_reason).strip(" .")
 
 
