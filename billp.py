@@ -62,6 +62,9 @@ class Config(NamedTuple):
     k_values: int = 8               # values recalled for the critic, enough to average
     # free items to choose from; 0: the actor may name any and sees remembered ones, as in the paper
     candidates: int = 10
+    # weight of an item's whole line in its nearness to the thought; its categories alone have the
+    # rest; with 1 the letters of titles would often outweigh the evidence
+    title_weight: float = 0.5
     # steps the category tool looks back, at least 1; as in the released code
     lately: int = 4
     # items in a state's text and in a prompt's history, at least 1; as in the paper
@@ -344,11 +347,12 @@ def ranked_lines(state: State, evidence: Evidence, catalog: Catalog, config: Con
     """The lines of items, the most promising first; `shortlist` drops those that are not free.
 
     An item counts by
-        cos(item, wish) + cos(item, other) + evidence
-    where wish is what the thought asks for, or else all liked categories; other is the liked
-    categories not shown lately; evidence is the chance that the item is encouraged, minus the
-    average chance (prompts.chance). With `candidates` 0, as in the paper, the remembered items are
-    ranked by evidence alone.
+        near(item, wish) + near(item, other) + evidence
+    where near is the cosine with the item's line, averaged with that of its categories alone
+    (`title_weight`); wish is what the thought asks for, or else all liked categories; other is the
+    liked categories not shown lately; evidence is the chance that the item is encouraged, minus
+    the average chance (prompts.chance). With `candidates` 0, as in the paper, the remembered items
+    are ranked by evidence alone.
     """
     average = prompts.average_chance(evidence)
     bonus = {line: prompts.chance(line, evidence, average) - average for line, _ in evidence}
@@ -358,7 +362,7 @@ def ranked_lines(state: State, evidence: Evidence, catalog: Catalog, config: Con
         return sorted(known, key=bonus.get, reverse=True)
     # such as "[War]" and "[Comedy, Drama]"; the second is left out if it would be empty
     texts = prompts.query(state.thought, catalog.env.categories, tastes_of(state, config))
-    items = prompts.closest(texts, catalog, bonus)
+    items = prompts.closest(texts, catalog, bonus, config.title_weight)
     return [catalog.lines[item] for item in items]
 
 

@@ -439,6 +439,8 @@ class Catalog(NamedTuple):
     embed: Embed
     lines: tuple[str, ...]              # [m]
     vectors: np.ndarray                 # float32 [m, d], embeddings of the lines
+    tag_vectors: np.ndarray             # float32 [c, d], embeddings of all c sets of categories
+    tags_of: np.ndarray                 # int [m], the row of tag_vectors of an item's set
     names: dict[str, list[int]]         # the words of a title, in each spelling -> items
     mains: dict[str, list[int]]         # the words before a subtitle or bracket -> items
 
@@ -495,7 +497,7 @@ def items_by_name(names_of_items: Iterable[Sequence[str]]) -> dict[str, list[int
 
 
 def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
-    """Embeds the line of every item once, and indexes the titles.
+    """Embeds the line of every item and each set of categories once, and indexes the titles.
 
     ValueError if the world's fields do not fit together, or if `embed` gives rows whose length is
     not 1.
@@ -513,12 +515,17 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
     # Whole names replace those without an article: "heat" is Heat, not The Heat, if there are both.
     by_name = items_by_name(all_names) | items_by_name(whole_names)
     by_main = items_by_name(spellings(main_title(title)) for title in titles)
-    vectors = embed(lines)
+    all_tags = [in_brackets(line_tags(line)) for line in lines]
+    distinct = list(dict.fromkeys(all_tags))                # far fewer than items
+    number = {tags: i for i, tags in enumerate(distinct)}
+    vectors = embed(lines + distinct)
     demand(isinstance(vectors, np.ndarray), "embed must give an array of n rows")
     squared_lengths = np.vecdot(vectors, vectors).round(2)
-    if squared_lengths.tolist() != [1.0] * len(lines):
+    if squared_lengths.tolist() != [1.0] * len(lines + distinct):
         raise ValueError("embed must give a row of length 1 for each text")
-    return Catalog(env, embed, tuple(lines), vectors, by_name, by_main)
+    tags_of = np.array([number[tags] for tags in all_tags])
+    return Catalog(env, embed, tuple(lines), vectors[:len(lines)], vectors[len(lines):], tags_of,
+                   by_name, by_main)
 
 
 def of_year(items: Sequence[int], year: int, catalog: Catalog) -> list[int]:
@@ -689,17 +696,20 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     return items
 
 
-def closest(texts: Sequence[str], catalog: Catalog,
-            bonus: Mapping[str, float] | None = None) -> list[int]:
-    """All items. Those whose lines are nearest to the texts, by summed cosine, come first.
+def closest(texts: Sequence[str], catalog: Catalog, bonus: Mapping[str, float] | None = None,
+            title_weight: float = 1.0) -> list[int]:
+    """All items. Those that are nearest to the texts, by summed cosine, come first.
 
+    The cosine of an item's whole line counts by `title_weight`, that of its categories by the rest.
     `bonus` is added to the cosines: line -> number. It takes one product of all m items with the
     sum of the texts' embeddings: half a second for a million items.
     """
     vector = catalog.embed(texts).sum(0)
     # In double precision and rounded, so that processors, whose last digits differ, give the same
     # order. For vectors in single precision `np.einsum` is faster here than `np.vecdot`.
-    products = np.einsum("md,d->m", catalog.vectors, vector, dtype=float).round(5)
+    of_lines = np.einsum("md,d->m", catalog.vectors, vector, dtype=float)
+    of_tags = np.einsum("cd,d->c", catalog.tag_vectors, vector, dtype=float)[catalog.tags_of]
+    products = (title_weight * of_lines + (1 - title_weight) * of_tags).round(5)
     if bonus:
         products += [bonus.get(line, 0.0) for line in catalog.lines]
     # The sort is stable: among equals the lowest number comes first.
