@@ -62,9 +62,9 @@ class Config(NamedTuple):
     k_values: int = 8               # values recalled for the critic, enough to average
     # free items to choose from; 0: the actor may name any and sees remembered ones, as in the paper
     candidates: int = 10
-    # weight of an item's whole line in its nearness to the thought; its categories alone have the
-    # rest; with 1 the letters of titles would often outweigh the evidence
-    title_weight: float = 0.5
+    # weight of an item's whole line in its nearness to a query; the rest goes to its categories
+    # alone; with 1 the letters of titles would often outweigh the evidence
+    line_weight: float = 0.5
     # steps the category tool looks back, at least 1; as in the released code
     lately: int = 4
     # items in a state's text and in a prompt's history, at least 1; as in the paper
@@ -348,9 +348,9 @@ def ranked_lines(state: State, evidence: Evidence, catalog: Catalog, config: Con
 
     An item counts by
         near(item, wish) + near(item, other) + evidence
-    where near is the cosine with the item's line, averaged with that of its categories alone
-    (`title_weight`); wish is what the thought asks for, or else all liked categories; other is the
-    liked categories not shown lately; evidence is the chance that the item is encouraged, minus
+    where near is `line_weight` times the cosine with the item's line, plus the rest times that with
+    its categories alone; wish is what the thought asks for, or else all liked categories; other is
+    the liked categories not shown lately; evidence is the chance that the item is encouraged, minus
     the average chance (prompts.chance). With `candidates` 0, as in the paper, the remembered items
     are ranked by evidence alone.
     """
@@ -362,7 +362,7 @@ def ranked_lines(state: State, evidence: Evidence, catalog: Catalog, config: Con
         return sorted(known, key=bonus.get, reverse=True)
     # such as "[War]" and "[Comedy, Drama]"; the second is left out if it would be empty
     texts = prompts.query(state.thought, catalog.env.categories, tastes_of(state, config))
-    items = prompts.closest(texts, catalog, bonus, config.title_weight)
+    items = prompts.closest(texts, catalog, bonus, config.line_weight)
     return [catalog.lines[item] for item in items]
 
 

@@ -439,8 +439,8 @@ class Catalog(NamedTuple):
     embed: Embed
     lines: tuple[str, ...]              # [m]
     vectors: np.ndarray                 # float32 [m, d], embeddings of the lines
-    tag_vectors: np.ndarray             # float32 [c, d], embeddings of all c sets of categories
-    tags_of: np.ndarray                 # int [m], the row of tag_vectors of an item's set
+    tag_vectors: np.ndarray             # float32 [s, d], embeddings of the s sets of categories
+    tag_rows: np.ndarray                # int [m], the row of tag_vectors for each item
     names: dict[str, list[int]]         # the words of a title, in each spelling -> items
     mains: dict[str, list[int]]         # the words before a subtitle or bracket -> items
 
@@ -516,15 +516,15 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
     by_name = items_by_name(all_names) | items_by_name(whole_names)
     by_main = items_by_name(spellings(main_title(title)) for title in titles)
     all_tags = [in_brackets(line_tags(line)) for line in lines]
-    distinct = list(dict.fromkeys(all_tags))                # far fewer than items
+    distinct = list(dict.fromkeys(all_tags))                # usually far fewer than items
     number = {tags: i for i, tags in enumerate(distinct)}
     vectors = embed(lines + distinct)
     demand(isinstance(vectors, np.ndarray), "embed must give an array of n rows")
     squared_lengths = np.vecdot(vectors, vectors).round(2)
     if squared_lengths.tolist() != [1.0] * len(lines + distinct):
         raise ValueError("embed must give a row of length 1 for each text")
-    tags_of = np.array([number[tags] for tags in all_tags])
-    return Catalog(env, embed, tuple(lines), vectors[:len(lines)], vectors[len(lines):], tags_of,
+    tag_rows = np.array([number[tags] for tags in all_tags])
+    return Catalog(env, embed, tuple(lines), vectors[:len(lines)], vectors[len(lines):], tag_rows,
                    by_name, by_main)
 
 
@@ -697,23 +697,24 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
 
 
 def closest(texts: Sequence[str], catalog: Catalog, bonus: Mapping[str, float] | None = None,
-            title_weight: float = 1.0) -> list[int]:
+            line_weight: float = 1.0) -> list[int]:
     """All items. Those that are nearest to the texts, by summed cosine, come first.
 
-    The cosine of an item's whole line counts by `title_weight`, that of its categories by the rest.
-    `bonus` is added to the cosines: line -> number. It takes one product of all m items with the
-    sum of the texts' embeddings: half a second for a million items.
+    The cosine with an item's whole line counts `line_weight`, that with its categories the rest.
+    `bonus` is added: line -> number. It takes one product of all m lines and s sets of categories
+    with the sum of the texts' embeddings: half a second for a million items.
     """
     vector = catalog.embed(texts).sum(0)
     # In double precision and rounded, so that processors, whose last digits differ, give the same
     # order. For vectors in single precision `np.einsum` is faster here than `np.vecdot`.
-    of_lines = np.einsum("md,d->m", catalog.vectors, vector, dtype=float)
-    of_tags = np.einsum("cd,d->c", catalog.tag_vectors, vector, dtype=float)[catalog.tags_of]
-    products = (title_weight * of_lines + (1 - title_weight) * of_tags).round(5)
+    line_cosines = np.einsum("md,d->m", catalog.vectors, vector, dtype=float)
+    set_cosines = np.einsum("sd,d->s", catalog.tag_vectors, vector, dtype=float)
+    tag_cosines = set_cosines[catalog.tag_rows]
+    nearness = (line_weight * line_cosines + (1 - line_weight) * tag_cosines).round(5)
     if bonus:
-        products += [bonus.get(line, 0.0) for line in catalog.lines]
+        nearness += [bonus.get(line, 0.0) for line in catalog.lines]
     # The sort is stable: among equals the lowest number comes first.
-    return np.argsort(-products, stable=True).tolist()
+    return np.argsort(-nearness, stable=True).tolist()
 
 
 def nearest(text: str, catalog: Catalog, exclude: Collection[int]) -> list[int]:

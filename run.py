@@ -127,7 +127,8 @@ FLAGS = {                               # group -> flag -> what it does
         "k_actions": "remembered items shown to the actor if --candidates is 0",
         "k_values": "values recalled for the critic",
         "candidates": "free items to choose from; 0: the actor may name any, as in the paper",
-        "title_weight": "weight of whole item lines in nearness; categories have the rest",
+        "line_weight": "weight of an item's whole line in its nearness to a query; the rest is that "
+                       "of its categories",
         "lately": "how many steps back the category tool looks",
         "titles": "items in a state's text and in a prompt's history",
         "batch": "episodes between two updates of the memories",
@@ -154,7 +155,7 @@ NOTES = {
 MANY = 10**9                            # more than anybody asks for
 RANGES = {                              # lowest and highest number; other flags take 0 to MANY
     "users": (1, MANY), "seed": (0, 10**18), "workers": (1, 1000), "seeds": (1, 1000),
-    "timeout": (0.001, 10**6), "gamma": (0, 1), "title_weight": (0, 1), "lately": (1, 1000),
+    "timeout": (0.001, 10**6), "gamma": (0, 1), "line_weight": (0, 1), "lately": (1, 1000),
     "titles": (1, 1000), "batch": (1, MANY), "transcript": (1000, MANY), "temperature": (0, 2),
     "reply_tokens": (1, MANY), "retries": (0, 100), "window": (1, 1000), "max_steps": (1, 10**5)}
 CHOICES = {"method": METHOD_NAMES, "lessons": ("none", "latest", "nearest")}

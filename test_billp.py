@@ -1209,14 +1209,14 @@ def test_closest_is_a_sort(items, texts, bonus, data, weight):
         return np.array([VECTORS[text] for text in texts], np.float32).reshape(-1, 3)
     together = sum(VECTORS[text] for text in texts)
     all_tags = list(VECTORS)
-    tags_of = [data.draw(st.integers(0, len(all_tags) - 1)) for _ in items]
+    tag_rows = [data.draw(st.integers(0, len(all_tags) - 1)) for _ in items]
     ranks = []
     for item, text in enumerate(items):
-        of_line, of_tags = VECTORS[text] @ together, VECTORS[all_tags[tags_of[item]]] @ together
+        of_line, of_tags = VECTORS[text] @ together, VECTORS[all_tags[tag_rows[item]]] @ together
         near = round(float(weight * of_line + (1 - weight) * of_tags), 5)
         ranks.append((-near - bonus.get(text, 0), item))
     catalog = CATALOG._replace(lines=tuple(items), vectors=embed(items), embed=embed,
-                               tag_vectors=embed(all_tags), tags_of=np.array(tags_of, int))
+                               tag_vectors=embed(all_tags), tag_rows=np.array(tag_rows, int))
     found = prompts.closest(texts, catalog, bonus, weight)
     assert found == [item for _, item in sorted(ranks)]
 
