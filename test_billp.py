@@ -1219,6 +1219,8 @@ def test_closest_is_a_sort(items, texts, bonus, data, weight):
                                tag_vectors=embed(all_tags), tag_rows=np.array(tag_rows, int))
     found = prompts.closest(texts, catalog, bonus, weight)
     assert found == [item for _, item in sorted(ranks)]
+    # what no reply names is grounded by whole lines
+    assert prompts.nearest(texts[0], catalog, ()) == prompts.closest(texts[:1], catalog, {}, 1.0)
 
 
 @given(junk, junk)
@@ -1228,10 +1230,14 @@ def test_an_embedding_depends_on_its_text_alone(text, other):
     assert np.linalg.norm(together[1]) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("factor", [2, math.nan])
-def test_a_catalog_refuses_rows_that_are_not_of_length_1(factor):
+@pytest.mark.parametrize("factor, place", [(2, 0), (math.nan, -1)])
+def test_a_catalog_refuses_rows_that_are_not_of_length_1(factor, place):
+    def stretched(texts):                   # one row: of the first line, or of a set of categories
+        rows = prompts.hashed_ngrams(texts)
+        rows[place] *= factor
+        return rows
     with pytest.raises(ValueError, match="length 1"):
-        prompts.catalog(hand_world(), lambda texts: factor * prompts.hashed_ngrams(texts))
+        prompts.catalog(hand_world(), stretched)
     with pytest.raises(ValueError, match="an array"):
         prompts.catalog(hand_world(), lambda texts: prompts.hashed_ngrams(texts).tolist())
 
@@ -2505,7 +2511,7 @@ FOLDER = {                                  # what lies in the folder of the tes
 --episodes -1 ; --episodes x | --episodes
 --episodes 501 ; --experiment fig3 --seeds 1 --episodes 501 --out new | 500 learning users
 --users 501 ; --experiment table5,curve --users 501 --out new | 500 held-out
---gamma nan | --gamma
+--gamma nan ; --gamma 1.1 ; --line-weight 1.1 | takes a number from 0 to 1
 --load nowhere.json ; --load foreign.json ; --load verdict.json | is no memory.json
 --load lesson.json ; --load target.json ; --load met.json | is no memory.json
 --show nowhere | nowhere
