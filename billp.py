@@ -62,8 +62,9 @@ class Config(NamedTuple):
     k_values: int = 8               # values recalled for the critic, enough to average
     # free items to choose from; 0: the actor may name any and sees remembered ones, as in the paper
     candidates: int = 10
-    # weight of an item's whole line in its nearness to a query; the rest goes to its categories
-    # alone; with 1 the letters of titles would often outweigh the evidence
+    # weight of an item's whole line in its nearness to a query; its categories alone have the
+    # weight 1 - line_weight. With 1 the letters of titles would often outweigh the evidence, with 0
+    # titles would not count. README compares 0, 0.5 and 1
     line_weight: float = 0.5
     # steps the category tool looks back, at least 1; as in the released code
     lately: int = 4
@@ -348,11 +349,11 @@ def ranked_lines(state: State, evidence: Evidence, catalog: Catalog, config: Con
 
     An item counts by
         near(item, wish) + near(item, other) + evidence
-    where near is `line_weight` times the cosine with the item's line, plus the rest times that with
-    its categories alone; wish is what the thought asks for, or else all liked categories; other is
-    the liked categories not shown lately; evidence is the chance that the item is encouraged, minus
-    the average chance (prompts.chance). With `candidates` 0, as in the paper, the remembered items
-    are ranked by evidence alone.
+        near(item, x) = line_weight * cos(its line, x) + (1 - line_weight) * cos(its categories, x)
+    where wish is what the thought asks for, or else all liked categories; other is the liked
+    categories not shown lately; evidence is the chance that the item is encouraged, minus the
+    average chance (prompts.chance). With `candidates` 0, as in the paper, the remembered items are
+    ranked by evidence alone.
     """
     average = prompts.average_chance(evidence)
     bonus = {line: prompts.chance(line, evidence, average) - average for line, _ in evidence}

@@ -518,10 +518,11 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
     all_tags = [in_brackets(line_tags(line)) for line in lines]
     distinct = list(dict.fromkeys(all_tags))                # usually far fewer than items
     number = {tags: i for i, tags in enumerate(distinct)}
-    vectors = embed(lines + distinct)
+    texts = lines + distinct
+    vectors = embed(texts)
     demand(isinstance(vectors, np.ndarray), "embed must give an array of n rows")
     squared_lengths = np.vecdot(vectors, vectors).round(2)
-    if squared_lengths.tolist() != [1.0] * len(lines + distinct):
+    if squared_lengths.tolist() != [1.0] * len(texts):
         raise ValueError("embed must give a row of length 1 for each text")
     tag_rows = np.array([number[tags] for tags in all_tags])
     return Catalog(env, embed, tuple(lines), vectors[:len(lines)], vectors[len(lines):], tag_rows,
@@ -700,9 +701,10 @@ def closest(texts: Sequence[str], catalog: Catalog, bonus: Mapping[str, float] |
             line_weight: float = 1.0) -> list[int]:
     """All items. Those that are nearest to the texts, by summed cosine, come first.
 
-    The cosine with an item's whole line counts `line_weight`, that with its categories the rest.
-    `bonus` is added: line -> number. It takes one product of all m lines and s sets of categories
-    with the sum of the texts' embeddings: half a second for a million items.
+    The cosine with an item's whole line has the weight `line_weight`, the cosine with its
+    categories alone has the weight 1 - line_weight. `bonus` is added: line -> number. It takes one
+    product of all m lines and s sets of categories with the sum of the texts' embeddings: half a
+    second for a million items.
     """
     vector = catalog.embed(texts).sum(0)
     # In double precision and rounded, so that processors, whose last digits differ, give the same

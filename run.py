@@ -127,8 +127,8 @@ FLAGS = {                               # group -> flag -> what it does
         "k_actions": "remembered items shown to the actor if --candidates is 0",
         "k_values": "values recalled for the critic",
         "candidates": "free items to choose from; 0: the actor may name any, as in the paper",
-        "line_weight": "weight of an item's whole line in its nearness to a query; the rest is that "
-                       "of its categories",
+        "line_weight": "weight of an item's whole line in its nearness to a query; its categories "
+                       "alone have the weight 1 - N",
         "lately": "how many steps back the category tool looks",
         "titles": "items in a state's text and in a prompt's history",
         "batch": "episodes between two updates of the memories",
