@@ -20,8 +20,9 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
 Recording (s, a) as encouraged makes a more likely to be listed and chosen in similar states
 (`prompts.chance`). A policy-gradient step also raises pi(a | s), by changing weights and in
 proportion to A.
-Two things are ours and not the paper's. The actor chooses from a list of free items; `candidates=0`
-leaves it out. The planner is told which categories were shown lately.
+Two things are our main additions. The actor chooses from a list of free items; `candidates=0` leaves
+it out. The planner is told which categories were shown lately. The README lists all differences
+from the paper.
 
 All functions are pure. The model comes in as the argument `llm`, the embedding with the catalogue.
 Parallelism comes in as the argument `pmap`: any function that works like the built-in `map` and
@@ -60,7 +61,7 @@ class Config(NamedTuple):
     k_experience: int = 1000
     k_actions: int = 10             # remembered items shown to the actor if candidates is 0
     k_values: int = 8               # values recalled for the critic, enough to average
-    # free items to choose from; 0: the actor may name any and sees remembered ones, as in the paper
+    # free items to choose from; 0: no list, the actor may name any item and sees remembered ones
     candidates: int = 10
     # weight of an item's whole line in its nearness to a query; its categories alone have the
     # weight 1 - line_weight. With 1 the letters of titles would often outweigh the evidence, with 0
@@ -352,14 +353,15 @@ def ranked_lines(state: State, evidence: Evidence, catalog: Catalog, config: Con
         near(item, x) = line_weight * cos(its line, x) + (1 - line_weight) * cos(its categories, x)
     where wish is what the thought asks for, or else all liked categories; other is the liked
     categories not shown lately; evidence is the chance that the item is encouraged, minus the
-    average chance (prompts.chance). With `candidates` 0, as in the paper, the remembered items are
-    ranked by evidence alone.
+    average chance (prompts.chance). With `candidates` 0 only remembered items come, ranked by
+    evidence alone.
     """
     average = prompts.average_chance(evidence)
     bonus = {line: prompts.chance(line, evidence, average) - average for line, _ in evidence}
     if not config.candidates:
         in_catalog = set(catalog.lines)             # a loaded memory may come from another world
         known = [line for line in bonus if line in in_catalog]
+        # among equals the item of the nearest record comes first
         return sorted(known, key=bonus.get, reverse=True)
     # such as "[War]" and "[Comedy, Drama]"; the second is left out if it would be empty
     texts = prompts.query(state.thought, catalog.env.categories, tastes_of(state, config))
@@ -376,23 +378,20 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     """
     evidence = Counter()        # (item line, verdict) -> how often it was given in similar states
     if config.experience:
-        # The item of the nearest record stands first: `ranked_lines` keeps this order among equals.
         recalled = recall(memory, state.vector, config.k_experience)
         evidence = Counter((record.item, record.content) for record in recalled)
     # A remembered item may be taken. A free item may have the same line as a taken one: the model
     # could not tell them apart.
     taken_lines = {catalog.lines[item] for item in state.taken}
-    limit = config.candidates or config.k_actions
-    chosen = []
-    for line in ranked_lines(state, evidence, catalog, config):
-        if len(chosen) == limit:
-            break
-        if line not in taken_lines and line not in chosen:      # two items may share a line
-            chosen.append(line)
+    # each line once: two items may share a line
+    lines = dict.fromkeys(ranked_lines(state, evidence, catalog, config))
+    free = [line for line in lines if line not in taken_lines]
+    chosen = free[:config.candidates or config.k_actions]
     recent = set(tastes_of(state, config).recent)
-    # False comes before True. The sort is stable: within both groups the order stays.
-    chosen.sort(key=lambda line: not recent.isdisjoint(prompts.line_tags(line)))
-    return tuple(Candidate(line, evidence[line, 1], evidence[line, 0]) for line in chosen)
+    shown_lately = [line for line in chosen if recent.intersection(prompts.line_tags(line))]
+    others = [line for line in chosen if line not in shown_lately]
+    return tuple(Candidate(line, evidence[line, 1], evidence[line, 0])
+                 for line in others + shown_lately)
 
 
 def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
@@ -400,24 +399,23 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
     """Micro level: the item a_n, given the thought, free items and the evidence for them.
 
     The item is the free one that the reply names. If the reply names none, the item is the nearest
-    listed one. With `candidates` 0, as in the paper, it is the nearest of all free ones. Fallback:
-    the first item listed in the prompt, or else the free item nearest to the state.
+    listed one. With `candidates` 0 it is the nearest of all free ones. Fallback: the first item
+    listed in the prompt, or else the free item nearest to the state.
     """
     listed = shortlist(state, memory, catalog, config)
     form = prompts.ACTOR if config.candidates else prompts.OPEN_ACTOR
     question = prompts.render_actor(state.key.step + 1, state.thought, listed, form)
     answer = consult(llm, "actor", state, question, prompts.parse_actor, config, "")
-    exact = False
-    if answer.fallback and listed:
-        item = catalog.lines.index(listed[0].line)
-    elif answer.fallback:
-        item = prompts.nearest(state.text, catalog, state.taken)[0]
-    else:
+    if not answer.fallback:
         # A reply that names no free item often names a recent one. The nearest of all free items
         # would be too similar to that one, so the nearest of the listed ones is taken.
         lines = {candidate.line for candidate in listed}
         to_choose_from = lines if config.candidates else ()     # (): any free item may be taken
         item, exact = prompts.ground(answer.value, catalog, state.taken, to_choose_from)
+    elif listed:
+        item, exact = catalog.lines.index(listed[0].line), False
+    else:
+        item, exact = prompts.nearest(state.text, catalog, state.taken)[0], False
     return answer._replace(value=item, recalled=listed, exact=exact), memory
 
 
@@ -520,15 +518,18 @@ def episode(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM,
 def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAULT) -> Trajectory:
     """The episode with what it teaches: three small memories, not yet merged into the agent's."""
     steps = trajectory.steps
-    states = [step.state for step in steps] + [trajectory.last]
     asks_critic = config.experience and config.baseline
-    # the states whose value the critic estimates: once the user has left there is no future
-    valued = states[:-1] if trajectory.terminated else states
+    # the states that have a future: also the last one, unless the user has left
+    states = [step.state for step in steps]
+    if not trajectory.terminated:
+        states.append(trajectory.last)
     answers = ()
+    values = [0.0] * len(states)
     if asks_critic:
-        answers = tuple(critic(state, agent.critic, llm, config)[0] for state in valued)
-    values = [answer.value for answer in answers]
-    values += [0.0] * (len(states) - len(values))   # of the other states
+        answers = tuple(critic(state, agent.critic, llm, config)[0] for state in states)
+        values = [answer.value for answer in answers]
+    if trajectory.terminated:
+        values.append(0.0)
     advantages = []
     m_p, m_a, m_c = EMPTY, EMPTY, EMPTY             # what this episode adds to the three memories
     for step, value, next_value in zip(steps, values, values[1:]):
