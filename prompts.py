@@ -302,15 +302,18 @@ def segment(text: str, labels: Sequence[str]) -> str:
     >>> segment("Action 3: Up\\nThought 4: a comedy", ITEMS)
     'Up'
     """
-    for label in IN_LINE.finditer(text):
+    found = list(IN_LINE.finditer(text))
+    for place, label in enumerate(found):
         name = label["name"].lower()
         if name not in labels:
             continue
         # the labels of ITEMS that begin a turn, such as "action", are in TURNS already
         ends = TURNS if name in ITEMS else (*TURNS, name)
-        later_labels = IN_LINE.finditer(text, label.end())
-        starts = (later.start("name") for later in later_labels if later["name"].lower() in ends)
-        end = next(starts, len(text))           # where the next turn starts
+        end = len(text)
+        for later in found[place + 1:]:
+            if later["name"].lower() in ends:
+                end = later.start("name")       # where the next turn starts
+                break
         content = text[label.end():end].strip()
         if content:
             return content
@@ -504,10 +507,11 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
     """
     check(env)
     lines = []
-    items_with = Counter(env.titles)
-    for title, year, belongs in zip(env.titles, env.years, env.belongs):
+    names = [name_of(words_of(title)) for title in env.titles]
+    items_with = Counter(names)
+    for title, name, year, belongs in zip(env.titles, names, env.years, env.belongs):
         # A year costs a model about six tokens. It stands only where titles alone are not enough.
-        year_shown = year if items_with[title] > 1 else None
+        year_shown = year if items_with[name] > 1 else None
         lines.append(item_line(title, year_shown, compress(env.categories, belongs)))
     titles = [title_of(title) for title in env.titles]
     all_names = [spellings(title) for title in titles]
@@ -538,41 +542,53 @@ def of_year(items: Sequence[int], year: int, catalog: Catalog) -> list[int]:
     return []
 
 
+def longest_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], int]:
+    """The longest title that the words begin with: its items, and its number of words; or [], 0.
+
+    Its subtitle may be left out if nothing but a year follows.
+    """
+    for size in range(min(LONGEST, len(words)), 0, -1):
+        name = name_of(words[:size])
+        items = catalog.names.get(name, [])
+        behind = words[size:]
+        is_last = not behind or len(behind) == 1 and re.fullmatch(YEAR, behind[0])
+        if not items and is_last:
+            items = catalog.mains.get(name, [])
+        if items:
+            return items, size
+    return [], 0
+
+
 def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], int]:
     """The title that the words begin with: its items, and the number of words of title and year.
 
-    The longest title counts. Its year may be left out or be one off. Its subtitle may be left out
-    if nothing but the year follows. Without a title the number is 0. With a number and no items,
-    the words behind the title show that another film is meant, which the catalogue lacks.
+    The longest title counts. Its year may be left out or be one off. Without a title the number is
+    0. With a number and no items, the words behind the title show that another film is meant, which
+    the catalogue lacks.
         ["Alien", "1979", "is", "old"]      [Alien], 2
         ["Hello"]                           [], 0
         ["Alien", "2009"]                   [], 1: a film of this year
         ["Frozen", "II"]                    [], 1: a sequel
         ["Alien", "Covenant", "2017"]       [], 1: a longer title, with the year of its film
     """
-    for size in range(min(LONGEST, len(words)), 0, -1):
-        name = name_of(words[:size])
-        behind = words[size:]           # begins with the year, if there is one
-        year_words = 1 if behind and re.fullmatch(YEAR, behind[0]) else 0
-        items = catalog.names.get(name, [])
-        if not items and len(behind) == year_words:         # nothing but the year follows
-            items = catalog.mains.get(name, [])
-        if not items:
-            continue
-        if year_words:
-            items = of_year(items, int(behind[0]), catalog)
-        rest = " ".join(behind[:7])     # LONGER and SEQUEL read no more words
-        longer = None if year_words else re.match(LONGER, rest)
+    items, size = longest_title(words, catalog)
+    behind = words[size:]
+    if not size or not behind:
+        return items, size
+    if re.fullmatch(YEAR, behind[0]):
+        of_this_year = of_year(items, int(behind[0]), catalog)
+        return of_this_year, size + bool(of_this_year)
+    rest = " ".join(behind[:7])         # LONGER and SEQUEL read no more words
+    longer = re.match(LONGER, rest)
+    if longer:
         # "Léon The Professional (1994)": if the year is that of Léon, the words are part of its
         # title, else of another film's. Not "Alien, Jaws (1975)", where another title begins.
-        if longer and not leading_title(behind, catalog)[0]:
+        if not leading_title(behind, catalog)[0]:
             items = of_year(items, int(longer["year"]), catalog)
-        # "Star Wars: Episode IV - A New Hope (1977)" is no sequel if its year is that of Star Wars
-        is_sequel = re.match(SEQUEL, rest) and not longer
-        if not items or is_sequel:
-            return [], size             # a title, but of another film
-        return items, size + year_words
-    return [], 0
+    # "Star Wars: Episode IV - A New Hope (1977)" is no sequel: its year is that of Star Wars
+    elif re.match(SEQUEL, rest):
+        items = []
+    return items, size
 
 
 # "like" compares, but not in "I'd like Up", "you would, might, may or will like Up" or "they also
@@ -1006,10 +1022,10 @@ def named_in(text: str, tags: Sequence[str]) -> list[str]:
 
 
 # What to avoid: after "avoid" or "not" the rest of the sentence, past commas, or up to a colon,
-# " but ", ", so " or ", I "; after "instead of" or "don't" up to the next comma.
+# " but ", ", so " or ", I "; after "instead of", "don't" and the like up to the next comma.
 AVOIDED = (r"(?i)\b(avoid(ing)?|keep away from|without|not|no|never)\b"
            r"((?! but |, so |, I\b)[^.;:])*"
-           r"|\b(instead of|rather than|anything but|nothing like|(do|does|should)n['’]?t)\b"
+           r"|\b(instead of|(rather|other) than|anything but|nothing like|(do|does|should)n['’]?t)\b"
            r"[^.;,]*")
 # A parenthesis or a dash begins a reason, too. After the colon of "reason:" there is no \b, hence
 # (?!\w).
@@ -1020,13 +1036,12 @@ REASON_BEGINS = (r"(?i)\b(?:because|since|(?<!such )as|given|considering|which|d
 def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     """The categories that a thought asks for, as in item lines, or else its words.
 
-    What it wants to avoid does not count. If nothing else is left, this is "". Of the other
-    categories the first kind that the thought names is taken:
-    1. in its first sentence, before a reason, and not shown lately
-    2. in any sentence before a reason, and not shown lately
-    3. the same, but shown lately
-    4. anywhere, and not shown lately
-    5. the same, but shown lately
+    What it wants to avoid does not count. If nothing else is left, this is "". Of the categories
+    that the thought names, these are taken:
+    1. those in its first sentence, before a reason, that were not shown lately
+    2. or else those in any sentence, before a reason
+    3. or else those anywhere
+    In 2 and 3 those shown lately are left out if others remain.
 
     >>> wish_of("Comedy, because War was liked", ["Comedy", "War"], [])
     '[Comedy]'
@@ -1034,21 +1049,22 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     '[War]'
     >>> wish_of("War or Comedy", ["Comedy", "War"], ["War"])
     '[Comedy]'
-    >>> wish_of("Something new. Avoid War.", ["War"], []), wish_of("Avoid War.", ["War"], [])
-    ('Something new', '')
+    >>> wish_of("Anything other than War.", ["War"], []), wish_of("Avoid War.", ["War"], [])
+    ('Anything', '')
     """
     # "Since War was shown, Comedy comes next" begins with its reason
-    without_opening = re.sub(r"(?i)^\W*(since|because|as|given|to avoid)\b[^,]*,", "", thought)
+    without_opening = re.sub(r"(?i)^\W*(since|because|as|given|after|to avoid)\b[^,]*,", "", thought)
     plan = re.split(REASON_BEGINS, re.sub(AVOIDED, " ", without_opening))[0]
     first_sentence = re.split(r"[.;!?]\s", plan)[0]
     with_reason = re.sub(AVOIDED, " ", thought)
-    fresh = [tag for tag in tags if tag not in recent]
-    for part, categories in ((first_sentence, fresh),           # 1
-                             (plan, fresh), (plan, tags),       # 2, 3
-                             (with_reason, fresh), (with_reason, tags)):        # 4, 5
-        chosen = [tag for tag in named_in(part, tags) if tag in categories]
-        if chosen:
-            return in_brackets(chosen)
+    fresh = [tag for tag in named_in(first_sentence, tags) if tag not in recent]
+    if fresh:
+        return in_brackets(fresh)                                           # 1
+    for part in (plan, with_reason):                                        # 2, 3
+        named = named_in(part, tags)
+        fresh = [tag for tag in named if tag not in recent]
+        if named:
+            return in_brackets(fresh or named)
     # the full stop of a sentence that was left out stays behind
     return clean(with_reason).strip(" .")
 
@@ -1167,13 +1183,22 @@ GUESS = rf"""(?ix)
       | \\boxed\{{ )
     (?: is | it | it['’]s | at | about | around | would[ ]be | the[ ]value | [\s:=*_$] )* {NUMBER}
     """
+AMOUNT = r"\d+([.,]\d+)?"
 # What is left out: "7.5 out of 10", "7.5 because we are at step 4", "between 0 and 10, 7.5".
 # A reason with a colon stays, "because the user likes it: 7.5": (?!.*[:=：]) is "no colon follows".
-LEFT_OUT = (r"(?i)(?<=\d),? ((out of|of a maximum of|at most) \d+([.,]\d+)?"
+LEFT_OUT = (rf"(?i)(?<=\d),? ((out of|of a maximum of|at most) {AMOUNT}"
             r"|(because|since|given|as)\b[^,.;:=：\n]*(?!.*[:=：]))"
-            r"|\bbetween 0 and \d+([.,]\d+)?")
-# The prompt's own sentence on the value, which some replies repeat before they answer
-REPEATED = r"(?i)\bif the user (stays|leaves)\b((?! but )[^;.\n])*?\b(value|it) is \d+([.,]\d+)?"
+            rf"|\bbetween 0 and {AMOUNT}")
+# Numbers of the prompt, which some replies repeat before they answer
+REPEATED = rf"""(?ix)
+    # its sentence on the value, and its shorter form "0 if the user leaves"
+    \b if [ ] the [ ] user [ ] (stays|leaves) \b ((?! [ ]but[ ]) [^;.\n])*?
+        \b (value|it) [ ] is [ ] {AMOUNT}
+  | \b {AMOUNT} [ ] if [ ] the [ ] user [ ] leaves \b
+    # "8 similar situations", "8.12 on average", "the 8.12 average", "an average of 8.12"
+  | \b {AMOUNT} [ ] (similar | (on[ ])? average) \b
+  | \b average [ ] of [ ] {AMOUNT}
+  """
 
 
 def parse_critic(text: str) -> float | Malformed:
@@ -1184,8 +1209,8 @@ def parse_critic(text: str) -> float | Malformed:
     """
     text = re.sub(r"\\[()\[\]]", " ", spoken(text)).replace("\\approx", "≈")     # LaTeX
     text = re.sub(LEFT_OUT, " ", text)
-    # remarks in brackets and the prompt's own sentence often hold another number
-    outside = re.sub(rf"{REPEATED}|[(（][^()（）\n]*[)）]", " ", text)
+    # remarks in brackets and words of the prompt often hold another number
+    outside = re.sub(r"[(（][^()（）\n]*[)）]", " ", re.sub(REPEATED, " ", text))
     # "so the value is 7.5", "I would say 7.5", "\boxed{7.5}": of these the last is the conclusion
     sentences = [*re.finditer(VALUE_IS, outside), *re.finditer(GUESS, outside)]
     conclusion = max(sentences, key=lambda match: match.start("number"), default=None)
@@ -1882,8 +1907,8 @@ def send(route: Route, body: dict, read: Callable) -> Any:
         is_adapted = adapt(route, sent, got)        # at most once for each name in INSTEAD
         if not is_adapted:
             tried[got.kind] += 1
-            if tried[got.kind] == got.kind.tries:
-                return got
+        if tried[got.kind] == got.kind.tries:
+            return got
         # It is sent again. `limited` has paid for the first request only.
         charge()
         count(route.stats, f"retries: {got.kind.name}")

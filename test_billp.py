@@ -706,6 +706,14 @@ def test_items_are_listed_by_their_lines():
         assert act.value == value
 
 
+def test_titles_that_differ_in_case_show_their_years():
+    catalog = prompts.catalog(hand_world(titles=("Heat", "HEAT"), places=(0, 5), ratings=(4, 5),
+                                         years=(1995, 1986)))
+    assert catalog.lines == ("Heat (1995) [Bug]", "HEAT (1986) [Bug]")
+    for item, name in enumerate(("heat (1995)", "heat (1986)")):
+        assert prompts.ground(name, catalog) == (item, True)
+
+
 @pytest.mark.parametrize("reply, ratings, as_before, value", [
     ("Value: 7", (), 6, 7), ("999", (4.0, 1.0), 5, 10), ("Value: -3", (), 6, 0),
     ("hm", (4.0, 1.0), 5, 3)])
@@ -1127,6 +1135,9 @@ critic | - Value if he stays: 8\n- Value if he leaves: 0\n\nValue: 7.5 | 7.5
 critic | The value is 10.00 if the user stays, but I'd say it is 7.5 | 7.5
 critic | Value: \frac{8 + 7}{2} = 7.5 ; Value: \[ 15 / 2 = 7.5 \] | 7.5
 critic | Value: about 0.75 * 10 = 7.5 | 7.5
+critic | Value: Based on 8 similar situations, 7.5 ; Value: With an average of 8.12, I say 7.5 | 7.5
+critic | Value: around the 8.12 average, say 7.5 ; Value: 0 if the user leaves, else 7.5 | 7.5
+critic | Value: 7.5 on average ; Value: 7.5 if the user leaves | 7.5
 critic | The value after Up is 6.18. I estimate 7.5. ; The best value is 8.\n\n$\boxed{7.5}$ | 7.5
 critic | Value range: 0 to 10\n\nValue: 7.5 ; Value of staying: 9\nValue: 7.5 | 7.5
 critic | Value: −3 ; Value: -3 = 4 - 7 | -3.0
@@ -1269,7 +1280,7 @@ def test_the_category_tool_by_hand():
 [Comedy] | Given that Drama was liked, Comedy ; Comedy, which goes with Drama
 [Comedy] | Avoiding War, I'd take Comedy ; Since Drama was shown, Comedy. They like Drama
 [Comedy] | Something not seen: Comedy ; They would not like Drama, so Comedy
-[Comedy] | War was shown. Comedies next
+[Comedy] | War was shown. Comedies next ; After Drama, Comedy ; Other than Drama, Comedy
 [War] | War again ; Something new, because War was liked
 [Drama] | Drama next, not Sci-Fi. Keep away from: War, Sci-Fi.
 [Drama, War] |
