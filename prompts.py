@@ -918,7 +918,7 @@ ACTOR = """\
 
 Which of these free items fits {aim} best? Copy its title. Reply with one line:
 Free item: TITLE"""
-# without a list to choose from, as in the paper
+# without a list to choose from
 OPEN_ACTOR = """\
 {thought}
 {evidence}Free items that were recommended in similar situations:

@@ -126,7 +126,7 @@ FLAGS = {                               # group -> flag -> what it does
         "k_experience": "experiences recalled for the actor, counted for each item",
         "k_actions": "remembered items shown to the actor if --candidates is 0",
         "k_values": "values recalled for the critic",
-        "candidates": "free items to choose from; 0: the actor may name any, as in the paper",
+        "candidates": "free items to choose from; 0: no list, the actor may name any item",
         "line_weight": "weight of an item's whole line in its nearness to a query; its categories "
                        "alone have the weight 1 - N",
         "lately": "how many steps back the category tool looks",
@@ -195,7 +195,7 @@ def json_object(text: str) -> Json:
     """A JSON object as it is typed, such as {"top_p": 0.9}."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):     # the text is not shown: it may hold a secret
         raise ArgumentTypeError("it takes a JSON object, such as '{\"top_p\": 0.9}'")
@@ -497,7 +497,7 @@ def read_object(path: Path) -> Json:
     try:
         return dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError):
-        raise UserError(f"{path} is damaged: delete it, or choose another directory") from None
+        raise UserError(f"{path} holds no JSON object; choose another directory") from None
 
 
 def flattened(config: Json) -> Json:
@@ -535,6 +535,8 @@ def run_directory(args: Namespace, config: Json) -> Path:
     name = f"{kind}-{label}-seed{args.seed}{suffix}"[:200]
     path = args.out or Path("runs", f"{name}-{digest(dumps(config))[:6]}")
     earlier = read_object(path / "config.json")
+    if earlier and not set(Settings._fields) <= earlier.keys():
+        raise UserError(f"{path} holds the config.json of another program; choose another --out")
     if is_in_use(path):
         if not earlier:
             raise UserError(f"{path} is not empty and holds no run; choose another --out")
@@ -893,8 +895,10 @@ def chart(summary: Json) -> Iterator[str]:
     top = max([1.0, *summary["learning"]])
     yield "learning episodes, mean Len of each batch"
     for place, mean in enumerate(summary["learning"]):
-        first = place * size + 1
-        last = min(first + size - 1, summary["episodes"])
+        start = place * size
+        end = min(start + size, summary["episodes"])
+        # with --load the number of the first episode is not 0
+        first, last = summary["first"] + start + 1, summary["first"] + end
         bar = "#" * round(40 * mean / top)          # the longest has 40 marks, about half a line
         yield f"{first:5}-{last:<5} {bar} {mean:.1f}"
 
@@ -954,6 +958,11 @@ def phases_of(run: Settings) -> tuple[str, ...]:
     return ("before", "learn", "after") if run.episodes else ("before",)
 
 
+def default_workers(run: Settings) -> int:
+    """How many sessions are played at once if --workers does not say: with an endpoint a batch."""
+    return 1 if run.model == "offline" else min(run.config["batch"], RANGES["workers"][1])
+
+
 def one_run(args: Namespace, live: Live) -> None:
     """Learn, evaluate, write the run directory, print the results."""
     began = time.perf_counter()
@@ -967,7 +976,7 @@ def one_run(args: Namespace, live: Live) -> None:
     agent = agent_of(saved, embed)
     if args.load and not any(agent):
         say(f"{args.load} holds empty memories: its run learned nothing")
-    workers = args.workers or (1 if run.model == "offline" else run.config["batch"])
+    workers = args.workers or default_workers(run)
     with parallel(futures.ThreadPoolExecutor(workers), live.stop) as pmap:
         outcome = perform(run, place, agent, partial(counted, llm, live), embed,
                           watched(pmap, run, live), phases_of(run))
@@ -997,7 +1006,7 @@ def step_rows(episode: Json, n: int) -> Iterator[tuple[str, str]]:
     yield "said", step["said"]
     yield "item", step["item"]
     if not step["exact"]:
-        why = "in its place: no free title was named" if step["said"] else "no usable reply"
+        why = "in its place: no free title was named" if step["said"] else "by the fallback"
         yield "", why
     yield "reward", f"{step['reward']:g}"
     if episode["advantages"]:
@@ -1165,6 +1174,8 @@ def cells_of(args: Namespace, base: Settings, name: str) -> dict[Cell, list[Job]
             raise UserError(f"--rows {series}: {name} has no such row, only {' '.join(known)}")
         for x in values:
             run = settings_of(base, experiment.varied, series, x)
+            if experiment.measure == "errors":
+                run = run._replace(users=2)         # those of `critic_errors`
             seeds = range(base.seed, base.seed + args.seeds)
             jobs = [Job(run._replace(seed=seed), experiment.measure) for seed in seeds]
             cells[series, x] = jobs
@@ -1287,7 +1298,7 @@ def do_jobs(args: Namespace, jobs: Sequence[Job], folder: Path,
             yield from zip(jobs, pmap(offline_job, jobs))
         return
     models = {}                         # one client and one log for each
-    workers = args.workers or jobs[0].run.config["batch"]
+    workers = args.workers or default_workers(jobs[0].run)
     with parallel(futures.ThreadPoolExecutor(workers), live.stop) as pmap:
         for job in jobs:
             name = job.run.model
@@ -1449,7 +1460,6 @@ def publish(name: str, base: Settings, samples: dict[Cell, Array], folder: Path)
     content = {"experiment": name, "settings": base._asdict(),
                "rows": [row._asdict() for row in rows], "cells": raw}
     write(folder / f"{name}.json", dumps(content) + "\n")
-    plot(experiment, heading, rows, folder / f"{name}.png")
     print(heading)
     figures = {label_of(row): spelled(row.figures) for row in rows}
     print("", *grid(figures), "", sep="\n")
@@ -1460,6 +1470,7 @@ def publish(name: str, base: Settings, samples: dict[Cell, Array], folder: Path)
             gains[label_of(row)] = cells | {"": comparison(row.gain)}
     if gains:
         print(*grid(gains), "", sep="\n")
+    plot(experiment, heading, rows, folder / f"{name}.png")
 
 
 def experiments(args: Namespace, live: Live) -> None:
@@ -1471,8 +1482,11 @@ def experiments(args: Namespace, live: Live) -> None:
     for cells in tables.values():
         for needed in cells.values():
             jobs += [job for job in needed if job not in jobs]
-    # the longest first, so no core waits long for another at the end
+    # Offline the longest go first, so no core waits long for another at the end. With a real model
+    # those that ask it go first: a mistyped name then ends the command at once.
     jobs.sort(key=lambda job: -job.run.episodes)
+    if args.models_asked != ["offline"]:
+        jobs.sort(key=lambda job: job.run.method in envs.POLICIES)
     # The longest job with language needs the most users; a policy meets the same learners again.
     # Its world is built before anything is written, so a lack of users leaves no files.
     longest = max(jobs, key=lambda job: (job.run.method in billp.METHODS, job.run.episodes))
@@ -1514,15 +1528,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:             # the reader of the output has closed it
         return 0
     except KeyboardInterrupt:
-        say(*ledger(live), "run.py: interrupted; the same command goes on: no answer in the log "
-                           "is asked for again")
+        then = "nothing is kept"
+        if "asked" in live.stats:       # an endpoint or its log was opened
+            then = "the same command goes on: no answer in the log is asked for again"
+        say(*ledger(live), f"run.py: interrupted; {then}")
         return 130
     except MENDABLE as error:
         cause = (live.failures or [error])[0]
         spent = isinstance(cause, prompts.BudgetSpent)
         if spent:
             say(*ledger(live))
-        say(f"run.py: {prompts.clean(str(cause), 999)}")
+        reason = str(cause) or type(cause).__name__         # a MemoryError has no text
+        say(f"run.py: {prompts.clean(reason, 999)}")
         return 3 if spent else 2
 
 

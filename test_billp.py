@@ -2427,8 +2427,9 @@ def test_a_loaded_run_goes_on_with_users_not_seen(tmp_path):
     learners, load = [], ()
     for name in "abc":
         folder = tmp_path / name
-        succeed(*SMALL, *load, "--out", folder)
+        out = succeed(*SMALL, *load, "--out", folder)
         assert read(folder / "summary.json")["first"] == len(learners)
+        assert f"    {len(learners) + 1}-" in out            # the number of the first episode
         learners += [row["user"] for row in episodes_in(folder) if row["phase"] == "learn"]
         load = ("--load", folder)
     assert len(set(learners)) == 12
@@ -2469,9 +2470,13 @@ def test_a_run_directory_is_never_touched_by_another_run(finished):
     line = refuse(*SMALL, "--experiment", "table5", "--rows", "billp", "--out", finished)
     assert "(experiment, seeds, rows)" in line
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
-    run.write(finished / "config.json", '{"config": "of another program"}')
-    assert "another configuration" in refuse(*SMALL, "--out", finished)
-    run.write(finished / "config.json", before["config.json"].decode())
+
+
+def test_the_config_of_another_program_stays(tmp_path):
+    for content in ('{"port": 80}', "port = 80"):
+        run.write(tmp_path / "config.json", content)
+        assert "config.json" in refuse(*SMALL, "--out", tmp_path)
+        assert (tmp_path / "config.json").read_text() == content
 
 
 @pytest.mark.parametrize("error", [EndpointError("down"), OSError("no space left for the log")])
@@ -2488,7 +2493,8 @@ def test_after_a_failed_call_no_other_begins(error):
 
 def test_a_run_without_an_answer_yields_its_directory(tmp_path):
     """As when the model was mistyped: config.json was written, and a folder was made for it."""
-    run.write(tmp_path / "config.json", '{"model": "mistyped"}')
+    mistyped = settings_of("")._replace(model="mistyped")
+    run.write(tmp_path / "config.json", run.dumps(mistyped._asdict()))
     (tmp_path / "mistyped").mkdir()
     (tmp_path / ".DS_Store").touch()        # a file manager was there
     succeed(*SMALL, "--out", tmp_path)
@@ -2752,6 +2758,13 @@ def test_embeddings_over_http_are_recorded(tmp_path):
     assert {"seed" in body for body in bodies} == {True, False}
     assert all(("top_p" in body) == ("seed" in body) for body in bodies)
     assert {headers["X-Team"] for headers in server.headers} == {"a=b"}
+
+
+def test_rows_that_ask_the_model_are_played_first(tmp_path):
+    model = ("--base-url", "http://127.0.0.1:9", "--model", "m", "--max-calls", 0)
+    code, _, err = command(*model, "--experiment", "table3", "--rows", "bandit,billp",
+                           "--seeds", 1, "--users", 2, "--out", tmp_path)
+    assert code == 3 and "1 of 2 runs" not in err
 
 
 def test_a_spent_budget_ends_with_3_and_can_go_on(finished, tmp_path):
