@@ -69,6 +69,9 @@ class Config(NamedTuple):
     line_weight: float = 0.5
     # steps the category tool looks back, at least 1; as in the released code
     lately: int = 4
+    # A thought that asks only for categories shown lately is malformed while others are offered.
+    # A small model gives such thoughts at 4 % of the steps, and many users leave there.
+    fresh_thoughts: bool = True
     # items in a state's text and in a prompt's history, at least 1; as in the paper
     titles: int = 10
     batch: int = 10                 # episodes between two updates of the memories; as in the paper
@@ -341,7 +344,8 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
     tastes = tastes_of(state, config)
     question = prompts.render_planner(lessons, tastes, config.lately)
     fallback = tastes.other[0] if tastes.other else ""
-    answer = consult(llm, "planner", state, question, prompts.parse_planner, config, fallback)
+    parse = partial(prompts.parse_planner, tastes=tastes if config.fresh_thoughts else None)
+    answer = consult(llm, "planner", state, question, parse, config, fallback)
     return answer._replace(recalled=lessons), memory
 
 

@@ -870,11 +870,26 @@ def render_planner(lessons: Sequence[str], tastes: Tastes, lately: int) -> str:
     return learned + PLANNER.format(lately=lately, recent=recent, choice=choice)
 
 
-def parse_planner(text: str) -> str | Malformed:
-    """The thought, one line."""
+def parse_planner(text: str, tastes: Tastes | None = None) -> str | Malformed:
+    """The thought, one line.
+
+    With `tastes` it is malformed if it asks for categories shown lately and for none of the others.
+
+    >>> parse_planner("War, because I like it", Tastes(("War",), ("Comedy", "Drama"), ()))
+    Malformed(reason='War was shown lately, the choice is Comedy, Drama')
+    """
     # Here "**Action**" is the category Action if it stands first or below "Next category".
     text = re.sub(r"(?i)(\A|next category)\W*\*action\*+", "Next category: Action", spoken(text))
-    return labelled(text, THOUGHTS) or Malformed("the reply held no line 'Next category: ...'")
+    thought = labelled(text, THOUGHTS)
+    if not thought:
+        return Malformed("the reply held no line 'Next category: ...'")
+    if tastes and tastes.other:
+        plan = plan_of(thought)
+        shown_lately = named_in(plan, tastes.recent)
+        if shown_lately and not named_in(plan, tastes.other):
+            choice = f"the choice is {offered(tastes)}"
+            return Malformed(f"{', '.join(shown_lately)} was shown lately, {choice}")
+    return thought
 
 
 REFLECTOR = """
@@ -1033,6 +1048,17 @@ REASON_BEGINS = (r"(?i)\b(?:because|since|(?<!such )as|given|considering|which|d
                  r"|explanation:)(?!\w)|\(| [–—-] ")
 
 
+def plan_of(thought: str) -> str:
+    """A thought without its reason and without what it wants to avoid.
+
+    >>> plan_of("Since War was shown, Comedy, not Drama. They like Comedy.")
+    ' Comedy,  . They like Comedy.'
+    """
+    # "Since War was shown, Comedy comes next" begins with its reason
+    without_opening = re.sub(r"(?i)^\W*(since|because|as|given|after|to avoid)\b[^,]*,", "", thought)
+    return re.split(REASON_BEGINS, re.sub(AVOIDED, " ", without_opening))[0]
+
+
 def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     """The categories that a thought asks for, as in item lines, or else its words.
 
@@ -1052,9 +1078,7 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     >>> wish_of("Anything other than War.", ["War"], []), wish_of("Avoid War.", ["War"], [])
     ('Anything', '')
     """
-    # "Since War was shown, Comedy comes next" begins with its reason
-    without_opening = re.sub(r"(?i)^\W*(since|because|as|given|after|to avoid)\b[^,]*,", "", thought)
-    plan = re.split(REASON_BEGINS, re.sub(AVOIDED, " ", without_opening))[0]
+    plan = plan_of(thought)
     first_sentence = re.split(r"[.;!?]\s", plan)[0]
     with_reason = re.sub(AVOIDED, " ", thought)
     fresh = [tag for tag in named_in(first_sentence, tags) if tag not in recent]

@@ -130,6 +130,7 @@ FLAGS = {                               # group -> flag -> what it does
         "line_weight": "weight of an item's whole line in its nearness to a query; its categories "
                        "alone have the weight 1 - N",
         "lately": "how many steps back the category tool looks",
+        "fresh_thoughts": "a thought that asks only for categories shown lately is malformed",
         "titles": "items in a state's text and in a prompt's history",
         "batch": "episodes between two updates of the memories",
         "transcript": "characters of a session in a prompt",

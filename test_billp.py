@@ -662,6 +662,14 @@ def test_an_unreadable_planner_takes_the_first_category_offered():
     assert (plan.value, plan.fallback) == ("", True)            # nothing was offered
 
 
+def test_a_planner_that_repeats_a_category_is_asked_again():
+    state = STATE._replace(shown=("A [War]",))
+    llm = scripted({"planner": ["Thought: War", "Thought: something new"]})
+    for is_asked_again, thought in ((True, "something new"), (False, "War")):
+        plan, _ = billp.planner(state, EMPTY, llm, Config(fresh_thoughts=is_asked_again))
+        assert (plan.value, plan.malformed) == (thought, int(is_asked_again))
+
+
 def test_an_unreadable_actor_takes_the_first_item_shown():
     llm, asks = noting(scripted({"actor": [""]}))
     state = STATE._replace(thought="Western next")
@@ -1296,6 +1304,17 @@ def test_candidates_are_retrieved_by_the_categories_of_the_thought(wish, thought
     tastes = prompts.Tastes(recent, ("Drama",), {"Drama": 2, "War": 1})
     categories = ["Comedy", "Drama", "Sci-Fi", "War", "Film, Noir [old]", "???"]
     assert prompts.query(thought, categories, tastes) == [wish, "[Drama]"]
+
+
+@pytest.mark.parametrize("thought, is_usable", [
+    ("War again, because it was liked", False), ("War, not Comedy", False), ("warm beasts", True),
+    ("War or Comedy", True), ("Western, because War was shown", True), ("Avoid War.", True)])
+def test_a_thought_asks_for_more_than_was_shown_lately(thought, is_usable):
+    tastes = prompts.Tastes(("War",), ("Comedy", "Drama"), ("War", "Comedy", "Drama"))
+    reply = f"Next category: {thought}"
+    assert prompts.parse_planner(reply) == thought
+    assert prompts.parse_planner(reply, tastes._replace(other=())) == thought       # no choice
+    assert (prompts.parse_planner(reply, tastes) == thought) == is_usable
 
 
 def test_each_prompt_of_an_episode_extends_the_one_before():
