@@ -973,7 +973,7 @@ def parse_entry(items: dict, row: dict) -> tuple:
     digits = re.search(r"\d{4}", row.get("year", ""))
     if digits:
         year = int(digits.group())
-    categories = html.unescape(row.get("categories", ""))
+    categories = row.get("categories", "")
     is_other_list = re.search(r"^[\[{]|;", categories)
     demand(not is_other_list, 'separate categories by "|", as in War|Drama')
     names = [name.strip() for name in categories.split("|")]

@@ -2603,6 +2603,10 @@ def test_flags_reach_what_they_name():
     # an experiment takes what the other one refuses
     args = run.parse("--experiment fig4,fig5 --users 9 --window 2 --episodes 5".split())
     assert (args.users, args.window, args.episodes) == (9, 2, 5)
+    base = run.settings(args, run.read_memory(None))
+    users = {name: {job.run.users for jobs in run.cells_of(args, base, name).values()
+                    for job in jobs} for name in args.experiment}
+    assert users == {"fig4": {2}, "fig5": {9}}          # fig4 takes two users
 
 
 def test_learners_and_held_out_users_never_mix():
