@@ -20,9 +20,9 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
 Recording (s, a) as encouraged makes a more likely to be listed and chosen in similar states
 (`prompts.chance`). A policy-gradient step also raises pi(a | s), by changing weights and in
 proportion to A.
-Two things are our main additions. The actor chooses from a list of free items; `candidates=0` leaves
-it out. The planner is told which categories were shown lately. The README lists all differences
-from the paper.
+Our main additions are two. The actor chooses from a list of free items; `candidates=0` leaves it
+out. The planner is told which categories were shown lately. The README lists all differences from
+the paper.
 
 All functions are pure. The model comes in as the argument `llm`, the embedding with the catalogue.
 Parallelism comes in as the argument `pmap`: any function that works like the built-in `map` and

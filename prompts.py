@@ -876,7 +876,7 @@ def parse_planner(text: str, tastes: Tastes | None = None) -> str | Malformed:
     With `tastes` it is malformed if it asks for categories shown lately and for none of the others.
 
     >>> parse_planner("War, because I like it", Tastes(("War",), ("Comedy", "Drama"), ()))
-    Malformed(reason='War was shown lately, the choice is Comedy, Drama')
+    Malformed(reason='War came lately, the choice is Comedy, Drama')
     """
     # Here "**Action**" is the category Action if it stands first or below "Next category".
     text = re.sub(r"(?i)(\A|next category)\W*\*action\*+", "Next category: Action", spoken(text))
@@ -887,8 +887,8 @@ def parse_planner(text: str, tastes: Tastes | None = None) -> str | Malformed:
         plan = plan_of(thought)
         shown_lately = named_in(plan, tastes.recent)
         if shown_lately and not named_in(plan, tastes.other):
-            choice = f"the choice is {offered(tastes)}"
-            return Malformed(f"{', '.join(shown_lately)} was shown lately, {choice}")
+            names = " and ".join(shown_lately)
+            return Malformed(f"{names} came lately, the choice is {offered(tastes)}")
     return thought
 
 
@@ -1040,8 +1040,8 @@ def named_in(text: str, tags: Sequence[str]) -> list[str]:
 # " but ", ", so " or ", I "; after "instead of", "don't" and the like up to the next comma.
 AVOIDED = (r"(?i)\b(avoid(ing)?|keep away from|without|not|no|never)\b"
            r"((?! but |, so |, I\b)[^.;:])*"
-           r"|\b(instead of|(rather|other) than|anything but|nothing like|(do|does|should)n['’]?t)\b"
-           r"[^.;,]*")
+           r"|\b(instead of|(rather|other) than|anything but|nothing like"
+           r"|(do|does|should)n['’]?t)\b[^.;,]*")
 # A parenthesis or a dash begins a reason, too. After the colon of "reason:" there is no \b, hence
 # (?!\w).
 REASON_BEGINS = (r"(?i)\b(?:because|since|(?<!such )as|given|considering|which|due to|reason:"
@@ -1055,7 +1055,8 @@ def plan_of(thought: str) -> str:
     ' Comedy,  . They like Comedy.'
     """
     # "Since War was shown, Comedy comes next" begins with its reason
-    without_opening = re.sub(r"(?i)^\W*(since|because|as|given|after|to avoid)\b[^,]*,", "", thought)
+    opening = r"(?i)^\W*(since|because|as|given|after|to avoid)\b[^,]*,"
+    without_opening = re.sub(opening, "", thought)
     return re.split(REASON_BEGINS, re.sub(AVOIDED, " ", without_opening))[0]
 
 
