@@ -2607,6 +2607,9 @@ def test_flags_reach_what_they_name():
     users = {name: {job.run.users for jobs in run.cells_of(args, base, name).values()
                     for job in jobs} for name in args.experiment}
     assert users == {"fig4": {2}, "fig5": {9}}          # fig4 takes two users
+    for batch, workers in ((10, 10), (20000, 1000)):
+        with_model = settings_of(f"--base-url x --model m --batch {batch}")
+        assert run.default_workers(with_model) == workers
 
 
 def test_learners_and_held_out_users_never_mix():
