@@ -582,10 +582,10 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     longer = re.match(LONGER, rest)
     if longer:
         # "Léon The Professional (1994)": if the year is that of Léon, the words are part of its
-        # title, else of another film's. Not "Alien, Jaws (1975)", where another title begins.
+        # title, else of another film's. Not "Alien, Jaws (1975)", where another title begins. So
+        # "Star Wars: Episode IV - A New Hope (1977)" is Star Wars and no sequel.
         if not leading_title(behind, catalog)[0]:
             items = of_year(items, int(longer["year"]), catalog)
-    # "Star Wars: Episode IV - A New Hope (1977)" is no sequel: its year is that of Star Wars
     elif re.match(SEQUEL, rest):
         items = []
     return items, size
@@ -873,7 +873,8 @@ def render_planner(lessons: Sequence[str], tastes: Tastes, lately: int) -> str:
 def parse_planner(text: str, tastes: Tastes | None = None) -> str | Malformed:
     """The thought, one line.
 
-    With `tastes` it is malformed if it asks for categories shown lately and for none of the others.
+    With `tastes` it is malformed if it names a category shown lately and none of the other liked
+    ones. Reasons and what it wants to avoid do not count.
 
     >>> parse_planner("War, because I like it", Tastes(("War",), ("Comedy", "Drama"), ()))
     Malformed(reason='War came lately, the choice is Comedy, Drama')
@@ -1219,10 +1220,12 @@ REPEATED = rf"""(?ix)
     # its sentence on the value, and its shorter form "0 if the user leaves"
     \b if [ ] the [ ] user [ ] (stays|leaves) \b ((?! [ ]but[ ]) [^;.\n])*?
         \b (value|it) [ ] is [ ] {AMOUNT}
-  | \b {AMOUNT} [ ] if [ ] the [ ] user [ ] leaves \b
+  | ( \b {AMOUNT} [ ] if [ ] the [ ] user [ ] leaves \b
     # "8 similar situations", "8.12 on average", "the 8.12 average", "an average of 8.12"
-  | \b {AMOUNT} [ ] (similar | (on[ ])? average) \b
-  | \b average [ ] of [ ] {AMOUNT}
+    | \b {AMOUNT} [ ] (similar | (on[ ])? average) \b
+    | \b average [ ] of [ ] {AMOUNT}
+    # only if the value follows: ", 7.5", ", so 7.5", ", I estimate 7.5"
+    ) (?= [^\n]* ,[ ] ((so|say|else|I)\b [^\n]*)? \d )
   """
 
 

@@ -130,7 +130,8 @@ FLAGS = {                               # group -> flag -> what it does
         "line_weight": "weight of an item's whole line in its nearness to a query; its categories "
                        "alone have the weight 1 - N",
         "lately": "how many steps back the category tool looks",
-        "fresh_thoughts": "a thought that asks only for categories shown lately is malformed",
+        "fresh_thoughts": "a thought that names a category shown lately and no other liked one is "
+                          "malformed while others are offered",
         "titles": "items in a state's text and in a prompt's history",
         "batch": "episodes between two updates of the memories",
         "transcript": "characters of a session in a prompt",
@@ -535,8 +536,9 @@ def run_directory(args: Namespace, config: Json) -> Path:
     # a file system takes names of at most 255 bytes
     name = f"{kind}-{label}-seed{args.seed}{suffix}"[:200]
     path = args.out or Path("runs", f"{name}-{digest(dumps(config))[:6]}")
-    earlier = read_object(path / "config.json")
-    if earlier and not set(Settings._fields) <= earlier.keys():
+    config_file = path / "config.json"
+    earlier = read_object(config_file)
+    if config_file.exists() and not set(Settings._fields) <= earlier.keys():
         raise UserError(f"{path} holds the config.json of another program; choose another --out")
     if is_in_use(path):
         if not earlier:
@@ -551,7 +553,7 @@ def run_directory(args: Namespace, config: Json) -> Path:
     elif args.replay and not any(path.rglob("calls.jsonl")):
         raise UserError(f"{path} holds no log to replay: run without --replay, or give its --out")
     path.mkdir(parents=True, exist_ok=True)
-    write(path / "config.json", dumps(config, indent=1) + "\n")
+    write(config_file, dumps(config, indent=1) + "\n")
     return path
 
 
@@ -959,9 +961,9 @@ def phases_of(run: Settings) -> tuple[str, ...]:
     return ("before", "learn", "after") if run.episodes else ("before",)
 
 
-def default_workers(run: Settings) -> int:
-    """How many sessions are played at once if --workers does not say: with an endpoint a batch."""
-    return 1 if run.model == "offline" else min(run.config["batch"], RANGES["workers"][1])
+def batch_workers(run: Settings) -> int:
+    """How many sessions with an endpoint are played at once if --workers does not say: a batch."""
+    return min(run.config["batch"], RANGES["workers"][1])
 
 
 def one_run(args: Namespace, live: Live) -> None:
@@ -977,7 +979,7 @@ def one_run(args: Namespace, live: Live) -> None:
     agent = agent_of(saved, embed)
     if args.load and not any(agent):
         say(f"{args.load} holds empty memories: its run learned nothing")
-    workers = args.workers or default_workers(run)
+    workers = args.workers or (1 if run.model == "offline" else batch_workers(run))
     with parallel(futures.ThreadPoolExecutor(workers), live.stop) as pmap:
         outcome = perform(run, place, agent, partial(counted, llm, live), embed,
                           watched(pmap, run, live), phases_of(run))
@@ -1299,7 +1301,7 @@ def do_jobs(args: Namespace, jobs: Sequence[Job], folder: Path,
             yield from zip(jobs, pmap(offline_job, jobs))
         return
     models = {}                         # one client and one log for each
-    workers = args.workers or default_workers(jobs[0].run)
+    workers = args.workers or batch_workers(jobs[0].run)
     with parallel(futures.ThreadPoolExecutor(workers), live.stop) as pmap:
         for job in jobs:
             name = job.run.model
@@ -1488,10 +1490,11 @@ def experiments(args: Namespace, live: Live) -> None:
     jobs.sort(key=lambda job: -job.run.episodes)
     if args.models_asked != ["offline"]:
         jobs.sort(key=lambda job: job.run.method in envs.POLICIES)
-    # The longest job with language needs the most users; a policy meets the same learners again.
-    # Its world is built before anything is written, so a lack of users leaves no files.
+    # The longest job with language needs the most learners; a policy meets the same ones again. Its
+    # world is built before anything is written, so a lack of users leaves no files.
     longest = max(jobs, key=lambda job: (job.run.method in billp.METHODS, job.run.episodes))
-    about = build_place(longest.run).env.about
+    most_users = max(job.run.users for job in jobs)             # fig4 takes fewer than others
+    about = build_place(longest.run._replace(users=most_users)).env.about
     if about:
         say(f"world {about}")
     flags = {name: getattr(args, name) for name in ("experiment", "seeds", "models", "rows")}
@@ -1529,10 +1532,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:             # the reader of the output has closed it
         return 0
     except KeyboardInterrupt:
-        then = "nothing is kept"
+        then = ""
         if "asked" in live.stats:       # an endpoint or its log was opened
-            then = "the same command goes on: no answer in the log is asked for again"
-        say(*ledger(live), f"run.py: interrupted; {then}")
+            then = "; the same command goes on: no answer in the log is asked for again"
+        say(*ledger(live), f"run.py: interrupted{then}")
         return 130
     except MENDABLE as error:
         cause = (live.failures or [error])[0]

@@ -1145,7 +1145,8 @@ critic | Value: \frac{8 + 7}{2} = 7.5 ; Value: \[ 15 / 2 = 7.5 \] | 7.5
 critic | Value: about 0.75 * 10 = 7.5 | 7.5
 critic | Value: Based on 8 similar situations, 7.5 ; Value: With an average of 8.12, I say 7.5 | 7.5
 critic | Value: around the 8.12 average, say 7.5 ; Value: 0 if the user leaves, else 7.5 | 7.5
-critic | Value: 7.5 on average ; Value: 7.5 if the user leaves | 7.5
+critic | Value: 7.5 on average ; Value: 7.5 if the user leaves ; Value: 7.5 average at step 4 | 7.5
+critic | The value is an average of 7.5, from 8 similar situations and step 4 | 7.5
 critic | The value after Up is 6.18. I estimate 7.5. ; The best value is 8.\n\n$\boxed{7.5}$ | 7.5
 critic | Value range: 0 to 10\n\nValue: 7.5 ; Value of staying: 9\nValue: 7.5 | 7.5
 critic | Value: −3 ; Value: -3 = 4 - 7 | -3.0
@@ -2492,7 +2493,7 @@ def test_a_run_directory_is_never_touched_by_another_run(finished):
 
 
 def test_the_config_of_another_program_stays(tmp_path):
-    for content in ('{"port": 80}', "port = 80"):
+    for content in ('{"port": 80}', "{}", "port = 80"):
         run.write(tmp_path / "config.json", content)
         assert "config.json" in refuse(*SMALL, "--out", tmp_path)
         assert (tmp_path / "config.json").read_text() == content
@@ -2608,8 +2609,7 @@ def test_flags_reach_what_they_name():
                     for job in jobs} for name in args.experiment}
     assert users == {"fig4": {2}, "fig5": {9}}          # fig4 takes two users
     for batch, workers in ((10, 10), (20000, 1000)):
-        with_model = settings_of(f"--base-url x --model m --batch {batch}")
-        assert run.default_workers(with_model) == workers
+        assert run.batch_workers(settings_of(f"--batch {batch}")) == workers
 
 
 def test_learners_and_held_out_users_never_mix():
