@@ -70,7 +70,7 @@ class Config(NamedTuple):
     # steps the category tool looks back, at least 1; as in the released code
     lately: int = 4
     # A thought that names a category shown lately and no other liked one is malformed while others
-    # are offered. A small model gives such thoughts at 4 % of the steps, and many users leave there.
+    # are offered. A small model has such thoughts at 4 % of the steps, and many users leave there.
     fresh_thoughts: bool = True
     # items in a state's text and in a prompt's history, at least 1; as in the paper
     titles: int = 10
