@@ -20,8 +20,8 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
 Recording (s, a) as encouraged makes a more likely to be listed and chosen in similar states
 (`prompts.chance`). A policy-gradient step also raises pi(a | s), by changing weights and in
 proportion to A.
-Our main additions are two. The actor chooses from a list of free items; `candidates=0` leaves it
-out. The planner is told which categories were shown lately. The README lists all differences from
+We add mainly two things. The actor chooses from a list of free items; `candidates=0` leaves it out.
+The planner is told which categories were shown lately. The README lists all differences from
 the paper.
 
 All functions are pure. The model comes in as the argument `llm`, the embedding with the catalogue.
@@ -533,7 +533,7 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
         answers = tuple(critic(state, agent.critic, llm, config)[0] for state in states)
         values = [answer.value for answer in answers]
     if trajectory.terminated:
-        values.append(0.0)
+        values.append(0.0)              # no future, no value
     advantages = []
     m_p, m_a, m_c = EMPTY, EMPTY, EMPTY             # what this episode adds to the three memories
     for step, value, next_value in zip(steps, values, values[1:]):

@@ -1209,6 +1209,7 @@ GUESS = rf"""(?ix)
       | \\boxed\{{ )
     (?: is | it | it['’]s | at | about | around | would[ ]be | the[ ]value | [\s:=*_$] )* {NUMBER}
     """
+# a number that is not the answer; NUMBER has a name, so a pattern can hold it only once
 AMOUNT = r"\d+([.,]\d+)?"
 # What is left out: "7.5 out of 10", "7.5 because we are at step 4", "between 0 and 10, 7.5".
 # A reason with a colon stays, "because the user likes it: 7.5": (?!.*[:=：]) is "no colon follows".

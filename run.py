@@ -197,7 +197,7 @@ def json_object(text: str) -> Json:
     """A JSON object as it is typed, such as {"top_p": 0.9}."""
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         value = None
     if not isinstance(value, dict):     # the text is not shown: it may hold a secret
         raise ArgumentTypeError("it takes a JSON object, such as '{\"top_p\": 0.9}'")

@@ -2499,6 +2499,11 @@ def test_the_config_of_another_program_stays(tmp_path):
         assert (tmp_path / "config.json").read_text() == content
 
 
+def test_an_error_without_a_text_is_named():
+    with mock.patch.object(run, "one_run", side_effect=MemoryError):
+        assert refuse(*SMALL).endswith("MemoryError")
+
+
 @pytest.mark.parametrize("error", [EndpointError("down"), OSError("no space left for the log")])
 def test_after_a_failed_call_no_other_begins(error):
     def failing(ask):
@@ -2548,6 +2553,7 @@ FOLDER = {                                  # what lies in the folder of the tes
 --episodes -1 ; --episodes x | --episodes
 --episodes 501 ; --experiment fig3 --seeds 1 --episodes 501 --out new | 500 learning users
 --users 501 ; --experiment table5,curve --users 501 --out new | 500 held-out
+--experiment fig4,table3 --users 501 --out new | 500 held-out
 --gamma nan ; --gamma 1.1 ; --line-weight 1.1 | takes a number from 0 to 1
 --load nowhere.json ; --load foreign.json ; --load verdict.json | is no memory.json
 --load lesson.json ; --load target.json ; --load met.json | is no memory.json
