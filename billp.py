@@ -27,7 +27,8 @@ the paper.
 All functions are pure. The model comes in as the argument `llm`, the embedding with the catalogue.
 Parallelism comes in as the argument `pmap`: any function that works like the built-in `map` and
 keeps the order.
-Credit and memory need only numpy. They can be copied into another project as one block.
+Credit and memory need numpy and the standard library alone. They can be copied into another project
+as one block.
 """
 from __future__ import annotations
 
@@ -353,19 +354,19 @@ def ranked_lines(state: State, evidence: Evidence, catalog: Catalog, config: Con
     """The lines of items, the most promising first; `shortlist` drops those that are not free.
 
     An item counts by
-        near(item, wish) + near(item, other) + evidence
+        near(item, wish) + near(item, other) + bonus(item)
         near(item, x) = line_weight * cos(its line, x) + (1 - line_weight) * cos(its categories, x)
+        bonus(item) = the chance that it is encouraged - the average chance, see `prompts.chance`
     where wish is what the thought asks for, or else all liked categories; other is the liked
-    categories not shown lately; evidence is the chance that the item is encouraged, minus the
-    average chance (prompts.chance). With `candidates` 0 only remembered items come, ranked by
-    evidence alone.
+    categories not shown lately. With `candidates` 0 only remembered items come, ranked by the
+    bonus alone.
     """
     average = prompts.average_chance(evidence)
     bonus = {line: prompts.chance(line, evidence, average) - average for line, _ in evidence}
     if not config.candidates:
         in_catalog = set(catalog.lines)             # a loaded memory may come from another world
         known = [line for line in bonus if line in in_catalog]
-        # among equals the item of the nearest record comes first
+        # `evidence` begins with the nearest record, and `sorted` keeps the order of equals
         return sorted(known, key=bonus.get, reverse=True)
     # such as "[War]" and "[Comedy, Drama]"; the second is left out if it would be empty
     texts = prompts.query(state.thought, catalog.env.categories, tastes_of(state, config))
@@ -384,13 +385,12 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     if config.experience:
         recalled = recall(memory, state.vector, config.k_experience)
         evidence = Counter((record.item, record.content) for record in recalled)
-    # A remembered item may be taken. A free item may have the same line as a taken one: the model
-    # could not tell them apart.
+    # Two items may have the same line, and the model could not tell them apart. So each line comes
+    # once, and none that is also the line of a taken item.
     taken_lines = {catalog.lines[item] for item in state.taken}
-    # each line once: two items may share a line
     lines = dict.fromkeys(ranked_lines(state, evidence, catalog, config))
-    free = [line for line in lines if line not in taken_lines]
-    chosen = free[:config.candidates or config.k_actions]
+    free_lines = [line for line in lines if line not in taken_lines]
+    chosen = free_lines[:config.candidates or config.k_actions]
     recent = set(tastes_of(state, config).recent)
     shown_lately = [line for line in chosen if recent.intersection(prompts.line_tags(line))]
     others = [line for line in chosen if line not in shown_lately]
@@ -402,9 +402,9 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
           config: Config = DEFAULT) -> Output:
     """Micro level: the item a_n, given the thought, free items and the evidence for them.
 
-    The item is the free one that the reply names. If the reply names none, the item is the nearest
-    listed one. With `candidates` 0 it is the nearest of all free ones. Fallback: the first item
-    listed in the prompt, or else the free item nearest to the state.
+    The item is the free one that the reply names. If the reply names none, it is the nearest listed
+    one, or with `candidates` 0 the nearest of all free ones; `prompts.ground` tells what is near.
+    Fallback: the first item listed in the prompt, or else the free item nearest to the state.
     """
     listed = shortlist(state, memory, catalog, config)
     form = prompts.ACTOR if config.candidates else prompts.OPEN_ACTOR
@@ -419,7 +419,7 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
     elif listed:
         item, exact = catalog.lines.index(listed[0].line), False
     else:
-        item, exact = prompts.nearest(state.text, catalog, state.taken)[0], False
+        item, exact = prompts.free_by_nearness(state.text, catalog, state.taken)[0], False
     return answer._replace(value=item, recalled=listed, exact=exact), memory
 
 
@@ -523,7 +523,8 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
     """The episode with what it teaches: three small memories, not yet merged into the agent's."""
     steps = trajectory.steps
     asks_critic = config.experience and config.baseline
-    # the states that have a future: also the last one, unless the user has left
+    # V(s_1) .. V(s_{N+1}) are needed, one more than there are steps. If the user left, the last one
+    # is 0, and the critic is not asked for it.
     states = [step.state for step in steps]
     if not trajectory.terminated:
         states.append(trajectory.last)
@@ -533,7 +534,7 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
         answers = tuple(critic(state, agent.critic, llm, config)[0] for state in states)
         values = [answer.value for answer in answers]
     if trajectory.terminated:
-        values.append(0.0)              # no future, no value
+        values.append(0.0)
     advantages = []
     m_p, m_a, m_c = EMPTY, EMPTY, EMPTY             # what this episode adds to the three memories
     for step, value, next_value in zip(steps, values, values[1:]):
@@ -557,14 +558,16 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
 
 def session(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM,
             config: Config = DEFAULT) -> Trajectory:
-    """Play an episode and study it. Both read the same frozen agent."""
+    """An episode, played and then studied. Both read the same frozen agent."""
     played = episode(catalog, user, key, agent, llm, config)
     return study(played, agent, llm, config)
 
 
 def absorb(agent: Agent, trajectory: Trajectory) -> Agent:
     """M <- M + M' for each of the three memories, with what an episode teaches."""
-    return Agent(*map(merge, agent, trajectory.gained))
+    gained = trajectory.gained
+    return Agent(merge(agent.planner, gained.planner), merge(agent.actor, gained.actor),
+                 merge(agent.critic, gained.critic))
 
 
 def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, seed: int, phase: str,

@@ -279,8 +279,10 @@ def best(score: Array, allowed: Array) -> Array:
 
 
 def best_at_random(score: Array, allowed: Array, rng: Rng) -> Array:
-    """int [B]: an allowed item of the highest score (0 or [B, m]), ties broken at random."""
-    # a random number below 10^-6 decides between equals
+    """int [B]: an allowed item of the highest score, ties broken at random.
+
+    The score is [B, m], or 0 if all items are equal. Scores closer than 10^-6 count as a tie.
+    """
     return best(score + 1e-6 * rng.random(allowed.shape), allowed)
 
 
@@ -504,15 +506,16 @@ def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
     chance = np.exp(log_chance)
     entropy = -(chance * log_chance).sum(1, keepdims=True)
     picked = np.eye(len(items))[pick]           # [B, k]: 1 at the pick, 0 elsewhere
-    # First the derivatives by fit [B, k], see `log_chances`. From
-    # d chance_i / d fit_j = chance_i * ([i is j] - chance_j) follow
-    # d log_chance[pick] / d fit_j = [j is the pick] - chance_j
-    # and, because d entropy / d chance_i = -(log_chance_i + 1),
-    # d entropy / d fit_j = -sum over i of (log_chance_i + 1) * chance_i * ([i is j] - chance_j)
-    # The chances sum to 1, so the sum over i of (log_chance_i + 1) * chance_i is 1 - entropy. Hence
-    # d entropy / d fit_j = -chance_j * ((log_chance_j + 1) - (1 - entropy))
-    #                     = -chance_j * (log_chance_j + entropy)
+    # First the derivatives by fit [B, k], see `log_chances`.
+    # 1. Those of the chances, which are a softmax:
+    #    d chance_i / d fit_j = chance_i * ([i is j] - chance_j)
+    # 2. Those of the pick: divide 1. by chance_i and take the pick for i.
+    #    d log_chance[pick] / d fit_j = [j is the pick] - chance_j
     of_pick = picked - chance
+    # 3. Those of the entropy: d entropy / d chance_i is -(log_chance_i + 1), so by 1.
+    #    d entropy / d fit_j = -sum over i of (log_chance_i + 1) * chance_i * ([i is j] - chance_j)
+    #    The sum over i of (log_chance_i + 1) * chance_i is 1 - entropy, so this is
+    #    -chance_j * ((log_chance_j + 1) - (1 - entropy)) = -chance_j * (log_chance_j + entropy)
     of_entropy = -chance * (log_chance + entropy)
     by_fit = td_error[:, None] * of_pick + ENTROPY * of_entropy
     # Then those by the weights, by the chain rule.
@@ -554,7 +557,8 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5) -> Pol
             next_value = observe(env, state) @ weights.value
             td_error = td_errors(reward, gamma, x @ weights.value, next_value, left)
             slopes = gradient(env, x, items, log_chance, pick, td_error)
-            # a step of Adagrad up the slopes: a weight moves less if its slopes were steep
+            # A step of Adagrad up the slopes: a weight moves less if its slopes were steep. Here +=
+            # changes the arrays of `weights` and `squares` in place.
             for weight, square, slope in zip(weights, squares, slopes):
                 square += slope ** 2
                 weight += 0.3 * slope / np.sqrt(square)
@@ -761,8 +765,8 @@ def category_table(tags: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], Arra
 def made_up(belongs: Array, users: int, rng: Rng) -> Array:
     """int8 [n, m]: ratings of films, given their categories; see `films`.
 
-    The numbers are chosen so that taste matters. On average random items keep a user for 3 to 5
-    steps, and one list for everybody keeps a user for at most 32 of 50.
+    The numbers are chosen so that taste matters. On average a user stays for 3 to 5 of 50 steps
+    with random items, and for at most 32 with `one_list`.
     """
     m, c = belongs.shape
     # archetypes and appeal are the same for every seed
@@ -901,11 +905,11 @@ def columns(header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
     {'user': 1}
     """
     demand(header, "the file is empty")
+    is_item_list = "title" in needed
     plain = [re.sub(r"[\W_]", "", text).lower() for text in header]
     places = {}
     for name, aliases in ALIASES.items():
-        if name == "item" and "title" not in needed:
-            # in the list of items "id" is the item's, in ratings it numbers the lines
+        if name == "item" and not is_item_list:         # in ratings "id" numbers the lines
             aliases = aliases.replace(" id ", " ")
         present = [alias for alias in aliases.split() if alias in plain]
         if present:
@@ -990,7 +994,7 @@ def timestamp(text: str) -> float:
         return float(text or 0)
     except ValueError:
         # before Python 3.11 a date may not end in Z, and a second has 3 or 6 decimals
-        text = re.sub(r"\.\d+", lambda decimals: f"{decimals[0]:0<7.7}", text)
+        text = re.sub(r"\.\d+", lambda decimals: decimals[0][:7].ljust(7, "0"), text)
         date = datetime.fromisoformat(text.replace("Z", "+00:00"))
         # without a time zone it counts as UTC, so that it means the same everywhere
         return date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp()
@@ -1042,11 +1046,11 @@ def groups(keys: Array) -> list[Array]:
 def ridge(own: Array, other: Array, ratings: Array, fixed: Array, count: int) -> Array:
     """float32 [count, k + 1]: the k factors and the bias of each of `count` users.
 
+    Users and items can be exchanged: `als` also fits the items by it.
     ratings[i] is the rating of item other[i] by user own[i], minus the global offset. `fixed`
     [items, k + 1] holds the items' factors and biases, which stay as they are. A factor is one of
     the k numbers that describe a user or an item. The penalty on a factor is 3 + a tenth of the
     user's number of ratings. That on the bias is 3.
-    To fit the items, `als` exchanges users and items.
     """
     # rating - item's bias = [item's factors, 1] @ [user's factors, user's bias]
     targets = ratings - fixed[other, -1]

@@ -71,6 +71,7 @@ class Ask(NamedTuple):
     role: str                       # planner, actor, critic or reflector; "embed" in logs only
     key: Key                        # () for "embed"
     messages: tuple[tuple[str, str], ...]       # pairs (role, text), the system's first
+    # part of the hash in the log, also for "embed", so these defaults must not change
     max_tokens: int = 256
     temperature: float = 0.5
 
@@ -181,8 +182,8 @@ def hashed_ngrams(texts: Sequence[str]) -> np.ndarray:
         # These products wrap at 2^32 on purpose. The factor in `mixed` is from Knuth's hash.
         trigrams = (codes[:-2] * 31 * 31) + (codes[1:-1] * 31) + codes[2:]
         mixed = (trigrams * 2654435761) >> 16       # the upper 16 bits
-        place = mixed % d
-        sign = 1.0 - 2.0 * (mixed >> 15)            # the highest bit decides: 1 or -1
+        place = mixed % d                           # the lowest 9 of these
+        sign = 1.0 - 2.0 * (mixed >> 15)            # the highest of these decides: 1 or -1
         row += np.bincount(place, weights=sign, minlength=d)
         if not row.any():
             row[0] = 1              # an empty text needs a direction, too
@@ -307,7 +308,7 @@ def segment(text: str, labels: Sequence[str]) -> str:
         name = label["name"].lower()
         if name not in labels:
             continue
-        # the labels of ITEMS that begin a turn, such as "action", are in TURNS already
+        # a label of ITEMS that begins no turn may come again in a list of titles
         ends = TURNS if name in ITEMS else (*TURNS, name)
         end = len(text)
         for later in found[place + 1:]:
@@ -367,8 +368,8 @@ def unmarked(line: str) -> str:
     >>> unmarked('- **"Up"** is fun'), unmarked('1. "Up" is fun'), unmarked("...")
     ('Up is fun', 'Up is fun', '')
     """
-    # `segment` cuts behind a label. So of {"category": "War", "reason": "new"} this line may be
-    # `War", "reason": "new"}`, which becomes `War, reason: new"}`.
+    # of {"category": "War", "reason": "new"} `segment` leaves what stands behind the first label:
+    #     War", "reason": "new"}      this becomes      War, reason: new"}
     line = re.sub(r'",\s*"(\w+)":\s*"', r", \1: ", clean(line))
     content = re.sub(r"^\d{1,2}[.)] |[*`]|__", "", line).strip(' _#>-•"{}')
     if not re.search(r"\w", content):
@@ -408,15 +409,15 @@ def labelled(text: str, labels: Sequence[str]) -> str:
     ('a comedy', '')
     """
     text = with_colons(text)
-    part = segment(text, labels)
-    if re.match(REFUSAL, part or text):
+    outer = segment(text, labels)
+    if re.match(REFUSAL, outer or text):
         return ""
+    # "War was shown. Next category: Comedy" holds a label, too: then what follows it counts
+    inner = segment(outer, labels) or outer
     first_label = IN_LINE.search(text)
     before_all = text[:first_label.start("name")] if first_label else text
-    # A label may come again in this part: "Thought 3: War was shown. Next category: Comedy".
-    part = segment(part, labels) or part
     # After a label a line such as "Comedy!" is an answer and no preamble.
-    line = first_line(part, preamble=":") or first_line(before_all)
+    line = first_line(inner, preamble=":") or first_line(before_all)
     has_placeholder = re.search(r"\b(CATEGORY|REASON)\b(?!:)", line)    # "REASON:" is a heading
     return "" if has_placeholder else line
 
@@ -466,8 +467,8 @@ def name_of(words: Sequence[str]) -> str:
 def spellings(title: str) -> list[str]:
     """The names of a title: as it is, with its article at the end, without it, and with "the".
 
-    "The Terminator 2" names Terminator 2. Otherwise it would seem to be a sequel of The Terminator.
-    Titles of one word have no such name: "the up side" does not name Up.
+    With "the", because "The Terminator 2" would otherwise seem to be a sequel of The Terminator. A
+    title of one word has no name with "the", because "the up side" does not name Up.
 
     >>> spellings("The Matrix"), spellings("Blade Runner")[-1]
     (['the matrix', 'matrix the', 'matrix'], 'the blade runner')
@@ -515,7 +516,7 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
         lines.append(item_line(title, year_shown, compress(env.categories, belongs)))
     titles = [title_of(title) for title in env.titles]
     all_names = [spellings(title) for title in titles]
-    whole_names = [names[:2] for names in all_names]        # these two have all words of the title
+    whole_names = [forms[:2] for forms in all_names]        # these two have all words of the title
     # Whole names replace those without an article: "heat" is Heat, not The Heat, if there are both.
     by_name = items_by_name(all_names) | items_by_name(whole_names)
     by_main = items_by_name(spellings(main_title(title)) for title in titles)
@@ -581,11 +582,12 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     rest = " ".join(behind[:7])         # LONGER and SEQUEL read no more words
     longer = re.match(LONGER, rest)
     if longer:
-        # "Léon The Professional (1994)": if the year is that of Léon, the words are part of its
-        # title, else of another film's. Not "Alien, Jaws (1975)", where another title begins. So
-        # "Star Wars: Episode IV - A New Hope (1977)" is Star Wars and no sequel.
-        if not leading_title(behind, catalog)[0]:
+        # "Alien, Jaws (1975)": another title begins behind Alien, so Alien stays.
+        # "Léon The Professional (1994)": this is one title, and the year tells which film it is.
+        next_items, _ = leading_title(behind, catalog)
+        if not next_items:
             items = of_year(items, int(longer["year"]), catalog)
+    # not of a longer title with its year, such as "Star Wars: Episode IV - A New Hope (1977)"
     elif re.match(SEQUEL, rest):
         items = []
     return items, size
@@ -643,14 +645,15 @@ def items_alone(text: str, catalog: Catalog) -> list[int]:
         without_remark = re.split(r" [-–—] | \((?!\d)", unnumbered)[0]
         after_colon = line.rpartition(": ")[2]
         whole_titles = items_within(line, catalog)
+        front, back = before_reason(without_remark), before_reason(after_colon)
         # first the whole line: a title may hold a number, a colon, a dash or "than"
-        for part in (line, before_reason(without_remark), before_reason(after_colon)):
+        for part in (line, front, back):
             words = words_of(part.partition("[")[0])
             titled, words_used = leading_title(words, catalog)
             if not titled or words_used < len(words):
                 continue
-            # A part may be the end of a longer title: "My pick: The Lost World: Jurassic Park". The
-            # whole line cannot.
+            # A part counts only if the whole line names this item, too: of "My pick: The Lost
+            # World: Jurassic Park" the back is "Jurassic Park".
             if part == line or titled[0] in whole_titles:
                 items += titled
                 break
@@ -681,8 +684,8 @@ def without_asides(text: str) -> str:
 def mentioned(text: str, catalog: Catalog) -> list[int]:
     """The items that a text names, the likeliest first. An item may come several times.
 
-    If the first line is a title, and no item of a list, the other lines explain it: only titles
-    alone in a line count, and this one is the first of them. Otherwise the order is:
+    If the first line is a title without a bullet or a number, the other lines explain it. Then only
+    titles alone in a line count, and that of the first line comes first. Otherwise the order is:
     1. Titles behind words such as "I recommend", and the last one before "fits best".
     2. Titles in bold letters.
     3. Titles alone in a line.
@@ -735,7 +738,7 @@ def closest(texts: Sequence[str], catalog: Catalog, bonus: Mapping[str, float] |
     return np.argsort(-nearness, stable=True).tolist()
 
 
-def nearest(text: str, catalog: Catalog, exclude: Collection[int]) -> list[int]:
+def free_by_nearness(text: str, catalog: Catalog, exclude: Collection[int]) -> list[int]:
     """The items not excluded, the nearest to a text first; if all are excluded, all items."""
     items = closest([text], catalog)
     return [item for item in items if item not in exclude] or items
@@ -745,8 +748,8 @@ def ground(text: str, catalog: Catalog, exclude: Collection[int] = (),
            listed: Collection[str] = ()) -> tuple[int, bool]:
     """The item that a text stands for, and whether the text names it.
 
-    `listed` holds the lines that the prompt offered; it is empty if it offered none.
-    These items come into question, the likeliest first:
+    `listed` holds the lines that the model was to choose from; it is empty if any free item was
+    allowed. These items come into question, the likeliest first:
     - The items named and not excluded.
     - If all items named are excluded: those near to the categories of the first. They are of its
       kind, not spelled like it.
@@ -758,7 +761,7 @@ def ground(text: str, catalog: Catalog, exclude: Collection[int] = (),
     is_named = bool(free)
     if not is_named:
         tags = line_tags(catalog.lines[items[0]]) if items else ()
-        free = nearest(in_brackets(tags) if tags else text, catalog, exclude)
+        free = free_by_nearness(in_brackets(tags) if tags else text, catalog, exclude)
     # words may be a title by chance: "It is old. They like Up." names It in a large catalogue
     chosen = [item for item in free if catalog.lines[item] in listed] or free
     return chosen[0], is_named
@@ -879,7 +882,8 @@ def parse_planner(text: str, tastes: Tastes | None = None) -> str | Malformed:
     >>> parse_planner("War, because I like it", Tastes(("War",), ("Comedy", "Drama"), ()))
     Malformed(reason='War came lately, the choice is Comedy, Drama')
     """
-    # Here "**Action**" is the category Action if it stands first or below "Next category".
+    # "Action" is a label and a category. In bold letters it is the category if it stands first or
+    # below "Next category".
     text = re.sub(r"(?i)(\A|next category)\W*\*action\*+", "Next category: Action", spoken(text))
     thought = labelled(text, THOUGHTS)
     if not thought:
@@ -913,14 +917,14 @@ def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
 
 def parse_reflector(text: str) -> str | Malformed:
     """The reflection, one line."""
-    better = r'"?(better[ _](next|category)|next category)\b'
-    # "Better next:" and the category in the line below are joined.
+    better = r'"?(better[ _](next|category)|next category)\b'     # with the quote of a JSON key
+    # the category stands below its label: "Better next:\nComedy" becomes "Better next: Comedy"
     text = re.sub(rf"(?i)({better})[^\w\n]*\n\W*", r"\1: ", spoken(text))
-    # Two lines of one reflection are joined: "... because War.", then "- Better next: Comedy". The
-    # quote of a JSON key, "better_next", is part of `better`.
+    # the label stands in a line of its own: "... because War.\n- Better next: Comedy" becomes
+    # "... because War. Better next: Comedy"
     break_and_marks = r'\n(\d\.)?[^\w"]{0,9}'
     text = re.sub(rf"(?i){break_and_marks}(?={better})", " ", text)
-    # "too similar to Action 2: Up" cites a turn. Only at the front of a line a turn may begin.
+    # a turn is cited: "too similar to Action 2: Up" loses its colon, so that it begins no turn
     text = re.sub(r"(?i)(?<=[^\n])\b((thought|action|observation) \d+):", r"\1", text)
     return labelled(text, REFLECTIONS) or Malformed("the reply held no line 'Reflection: ...'")
 
@@ -1029,8 +1033,9 @@ def named_in(text: str, tags: Sequence[str]) -> list[str]:
     named = []
     # The longest come first. Each is taken out, so that the words of one do not name another.
     for tag in sorted(tags, key=len, reverse=True):
-        name = spaced(tag).rstrip()                 # "" for a category of symbols alone
-        forms = rf"({name}s?|{name.removesuffix('y')}ies) "
+        name = spaced(tag).rstrip()     # " comedy", with a space before it; "" for symbols alone
+        plural_of_y = name.removesuffix("y") + "ies"        # " comedies"
+        forms = rf"({name}s?|{plural_of_y}) "
         if name and re.search(forms, words):
             words = re.sub(forms, " ", words)
             named.append(tag)
@@ -1082,17 +1087,17 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     """
     plan = plan_of(thought)
     first_sentence = re.split(r"[.;!?]\s", plan)[0]
-    with_reason = re.sub(AVOIDED, " ", thought)
+    plan_and_reason = re.sub(AVOIDED, " ", thought)
     fresh = [tag for tag in named_in(first_sentence, tags) if tag not in recent]
     if fresh:
         return in_brackets(fresh)                                           # 1
-    for part in (plan, with_reason):                                        # 2, 3
+    for part in (plan, plan_and_reason):                                    # 2, 3
         named = named_in(part, tags)
         fresh = [tag for tag in named if tag not in recent]
         if named:
             return in_brackets(fresh or named)
     # the full stop of a sentence that was left out stays behind
-    return clean(with_reason).strip(" .")
+    return clean(plan_and_reason).strip(" .")
 
 
 def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
@@ -1238,7 +1243,8 @@ def parse_critic(text: str) -> float | Malformed:
     """
     text = re.sub(r"\\[()\[\]]", " ", spoken(text)).replace("\\approx", "≈")     # LaTeX
     text = re.sub(LEFT_OUT, " ", text)
-    # remarks in brackets and words of the prompt often hold another number
+    # Without remarks in brackets and words of the prompt, which often hold another number. Only the
+    # fourth and the last attempt read them.
     outside = re.sub(r"[(（][^()（）\n]*[)）]", " ", re.sub(REPEATED, " ", text))
     # "so the value is 7.5", "I would say 7.5", "\boxed{7.5}": of these the last is the conclusion
     sentences = [*re.finditer(VALUE_IS, outside), *re.finditer(GUESS, outside)]
@@ -1335,6 +1341,7 @@ def offline_actor(history: str, transcript: str, question: str, draw: int) -> st
         titles.setdefault(rank, []).append(title)
     if not titles:
         return "Free item: anything"
+    # True counts more than False, and the first part of a rank more than the second
     best = titles[max(titles)]
     # With evidence the list begins with the best known.
     title = best[0] if re.search(EVIDENCE, question) else best[draw % len(best)]
@@ -1378,22 +1385,21 @@ def offline_reflector(history: str, transcript: str, question: str, draw: int) -
     """Reads off why the user left: similar items too close together, or a disappointment.
 
     A gap is the number of steps from an item back to the nearest similar one.
-        harmless    the smallest gap before the last item; the user stayed at it, so a larger one
-                    need not be advised
-        advised     the gap that the session's thoughts asked for, but at most `harmless`
-    If the last gap is below `harmless`, it is taken for the cause: then at least one step more than
-    this gap is advised.
+        safe_gap    the smallest gap before the last item; the user stayed at it
+        advised     the gap that the session's thoughts asked for, but at most `safe_gap`
+    If the last gap is below `safe_gap`, it is taken for the cause: then at least one step more than
+    the last gap is advised.
     """
     liked = Counter(tags_in(history, LIKED))
     titles, tags = zip(*items_in(transcript))
     *earlier_gaps, last_gap = gaps_between(tags)
-    harmless = min(earlier_gaps, default=9)
-    advised = min(apart_in(transcript), harmless)
+    safe_gap = min(earlier_gaps, default=9)
+    advised = min(apart_in(transcript), safe_gap)
     warned = set()
     if "the user left" not in question:
         why = f"The user stayed for all {counted_steps(len(titles))}"
-    elif last_gap < harmless:                       # too similar to an item shown lately
-        advised = max(advised, last_gap + 1)        # still at most `harmless`
+    elif last_gap < safe_gap:                       # too similar to an item shown lately
+        advised = max(advised, last_gap + 1)        # still at most `safe_gap`
         why = (f"The user left because {titles[-1]} came {counted_steps(last_gap)} after "
                f"{titles[-1 - last_gap]}, which is similar")
     else:
@@ -1444,8 +1450,9 @@ class Kind(NamedTuple):
     tries: int                      # how often such a request is sent in all
     remedy: str                     # what the user can do after the last one
     pattern: str                    # a regular expression for "LABEL ADVICE BODY", see `fault_in`
-    # The run ends after so many asks in a row that end in this kind of fault. Before that each such
-    # ask gets an empty reply. 1 is for faults that the user has to mend before the run goes on.
+    # The run ends after so many asks that end in this kind of fault, without a text between them.
+    # Before that each such ask gets an empty reply. 1 is for faults that the user has to mend
+    # before the run goes on.
     patience: int = 1
 
 
@@ -1616,7 +1623,7 @@ def fault(route: Route, label: str, shown: str, searched: str = "") -> Fault:
     """The Fault with this label. `shown` is the message for the user.
 
     KINDS is matched with the label and `searched`, or else `shown`. `fault_in` gives the body to
-    search, because what tells the kind may stand outside the message.
+    search: a code such as "insufficient_quota" stands there outside the message.
     """
     reason = clean(starred(route, f"{label} {shown}"), 300)
     if len(route.key) > 3:          # here the key is starred even if it is a short or ordinary word
@@ -1627,7 +1634,7 @@ def fault(route: Route, label: str, shown: str, searched: str = "") -> Fault:
     return Fault(kind, reason)
 
 
-def failed(route: Route, got: Fault) -> EndpointError:
+def fatal(route: Route, got: Fault) -> EndpointError:
     """The error that ends a run because of this fault."""
     return EndpointError(f"{without_query(route.url)}: {got.reason}; {got.kind.remedy}")
 
@@ -1639,9 +1646,10 @@ def address(base_url: str, path: str) -> Any:
     """The URL of a route. The base URL may lack its scheme, or name a route already.
 
     If it has no path, /v1 is added.
-    localhost:8080 -> http://localhost:8080/v1/embeddings
-    a.example -> https://a.example/v1/embeddings
-    https://a.example/chat/completions -> https://a.example/embeddings
+    For the path "embeddings":
+        localhost:8080 -> http://localhost:8080/v1/embeddings
+        a.example -> https://a.example/v1/embeddings
+        https://a.example/chat/completions -> https://a.example/embeddings
     """
     import httpx
     base = base_url.strip()
@@ -1748,7 +1756,8 @@ def asked_wait(headers: Any, text: str) -> float:
         return parsedate_to_datetime(after).timestamp() - time.time()
     except MISSHAPEN:
         pass                    # no date
-    # "wait" stands before the headers' numbers, so that DURATION reads them, too.
+    # With "wait" before it DURATION reads a header as it reads a sentence of the body. Without the
+    # header this is "wait ms" or "wait ", in which it finds no number.
     for said in (f"wait {milliseconds}ms", f"wait {after}", text):
         duration = re.search(DURATION, said)
         if duration:
@@ -1853,10 +1862,12 @@ def fault_in(route: Route, response: Any, data: dict, text: str) -> Fault:
 
 # - requests until there is an answer
 
-# One ask may need several requests, and --max-calls limits the requests. `limited` wraps any LLM
-# and sees asks only. So it pays for the first request, and puts its function `charge` into CHARGE.
-# `send` calls that function before each further request. A ContextVar is a variable with a value of
-# its own in each thread. Without `limited` the value is a function that does nothing.
+# One ask may need several requests, and --max-calls limits the requests. Who takes them from the
+# budget:
+#     the first one       `limited`, before it asks the model
+#     each further one    `send`, by the function in CHARGE, which `limited` has put there
+# A ContextVar is a variable with a value of its own in each thread. Without `limited` the function
+# does nothing.
 CHARGE = ContextVar("CHARGE", default=lambda: None)
 
 
@@ -1936,8 +1947,8 @@ def send(route: Route, body: dict, read: Callable) -> Any:
         is_adapted = adapt(route, sent, got)        # at most once for each name in INSTEAD
         if not is_adapted:
             tried[got.kind] += 1
-        if tried[got.kind] == got.kind.tries:
-            return got
+            if tried[got.kind] == got.kind.tries:
+                return got
         # It is sent again. `limited` has paid for the first request only.
         charge()
         count(route.stats, f"retries: {got.kind.name}")
@@ -1979,8 +1990,9 @@ def read_chat(route: Route, ask: Ask, data: dict) -> Any:
     # reason in the body. What differs in each answer is left out, so equal reasons are counted.
     details = {name: data[name] for name in data if name not in ("id", "created", "usage")}
     no_choice = {"finish_reason": "missing", "error": json.dumps(details)}
-    # Gemini leaves "choices" out. Without "usage", too, it is no chat completion: a LookupError.
-    choices = data.get("choices") if "usage" in data else data["choices"]
+    if "choices" not in data and "usage" not in data:
+        raise LookupError("no chat completion")             # `send_once` takes it for a web page
+    choices = data.get("choices")                           # Gemini leaves it out if it filters
     choice = choices[0] if choices else no_choice
     finish = choice.get("finish_reason")
     message = as_object(choice.get("message"))
@@ -2034,7 +2046,7 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
         is_suspect = got.kind.name == "request" or silent.total() >= 10
         has_wrong_settings = is_suspect and not route.has_spoken
         if has_wrong_settings or silent[got.kind] >= got.kind.patience:
-            raise failed(route, got)
+            raise fatal(route, got)
         tell(route, "empty", f"an empty reply, because {got.reason}; {got.kind.remedy}")
         return Reply("", got.usage, got.reason)
     return answer
@@ -2085,7 +2097,7 @@ def embeddings(base_url: str, model: str, key: str | None = None, **options: Any
                 continue
             is_too_much = got.kind.name in ("request", "context") or "batch" in got.reason.lower()
             if len(part) == 1 or not is_too_much:
-                raise failed(route, got)
+                raise fatal(route, got)
             batch = len(part) // 2          # kept from now on
         if len({len(row) for row in rows}) > 1:
             raise EndpointError(f"{without_query(route.url)}: embeddings of different sizes")
@@ -2108,7 +2120,7 @@ def open_log(path: str | Path, model_id: Any) -> Log:
     """Read a log; there may be none yet.
 
     If an ask has several replies, the first with a text counts. If no reply of the chat model has a
-    text, the settings were wrong, and all are asked again.
+    text, the settings were wrong, and the chat model is asked again.
     """
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -345,7 +345,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
             what = f"unknown flag {word}"
         parser.error(what)
     given = {name: value for name, value in vars(args).items() if value is not None}
-    args = Namespace(**vars(args) | DEFAULTS | given, given=given)
+    args = Namespace(**(vars(args) | DEFAULTS | given), given=given)
     if args.experiment and "episodes" not in given:
         args.episodes = 100
     args.experiment = parts(args.experiment) if args.experiment else []
@@ -364,7 +364,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 class Settings(NamedTuple):
-    """What determines a result, and nothing else: written to config.json."""
+    """What determines the result of a run, and nothing else: written to config.json."""
     world: str
     method: str
     model: str
@@ -425,9 +425,9 @@ def settings(args: Namespace, saved: Json) -> Settings:
         first=learners_met(saved, args.world, args.seed), load=saved["digest"],
         extra=digest(extra) if args.extra_body else "",
         config=config | given_of(args, Config._fields), rule=given_of(args, envs.RULE))
-    # act and react learn nothing, too, but keep their learning episodes here: these can be looked
-    # at, and after minus before shows what chance alone does. In experiments `settings_of` drops
-    # them.
+    # A policy that learns nothing has no learning episodes. act and react learn nothing, too, but
+    # keep theirs: they can be looked at, and after minus before shows what chance alone does. In
+    # experiments `settings_of` drops them.
     if args.method in envs.POLICIES:
         run = without_idle_learning(run)
     return run
@@ -513,9 +513,9 @@ def flattened(config: Json) -> Json:
 def is_in_use(path: Path) -> bool:
     """Whether a directory holds results or answers, or files of another program.
 
-    A run that got no answer, perhaps from a mistyped model, leaves nothing but config.json, and in
-    experiments an empty folder. Another run may take its place. It may also use a directory with
-    logs alone: the user has copied them from an earlier run.
+    It is free for another run in two more cases. It holds config.json alone: its run got no answer,
+    perhaps from a mistyped model. It holds logs alone: the user has copied them from an earlier
+    run.
     """
     files = filter(Path.is_file, path.rglob("*"))
     # names with a dot in front are drafts, or those of the file manager, such as .DS_Store
@@ -633,7 +633,7 @@ def agent_of(saved: Json, embed: Embed) -> Agent:
 
 
 class Live(NamedTuple):
-    """What is known of a command's calls at any moment, however it ends. Threads share it."""
+    """Counts of calls and replies of a command, also of one that fails. Threads share it."""
     counts: dict[str, Counter]  # of each role: calls, and the tokens that the server counts
     # "answers": those of endpoints and of their logs. "asked": those of endpoints alone. "empty:
     # REASON": replies without a text. A prompts.Route adds "requests", "retries: KIND" and
@@ -692,13 +692,13 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
     model_id = [run.model, run.embedding, run.extra]
     log = prompts.open_log(folder / "calls.jsonl", model_id)
     live.stats.setdefault("asked", 0)   # tells `ledger` that a log was opened
-    # From the inside: the endpoint, its budget, a count of new answers, the log, a count of all.
     llm = prompts.unlogged
     if not args.replay:
         # if an earlier run got a text, an empty reply is no sign of wrong settings
         llm = prompts.openai(url, run.model, extra=args.extra_body, has_spoken=log.has_spoken,
                              **options)
-    llm = prompts.limited(llm, args.max_calls)
+        llm = prompts.limited(llm, args.max_calls)
+    # "asked" counts new answers, "answers" also those of the log
     llm = prompts.recorded(partial(counted_as, "asked", llm, live.stats), log)
     llm = partial(counted_as, "answers", llm, live.stats)
     if run.embedding == "hashed_ngrams":
@@ -720,8 +720,8 @@ def parallel(pool: futures.Executor, stop: Event) -> Iterator[Callable]:
         yield pool.map
     except BaseException as error:
         stop.set()
-        # Ctrl-C may strike the loop of `experiments`, while the generator `do_jobs` waits at its
-        # yield. Then Python closes the generator, which raises GeneratorExit here.
+        # Ctrl-C is a KeyboardInterrupt here, unless it strikes the loop of `experiments` over
+        # `do_jobs`. Then Python closes this generator, which raises GeneratorExit.
         is_ctrl_c = isinstance(error, (KeyboardInterrupt, GeneratorExit))
         pool.shutdown(wait=not is_ctrl_c)
         raise
@@ -932,7 +932,7 @@ def report(summary: Json, about: str, agent: Agent, live: Live) -> Iterator[str]
     model = summary["model"]
     if model == "offline":
         model = STAND_IN
-    if not live.replies:
+    if not live.replies:                # `watched` counts none if no model is asked
         model = "none: this method asks no language model"
     heading = ("{method} on {world}, seed {seed}: {episodes} learning episodes, "
                "then {users} held-out users")
@@ -1236,9 +1236,9 @@ def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Cal
             state = billp.state_after(catalog, user, Key(seed, "value", i), config)
             answer, _ = billp.critic(state, agent.critic, llm, config)
             errors[repeat, i] = one_return - reference, answer.value - reference
-    bias, variance = errors.mean(0), errors.var(0)                      # [users, 2]
+    bias, variance = errors.mean(0), errors.var(0)      # [users, 2]: of the return, of the critic
     figures = np.stack([bias, variance, bias ** 2 + variance], -1)      # [users, 2, 3]
-    return figures.reshape(-1, 6).tolist()
+    return figures.reshape(len(users), 6).tolist()
 
 
 def measure_job(job: Job, llm: LLM, embed: Embed, pmap: Callable) -> list[list[float]]:
@@ -1490,8 +1490,8 @@ def experiments(args: Namespace, live: Live) -> None:
     jobs.sort(key=lambda job: -job.run.episodes)
     if args.models_asked != ["offline"]:
         jobs.sort(key=lambda job: job.run.method in envs.POLICIES)
-    # The longest job with language needs the most learners; a policy meets the same ones again. Its
-    # world is built before anything is written, so a lack of users leaves no files.
+    # The longest job with language needs the most learners; a policy meets the same ones again. The
+    # world of this job is built before anything is written, so a lack of users leaves no files.
     longest = max(jobs, key=lambda job: (job.run.method in billp.METHODS, job.run.episodes))
     most_users = max(job.run.users for job in jobs)             # fig4 takes fewer than others
     about = build_place(longest.run._replace(users=most_users)).env.about

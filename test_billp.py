@@ -677,7 +677,7 @@ def test_an_unreadable_actor_takes_the_first_item_shown():
     assert (act.said, act.malformed, act.fallback, act.exact) == ("", 5, True, False)
     assert CATALOG.lines[act.value] == act.recalled[0].line and len(asks) == 5
     act, _ = billp.actor(state, EMPTY, llm, CATALOG, Config(candidates=0))
-    assert [act.value] == prompts.nearest(STATE.text, CATALOG, STATE.taken)[:1]
+    assert [act.value] == prompts.free_by_nearness(STATE.text, CATALOG, STATE.taken)[:1]
 
 
 def test_an_unreadable_reflector_keeps_nothing():
@@ -1240,7 +1240,8 @@ def test_closest_is_a_sort(items, texts, bonus, data, weight):
     found = prompts.closest(texts, catalog, bonus, weight)
     assert found == [item for _, item in sorted(ranks)]
     # what no reply names is grounded by whole lines
-    assert prompts.nearest(texts[0], catalog, ()) == prompts.closest(texts[:1], catalog, {}, 1.0)
+    nearest_first = prompts.closest(texts[:1], catalog, {}, 1.0)
+    assert prompts.free_by_nearness(texts[0], catalog, ()) == nearest_first
 
 
 @given(junk, junk)
