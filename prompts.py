@@ -371,7 +371,7 @@ def unmarked(line: str) -> str:
     # of {"category": "War", "reason": "new"} `segment` leaves what stands behind the first label:
     #     War", "reason": "new"}      this becomes      War, reason: new"}
     line = re.sub(r'",\s*"(\w+)":\s*"', r", \1: ", clean(line))
-    content = re.sub(r"^\d{1,2}[.)] |[*`]|__", "", line).strip(' _#>-•"{}')
+    content = re.sub(r"^\d{1,2}[.)]( |$)|[*`]|__", "", line).strip(' _#>-•"{}')
     if not re.search(r"\w", content):
         return ""
     # A quote may have lost its partner, which was stripped just now or stood before the label. Then
@@ -418,7 +418,8 @@ def labelled(text: str, labels: Sequence[str]) -> str:
     before_all = text[:first_label.start("name")] if first_label else text
     # After a label a line such as "Comedy!" is an answer and no preamble.
     line = first_line(inner, preamble=":") or first_line(before_all)
-    has_placeholder = re.search(r"\b(CATEGORY|REASON)\b(?!:)", line)    # "REASON:" is a heading
+    # not "NEXT CATEGORY: WAR", not the heading "REASON:"
+    has_placeholder = re.search(r"((?<!NEXT )\bCATEGORY|(?i:because) REASON)\b(?!:)", line)
     return "" if has_placeholder else line
 
 
@@ -924,6 +925,8 @@ def parse_reflector(text: str) -> str | Malformed:
     # "... because War. Better next: Comedy"
     break_and_marks = r'\n(\d\.)?[^\w"]{0,9}'
     text = re.sub(rf"(?i){break_and_marks}(?={better})", " ", text)
+    # "Better next: Action: fun" names the category Action and begins no turn
+    text = re.sub(rf"(?i)({better}\W*action)\W*:", r"\1,", text)
     # a turn is cited: "too similar to Action 2: Up" loses its colon, so that it begins no turn
     text = re.sub(r"(?i)(?<=[^\n])\b((thought|action|observation) \d+):", r"\1", text)
     return labelled(text, REFLECTIONS) or Malformed("the reply held no line 'Reflection: ...'")
@@ -1043,8 +1046,10 @@ def named_in(text: str, tags: Sequence[str]) -> list[str]:
 
 
 # What to avoid: after "avoid" or "not" the rest of the sentence, past commas, or up to a colon,
-# " but ", ", so " or ", I "; after "instead of", "don't" and the like up to the next comma.
-AVOIDED = (r"(?i)\b(avoid(ing)?|keep away from|without|not|no|never)\b"
+# " but ", ", so " or ", I "; after "instead of", "don't" and the like up to the next comma. But
+# "Why not War?", "Not only War" and "Without a doubt War" ask for it.
+AVOIDED = (r"(?i)\b(avoid(ing)?|keep away from|without(?! (a |any )?doubt)|(?<!why )not(?! only)"
+           r"|no(?! doubt)|never)\b"
            r"((?! but |, so |, I\b)[^.;:])*"
            r"|\b(instead of|(rather|other) than|anything but|nothing like"
            r"|(do|does|should)n['’]?t)\b[^.;,]*")
@@ -1214,6 +1219,8 @@ GUESS = rf"""(?ix)
       | \\boxed\{{ )
     (?: is | it | it['’]s | at | about | around | would[ ]be | the[ ]value | [\s:=*_$] )* {NUMBER}
     """
+# The last line, or what stands behind a colon or a word: "Step 3: 7.5", "4 steps left, value 7.5"
+NUMBER_AT_END = rf"(?imx) (^ | [:=≈：] | \b(value|it)\b) [\s*_$`]* {NUMBER} [ *_$`.]* \Z"
 # a number that is not the answer; NUMBER has a name, so a pattern can hold it only once
 AMOUNT = r"\d+([.,]\d+)?"
 # What is left out: "7.5 out of 10", "7.5 because we are at step 4", "between 0 and 10, 7.5".
@@ -1253,8 +1260,7 @@ def parse_critic(text: str) -> float | Malformed:
                 re.match(rf"[\s*_$`]*{NUMBER}[ *_$`.]*\n", outside),    # "7.5", then a reason
                 conclusion,
                 re.search(VALUE_LINE, text),                    # "Value: (7.5)"
-                # the last line, or behind a colon: "Step 3: 7.5"
-                re.search(rf"(?m)(^|[:=≈：])[\s*_$`]*{NUMBER}[ *_$`.]*\Z", outside),
+                re.search(NUMBER_AT_END, outside),
                 re.search(NUMBER, outside),                     # the first number
                 re.search(NUMBER, text))        # "(7.5)", "If the user stays, the value is 7.5"
     for match in attempts:

@@ -1548,10 +1548,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    import run          # the workers of a cluster find its functions by this name
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.stdout:                      # letters that a terminal cannot show become a ?
         sys.stdout.reconfigure(errors="replace")
-    exit_code = main()
+    exit_code = run.main()
     # `os._exit` ends threads that still wait for an answer after Ctrl-C. It flushes nothing, so
     # print does that first.
     try:

@@ -1113,6 +1113,8 @@ planner | Action ; **Action** ; Next category:\n*Action*\nWhy not? | Action
 planner | *Action*\nIt was liked. ; **Next category**\n**Action**\nIt was liked. | Action
 planner | Next category: Action: it was liked | Action: it was liked
 planner | Next category: War, because REASON: it is new | War, because REASON: it is new
+planner | Next category: War, the REASON is that it is new | War, the REASON is that it is new
+planner | NEXT CATEGORY IS WAR | NEXT CATEGORY IS WAR
 planner | Next category: Comedy!\nIt is fun. | Comedy!
 planner | Next category: "Comedy", because it was liked | Comedy, because it was liked
 planner | Comedy, because "Up" and "Big" were liked | Comedy, because "Up" and "Big" were liked
@@ -1123,6 +1125,7 @@ reflector | Sad.\n### Better next\nUp ; Sad.\n**Better next:**\nUp | Sad. Better
 reflector | Reflection: Sad.\nNext category: Up | Sad. Next category: Up
 reflector | Sad.\n- **Better category:** Up | Sad. Better category: Up
 reflector | 1. Lesson: Sad.\n2. Better next: Up | Sad. Better next: Up
+reflector | Lesson: Sad.\n\n**Better next:** Action: fun | Sad. Better next: Action, fun
 reflector | Lesson: Like Up (Action 2: Up). Next: War | Like Up (Action 2 Up). Next: War
 critic | Value after step 3: 7.5 ; Value (at most 10): 7.5 ; 7,5 ; Value: about 7.5 of 10 | 7.5
 critic | **Value:** 7.5 ; 7.5<think>\nValue: 1 ; Value at t=4: 7.5 ; Value of state = 4: 7.5 | 7.5
@@ -1149,6 +1152,7 @@ critic | Value: 7.5 on average ; Value: 7.5 if the user leaves ; Value: 7.5 aver
 critic | The value is an average of 7.5, from 8 similar situations and step 4 | 7.5
 critic | The value after Up is 6.18. I estimate 7.5. ; The best value is 8.\n\n$\boxed{7.5}$ | 7.5
 critic | Value range: 0 to 10\n\nValue: 7.5 ; Value of staying: 9\nValue: 7.5 | 7.5
+critic | 3 films rated 5. Value 7.5 ; 2 more steps, value 7.5. ; With 3 items left I'd give it 7.5 | 7.5
 critic | Value: −3 ; Value: -3 = 4 - 7 | -3.0
 """))
 def test_an_answer_is_read_without_its_wrapping(role, reply, value):
@@ -1160,7 +1164,7 @@ def test_an_answer_is_read_without_its_wrapping(role, reply, value):
 planner ; reflector | Next category: CATEGORY, because REASON ; Comedy, because REASON
 planner ; reflector | Reflection: Left because it was sad. Better next: CATEGORY
 actor | Free item: ; **Free item:** ; Free item: title
-planner | The best choice is unclear.\nNext category: N/A
+planner | The best choice is unclear.\nNext category: N/A ; 1. Action: Up
 any | Free item: TITLE ; I'm sorry, but I can't help with that. ; \n ; ```\n``` ; ... ; I apologize.
 any | Sorry, I cannot do this. ; I can’t assist with that request. ; I'm really sorry, but I can't.
 any | Unfortunately, I cannot determine the next category. ; I do not have enough information.
@@ -1291,6 +1295,8 @@ def test_the_category_tool_by_hand():
 [Comedy] | Avoiding War, I'd take Comedy ; Since Drama was shown, Comedy. They like Drama
 [Comedy] | Something not seen: Comedy ; They would not like Drama, so Comedy
 [Comedy] | War was shown. Comedies next ; After Drama, Comedy ; Other than Drama, Comedy
+[Comedy] | Why not Comedy? It was liked ; I have no doubt that Comedy fits best
+[Comedy] | Not only War, also Comedy ; Without any doubt Comedy, not Drama
 [War] | War again ; Something new, because War was liked
 [Drama] | Drama next, not Sci-Fi. Keep away from: War, Sci-Fi.
 [Drama, War] |
