@@ -720,10 +720,7 @@ def parallel(pool: futures.Executor, stop: Event) -> Iterator[Callable]:
         yield pool.map
     except BaseException as error:
         stop.set()
-        # Ctrl-C is a KeyboardInterrupt here, unless it strikes the loop of `experiments` over
-        # `do_jobs`. Then Python closes this generator, which raises GeneratorExit.
-        is_ctrl_c = isinstance(error, (KeyboardInterrupt, GeneratorExit))
-        pool.shutdown(wait=not is_ctrl_c)
+        pool.shutdown(wait=not isinstance(error, KeyboardInterrupt))
         raise
     pool.shutdown()
 
@@ -1293,13 +1290,23 @@ def offline_pool(args: Namespace) -> Iterator[futures.Executor]:
         yield client.get_executor()
 
 
-def do_jobs(args: Namespace, jobs: Sequence[Job], folder: Path,
-            live: Live) -> Iterator[tuple[Job, list]]:
-    """Each job with its samples: offline side by side, else one after the other."""
+def do_jobs(args: Namespace, jobs: Sequence[Job], folder: Path, live: Live) -> dict[str, list]:
+    """The samples of each job: done offline side by side, else one after the other.
+
+    A job holds dicts and cannot be a key. So its text is the key.
+    """
+    samples_of = {}
+
+    def finish(job: Job, samples: list) -> None:
+        samples_of[dumps(job)] = samples
+        say(f"{len(samples_of)} of {len(jobs)} runs: {job.run.method}, {job.run.episodes} "
+            f"episodes, seed {job.run.seed}")
+
     if args.models_asked == ["offline"]:
         with offline_pool(args) as pool, parallel(pool, live.stop) as pmap:
-            yield from zip(jobs, pmap(offline_job, jobs))
-        return
+            for job, samples in zip(jobs, pmap(offline_job, jobs)):
+                finish(job, samples)
+        return samples_of
     models = {}                         # one client and one log for each
     workers = args.workers or batch_workers(jobs[0].run)
     with parallel(futures.ThreadPoolExecutor(workers), live.stop) as pmap:
@@ -1310,7 +1317,8 @@ def do_jobs(args: Namespace, jobs: Sequence[Job], folder: Path,
             llm, embed = models[name]
             # fig4 also plays sessions that belong to no phase, so no progress is shown.
             job_map = pmap if job.measure == "errors" else watched(pmap, job.run, live)
-            yield job, measure_job(job, partial(counted, llm, live), embed, job_map)
+            finish(job, measure_job(job, partial(counted, llm, live), embed, job_map))
+    return samples_of
 
 
 class Row(NamedTuple):
@@ -1499,16 +1507,12 @@ def experiments(args: Namespace, live: Live) -> None:
         say(f"world {about}")
     flags = {name: getattr(args, name) for name in ("experiment", "seeds", "models", "rows")}
     folder = run_directory(args, base._asdict() | flags)
-    results = {}                        # by the text of the job: it holds dicts, so it is no key
-    for job, samples in do_jobs(args, jobs, folder, live):
-        results[dumps(job)] = samples
-        say(f"{len(results)} of {len(jobs)} runs: {job.run.method}, {job.run.episodes} episodes, "
-            f"seed {job.run.seed}")
+    samples_of = do_jobs(args, jobs, folder, live)
     for name, cells in tables.items():
-        finished = {}
+        samples = {}
         for cell, needed in cells.items():
-            finished[cell] = np.array([results[dumps(job)] for job in needed], float)
-        publish(name, base, finished, folder)
+            samples[cell] = np.array([samples_of[dumps(job)] for job in needed], float)
+        publish(name, base, samples, folder)
     print(*ledger(live), f"seconds   {time.perf_counter() - began:.1f}", f"run       {folder}",
           sep="\n")
 
