@@ -17,7 +17,7 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
                    run it is asked and determines the draw of the answer, so a run can be repeated
     malformed      a reply that a parser cannot use; after the last retry a role gives its fallback
 
-Recording (s, a) as encouraged makes a more likely to be listed and chosen in similar states
+Recording (s, a) as encouraged makes action a more likely to be listed and chosen in similar states
 (`prompts.chance`). A policy-gradient step also raises pi(a | s), by changing weights and in
 proportion to A.
 We add mainly two things. The actor chooses from a list of free items; `candidates=0` leaves it out.
@@ -70,8 +70,9 @@ class Config(NamedTuple):
     line_weight: float = 0.5
     # steps the category tool looks back, at least 1; as in the released code
     lately: int = 4
-    # A thought that names a category shown lately and no other liked one is malformed while others
-    # are offered. A small model has such thoughts at 4 % of the steps, and many users leave there.
+    # While liked categories that were not shown lately are offered, a thought that names only
+    # categories shown lately is malformed. A small model has such thoughts at 4 % of the steps, and
+    # many users leave there.
     fresh_thoughts: bool = True
     # items in a state's text and in a prompt's history, at least 1; as in the paper
     titles: int = 10
@@ -271,7 +272,8 @@ class Trajectory(NamedTuple):
     steps: tuple[Step, ...]         # at least one; the last is the leaving step if terminated
     last: State                     # s_{N+1}, the state after the last step
     terminated: bool                # the user left
-    # V(s_1) .. V(s_{N+1}); the last is 0 if the user left, and all are 0 without the critic
+    # V(s_1) .. V(s_{N+1}); the last is 0 if the user left, and all are 0 without the critic.
+    # Without `experience` there are no values and no advantages.
     values: tuple[float, ...] = ()
     advantages: tuple[float, ...] = ()      # A(s_1, a_1) .. A(s_N, a_N)
     answers: tuple[Answer, ...] = ()        # of critic and reflector
@@ -522,33 +524,27 @@ def episode(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM,
 def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAULT) -> Trajectory:
     """The episode with what it teaches: three small memories, not yet merged into the agent's."""
     steps = trajectory.steps
-    asks_critic = config.experience and config.baseline
-    # V(s_1) .. V(s_{N+1}) are needed, one more than there are steps. If the user left, the last one
-    # is 0, and the critic is not asked for it.
-    states = [step.state for step in steps]
-    if not trajectory.terminated:
-        states.append(trajectory.last)
-    answers = ()
-    values = [0.0] * len(states)
-    if asks_critic:
-        answers = tuple(critic(state, agent.critic, llm, config)[0] for state in states)
-        values = [answer.value for answer in answers]
-    if trajectory.terminated:
-        values.append(0.0)
-    advantages = []
+    answers, values, advantages = (), [], []
     m_p, m_a, m_c = EMPTY, EMPTY, EMPTY             # what this episode adds to the three memories
-    for step, value, next_value in zip(steps, values, values[1:]):
-        state = step.state
-        left = trajectory.terminated and step is steps[-1]      # users leave at the last step only
-        adv = advantage(step.reward, config.gamma, value, next_value, left)
-        advantages.append(adv)
-        if config.experience:
-            verdict = int(adv >= 0)
-            m_a = remember(m_a, state.text, verdict, state.vector, step.line)
-        if asks_critic:
-            target = td_target(step.reward, config.gamma, next_value, left)
-            last_line = state.text.rpartition("\n")[2]      # of the last item liked or shown
-            m_c = remember(m_c, state.text, target, state.vector, last_line)
+    if config.experience:
+        # V(s_1) .. V(s_{N+1}), one more than there are steps; 0 without the critic
+        states = [step.state for step in steps] + [trajectory.last]
+        values = [0.0] * len(states)
+        if config.baseline:
+            # if the user left, the last value stays 0, and the critic is not asked for it
+            with_future = states[:-1] if trajectory.terminated else states
+            answers = tuple(critic(state, agent.critic, llm, config)[0] for state in with_future)
+            values[:len(answers)] = [answer.value for answer in answers]
+        for step, value, next_value in zip(steps, values, values[1:]):
+            state = step.state
+            left = trajectory.terminated and step is steps[-1]      # users leave at the last step
+            adv = advantage(step.reward, config.gamma, value, next_value, left)
+            advantages.append(adv)
+            m_a = remember(m_a, state.text, int(adv >= 0), state.vector, step.line)
+            if config.baseline:
+                target = td_target(step.reward, config.gamma, next_value, left)
+                last_line = state.text.rpartition("\n")[2]      # of the last item liked or shown
+                m_c = remember(m_c, state.text, target, state.vector, last_line)
     if config.thoughts and config.lessons != "none":
         reflection, m_p = reflector(trajectory, m_p, llm, config)
         answers += (reflection,)

@@ -507,15 +507,15 @@ def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
     entropy = -(chance * log_chance).sum(1, keepdims=True)
     picked = np.eye(len(items))[pick]           # [B, k]: 1 at the pick, 0 elsewhere
     # First the derivatives by fit [B, k], see `log_chances`.
-    # 1. Those of the chances, which are a softmax:
-    #    d chance_i / d fit_j = chance_i * ([i is j] - chance_j)
-    # 2. Those of the pick: divide 1. by chance_i and take the pick for i.
-    #    d log_chance[pick] / d fit_j = [j is the pick] - chance_j
+    # (a) The chances are a softmax:
+    #     d chance_i / d fit_j = chance_i * ([i is j] - chance_j)
+    # (b) The pick is i: d log(chance) is d chance / chance, so divide (a) by chance_i.
+    #     d log_chance[pick] / d fit_j = [j is the pick] - chance_j
     of_pick = picked - chance
-    # 3. Those of the entropy: d entropy / d chance_i is -(log_chance_i + 1), so by 1.
-    #    d entropy / d fit_j = -sum over i of (log_chance_i + 1) * chance_i * ([i is j] - chance_j)
-    #    The sum over i of (log_chance_i + 1) * chance_i is 1 - entropy, so this is
-    #    -chance_j * ((log_chance_j + 1) - (1 - entropy)) = -chance_j * (log_chance_j + entropy)
+    # (c) The entropy: d entropy / d chance_i is -(log_chance_i + 1). With (a) and the chain rule
+    #     d entropy / d fit_j = -sum over i of (log_chance_i + 1) * chance_i * ([i is j] - chance_j)
+    #     The sum over i of (log_chance_i + 1) * chance_i is 1 - entropy, so this is
+    #     -chance_j * ((log_chance_j + 1) - (1 - entropy)) = -chance_j * (log_chance_j + entropy)
     of_entropy = -chance * (log_chance + entropy)
     by_fit = td_error[:, None] * of_pick + ENTROPY * of_entropy
     # Then those by the weights, by the chain rule.
@@ -765,8 +765,8 @@ def category_table(tags: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], Arra
 def made_up(belongs: Array, users: int, rng: Rng) -> Array:
     """int8 [n, m]: ratings of films, given their categories; see `films`.
 
-    The numbers are chosen so that taste matters. On average a user stays for 3 to 5 of 50 steps
-    with random items, and for at most 32 with `one_list`.
+    The numbers are chosen so that taste matters. Of 50 steps a user stays on average for 3 to 5
+    with random items, and for at most 32 with `one_list`, whatever the seed.
     """
     m, c = belongs.shape
     # archetypes and appeal are the same for every seed
@@ -789,10 +789,10 @@ def films(seed: int = 0) -> Env:
 
     Titles, years and categories are facts; ratings are made up. A rating is mostly taste: how much
     the user likes the film's categories, which is in part the taste of one of six archetypes. Then
-    comes the film's general appeal, then noise. Two films are too similar if at least half of the
-    categories that either has are in both: about one pair in 25. (An exception: 17 pairs of a film
-    with one category and a film with three are too similar, though they share only one of three.)
-    A history is ten films, drawn without replacement with weights exp(rating). Half of the users
+    comes the film's general appeal, then noise. Two films are too similar if they share at least
+    half of their combined categories: about one pair in 25. (An exception: 17 pairs of a film with
+    one category and a film with three are too similar, though they share only one of three.) A
+    history is ten films, drawn without replacement with weights exp(rating). Half of the users
     learn.
     """
     titles, years, tags = [], [], []
@@ -924,7 +924,7 @@ def columns(header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
 def read_rows(file: Path, needed: Sequence[str], parse: Callable) -> Iterator:
     """parse(row) of each line that is not empty, one line at a time.
 
-    A ValueError, also one of parse, names the line.
+    A ValueError, including one that parse raises, names the line.
     """
     with file.open(encoding=encoding(file), newline="") as stream:
         lines = csv.reader(stream, strict=True)

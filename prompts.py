@@ -237,9 +237,11 @@ def spoken(text: str) -> str:
     """
     text = re.sub(OPENING, "<think>", text)
     text = re.sub(ENDING, "</think>", text)
-    # "<think>War?</think>Up", or without its opening mark, which may be part of the prompt
+    # what stands behind the last </think>, up to a <think> that is never closed:
+    #     "<think>War?</think>Up" · "War?</think>Up" · "Up<think>or War?"
+    # The second is common: the opening mark may be part of the prompt.
     answer = text.rpartition("</think>")[2].partition("<think>")[0]
-    if not answer.strip():              # nothing behind the last mark: "Up<think>or War?</think>"
+    if not answer.strip():              # nothing there: "Up<think>or War?</think>"
         answer = text.partition("<think>")[0]
     lines = [line.strip() for line in re.sub(MARK, "\n", answer).splitlines()]
     return "\n".join(line for line in lines if line)
@@ -402,8 +404,8 @@ def first_line(text: str, preamble: str = ":!") -> str:
 def labelled(text: str, labels: Sequence[str]) -> str:
     """The first line after one of these labels, or else before all labels.
 
-    It is "" if there is no such line, if it still holds a placeholder of the form asked for, or if
-    the reply is a refusal.
+    It is "" if there is no such line, if the reply is a refusal, or if the line still holds a word
+    of the form asked for: "Next category: CATEGORY, because REASON", see PLANNER.
 
     >>> labelled("Thought 3: a comedy\\nAction 3: Up", THOUGHTS), labelled("Action: x", THOUGHTS)
     ('a comedy', '')
@@ -418,7 +420,7 @@ def labelled(text: str, labels: Sequence[str]) -> str:
     before_all = text[:first_label.start("name")] if first_label else text
     # After a label a line such as "Comedy!" is an answer and no preamble.
     line = first_line(inner, preamble=":") or first_line(before_all)
-    # not "NEXT CATEGORY: WAR", not the heading "REASON:"
+    # but "NEXT CATEGORY: WAR" is an answer in capitals, and "because REASON: it is new" a heading
     has_placeholder = re.search(r"((?<!NEXT )\bCATEGORY|(?i:because) REASON)\b(?!:)", line)
     return "" if has_placeholder else line
 
@@ -426,7 +428,7 @@ def labelled(text: str, labels: Sequence[str]) -> str:
 # ------------------------------------------------------------------ catalogue and grounding
 
 ARTICLES = frozenset("the a an le la les l un une il lo el los las der das".split())
-LONGEST = 40                        # words of a title that are compared: those of `title_of`
+LONGEST = 40                        # words of a title that are compared; few titles have more
 YEAR = "(1[89]|20)[0-9]{2}"
 # What follows a title in that of a sequel: "Frozen II", "Jaws 2 (1978)", "Dune: Part Two", "Toy
 # Story 3, because ...". It is matched with the words behind the title, without punctuation.
@@ -588,7 +590,8 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
         next_items, _ = leading_title(behind, catalog)
         if not next_items:
             items = of_year(items, int(longer["year"]), catalog)
-    # not of a longer title with its year, such as "Star Wars: Episode IV - A New Hope (1977)"
+    # The words of a sequel mean another film. If LONGER has matched, the year has decided already:
+    # "Star Wars: Episode IV - A New Hope (1977)" is Star Wars.
     elif re.match(SEQUEL, rest):
         items = []
     return items, size
@@ -653,8 +656,8 @@ def items_alone(text: str, catalog: Catalog) -> list[int]:
             titled, words_used = leading_title(words, catalog)
             if not titled or words_used < len(words):
                 continue
-            # A part counts only if the whole line names this item, too: of "My pick: The Lost
-            # World: Jurassic Park" the back is "Jurassic Park".
+            # A part counts only if the whole line names this item, too. The back of "My pick: The
+            # Lost World: Jurassic Park" is "Jurassic Park", but the line names another film.
             if part == line or titled[0] in whole_titles:
                 items += titled
                 break
@@ -750,10 +753,10 @@ def ground(text: str, catalog: Catalog, exclude: Collection[int] = (),
     """The item that a text stands for, and whether the text names it.
 
     `listed` holds the lines that the model was to choose from; it is empty if any free item was
-    allowed. These items come into question, the likeliest first:
+    allowed. The possible items, the likeliest first:
     - The items named and not excluded.
-    - If all items named are excluded: those near to the categories of the first. They are of its
-      kind, not spelled like it.
+    - If all items named are excluded: those near to the categories of the first, if it has any.
+      They are of its kind, not spelled like it.
     - If no item is named: those near to the text.
     The first of them that is listed is taken, or else the first.
     """
@@ -963,8 +966,8 @@ Evidence = Counter[tuple[str, int]]     # how often each pair (item line, verdic
 
 # Evidence is shrunk to the average: an item counts as if it had been tried so often before, with
 # average success. Most verdicts come from users of another taste: a few must not move an item far.
-# Of 2, 4, 8, 16 and 32 trials, 8 were best for a player that takes the first, second, ... listed
-# item as often as a 1.5B model does.
+# We tried 2, 4, 8, 16 and 32. 8 was best for a simulated player that takes each place of the list
+# as often as a 1.5B model does.
 EARLIER_TRIALS = 8
 
 
@@ -1331,8 +1334,8 @@ def offline_planner(history: str, transcript: str, question: str, draw: int) -> 
         options = options[:1]       # the tool names the most liked first
     category = options[draw % len(options)]
     keep_away = ", ".join(sorted(unwanted - {category})) or "nothing"
-    # The actor reads this by PLAN, the reflector by APART. AVOID is looked for in lessons alone:
-    # here the warning tells a person what comes from them.
+    # The actor reads this by PLAN, the reflector by APART. No role reads the warning of a thought.
+    # It shows a person which categories the lessons warn of.
     return (f"Next category: {category}, because similar items go {counted_steps(apart)} apart."
             f"{spelled_avoid(warned)} Keep away from {keep_away}.")
 
@@ -1829,10 +1832,10 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
 
 
 def redirected(route: Route, response: Any) -> Fault:
-    """The Fault of a redirect. From now on the route is there, if that is as safe for the key.
+    """The Fault of a redirect. If the new address is as safe for the key, requests go there now.
 
-    Safe is the same host, and no step from https to http. Status 301 to 303 would turn the POST
-    into a GET.
+    As safe means: the same host, and not from https to http. Status 301 to 303 would turn the POST
+    into a GET, so they are never followed.
     """
     there = response.next_request.url
     got = fault(route, str(response.status_code), f"redirects to {without_query(there)}")
@@ -1942,7 +1945,7 @@ def pause(route: Route, got: Fault, faults: int) -> None:
 
 
 def send(route: Route, body: dict, read: Callable) -> Any:
-    """Ask until `read` makes something of the answer, or else return the last Fault."""
+    """Send the request until `read` can use the answer. After the last try return the Fault."""
     charge = CHARGE.get()
     tried = Counter()
     while True:
@@ -1992,12 +1995,13 @@ def read_chat(route: Route, ask: Ask, data: dict) -> Any:
         system = starred(route, str(data["system_fingerprint"]))
         with LOCK:
             route.stats["system_fingerprint"] = clean(system, 200)
-    # Some servers give no choice if they filter a prompt, or have no text: KINDS then finds the
-    # reason in the body. What differs in each answer is left out, so equal reasons are counted.
-    details = {name: data[name] for name in data if name not in ("id", "created", "usage")}
-    no_choice = {"finish_reason": "missing", "error": json.dumps(details)}
     if "choices" not in data and "usage" not in data:
         raise LookupError("no chat completion")             # `send_once` takes it for a web page
+    # A server may send no choice if it filters a prompt or has no text. Then the whole body counts
+    # as the error of a choice, and KINDS finds the reason in it. What differs in each answer is
+    # left out, so that run.py counts equal reasons together.
+    details = {name: data[name] for name in data if name not in ("id", "created", "usage")}
+    no_choice = {"finish_reason": "missing", "error": json.dumps(details)}
     choices = data.get("choices")                           # Gemini leaves it out if it filters
     choice = choices[0] if choices else no_choice
     finish = choice.get("finish_reason")

@@ -130,8 +130,8 @@ FLAGS = {                               # group -> flag -> what it does
         "line_weight": "weight of an item's whole line in its nearness to a query; its categories "
                        "alone have the weight 1 - N",
         "lately": "how many steps back the category tool looks",
-        "fresh_thoughts": "a thought that names a category shown lately and no other liked one is "
-                          "malformed while others are offered",
+        "fresh_thoughts": "while liked categories not shown lately are offered, a thought that "
+                          "names only categories shown lately is malformed",
         "titles": "items in a state's text and in a prompt's history",
         "batch": "episodes between two updates of the memories",
         "transcript": "characters of a session in a prompt",
@@ -513,9 +513,9 @@ def flattened(config: Json) -> Json:
 def is_in_use(path: Path) -> bool:
     """Whether a directory holds results or answers, or files of another program.
 
-    It is free for another run in two more cases. It holds config.json alone: its run got no answer,
-    perhaps from a mistyped model. It holds logs alone: the user has copied them from an earlier
-    run.
+    Beside an empty directory, two kinds are free for another run. One holds config.json alone: its
+    run got no answer, perhaps from a mistyped model. The other holds logs alone: the user has
+    copied them from an earlier run.
     """
     files = filter(Path.is_file, path.rglob("*"))
     # names with a dot in front are drafts, or those of the file manager, such as .DS_Store
@@ -583,7 +583,7 @@ def read_record(role: str, row: list) -> billp.Record:
 
 
 def read_memory(path: Path | None) -> Json:
-    """What `memory_text` wrote, with records for rows, and a digest of the file.
+    """What `memory_text` wrote, with each row made a record, and a digest of the file.
 
     `path` is the file or its run directory. UserError for any other. Without a path nothing was
     learned before: there are no records.
@@ -834,14 +834,12 @@ def describe(env: envs.Env, trajectory: Trajectory) -> Json:
     if trajectory.terminated:
         items = [step.act.value for step in trajectory.steps]
         left = prompts.clean(envs.why_left(env, trajectory.user, items))
-    key, gained = trajectory.last.key, trajectory.gained
-    was_credited = bool(gained.actor)       # only learning with --experience writes M_A
+    key = trajectory.last.key
+    reflections = [record.content for record in billp.records(trajectory.gained.planner)]
     return {"phase": key.phase, "episode": key.episode, "user": trajectory.user,
             "history": trajectory.last.history, "steps": steps, "left": left,
-            "values": trajectory.values if was_credited else (),
-            "advantages": trajectory.advantages if was_credited else (),
-            # none, or one
-            "reflection": "".join(record.content for record in billp.records(gained.planner))}
+            "values": trajectory.values, "advantages": trajectory.advantages,
+            "reflection": "".join(reflections)}             # there is at most one
 
 
 def summarise(run: Settings, outcome: Outcome, live: Live, began: float) -> Json:
@@ -1156,7 +1154,7 @@ def settings_of(base: Settings, varied: str, series: str, x: Any) -> Settings:
         run = run._replace(rule=base.rule | {"window": x})
     elif varied:                    # episodes or model, which are fields
         run = run._replace(**{varied: x})
-    if episodes:                    # only where nothing is varied, or the window
+    if episodes:                    # no experiment that varies the episodes has such rows
         run = run._replace(episodes=int(episodes))
     # The runs of a method that learns nothing are the same for each number of episodes, and are
     # performed once.
