@@ -70,9 +70,9 @@ class Config(NamedTuple):
     line_weight: float = 0.5
     # steps the category tool looks back, at least 1; as in the released code
     lately: int = 4
-    # While liked categories that were not shown lately are offered, a thought that names only
-    # categories shown lately is malformed. A small model has such thoughts at 4 % of the steps, and
-    # many users leave there.
+    # While liked categories not shown lately are offered, a thought that names one shown lately and
+    # none of these is malformed. A small model has such thoughts at 4 % of the steps, and many
+    # users leave there.
     fresh_thoughts: bool = True
     # items in a state's text and in a prompt's history, at least 1; as in the paper
     titles: int = 10

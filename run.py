@@ -131,7 +131,7 @@ FLAGS = {                               # group -> flag -> what it does
                        "alone have the weight 1 - N",
         "lately": "how many steps back the category tool looks",
         "fresh_thoughts": "while liked categories not shown lately are offered, a thought that "
-                          "names only categories shown lately is malformed",
+                          "names one shown lately and none of these is malformed",
         "titles": "items in a state's text and in a prompt's history",
         "batch": "episodes between two updates of the memories",
         "transcript": "characters of a session in a prompt",
