@@ -765,8 +765,8 @@ def category_table(tags: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], Arra
 def made_up(belongs: Array, users: int, rng: Rng) -> Array:
     """int8 [n, m]: ratings of films, given their categories; see `films`.
 
-    The numbers are chosen so that taste matters. Of 50 steps a user stays on average for 3 to 5
-    with random items, and for at most 32 with `one_list`, whatever the seed.
+    The numbers are chosen so that taste matters. On average over users and seeds, sessions have 3
+    to 5 of 50 steps with random items, and at most 32 with `one_list`.
     """
     m, c = belongs.shape
     # archetypes and appeal are the same for every seed
