@@ -1046,7 +1046,7 @@ def groups(keys: Array) -> list[Array]:
 def ridge(own: Array, other: Array, ratings: Array, fixed: Array, count: int) -> Array:
     """float32 [count, k + 1]: the k factors and the bias of each of `count` users.
 
-    Users and items can be exchanged: `als` also fits the items by it.
+    Users and items can be exchanged: so `als` fits the items, too.
     ratings[i] is the rating of item other[i] by user own[i], minus the global offset. `fixed`
     [items, k + 1] holds the items' factors and biases, which stay as they are. A factor is one of
     the k numbers that describe a user or an item. The penalty on a factor is 3 + a tenth of the

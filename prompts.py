@@ -420,7 +420,8 @@ def labelled(text: str, labels: Sequence[str]) -> str:
     before_all = text[:first_label.start("name")] if first_label else text
     # After a label a line such as "Comedy!" is an answer and no preamble.
     line = first_line(inner, preamble=":") or first_line(before_all)
-    # but "NEXT CATEGORY: WAR" is an answer in capitals, and "because REASON: it is new" a heading
+    # "NEXT CATEGORY: WAR" holds none: it is an answer in capitals. In "because REASON: it is new"
+    # the word is a heading.
     has_placeholder = re.search(r"((?<!NEXT )\bCATEGORY|(?i:because) REASON)\b(?!:)", line)
     return "" if has_placeholder else line
 
@@ -1222,7 +1223,7 @@ GUESS = rf"""(?ix)
       | \\boxed\{{ )
     (?: is | it | it['’]s | at | about | around | would[ ]be | the[ ]value | [\s:=*_$] )* {NUMBER}
     """
-# The last line, or what stands behind a colon or a word: "Step 3: 7.5", "4 steps left, value 7.5"
+# a number at the end: alone in its line, or after a colon, "value" or "it", as in "Step 3: 7.5"
 NUMBER_AT_END = rf"(?imx) (^ | [:=≈：] | \b(value|it)\b) [\s*_$`]* {NUMBER} [ *_$`.]* \Z"
 # a number that is not the answer; NUMBER has a name, so a pattern can hold it only once
 AMOUNT = r"\d+([.,]\d+)?"
