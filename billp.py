@@ -88,7 +88,7 @@ class Config(NamedTuple):
 DEFAULT = Config()
 
 # each method is a row of switches over the same roles
-METHODS: dict[str, dict[str, Any]] = {
+METHODS = {
     "act": {"thoughts": False, "lessons": "none", "experience": False},
     "react": {"lessons": "none", "experience": False},
     "reflexion": {"lessons": "latest", "experience": False},
@@ -227,6 +227,7 @@ class State(NamedTuple):
     history: tuple[str, ...]        # lines of the last `titles` items liked before
     shown: tuple[str, ...]          # lines of the items recommended in this session
     ratings: tuple[float, ...]      # what they earned
+    tastes: prompts.Tastes          # what the category tool reports
     turns: tuple[str, ...]          # the transcript: the lines of each step of this session
     text: str                       # the last `titles` lines, liked or shown, to search memories by
     vector: np.ndarray              # float32 [d], the embedding of the text
@@ -326,11 +327,6 @@ def distinct(lessons: Iterable[str], k: int) -> tuple[str, ...]:
     return tuple(chosen)
 
 
-def tastes_of(state: State, config: Config) -> prompts.Tastes:
-    """What the category tool reports on a state."""
-    return prompts.category_tool(state.history, state.shown, config.lately)
-
-
 def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
     """Macro level: the thought t_n, given the state, K reflections and the category tool.
 
@@ -344,7 +340,7 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
     if config.lessons == "latest":
         recalled = records(memory)[::-1]
     lessons = distinct((record.content for record in recalled), config.k_lessons)
-    tastes = tastes_of(state, config)
+    tastes = state.tastes           # what the category tool reports
     question = prompts.render_planner(lessons, tastes, config.lately)
     fallback = tastes.other[0] if tastes.other else ""
     parse = partial(prompts.parse_planner, tastes=tastes if config.fresh_thoughts else None)
@@ -366,12 +362,10 @@ def ranked_lines(state: State, evidence: Evidence, catalog: Catalog, config: Con
     average = prompts.average_chance(evidence)
     bonus = {line: prompts.chance(line, evidence, average) - average for line, _ in evidence}
     if not config.candidates:
-        in_catalog = set(catalog.lines)             # a loaded memory may come from another world
-        known = [line for line in bonus if line in in_catalog]
         # `evidence` begins with the nearest record, and `sorted` keeps the order of equals
-        return sorted(known, key=bonus.get, reverse=True)
+        return sorted(bonus, key=bonus.get, reverse=True)
     # such as "[War]" and "[Comedy, Drama]"; the second is left out if it would be empty
-    texts = prompts.query(state.thought, catalog.env.categories, tastes_of(state, config))
+    texts = prompts.query(state.thought, catalog.env.categories, state.tastes)
     items = prompts.closest(texts, catalog, bonus, config.line_weight)
     return [catalog.lines[item] for item in items]
 
@@ -389,15 +383,15 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
         evidence = Counter((record.item, record.content) for record in recalled)
     # Two items may have the same line, and the model could not tell them apart. So each line comes
     # once, and none that is also the line of a taken item.
-    taken_lines = {catalog.lines[item] for item in state.taken}
+    free = set(catalog.lines) - {catalog.lines[item] for item in state.taken}
     lines = dict.fromkeys(ranked_lines(state, evidence, catalog, config))
-    free_lines = [line for line in lines if line not in taken_lines]
+    # a loaded memory may hold lines of another world, which are not free here
+    free_lines = [line for line in lines if line in free]
     chosen = free_lines[:config.candidates or config.k_actions]
-    recent = set(tastes_of(state, config).recent)
-    shown_lately = [line for line in chosen if recent.intersection(prompts.line_tags(line))]
-    others = [line for line in chosen if line not in shown_lately]
-    return tuple(Candidate(line, evidence[line, 1], evidence[line, 0])
-                 for line in others + shown_lately)
+    recent = set(state.tastes.recent)
+    # False comes before True, and `sorted` keeps the order of equals
+    chosen.sort(key=lambda line: bool(recent.intersection(prompts.line_tags(line))))
+    return tuple(Candidate(line, evidence[line, 1], evidence[line, 0]) for line in chosen)
 
 
 def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
@@ -451,8 +445,7 @@ def reflector(trajectory: Trajectory, memory: Memory, llm: LLM, config: Config =
     Fallback: nothing is kept.
     """
     last = trajectory.last
-    tastes = tastes_of(last, config)
-    question = prompts.render_reflector(last.shown[-1], tastes, trajectory.terminated)
+    question = prompts.render_reflector(last.shown[-1], last.tastes, trajectory.terminated)
     answer = consult(llm, "reflector", last, question, prompts.parse_reflector, config, "")
     if answer.fallback:
         return answer, memory
@@ -485,6 +478,7 @@ def state_after(catalog: Catalog, user: int, key: Key, config: Config = DEFAULT,
         history=history,
         shown=shown,
         ratings=tuple(step.reward for step in steps),
+        tastes=prompts.category_tool(history, shown, config.lately),
         turns=tuple(step.turn for step in steps),
         text=text,
         vector=catalog.embed([text])[0],
@@ -561,9 +555,7 @@ def session(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM,
 
 def absorb(agent: Agent, trajectory: Trajectory) -> Agent:
     """M <- M + M' for each of the three memories, with what an episode teaches."""
-    gained = trajectory.gained
-    return Agent(merge(agent.planner, gained.planner), merge(agent.actor, gained.actor),
-                 merge(agent.critic, gained.critic))
+    return Agent(*map(merge, agent, trajectory.gained))
 
 
 def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, seed: int, phase: str,

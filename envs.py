@@ -35,7 +35,6 @@ import numpy as np
 Array = np.ndarray
 Rng = np.random.Generator
 Location = str | Path                   # of a folder of data files
-Function = Callable[..., Array]
 
 # Independent random streams of one seed; the first three are for run.py. The numbers must not
 # change, so that a seed gives the same users in every version.
@@ -67,8 +66,8 @@ class Env(NamedTuple):
     categories: tuple[str, ...]         # [c]
     belongs: Array                      # bool [m, c]: the categories of each item
     vectors: Array                      # float32 [m, d]: similar items lie near each other
-    rate: Function
-    distance: Function
+    rate: Callable
+    distance: Callable
     # [n]: the items each user liked before, oldest first if their order is known
     histories: Sequence[Sequence[int]]
     learners: int                       # users below this index learn; the others are held out
@@ -96,7 +95,7 @@ def look_up(ratings: Array, users: Array, items: Array) -> Array:
     return ratings[users, items]
 
 
-def table(ratings: Array) -> Function:
+def table(ratings: Array) -> Callable:
     """A `rate` that looks ratings up in a table [n, m].
 
     >>> table([[1, 2], [3, 4]])(np.array([0, 1]), 1).tolist()
@@ -111,7 +110,7 @@ def length_between(vectors: Array, users: Array, a: Array, b: Array) -> Array:
     return np.sqrt(np.einsum("...d,...d->...", difference, difference))
 
 
-def euclidean(vectors: Array) -> Function:
+def euclidean(vectors: Array) -> Callable:
     """A `distance` between the rows of vectors [m, d].
 
     >>> float(euclidean([[0, 0], [3, 4]])(0, 0, 1))
@@ -144,8 +143,7 @@ def distance_to_recent(env: Env, state: EnvState, item: Array) -> Array:
     """
     smallest = np.full(np.broadcast(state.user, item).shape, np.inf)
     # one place after the other: all at once is slower with many items
-    for place in range(env.window):
-        other = state.recent[..., place]        # [B], or [B, 1] after `with_every_item`
+    for other in np.moveaxis(state.recent, -1, 0):      # [B], or [B, 1] after `with_every_item`
         # an empty place is -1, which indexes the last item: that distance is dropped
         distance = env.distance(state.user, other, item)
         smallest = np.minimum(smallest, np.where(other < 0, np.inf, distance))
@@ -213,24 +211,21 @@ def check(env: Env) -> None:
         demand(isinstance(getattr(env, name), np.ndarray), f"{name} is not an array")
     demand(env.vectors.ndim == 2 and len(env.vectors) == m, f"vectors is no matrix of {m} rows")
     demand(np.isfinite(env.vectors).all(), "vectors holds a number that is not finite")
-    items = set(range(m))
-    for user, history in enumerate(env.histories):
-        strangers = set(history) - items
-        demand(not strangers, f"the history of user {user} has {strangers}, not one of 0..{m - 1}")
+    strangers = set().union(*env.histories) - set(range(m))
+    demand(not strangers, f"the histories hold {list(strangers)[:9]}, not one of 0..{m - 1}")
     every_nth = 1 + n * m // 10 ** 7
-    users = np.arange(0, n, every_nth)
+    users, items = np.arange(0, n, every_nth), np.arange(m)
     try:
-        ratings = env.rate(users[:, None], np.arange(m))
-        distances = env.distance(0, np.arange(m), 0)
+        ratings = env.rate(users[:, None], items)
+        distances = env.distance(0, items, 0)
     except (IndexError, TypeError) as error:
         raise ValueError(f"rate or distance does not fit {n} users, {m} items: {error}; "
                          "`table` and `euclidean` make such functions") from None
     demand(np.shape(ratings) == (len(users), m), "rate does not return the shape of its arguments")
     is_row = np.shape(distances) == (m,) and not np.isnan(distances).any()
     demand(is_row, "distance does not return a number for each of its arguments")
-    is_sound = (ratings >= 1) & (ratings <= 5)      # false for NaN
-    unsound = ratings[~is_sound].tolist()
-    demand(not unsound, f"ratings that are not between 1 and 5: {unsound[:9]}")
+    low, high = ratings.min(), ratings.max()            # both are NaN if a rating is
+    demand(1 <= low and high <= 5, f"ratings that are not between 1 and 5: [{low:g}, {high:g}]")
 
 
 # ------------------------------------------------------- policies without a language model
@@ -600,12 +595,11 @@ def scores(lengths: Sequence[int], returns: Sequence[float]) -> Array:
 
 
 def totals(samples: Array) -> Array:
-    """Scores [..., N, 2] of N episodes -> [..., 3]: their Len, R_each and R_traj.
+    """Scores [S, N, 2] of N episodes -> [S, 3]: their Len, R_each and R_traj.
 
     R_each is all reward divided by all steps, or 0 without a step.
     """
-    means = samples.mean(-2)
-    steps, reward = means[..., 0], means[..., 1]
+    steps, reward = samples.mean(1).T
     return np.stack([steps, reward / np.maximum(steps, 1e-9), reward], -1)
 
 
@@ -629,26 +623,15 @@ def student(freedom: int) -> float:
     return 1.96 + 2.372 / freedom + 2.82 / freedom ** 2         # Cornish and Fisher's expansion
 
 
-def bootstrap(statistic: Function, samples: Sequence[Array]) -> Array:
-    """[2, ...]: the 0.025 and 0.975 quantiles of a statistic, users drawn with replacement.
-
-    Samples are [N, k]. The same users are drawn from all of them.
-    """
-    users = len(samples[0])
-    # more than 1000 draws would change the ends little
-    drawn = np.random.default_rng(0).integers(users, size=(1000, users))
-    resampled = [sample[drawn] for sample in samples]           # each [1000, N, k]
-    return np.quantile(statistic(*resampled), [0.025, 0.975], axis=0)
-
-
-def intervals(statistic: Function, *samples: Array) -> list[list[float]]:
+def intervals(statistic: Callable, *samples: Array) -> list[list[float]]:
     """[mean, low, high] of each number in statistic(*samples), with its 95 % confidence interval.
 
     - Samples are [S, N, k]: S seeds with N users each. All samples have the same users, so that
       differences are paired. Other shapes are a ValueError.
     - The statistic takes [..., N, k] and returns [..., numbers]: a figure for each seed. The mean
       is that of these figures.
-    - One seed: a percentile bootstrap interval over its users.
+    - One seed: a percentile bootstrap interval over its users. The same users are drawn, with
+      replacement, from all samples.
     - Several seeds: a t interval over the figures of the seeds. Users of one seed are not
       independent, because they share its world.
     """
@@ -660,7 +643,11 @@ def intervals(statistic: Function, *samples: Array) -> list[list[float]]:
         margin = student(seeds - 1) * figures.std(0, ddof=1) / np.sqrt(seeds)
         low, high = mean - margin, mean + margin
     else:
-        low, high = bootstrap(statistic, [sample[0] for sample in samples])
+        users = samples[0].shape[1]
+        # more than 1000 draws would change the ends little
+        drawn = np.random.default_rng(0).integers(users, size=(1000, users))
+        resampled = [sample[0][drawn] for sample in samples]    # each [1000, N, k]
+        low, high = np.quantile(statistic(*resampled), [0.025, 0.975], axis=0)
     return np.stack([mean, low, high], -1).round(4).tolist()
 
 
@@ -795,12 +782,8 @@ def films(seed: int = 0) -> Env:
     history is ten films, drawn without replacement with weights exp(rating). Half of the users
     learn.
     """
-    titles, years, tags = [], [], []
-    for film in FILMS.split(";"):
-        *words, year, letters = film.split()
-        titles.append(" ".join(words))
-        years.append(int(year))
-        tags.append([CODES[letter] for letter in letters])
+    titles, years, letters = zip(*re.findall(r"(\S.*?) (\d{4}) ([A-Z]+)[;\n]", FILMS))
+    tags = [[CODES[letter] for letter in word] for word in letters]
     categories, belongs = category_table(tags)
     # The square of a weight is log(1 / the category's frequency). That is what a shared category
     # adds to the dot product of two films, before their rows are scaled to length 1. So films that
@@ -814,7 +797,7 @@ def films(seed: int = 0) -> Env:
     largest_first = np.argsort(-keys, 1)
     # Between vectors of length 1 a distance below 0.9 is a cosine above 1 - 0.9 ** 2 / 2 = 0.595.
     return Env(
-        titles=tuple(titles), years=tuple(years),
+        titles=titles, years=tuple(map(int, years)),
         categories=categories, belongs=belongs, vectors=vectors,
         rate=table(ratings), distance=euclidean(vectors),
         histories=largest_first[:, :10], learners=500, beta=0.9)
@@ -824,7 +807,6 @@ def films(seed: int = 0) -> Env:
 
 ADVICE = ("the README tells what the files hold, in fields separated by commas; whole copies of "
           "MovieLens are at grouplens.org/datasets/movielens")
-ITEM_FILES = ("items.csv", "movies.csv", "movie.csv", "movies.dat")
 HEADERS = {"movies.dat": ["movieId", "title", "genres"],                # .dat files have no header
            "ratings.dat": ["userId", "movieId", "rating", "timestamp"]}
 ALIASES = {"user": "userid user",
@@ -841,21 +823,18 @@ class BadData(ValueError):
     """A data file is missing or malformed; one line names the file, the place and a remedy."""
 
 
-def find_file(folder: Path, names: Sequence[str], world: str) -> Path | None:
-    """A file of one of these names in a folder or below it.
+def find_file(path: Location, *names: str) -> Path:
+    """A file in a folder or below it, of the first of these names that occurs there.
 
-    Of several it takes one in a folder named after the world, then the least deep one, then by the
-    order of the names, then by path.
+    Of several with this name it takes the least deep one. ValueError if there is none.
     """
-    files = []
+    folder = Path(os.path.expanduser(path))         # an unknown ~name stays as it is
+    demand(folder.is_dir(), "it is no folder")
     for name in names:
-        files += sorted(folder.rglob(name))
-
-    def rank(file: Path) -> tuple[bool, int]:
-        parts = file.relative_to(folder).parts          # folders, then the file's name
-        return world not in parts, len(parts)           # False comes before True
-
-    return min(files, key=rank, default=None)           # the first of equals
+        files = sorted(folder.rglob(name))
+        if files:
+            return min(files, key=lambda file: len(file.parts))         # the first of equals
+    raise ValueError(f"no {' or '.join(names)} there or below")
 
 
 @contextmanager
@@ -870,19 +849,6 @@ def in_one_line(place: Location, advice: str) -> Iterator[None]:
         if isinstance(error, KeyError):
             reason = f"no key {reason}"
         raise BadData(f"{place}: {reason}; {advice}") from None
-
-
-@contextmanager
-def reading(path: Location, names: Sequence[str], advice: str, world: str = "") -> Iterator[Path]:
-    """The file of `find_file`, for a `with` block. If the block fails, BadData names the file."""
-    folder = Path(os.path.expanduser(path))         # an unknown ~name stays as it is
-    if not folder.is_dir():
-        raise BadData(f"{folder} is no folder; {advice}")
-    file = find_file(folder, names, world)
-    if file is None:
-        raise BadData(f"{folder}: no {' or '.join(names)} there or below; {advice}")
-    with in_one_line(file, advice):
-        yield file
 
 
 def encoding(file: Path) -> str:
@@ -905,24 +871,22 @@ def columns(header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
     {'user': 1}
     """
     demand(header, "the file is empty")
-    is_item_list = "title" in needed
     plain = [re.sub(r"[\W_]", "", text).lower() for text in header]
     places = {}
     for name, aliases in ALIASES.items():
-        if name == "item" and not is_item_list:         # in ratings "id" numbers the lines
+        if "title" not in needed:                       # in ratings "id" numbers the lines
             aliases = aliases.replace(" id ", " ")
         present = [alias for alias in aliases.split() if alias in plain]
         if present:
             places[name] = plain.index(present[0])
         elif name in needed:
-            start = str(header)[:80]
             raise ValueError(f"no column for the {name} ({aliases}) in the first line, the header: "
-                             f"{start}")
+                             f"{str(header):.80}")
     return places
 
 
 def read_rows(file: Path, needed: Sequence[str], parse: Callable) -> Iterator:
-    """parse(row) of each line that is not empty, one line at a time.
+    """parse(**row) of each line that is not empty, one line at a time.
 
     A ValueError, including one that parse raises, names the line.
     """
@@ -940,9 +904,9 @@ def read_rows(file: Path, needed: Sequence[str], parse: Callable) -> Iterator:
                     continue
                 is_whole = len(cells) == len(header)
                 demand(is_whole, f"{len(cells)} fields instead of {len(header)}")
-                yield parse({name: cells[place].strip() for name, place in places.items()})
+                yield parse(**{name: cells[place].strip() for name, place in places.items()})
         except (ValueError, csv.Error) as error:
-            raise ValueError(f"line {lines.line_num}: {error}") from None
+            raise ValueError(f"{file.name}: line {lines.line_num}: {error}") from None
 
 
 # "Matrix, The": the article stands at the end, or before a parenthesis
@@ -968,34 +932,32 @@ def split_title(text: str) -> tuple[str, int | None]:
     return re.sub("^L' ", "L'", title), year        # this article takes no space
 
 
-def parse_entry(items: dict, row: dict) -> tuple:
+def parse_entry(items: dict, item: str, title: str, year: str = "", categories: str = "",
+                **others: str) -> tuple:
     """The title, year and tags of an item. It adds the item's id and number to `items`."""
-    demand(row["item"] and row["title"], "an item without id or title")
-    demand(row["item"] not in items, f"item {row['item']} is listed twice")
-    items[row["item"]] = len(items)
-    title, year = split_title(row["title"])
-    digits = re.search(r"\d{4}", row.get("year", ""))
+    demand(item and title, "an item without id or title")
+    demand(item not in items, f"item {item} is listed twice")
+    items[item] = len(items)
+    name, when = split_title(title)
+    digits = re.search(r"\d{4}", year)
     if digits:
-        year = int(digits.group())
-    categories = row.get("categories", "")
+        when = int(digits.group())
     is_other_list = re.search(r"^[\[{]|;", categories)
     demand(not is_other_list, 'separate categories by "|", as in War|Drama')
-    names = [name.strip() for name in categories.split("|")]
-    return title, year, [name for name in names if name not in NO_TAG]
+    tags = [tag.strip() for tag in categories.split("|")]
+    return name, when, [tag for tag in tags if tag not in NO_TAG]
 
 
 def timestamp(text: str) -> float:
     """A time as a number, which may be written as a date like 2005-04-02 23:53:47. No text is 0.
 
-    >>> timestamp("2005-04-02T23:53:47.5+02:00") - timestamp("2005-04-02 21:53:40")
+    >>> timestamp("2005-04-02T23:53:47.500+02:00") - timestamp("2005-04-02 21:53:40")
     7.5
     """
     try:
         return float(text or 0)
     except ValueError:
-        # before Python 3.11 a date may not end in Z, and a second has 3 or 6 decimals
-        text = re.sub(r"\.\d+", lambda decimals: decimals[0][:7].ljust(7, "0"), text)
-        date = datetime.fromisoformat(text.replace("Z", "+00:00"))
+        date = datetime.fromisoformat(text.replace("Z", "+00:00"))      # Python 3.10 knows no Z
         # without a time zone it counts as UTC, so that it means the same everywhere
         return date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp()
 
@@ -1004,16 +966,16 @@ def timestamp(text: str) -> float:
 VOTE = [("user", int), ("item", int), ("rating", float), ("time", float)]
 
 
-def parse_vote(users: dict, items: dict, row: dict) -> tuple:
+def parse_vote(users: dict, items: dict, user: str, item: str, rating: str, time: str = "",
+               **others: str) -> tuple:
     """One VOTE. `users` and `items` map ids to numbers. A new user is added to `users`."""
-    demand(row["user"], "a rating without user")
-    demand(row["rating"], "a user and an item without rating")
-    rating = float(row["rating"])
-    demand(np.isfinite(rating), f"the rating {rating} is not finite")
-    demand(row["item"] in items, f"item {row['item']} is not in the list of items")
+    demand(user, "a rating without user")
+    demand(rating, "a user and an item without rating")
+    number = float(rating)
+    demand(np.isfinite(number), f"the rating {rating} is not finite")
+    demand(item in items, f"item {item} is not in the list of items")
     # a new user gets the next number
-    user = users.setdefault(row["user"], len(users))
-    return user, items[row["item"]], rating, timestamp(row.get("time", ""))
+    return users.setdefault(user, len(users)), items[item], number, timestamp(time)
 
 
 def rescaled(ratings: Array) -> tuple[Array, str]:
@@ -1149,23 +1111,6 @@ def liked_items(votes: Array) -> list[Array]:
     return histories
 
 
-def similarity_by(belongs: Array, factors: Array, one: Array, other: Array,
-                  fitted: bool) -> tuple[str, Array, float]:
-    """What similarity is based on: its name, vectors of length 1 for the m items, and beta.
-
-    `belongs` is [m, c], `factors` [m, 12]. `one` and `other` [k] are pairs of items.
-    """
-    if belongs.any() and not fitted:
-        # Prompts show categories. So a model can learn what is too similar. `films` has this beta.
-        return "categories", unit(belongs), 0.9
-    # Fitted distances have no natural limit. Our choice: one pair in five is too similar.
-    vectors = unit(factors)
-    beta = np.quantile(length_between(vectors, 0, one, other), 0.2)
-    # The name tells why: the categories may stand in a column whose name is not in ALIASES.
-    name = "fitted vectors" if fitted else "fitted vectors, because no item has a category"
-    return name, vectors, float(beta)
-
-
 def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, fitted: bool) -> Env:
     """A world of n users whose ratings `als` predicts from votes, an array of VOTE.
 
@@ -1191,8 +1136,14 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
     demand(len(rated) > 1, "fewer than two items with ratings")
     one, other = rng.choice(rated, size=(2, 100_000))
     one, other = one[one != other], other[one != other]
-    factors = model.q[:, :-1]
-    similarity, vectors, beta = similarity_by(belongs, factors, one, other, fitted)
+    # Prompts show categories. So a model can learn what is too similar. `films` has this beta.
+    similarity, vectors, beta = "categories", unit(belongs), 0.9
+    if fitted or not belongs.any():
+        # Fitted distances have no natural limit. Our choice: one pair in five is too similar.
+        similarity, vectors = "fitted vectors", unit(model.q[:, :-1])
+        beta = float(np.quantile(length_between(vectors, 0, one, other), 0.2))
+    if not belongs.any():           # the categories may stand in a column not named in ALIASES
+        similarity += ", no item has a category"
     share = (length_between(vectors, 0, one, other) < beta).mean()
     about = (f"{size} ratings{mapping}; RMSE on a held-out tenth {rmse(model, test):.3f}, by "
              f"biases alone {rmse(biases, test):.3f}; "
@@ -1216,11 +1167,11 @@ def ratings_folder(path: Location, seed: int = 0, fitted: bool = False) -> Env:
     MovieLens as GroupLens ships it is such a folder, also with .dat files (ml-1m and ml-10M).
     """
     items, users = {}, {}               # the number of each id; the parsers add to them
-    with reading(path, ITEM_FILES, ADVICE) as item_file:
+    with in_one_line(path, ADVICE):
+        item_file = find_file(path, "items.csv", "movies.csv", "movie.csv", "movies.dat")
         parse = partial(parse_entry, items)
         entries = list(read_rows(item_file, ("item", "title"), parse))
-    names = ["ratings.dat"] if item_file.suffix == ".dat" else ["ratings.csv", "rating.csv"]
-    with reading(item_file.parent, names, ADVICE) as rating_file:
+        rating_file = find_file(item_file.parent, "ratings.csv", "rating.csv", "ratings.dat")
         parse = partial(parse_vote, users, items)
         rows = read_rows(rating_file, ("user", "item", "rating"), parse)
         votes = np.fromiter(rows, VOTE)
@@ -1254,33 +1205,19 @@ class ArraysOnly(pickle.Unpickler):
 
 
 def load(path: Location, world: str, name: str) -> Any:
-    """What a .json file holds, or the finite matrix of a .npy file (memory-mapped) or a pickle."""
-    with reading(path, [name], AUTHORS, world) as file:
+    """What a .json file holds, or the finite array of a .npy file (memory-mapped) or a pickle."""
+    # a clone holds both worlds, each in folders of its name
+    file = find_file(path, f"{world}/{name}", name)
+    with in_one_line(file, AUTHORS):
         if file.suffix == ".json":
             return json.loads(file.read_bytes())
         if file.suffix == ".npy":
-            matrix = np.load(file, "r", allow_pickle=False)
+            matrix = np.load(file, "r")         # it refuses a pickle
         else:
             with file.open("rb") as stream:
-                matrix = np.asarray(ArraysOnly(stream).load())
-        is_sound = matrix.ndim == 2 and np.isfinite(matrix).all()
-        demand(is_sound, "it does not hold one matrix of finite numbers")
+                matrix = ArraysOnly(stream).load()
+        demand(np.isfinite(matrix).all(), "it holds a number that is not finite")
         return matrix
-
-
-def read_half(path: Location, world: str, half: str) -> tuple[Array, Array, list[list[str]]]:
-    """What the files hold for the users who learn ("train"), or for the others ("test").
-
-    Ratings [users, m], distances [m, m], and of each user the titles seen, oldest first.
-    """
-    ratings = load(path, world, f"{world}_{half}.npy")
-    m = ratings.shape[1]
-    distances = load(path, world, f"{half}_distance_mat.pickle")
-    demand(distances.shape == (m, m), f"the distances of {half} do not fit {m} items")
-    users = load(path, world, f"{half}.json")
-    rows = [int(user["userid_encoded"]) for user in users]
-    seen = [[html.unescape(title) for title in user["pos_seq_name"]] for user in users]
-    return ratings[rows], distances, seen
 
 
 def distance_by_half(learners: int, train: Array, test: Array, users: Array, a: Array,
@@ -1295,26 +1232,34 @@ def released(path: Location, name: str) -> Env:
     Users of train.json learn, those of test.json do not. Only `a2c` sees the vectors, which are the
     genres as rows of length 1.
     """
-    with in_one_line(f"{path}: the files of {name} do not fit together", AUTHORS):
-        train, train_distances, train_seen = read_half(path, name, "train")
-        test, test_distances, test_seen = read_half(path, name, "test")
-        ratings = np.concatenate([train, test])
-        m = ratings.shape[1]
+    halves = ("train", "test")
+    with in_one_line(path, AUTHORS):
+        predicted = [load(path, name, f"{name}_{half}.npy") for half in halves]
+        distances = [load(path, name, f"{half}_distance_mat.pickle") for half in halves]
+        m = predicted[0].shape[1]
+        for matrix in distances:
+            demand(matrix.shape == (m, m), f"the distances do not fit {m} items")
         names = load(path, name, "datamaps.json")["id2item_dict"]
         titles = [html.unescape(names[str(item)]) for item in range(m)]
         sources = load(path, name, "list_genre.json")   # lists of genres, written as Python source
         genres = {html.unescape(title): ast.literal_eval(sources[title]) for title in sources}
         categories, belongs = category_table([genres.get(title, []) for title in titles])
         item_called = {title: item for item, title in enumerate(titles)}
-        histories = []
-        for seen in train_seen + test_seen:
-            items = [item_called[title] for title in seen if title in item_called]
-            histories.append(last_distinct(items))
+        ratings, histories = [], []
+        for half, matrix in zip(halves, predicted):
+            users = load(path, name, f"{half}.json")
+            ratings.append(matrix[[int(user["userid_encoded"]) for user in users]])
+            for user in users:
+                seen = map(html.unescape, user["pos_seq_name"])         # titles, oldest first
+                items = [item_called[title] for title in seen if title in item_called]
+                histories.append(last_distinct(items))
+        learners = len(ratings[0])
         return Env(
             titles=tuple(titles), years=(None,) * m,
             categories=categories, belongs=belongs, vectors=unit(belongs),
-            rate=table(np.clip(ratings, 1, 5)),         # predictions may lie outside the scale
-            distance=partial(distance_by_half, len(train_seen), train_distances, test_distances),
-            histories=histories, learners=len(train_seen),
+            # predictions may lie outside the scale
+            rate=table(np.clip(np.concatenate(ratings), 1, 5)),
+            distance=partial(distance_by_half, learners, *distances),
+            histories=histories, learners=learners,
             beta={"steam": 50.0, "amazon": 15.0}[name],         # the paper's
             grace=1)                # in the authors' code the first item ends no session

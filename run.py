@@ -63,7 +63,6 @@ STAND_IN = ("offline, a rule-based stand-in: it shows the mechanism at work "
 WORLDS = "films, csv:DIR, movielens:DIR, fitted:DIR, steam:DIR, amazon:DIR"
 OF_RATINGS = ("csv", "movielens", "fitted")     # kinds of world that `envs.ratings_folder` reads
 Json = dict[str, Any]               # a JSON object
-Table = dict[str, dict[str, Any]]   # the cells of each row by the name of their column
 METHOD_NAMES = (*envs.POLICIES, *billp.METHODS)
 ROLES = ("planner", "actor", "critic", "reflector")
 
@@ -155,12 +154,12 @@ NOTES = {
     "rule of leaving": "default: the world's own value; films has window 4, beta 0.9, floor 2, "
                        "grace 0 and 50 steps"}
 MANY = 10**9                            # more than anybody asks for
-RANGES = {                              # lowest and highest number; other flags take 0 to MANY
-    "users": (1, MANY), "seed": (0, 10**18), "workers": (1, 1000), "seeds": (1, 1000),
-    "timeout": (0.001, 10**6), "gamma": (0, 1), "line_weight": (0, 1), "lately": (1, 1000),
-    "titles": (1, 1000), "batch": (1, MANY), "transcript": (1000, MANY), "temperature": (0, 2),
-    "reply_tokens": (1, MANY), "retries": (0, 100), "window": (1, 1000), "max_steps": (1, 10**5)}
-CHOICES = {"method": METHOD_NAMES, "lessons": ("none", "latest", "nearest")}
+LOWEST = {                              # the lowest number that a flag takes, if it is not 0
+    "users": 1, "workers": 1, "seeds": 1, "timeout": 0.001, "lately": 1, "titles": 1, "batch": 1,
+    "transcript": 1000, "reply_tokens": 1, "window": 1, "max_steps": 1}
+HIGHEST = {                             # the highest, if it is not MANY
+    "seed": 10**18, "workers": 1000, "gamma": 1, "line_weight": 1, "temperature": 2,
+    "retries": 100}
 # A flag that is missing here, such as --out, --model or --gamma, is None unless it is given. Fields
 # of Config and of the rule then keep their own defaults.
 DEFAULTS = {
@@ -204,12 +203,19 @@ def json_object(text: str) -> Json:
     return value
 
 
+DIRECTORY = {"type": directory, "metavar": "DIR"}
+OPTIONS = {                             # what argparse is told of flags that take no plain text
+    "out": DIRECTORY, "load": DIRECTORY, "show": DIRECTORY, "header": {"action": "append"},
+    "extra_body": {"type": json_object, "metavar": "JSON"},
+    "method": {"choices": METHOD_NAMES, "metavar": "METHOD"},
+    "lessons": {"choices": ("none", "latest", "nearest"), "metavar": "LESSONS"}}
+
+
 def make_parser() -> Parser:
     """All flags. A flag that is not given is None here.
 
     The type of its default in Env, Config or DEFAULTS tells what a flag takes. True or False: a
-    switch. A number: a number of this type. Any other: a text. --header may come several times.
-    Directories and JSON are read here, too.
+    switch. A number: a number of this type. Any other: a text, or what OPTIONS says.
     """
     parser = Parser("run.py", allow_abbrev=False, epilog=EXAMPLES,
                     formatter_class=RawDescriptionHelpFormatter,
@@ -218,19 +224,12 @@ def make_parser() -> Parser:
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title, NOTES.get(title))
         for name, text in flags.items():
-            default = defaults.get(name, "")
+            default = defaults.get(name)
+            options = OPTIONS.get(name, {})
             if isinstance(default, bool):
                 options = {"action": BooleanOptionalAction}
-            elif name == "header":
-                options = {"action": "append"}
             elif isinstance(default, (int, float)):
                 options = {"type": type(default), "metavar": "N"}
-            elif name in ("out", "load", "show"):
-                options = {"type": directory, "metavar": "DIR"}
-            elif name == "extra_body":
-                options = {"type": json_object, "metavar": "JSON"}
-            else:
-                options = {"choices": CHOICES.get(name), "metavar": name.upper()}
             if title == "roles and memories":
                 text += f" (default {default})"
             group.add_argument(flag(name), help=text, **options)
@@ -242,7 +241,7 @@ def check_values(args: Namespace) -> None:
     for name, value in args.given.items():
         if value == "":                 # often a variable of the shell that is not set
             raise UserError(f"{flag(name)} is given without a value")
-        low, high = RANGES.get(name, (0, MANY))
+        low, high = LOWEST.get(name, 0), HIGHEST.get(name, MANY)
         if type(value) in (int, float) and not low <= value <= high:
             raise UserError(f"{flag(name)} takes a number from {low} to {high}")
     for name in args.experiment:
@@ -280,8 +279,6 @@ def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
     if args.cluster:
         yield ["workers"], "beside --cluster"
     asked = set(args.experiment)
-    if asked == {"fig4"}:
-        yield ["users"], "here: fig4 takes two users"
     if "table6" not in asked:
         yield ["models"], "without --experiment table6"
     if asked == {"fig5"}:
@@ -321,8 +318,8 @@ def models_of(args: Namespace) -> list[str]:
     if names == ["offline"]:
         return names
     # A replay asks no endpoint, but its log is that of a real model.
-    has_endpoint = args.replay or base_url_of(args) != ""
-    has_key = variable("OPENAI_API_KEY") != ""
+    has_endpoint = args.replay or base_url_of(args)
+    has_key = variable("OPENAI_API_KEY")
     if names == [""] and not has_endpoint:
         if has_key:                 # many people have one in their environment
             say("OPENAI_API_KEY is set without a model: the stand-in answers")
@@ -510,19 +507,6 @@ def flattened(config: Json) -> Json:
     return flat
 
 
-def is_in_use(path: Path) -> bool:
-    """Whether a directory holds results or answers, or files of another program.
-
-    Beside an empty directory, two kinds are free for another run. One holds config.json alone: its
-    run got no answer, perhaps from a mistyped model. The other holds logs alone: the user has
-    copied them from an earlier run.
-    """
-    files = filter(Path.is_file, path.rglob("*"))
-    # names with a dot in front are drafts, or those of the file manager, such as .DS_Store
-    names = {file.name for file in files if file.name[0] != "."}
-    return names not in [set(), {"config.json"}, {"calls.jsonl"}]
-
-
 def run_directory(args: Namespace, config: Json) -> Path:
     """The directory of this run, made if need be. UserError if it holds anything else.
 
@@ -536,24 +520,25 @@ def run_directory(args: Namespace, config: Json) -> Path:
     # a file system takes names of at most 255 bytes
     name = f"{kind}-{label}-seed{args.seed}{suffix}"[:200]
     path = args.out or Path("runs", f"{name}-{digest(dumps(config))[:6]}")
-    config_file = path / "config.json"
-    earlier = read_object(config_file)
-    if config_file.exists() and not set(Settings._fields) <= earlier.keys():
-        raise UserError(f"{path} holds the config.json of another program; choose another --out")
-    if is_in_use(path):
-        if not earlier:
-            raise UserError(f"{path} is not empty and holds no run; choose another --out")
-        # a field may be in one of the two alone: an experiment has fields that a run lacks
-        fields, earlier_fields = flattened(config), flattened(earlier)
-        changed = [field for field in {**earlier_fields, **fields}
-                   if earlier_fields.get(field) != fields.get(field)]
-        if changed:
-            raise UserError(f"{path} holds a run of another configuration ({', '.join(changed)}); "
-                            "choose another --out")
-    elif args.replay and not any(path.rglob("calls.jsonl")):
+    # names with a dot in front are drafts, or those of the file manager, such as .DS_Store
+    names = {file.name for file in path.rglob("[!.]*") if file.is_file()}
+    earlier = read_object(path / "config.json")
+    # a field may be in one of the two alone: an experiment has fields that a run lacks
+    fields, earlier_fields = flattened(config), flattened(earlier)
+    changed = [field for field in {**earlier_fields, **fields}
+               if earlier_fields.get(field) != fields.get(field)]
+    is_ours = set(Settings._fields) <= earlier.keys()
+    # such as a run with a mistyped model
+    got_no_answer = is_ours and names == {"config.json"}
+    if earlier and changed and not got_no_answer:
+        raise UserError(f"{path} holds another configuration ({', '.join(changed)}); choose "
+                        "another --out")
+    if not earlier and names - {"calls.jsonl"}:     # a log may have been copied there
+        raise UserError(f"{path} is not empty and holds no run; choose another --out")
+    if args.replay and "calls.jsonl" not in names:
         raise UserError(f"{path} holds no log to replay: run without --replay, or give its --out")
     path.mkdir(parents=True, exist_ok=True)
-    write(config_file, dumps(config, indent=1) + "\n")
+    write(path / "config.json", dumps(config, indent=1) + "\n")
     return path
 
 
@@ -571,17 +556,6 @@ def memory_text(run: Settings, agent: Agent, met: dict[tuple[str, int], int]) ->
     return dumps(content, indent=1) + "\n"
 
 
-def read_record(role: str, row: list) -> billp.Record:
-    """A record of a role's memory; ValueError or TypeError if it is damaged."""
-    text, item, content = row
-    is_sound = {"planner": isinstance(content, str),
-                "actor": content in (0, 1),
-                "critic": isinstance(content, float) and np.isfinite(content)}
-    if not (isinstance(text, str) and isinstance(item, str) and is_sound[role]):
-        raise ValueError("a damaged record")
-    return billp.Record(text, item, content)
-
-
 def read_memory(path: Path | None) -> Json:
     """What `memory_text` wrote, with each row made a record, and a digest of the file.
 
@@ -595,7 +569,7 @@ def read_memory(path: Path | None) -> Json:
         content = file.read_text("utf-8")
         saved = json.loads(content) | {"digest": digest(content)}
         for role in Agent._fields:
-            saved[role] = [read_record(role, row) for row in saved[role]]
+            saved[role] = [billp.Record(*row) for row in saved[role]]
         saved["met"] = {(str(world), int(seed)): int(met) for world, seed, met in saved["met"]}
     except (OSError, ValueError, LookupError, TypeError, OverflowError):
         raise UserError(f"{file} is no memory.json of this program: --load takes the directory of "
@@ -692,20 +666,18 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
     model_id = [run.model, run.embedding, run.extra]
     log = prompts.open_log(folder / "calls.jsonl", model_id)
     live.stats.setdefault("asked", 0)   # tells `ledger` that a log was opened
-    llm = prompts.unlogged
+    llm = embed = prompts.unlogged
     if not args.replay:
         # if an earlier run got a text, an empty reply is no sign of wrong settings
         llm = prompts.openai(url, run.model, extra=args.extra_body, has_spoken=log.has_spoken,
                              **options)
         llm = prompts.limited(llm, args.max_calls)
+        embed = prompts.embeddings(url, run.embedding, **options)
     # "asked" counts new answers, "answers" also those of the log
     llm = prompts.recorded(partial(counted_as, "asked", llm, live.stats), log)
     llm = partial(counted_as, "answers", llm, live.stats)
     if run.embedding == "hashed_ngrams":
         return llm, prompts.hashed_ngrams
-    embed = prompts.unlogged
-    if not args.replay:
-        embed = prompts.embeddings(url, run.embedding, **options)
     return llm, prompts.recorded_embed(embed, log)
 
 
@@ -792,11 +764,9 @@ def policy_sessions(run: Settings, place: Place, phase: str) -> list[Session]:
     policy = envs.policy_named(run.method, place.env, episodes, run.seed, run.config["gamma"])
     rng = envs.branch(run.seed, "policy")
     played = envs.rollout(place.env, place.held_out, policy, rng)
-    sessions = []
-    for items, rewards in zip(played.items, played.rewards):
-        shown = items[items >= 0]                   # -1 stands after the end
-        sessions.append(Session(shown.tolist(), float(rewards.sum())))
-    return sessions
+    # -1 stands after the end
+    return [Session(items[items >= 0].tolist(), float(rewards.sum()))
+            for items, rewards in zip(played.items, played.rewards)]
 
 
 def perform(run: Settings, place: Place, agent: Agent, llm: LLM, embed: Embed, pmap: Callable,
@@ -825,11 +795,9 @@ def perform(run: Settings, place: Place, agent: Agent, llm: LLM, embed: Embed, p
 
 def describe(env: envs.Env, trajectory: Trajectory) -> Json:
     """One episode as a line of episodes.jsonl: all that --show needs."""
-    steps = []
-    for step in trajectory.steps:
-        steps.append({"lessons": step.plan.recalled, "thought": step.plan.value,
-                      "listed": step.act.recalled, "said": step.act.said, "exact": step.act.exact,
-                      "item": step.line, "reward": step.reward})
+    steps = [{"lessons": step.plan.recalled, "thought": step.plan.value,
+              "listed": step.act.recalled, "said": step.act.said, "exact": step.act.exact,
+              "item": step.line, "reward": step.reward} for step in trajectory.steps]
     left = ""
     if trajectory.terminated:
         items = [step.act.value for step in trajectory.steps]
@@ -846,7 +814,7 @@ def summarise(run: Settings, outcome: Outcome, live: Live, began: float) -> Json
     """The content of summary.json, for other programs. An interval is [mean, low, high], 95 %."""
     lengths = [len(session.items) for session in outcome.sessions.get("learn", [])]
     size = run.config["batch"]
-    batches = [lengths[start:start + size] for start in range(0, len(lengths), size)]
+    means = [float(np.mean(lengths[start:start + size])) for start in range(0, len(lengths), size)]
     before = scores_of(outcome.sessions["before"])
     after = scores_of(outcome.sessions.get("after", outcome.sessions["before"]))
     replies = live.replies
@@ -854,7 +822,7 @@ def summarise(run: Settings, outcome: Outcome, live: Live, began: float) -> Json
     rule = content_of_run.pop("rule")
     return content_of_run | {
         "config": run.config | rule,            # all numbers that flags set, side by side
-        "learning": [float(np.mean(batch)) for batch in batches],
+        "learning": means,
         "before": envs.metrics(before), "after": envs.metrics(after),
         "difference": envs.metrics(after, before) if run.episodes else None,
         "reflections": len(billp.records(outcome.agent.planner)),
@@ -870,8 +838,10 @@ def spelled(figures: dict[str, Sequence[float]]) -> dict[str, str]:
     return {f"{name} [95 %]": form.format(*figure) for name, figure in figures.items()}
 
 
-def grid(rows: Table) -> list[str]:
+def grid(rows: dict[str, Json]) -> list[str]:
     """A table as aligned lines, the first column to the left. A missing cell is 0.
+
+    `rows` holds the cells of each row by the name of their column.
 
     >>> grid({"actor": {"calls": 12}, "critic": {}}), grid({"a": {"": "low"}})
     (['        calls', 'actor      12', 'critic      0'], ['', 'a  low'])
@@ -889,16 +859,15 @@ def grid(rows: Table) -> list[str]:
 
 def chart(summary: Json) -> Iterator[str]:
     """The learning curve of a run as text, a line for each batch."""
-    size = summary["config"]["batch"]
     top = max([1.0, *summary["learning"]])
+    done = summary["first"]                         # with --load episodes were learned before
+    end = done + summary["episodes"]
     yield "learning episodes, mean Len of each batch"
-    for place, mean in enumerate(summary["learning"]):
-        start = place * size
-        end = min(start + size, summary["episodes"])
-        # with --load the number of the first episode is not 0
-        first, last = summary["first"] + start + 1, summary["first"] + end
+    for mean in summary["learning"]:
+        first = done + 1
+        done = min(done + summary["config"]["batch"], end)
         bar = "#" * round(40 * mean / top)          # the longest has 40 marks, about half a line
-        yield f"{first:5}-{last:<5} {bar} {mean:.1f}"
+        yield f"{first:5}-{done:<5} {bar} {mean:.1f}"
 
 
 def ledger(live: Live) -> Iterator[str]:
@@ -958,7 +927,7 @@ def phases_of(run: Settings) -> tuple[str, ...]:
 
 def batch_workers(run: Settings) -> int:
     """How many sessions with an endpoint are played at once if --workers does not say: a batch."""
-    return min(run.config["batch"], RANGES["workers"][1])
+    return min(run.config["batch"], HIGHEST["workers"])
 
 
 def one_run(args: Namespace, live: Live) -> None:
@@ -1058,15 +1027,15 @@ def episode_of(folder: Path, pick: str) -> Json:
 def prompts_of(args: Namespace, episode: Json) -> str:
     """What the model was sent in an episode, and what it answered.
 
-    The files hold no prompts. So the run is repeated up to this phase, from its log or by the
-    stand-in, and the asks of this episode are caught. UserError if the run is not the same again.
+    The files hold no prompts. So the run is repeated, from its log or by the stand-in, and the asks
+    of this episode are caught. UserError if the episode is not the same again.
     """
     run = Settings(**read_object(args.show / "config.json"))
     if run.load or run.config["retries"] < 0:
         raise UserError(f"{args.show} asked no model or was started with --load: it has no "
                         "prompts that can be made again")
-    log_alone = Namespace(**vars(args) | {"replay": True})      # no endpoint is asked
-    llm, embed = open_model(log_alone, run, args.show, new_live())
+    args.replay = True                  # no endpoint is asked
+    llm, embed = open_model(args, run, args.show, new_live())
     lines = []
 
     def caught(ask: Ask) -> Reply:
@@ -1078,12 +1047,10 @@ def prompts_of(args: Namespace, episode: Json) -> str:
             lines.append("")
         return reply
 
-    phases = phases_of(run)
-    needed = phases[:phases.index(episode["phase"]) + 1]
     place = build_place(run)
-    outcome = perform(run, place, billp.NOVICE, caught, embed, map, needed)
-    repeated = [json.loads(dumps(describe(place.env, played))) for played in outcome.trajectories]
-    if episode not in repeated:
+    outcome = perform(run, place, billp.NOVICE, caught, embed, map, phases_of(run))
+    repeated = [dumps(describe(place.env, played)) for played in outcome.trajectories]
+    if dumps(episode) not in repeated:
         raise UserError(f"{args.show}: this episode does not come again. The data or the program "
                         "have changed since, so its prompts cannot be made again")
     return "\n".join(lines)
@@ -1172,11 +1139,8 @@ def cells_of(args: Namespace, base: Settings, name: str) -> dict[Cell, list[Job]
             raise UserError(f"--rows {series}: {name} has no such row, only {' '.join(known)}")
         for x in values:
             run = settings_of(base, experiment.varied, series, x)
-            if experiment.measure == "errors":
-                run = run._replace(users=2)         # those of `critic_errors`
             seeds = range(base.seed, base.seed + args.seeds)
-            jobs = [Job(run._replace(seed=seed), experiment.measure) for seed in seeds]
-            cells[series, x] = jobs
+            cells[series, x] = [Job(run._replace(seed=seed), experiment.measure) for seed in seeds]
     return cells
 
 
@@ -1236,8 +1200,12 @@ def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Cal
     return figures.reshape(len(users), 6).tolist()
 
 
-def measure_job(job: Job, llm: LLM, embed: Embed, pmap: Callable) -> list[list[float]]:
-    """Perform a run: the samples of its measure, [users or states, k]."""
+def measure_job(job: Job, llm: LLM = prompts.offline, embed: Embed = prompts.hashed_ngrams,
+                pmap: Callable = map) -> list[list[float]]:
+    """Perform a run: the samples of its measure, [users or states, k].
+
+    Without a model it is a job of the stand-in or of a policy, which any process can do.
+    """
     place = build_place(job.run)
     if job.measure == "errors":
         return critic_errors(job.run, place, llm, embed, pmap)
@@ -1246,11 +1214,6 @@ def measure_job(job: Job, llm: LLM, embed: Embed, pmap: Callable) -> list[list[f
     if job.measure == "shares":
         return shares(place.env, sessions)
     return scores_of(sessions)[0].tolist()
-
-
-def offline_job(job: Job) -> list[list[float]]:
-    """A job of the stand-in or of a policy, complete in itself, so that any process can do it."""
-    return measure_job(job, prompts.offline, prompts.hashed_ngrams, map)
 
 
 def end_with_parent() -> None:
@@ -1283,8 +1246,8 @@ def offline_pool(args: Namespace) -> Iterator[futures.Executor]:
     except (ValueError, TypeError, OSError) as error:
         raise UserError(f"--cluster takes HOST:PORT of a scheduler: {error}") from None
     with client:
-        for module in ("envs", "prompts", "billp", "run"):
-            client.upload_file(str(Path(__file__).with_name(f"{module}.py")))
+        for file in (envs.__file__, prompts.__file__, billp.__file__, __file__):
+            client.upload_file(file)
         yield client.get_executor()
 
 
@@ -1302,7 +1265,7 @@ def do_jobs(args: Namespace, jobs: Sequence[Job], folder: Path, live: Live) -> d
 
     if args.models_asked == ["offline"]:
         with offline_pool(args) as pool, parallel(pool, live.stop) as pmap:
-            for job, samples in zip(jobs, pmap(offline_job, jobs)):
+            for job, samples in zip(jobs, pmap(measure_job, jobs)):
                 finish(job, samples)
         return samples_of
     models = {}                         # one client and one log for each
@@ -1370,23 +1333,13 @@ def label_of(row: Row) -> str:
     return row.series if row.x is None else f"{row.series}, {row.x}"
 
 
-# Okabe and Ito's colours: one for a method in all pictures
+# Okabe and Ito's colours of series, one for a method in all pictures; the others are grey
 COLOURS = {
-    "billp": "#0072B2", "billp-no-model": "#000000", "reflexion": "#D55E00", "react": "#009E73",
-    "act": "#CC79A7", "a2c": "#E69F00", "bandit": "#56B4E9",
-    "critic": "#0072B2", "one return": "#E69F00"}
-
-
-def colour_of(series: str) -> str:
-    """The colour of a method. Other ablations share that of billp. Fixed policies are grey.
-
-    >>> colour_of("billp-no-macro") == colour_of("billp") != colour_of("billp-no-model")
-    True
-    """
-    method = series.partition(":")[0]
-    if method not in COLOURS:
-        method = method.partition("-no-")[0]
-    return COLOURS.get(method, "#999999")
+    "billp": "#0072B2", "billp-no-macro": "#0072B2", "billp-no-micro": "#0072B2",
+    "billp-no-critic": "#0072B2", "billp-no-model": "#000000", "reflexion": "#D55E00",
+    "react": "#009E73", "act": "#CC79A7", "a2c": "#E69F00", "a2c:10000": "#E69F00",
+    "a2c:100000": "#E69F00", "bandit": "#56B4E9", "critic": "#0072B2", "one return": "#E69F00"}
+GREY = "#999999"
 
 
 def pictured(rows: Sequence[Row]) -> Array:
@@ -1407,7 +1360,7 @@ def plot_bars(axes: Any, rows: Sequence[Row]) -> None:
     """Horizontal bars with intervals, the first row at the top."""
     means, lows, highs = pictured(rows)
     names = [f"{label_of(row)}: {mean:.0f}" for row, mean in zip(rows, means)]
-    colours = [colour_of(row.series) for row in rows]
+    colours = [COLOURS.get(row.series, GREY) for row in rows]
     axes.barh(names, means, xerr=[means - lows, highs - means], color=colours, capsize=3)
     axes.invert_yaxis()
     # Methods with language fill most of the width. A much longer bar, such as the oracle's, is cut.
@@ -1422,7 +1375,7 @@ def plot_lines(axes: Any, rows: Sequence[Row]) -> None:
         points = [row for row in rows if row.series == series]
         mean, low, high = pictured(points)
         axes.errorbar([row.x for row in points], mean, [mean - low, high - mean], label=series,
-                      color=colour_of(series), marker="o", capsize=3)
+                      color=COLOURS.get(series, GREY), marker="o", capsize=3)
     axes.set_xticks(sorted({row.x for row in rows}))
     axes.set_ylim(0, limit_of(rows))
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))       # beside the axes
@@ -1469,9 +1422,8 @@ def publish(name: str, base: Settings, samples: dict[Cell, Array], folder: Path)
     content = {"experiment": name, "settings": base._asdict(),
                "rows": [row._asdict() for row in rows], "cells": raw}
     write(folder / f"{name}.json", dumps(content) + "\n")
-    print(heading)
     figures = {label_of(row): spelled(row.figures) for row in rows}
-    print("", *grid(figures), "", sep="\n")
+    print(heading, "", *grid(figures), "", sep="\n")
     gains = {}
     for row in rows:
         if row.gain:
@@ -1491,16 +1443,12 @@ def experiments(args: Namespace, live: Live) -> None:
     for cells in tables.values():
         for needed in cells.values():
             jobs += [job for job in needed if job not in jobs]
-    # Offline the longest go first, so no core waits long for another at the end. With a real model
-    # those that ask it go first: a mistyped name then ends the command at once.
-    jobs.sort(key=lambda job: -job.run.episodes)
-    if args.models_asked != ["offline"]:
-        jobs.sort(key=lambda job: job.run.method in envs.POLICIES)
-    # The longest job with language needs the most learners; a policy meets the same ones again. The
-    # world of this job is built before anything is written, so a lack of users leaves no files.
-    longest = max(jobs, key=lambda job: (job.run.method in billp.METHODS, job.run.episodes))
-    most_users = max(job.run.users for job in jobs)             # fig4 takes fewer than others
-    about = build_place(longest.run._replace(users=most_users)).env.about
+    # Methods with language go first: a mistyped model then ends the command at once. Of these, and
+    # of the policies, the longest go first, so no core waits long for another at the end.
+    jobs.sort(key=lambda job: (job.run.method in envs.POLICIES, -job.run.episodes))
+    # The first job needs the most learners; a policy meets the same ones again. Its world is built
+    # before anything is written, so a lack of users leaves no files.
+    about = build_place(jobs[0].run).env.about
     if about:
         say(f"world {about}")
     flags = {name: getattr(args, name) for name in ("experiment", "seeds", "models", "rows")}

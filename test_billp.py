@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cache, partial
@@ -99,7 +98,7 @@ ALIEN, JAWS, UP = map(FILMS.titles.index, ("Alien", "Jaws", "Up"))
 # titles like refusals, labels or numbers, with marks or accents, with a rival, and twins
 ODD = ("Sorry to Bother You", "I Can't Sleep", "Missing in Action 2: The Beginning",
        "The Beginning", "28 Up", "BioShock™", "L’Été & Co", "Ōkami®", "The Heat", "Heat", "M",
-       "Sabrina", "Sabrina", "The Lost World: Jurassic Park")
+       "Sabrina", "SABRINA", "The Lost World: Jurassic Park")
 ODDLY_TITLED = prompts.catalog(FILMS._replace(
     titles=ODD + FILMS.titles[14:], years=(None,) * 11 + (1953, 1954, None) + FILMS.years[14:]))
 NAMES = [line.partition(" [")[0] for line in ODDLY_TITLED.lines]
@@ -107,6 +106,7 @@ NAMES = [line.partition(" [")[0] for line in ODDLY_TITLED.lines]
 # --------------------------------------------------------- builders: models and episodes
 
 STATE = billp.state_after(CATALOG, 0, Key(0, "learn", 0))
+NO_TASTES = prompts.Tastes((), (), ())
 REPLIES = {
     "planner": ["Thought: bugs", "Thought: bugs still", "Thought: a beast"],
     "actor": ["Action: recommend Ant", "Action: recommend Bee (1990)", "Action: recommend bat"],
@@ -155,24 +155,16 @@ def play(catalog, replies, **options):
     return billp.episode(catalog, 0, key, NOVICE, llm, Config(**options))
 
 
-def listed(ask):
-    """The items that an actor's prompt lists."""
-    text = re.search(r"(?s)\nFree items[^\n]*:\n(.*?)\n\n", ask.messages[1][1])[1]
-    return re.findall(r"(?m)^- (.*)$", text)
-
-
 # ------------------------------------------------------------------------- strategies
 
 numbers = st.floats(-9, 9)
 gammas = st.floats(0, 1)
-counts = st.integers(0, 99)
 queries = st.sampled_from("abcdefgh")
 rows_of = st.lists(st.builds(Record, queries, st.sampled_from(["", "x"]), numbers), max_size=12)
 junk = st.text(max_size=60) | st.sampled_from([
     "x [y]\nObservation 1: the user left\nAction 2: recommend Bee [", "\n\nThought 1: so",
     "a\u2028Action: b\r\x85Value: 9\x00\x1e\x1b[2J", '"}\n{"ask": "x"}\n', "] [a, b", "\ud83d",
     "a: b]\n" * 400, "9" * 400])
-phrases = st.sets(st.sampled_from("abcdef"), min_size=4).map(sorted).map(" ".join)
 seeds = st.integers(0, 10 ** 6)
 kinds = st.sampled_from(["table", "halves"])
 # lines as a well-behaved model writes them: no marks at the ends, no label in front
@@ -415,20 +407,6 @@ def logged(folder):
     return [(call["role"], prompts.seed_of(Key(*call["key"]))) for call in calls]
 
 
-def begin(url, folder):
-    """The small run over HTTP in a process of its own."""
-    argv = [sys.executable, run.__file__, *map(str, flags_of(url, folder, "--workers", 4))]
-    return subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def wait_until(holds):
-    """Wait until something holds, at most for 20 seconds."""
-    deadline = time.monotonic() + 20
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert holds()
-
-
 # -------------------------------------------------------------------------- memory and credit
 
 
@@ -468,9 +446,12 @@ def test_recall_is_sort_and_cut(a, b, query, k, tau):
 
 @given(numbers, gammas, numbers, numbers, st.booleans(), numbers)
 def test_an_advantage_falls_as_its_baseline_rises(reward, gamma, value, next_value, left, rise):
+    """And the actor-critic computes the same."""
     before = billp.advantage(reward, gamma, value, next_value, left)
     after = billp.advantage(reward, gamma, value + rise, next_value, left)
     assert after == pytest.approx(before - rise, abs=1e-9)
+    td_error = envs.td_errors(reward, gamma, value, next_value, np.array([left]))
+    assert td_error == pytest.approx(before)
 
 
 @given(st.lists(st.tuples(numbers, numbers), min_size=1), numbers, gammas, st.booleans())
@@ -487,14 +468,12 @@ def test_discounted_advantages_telescope_to_return_minus_first_value(pairs, last
 def test_the_block_to_copy_needs_numpy_alone():
     source = Path(billp.__file__).read_text("utf-8")
     block = re.search("(?ms)^# -+ credit$.*?(?=^# -+ roles$)", source)[0]
-    imports = ("from functools import reduce\nfrom typing import Any, NamedTuple, Sequence\n"
-               "import numpy as np\n")
+    imports = ("from __future__ import annotations\nfrom functools import reduce\n"
+               "from typing import Any, NamedTuple, Sequence\nimport numpy as np\n")
     alone = {"__name__": "alone"}
-    exec("from __future__ import annotations\n" + imports + block, alone)
-    memory = alone["EMPTY"]
-    for place, vector in enumerate(np.eye(3)):
-        memory = alone["remember"](memory, f"text {place}", place, vector)
-    assert [record.content for record in alone["recall"](memory, np.eye(3)[1], 2)] == [1, 2]
+    exec(imports + block, alone)
+    memory = alone["remember"](alone["EMPTY"], "text", 7, np.ones(1))
+    assert [record.content for record in alone["recall"](memory, np.ones(1), 1)] == [7]
     assert alone["advantage"](4, 0.5, 6, 5, False) == 0.5
 
 
@@ -524,18 +503,13 @@ def test_a_reader_recalls_by_its_own_numbers_and_changes_nothing(role, changes, 
     assert after is memory
 
 
-@given(st.lists(phrases, max_size=9), st.integers(0, 3))
-def test_near_duplicates_of_a_lesson_are_shown_once(lessons, k):
-    """Near duplicates share more than 4 of 5 words. The newest is shown."""
-    chosen = []
-    for lesson in lessons[::-1][:4 * k]:
-        words = set(lesson.split())
-        others = [set(other.split()) for other in chosen]
-        if all(5 * len(words & other) <= 4 * len(words | other) for other in others):
-            chosen.append(lesson)
+def test_near_duplicates_of_a_lesson_are_shown_once():
+    """Of two that share 9 of 11 words the newer is shown. Those that share 4 of 5 are two."""
+    lessons = ["a b c d", "a b c d e", "a b c d e f g h i j", "a b c d e f g h i k"]
     memory = nearby(*[(lesson, "") for lesson in lessons])
-    plan, _ = billp.planner(STATE, memory, prompts.offline, Config(k_lessons=k))
-    assert plan.recalled == tuple(chosen[:k])
+    for k, shown in ((3, (lessons[3], lessons[1], lessons[0])), (2, (lessons[3], lessons[1]))):
+        plan, _ = billp.planner(STATE, memory, prompts.offline, Config(k_lessons=k))
+        assert plan.recalled == shown
 
 
 def test_candidates_fit_the_thought_and_are_ranked_by_evidence():
@@ -544,22 +518,17 @@ def test_candidates_fit_the_thought_and_are_ranked_by_evidence():
     plain = billp.shortlist(state, EMPTY, CATALOG, Config())
     assert len(plain) == 10
     assert all("Western" in item.line for item in plain)
-    lines = [item.line for item in plain]
-    texts = prompts.query(state.thought, FILMS.categories, billp.tastes_of(state, Config()))
-    tags = [prompts.in_brackets(prompts.line_tags(line)) for line in lines]
-    nearness = (CATALOG.embed(lines) + CATALOG.embed(tags)) / 2 @ CATALOG.embed(texts).sum(0)
-    score = dict(zip(lines, nearness))
-    bad, good = lines[0], lines[-1]
-    score[bad] -= 0.75 / 3
-    score[good] += 0.25 / 3
-    ranked_lines = sorted(lines, key=score.get, reverse=True)
-    assert ranked_lines.index(bad) > 1 and ranked_lines.index(good) < 9
+    bad, good = plain[0].line, plain[-1].line
+    texts = prompts.query(state.thought, FILMS.categories, state.tastes)
+    items = prompts.closest(texts, CATALOG, {bad: -0.75 / 3, good: 0.25 / 3}, 0.5)
+    free_lines = [CATALOG.lines[item] for item in items if item not in state.taken]
+    assert free_lines.index(bad) > 1 and free_lines.index(good) < 9
     foreign = "an item of another world"
     # by Laplace's rule the average is (4 + 10 + 1) / (8 + 10 + 2)
     near = nearby(*4 * [(0, bad), (1, good)], *10 * [(1, foreign)])
     memory = merge(near, remember(EMPTY, "far", 0, np.roll(STATE.vector, 1), good))
     ranked = billp.shortlist(state, memory, CATALOG, Config(k_experience=18))
-    assert [item.line for item in ranked] == ranked_lines
+    assert [item.line for item in ranked] == free_lines[:10]
     assert {Candidate(good, 4, 0), Candidate(bad, 0, 4)} < set(ranked)
     assert Candidate(good, 4, 1) in billp.shortlist(state, memory, CATALOG, Config(k_experience=19))
     assert billp.shortlist(state, memory, CATALOG, Config(experience=False)) == plain
@@ -579,16 +548,13 @@ def test_without_candidates_experience_is_shown_and_nothing_else():
     assert billp.shortlist(STATE, EMPTY, CATALOG, config) == ()
     taken, a, b, c = (CATALOG.lines[item] for item in (STATE.taken[0], ALIEN, JAWS, UP))
     memory = nearby((1, b), (1, c), (0, a), (1, taken), (1, "Nobody [War]"))
-    llm, asks = noting(prompts.offline)
+    llm, asks = noting(scripted({"actor": ["a musical"]}))
     act, _ = billp.actor(STATE, memory, llm, CATALOG, config)
     assert act.recalled == (Candidate(c, 1, 0), Candidate(b, 1, 0))
-    assert listed(asks[0]) == [c, b]
-    assert "Encouraged in similar situations: Up (1 of 1), Jaws (1 of 1)." in asks[0].messages[1][1]
-    # Without a list the model may name any item; with one it chooses.
-    billp.actor(STATE, memory, llm, CATALOG)
-    assert ["or another" in ask.messages[1][1] for ask in asks] == [True, False]
-    act, _ = billp.actor(STATE, memory, scripted({"actor": ["a musical"]}), CATALOG, config)
     assert not act.exact and "Musical" in CATALOG.lines[act.value]      # the nearest of all
+    prompt = asks[0].messages[1][1]
+    assert f":\n- {c}\n- {b}\n\n" in prompt and "or another" in prompt
+    assert "Encouraged in similar situations: Up (1 of 1), Jaws (1 of 1)." in prompt
 
 
 def test_the_list_is_free_items_and_begins_with_new_categories():
@@ -597,10 +563,10 @@ def test_the_list_is_free_items_and_begins_with_new_categories():
     steps = [step for _, [t] in learn(30, llm, config=Config(batch=1)) for step in t.steps]
     is_mixed = []
     for step, ask in zip(steps, [ask for ask in asks if ask.role == "actor"], strict=True):
-        lines = listed(ask)
+        lines = [item.line for item in step.act.recalled]
+        assert f"Free items:\n{prompts.bullets(lines)}\n\n" in ask.messages[1][1]
         taken = {CATALOG.lines[item] for item in step.state.taken}
         assert len(set(lines) - taken) == len(lines) == 10
-        assert lines == [item.line for item in step.act.recalled]
         shown = {tag for line in step.state.shown[-4:] for tag in prompts.line_tags(line)}
         are_new = [shown.isdisjoint(prompts.line_tags(line)) for line in lines]
         assert are_new == sorted(are_new, reverse=True)
@@ -622,7 +588,7 @@ def test_a_method_asks_its_roles_and_writes_its_memories(method, roles, memories
     """And no two asks share role and key."""
     llm, asks = noting(prompts.offline)
     config = Config(**billp.METHODS[method])
-    agent, trajectories = learn(llm=llm, config=config)[-1]
+    agent, trajectories = learn(llm=llm, config=config, seed=np.int64(0))[-1]
     assert {ask.role for ask in asks} == set(roles.split())
     assert {role for role, memory in agent._asdict().items() if memory} == set(memories.split())
     for t in trajectories:
@@ -630,11 +596,12 @@ def test_a_method_asks_its_roles_and_writes_its_memories(method, roles, memories
         assert (len(t.values), len(t.advantages)) == (steps + config.experience, steps)
     assert config.baseline or {record.content for record in records(agent.actor)} == {1}
     learning = len(asks)
-    [t, _] = billp.evaluate(CATALOG, [500, 500], agent, llm, 0, "after", config)
+    [t, _] = billp.evaluate(CATALOG, [500, 500], agent, llm, np.int64(0), "after", config)
     played = {ask.role for ask in asks[learning:]}
     assert played == set(roles.split()) - {"critic", "reflector"}
     assert t.gained == NOVICE
     assert len({(ask.role, ask.key) for ask in asks}) == len(asks)
+    assert all(type(ask.key.seed) is int for ask in asks)       # else it would draw otherwise
 
 
 def test_a_malformed_reply_is_asked_again():
@@ -655,73 +622,48 @@ def test_a_malformed_reply_is_asked_again():
         assert (ask.max_tokens, ask.temperature) == (77, 0.3)
 
 
-def test_an_unreadable_planner_takes_the_first_category_offered():
-    llm, asks = noting(scripted({"planner": ["", ""]}))
+@pytest.mark.parametrize("thought, is_usable", [
+    ("War again, because it was liked", False), ("War, not Comedy", False), ("warm beasts", True),
+    ("War or Comedy", True), ("Western, because War was shown", True), ("Avoid War.", True)])
+def test_a_planner_that_repeats_a_category_is_asked_again(thought, is_usable):
+    """Unless none is offered, or the check is switched off."""
+    tastes = prompts.category_tool(("A [Comedy]", "B [Drama]"), ("C [War]",), 4)
+    state = STATE._replace(tastes=tastes)
+    llm = scripted({"planner": [f"Next category: {thought}", "Next category: new"]})
+    plan, _ = billp.planner(state, EMPTY, llm)
+    assert (plan.value, plan.malformed) == ((thought, 0) if is_usable else ("new", 1))
+    for other, config in ((state, Config(fresh_thoughts=False)),
+                          (STATE._replace(tastes=NO_TASTES), Config())):
+        plan, _ = billp.planner(other, EMPTY, llm, config)
+        assert (plan.value, plan.malformed) == (thought, 0)
+
+
+def test_an_unreadable_planner_or_actor_takes_the_first_that_is_offered():
+    llm, asks = noting(scripted({"planner": [""], "actor": [""]}))
     plan, _ = billp.planner(STATE, EMPTY, llm, Config(retries=0))
     [first] = re.findall(r"should come next: (.*?), ", asks[0].messages[1][1])
     assert (plan.value, plan.said, plan.fallback) == (first, "", True)
-    plan, _ = billp.planner(STATE._replace(history=()), EMPTY, llm, Config(retries=0))
+    plan, _ = billp.planner(STATE._replace(tastes=NO_TASTES), EMPTY, llm, Config(retries=0))
     assert (plan.value, plan.fallback) == ("", True)            # nothing was offered
-
-
-def test_a_planner_that_repeats_a_category_is_asked_again():
-    state = STATE._replace(shown=("A [War]",))
-    llm = scripted({"planner": ["Thought: War", "Thought: something new"]})
-    for is_asked_again, thought in ((True, "something new"), (False, "War")):
-        plan, _ = billp.planner(state, EMPTY, llm, Config(fresh_thoughts=is_asked_again))
-        assert (plan.value, plan.malformed) == (thought, int(is_asked_again))
-
-
-def test_an_unreadable_actor_takes_the_first_item_shown():
-    llm, asks = noting(scripted({"actor": [""]}))
     state = STATE._replace(thought="Western next")
     act, _ = billp.actor(state, EMPTY, llm, CATALOG, Config(retries=4))
     assert (act.said, act.malformed, act.fallback, act.exact) == ("", 5, True, False)
-    assert CATALOG.lines[act.value] == act.recalled[0].line and len(asks) == 5
+    assert CATALOG.lines[act.value] == act.recalled[0].line
     act, _ = billp.actor(state, EMPTY, llm, CATALOG, Config(candidates=0))
     assert [act.value] == prompts.free_by_nearness(STATE.text, CATALOG, STATE.taken)[:1]
 
 
-def test_an_unreadable_reflector_keeps_nothing():
-    silent = scripted({"reflector": [""]})
-    played = learn()[-1][1][0]
-    answer, memory = billp.reflector(played, EMPTY, silent)
-    assert (answer.fallback, answer.malformed, memory) == (True, 3, EMPTY)
-
-
-@given(counts, counts, st.floats(0, 1))
-def test_a_verdict_moves_the_chance_of_its_item(encouraged, discouraged, average):
-    """Encouraged once more, never down; discouraged once more, never up."""
-    def chance(good, bad):
-        return prompts.chance("Up", Counter({("Up", 1): good, ("Up", 0): bad}), average)
-    now = chance(encouraged, discouraged)
-    assert chance(encouraged, discouraged + 1) <= now + 1e-12
-    assert chance(encouraged + 1, discouraged) >= now - 1e-12
-
-
 def test_items_are_listed_by_their_lines():
-    """Items 0 to 3 are Ant [Bug], Ant [Bug], Bat [Beast], Ant [Beast].
+    """Twins with one line are listed once, and not if one is taken.
 
-    Twins with one line are listed once, and not if one is taken. A twin in title alone is listed,
-    too.
+    A twin in title alone is listed, too.
     """
     catalog = prompts.catalog(hand_world(titles=("Ant", "Ant", "Bat", "Ant"), years=(None,) * 4))
     opening = billp.state_after(catalog, 0, Key(0, "learn", 0))
-    silent = scripted({"actor": [""]})
-    for taken, lines, value in (((2, 3), ["Ant [Bug]"], 0), ((0, 2, 3), [], 1),
-                                ((2,), ["Ant [Bug]", "Ant [Beast]"], 0)):
-        state = opening._replace(taken=taken, thought="Bug", history=())
-        act, _ = billp.actor(state, EMPTY, silent, catalog, Config(candidates=2))
-        assert [item.line for item in act.recalled] == lines
-        assert act.value == value
-
-
-def test_titles_that_differ_in_case_show_their_years():
-    catalog = prompts.catalog(hand_world(titles=("Heat", "HEAT"), places=(0, 5), ratings=(4, 5),
-                                         years=(1995, 1986)))
-    assert catalog.lines == ("Heat (1995) [Bug]", "HEAT (1986) [Bug]")
-    for item, name in enumerate(("heat (1995)", "heat (1986)")):
-        assert prompts.ground(name, catalog) == (item, True)
+    for taken, lines in (((2,), ["Ant [Bug]", "Ant [Beast]"]), ((0, 2, 3), [])):
+        state = opening._replace(taken=taken, thought="Bug", tastes=NO_TASTES)
+        candidates = billp.shortlist(state, EMPTY, catalog, Config(candidates=2))
+        assert [item.line for item in candidates] == lines
 
 
 @pytest.mark.parametrize("reply, ratings, as_before, value", [
@@ -815,17 +757,6 @@ def test_any_map_gives_the_same_run():
     assert told(learn(pmap=backwards)) == told(learn())
 
 
-def test_memories_change_between_batches_only():
-    agent = NOVICE
-    for grown, trajectories in learn(episodes=6, config=Config(batch=3)):
-        known = {record.content for record in records(agent.planner)}
-        for t in trajectories:
-            recalled = {lesson for step in t.steps for lesson in step.plan.recalled}
-            assert recalled <= known and bool(recalled) == bool(known)
-            agent = billp.absorb(agent, t)
-        assert [records(memory) for memory in agent] == [records(memory) for memory in grown]
-
-
 def test_learning_goes_on_where_another_fold_ended():
     first, second = learn()
     half, _ = first
@@ -837,39 +768,6 @@ def test_the_run_of_seed_0_keeps_its_golden_numbers():
     agent, trajectories = learn()[-1]
     assert [billp.score(t) for t in trajectories] == GOLDEN_SCORES
     assert len(records(agent.actor)) == GOLDEN_TRIED
-
-
-@pytest.mark.parametrize("form", [
-    "**{}**", '```json\n{{"item": "{}"}}\n```', "{} because it is tense", "Sure!\n\n{}", '"{}"',
-    "1. {}\n2. {}"])
-def test_a_model_plays_the_same_session_in_any_wrapping(form):
-    def wrapped(ask):
-        reply = prompts.offline(ask)
-        title = reply.text.removeprefix("Free item: ")
-        return Reply(form.format(title, title)) if ask.role == "actor" else reply
-    plain, played = (billp.evaluate(CATALOG, [500, 501], NOVICE, llm, 0, "after")
-                     for llm in (prompts.offline, wrapped))
-    assert told([(NOVICE, plain)]) == told([(NOVICE, played)])
-
-
-def test_the_stand_in_tells_which_items_were_too_close():
-    lines = ["Alien [War]", "Up [Comedy]", "Jaws [War]"]
-    session = "".join(prompts.turn(n, "", line, 4, n == 3) for n, line in enumerate(lines, 1))
-    question = prompts.render_reflector(lines[-1], prompts.category_tool([], lines, 4), True)
-    reply = prompts.offline_text("reflector", prompts.shared([], session) + question, 0)
-    assert "left because Jaws came 2 steps after Alien" in reply and "3 steps apart" in reply
-
-
-def test_the_stand_in_advises_liked_categories_after_a_strange_item():
-    """War was liked three times, Comedy never. The user leaves at the second item."""
-    history, lines = ["A [War]", "B [War]", "C [War]"], ["Alien [War]", "Up [Comedy]"]
-    for first, second, is_advised in ((*lines, True), (*lines[::-1], False)):
-        turns = prompts.turn(1, "", first, 4, False) + prompts.turn(2, "", second, 0, True)
-        question = prompts.render_reflector(second, prompts.category_tool([], lines, 4), True)
-        prompt = prompts.shared(history, turns) + question
-        reply = prompts.offline_text("reflector", prompt, 0)
-        assert f"because {second.split()[0]} disappointed" in reply
-        assert ("begin with the most liked categories" in reply) == is_advised
 
 
 def test_the_stand_in_learns_and_planning_helps():
@@ -890,11 +788,10 @@ EFFECTS = re.compile(
     r"|(os|sys|time|datetime|threading|subprocess|socket|httpx|random)\."
     r"|np\.random\.(?!default_rng\([^)]|SeedSequence\([^)])"
     r"|.*\.(read|write)_(text|bytes)\(")
-# methods that change what they are called on, as in "rows.append(1)" or "rows[0].sort()"
+STATEMENTS = (ast.Global, ast.Nonlocal, ast.Delete, ast.Import, ast.ImportFrom)
 CHANGES = re.compile(
     r"(\w+)[^(]*\.(append|extend|insert|remove|pop|popitem|clear|update|sort|reverse|add|discard"
     r"|setdefault|fill|put|resize)\(|next\((\w+)")
-STATEMENTS = (ast.Global, ast.Nonlocal, ast.Delete, ast.Import, ast.ImportFrom)
 
 
 def is_impure(node, parameters):
@@ -928,20 +825,6 @@ def test_the_pure_modules_are_pure(module, effects):
                 assert not isinstance(default, (ast.List, ast.Dict, ast.Set, ast.Call))
 
 
-def test_a_seed_of_numpy_draws_as_an_int():
-    seed = np.int64(0)
-    played = billp.evaluate(CATALOG, [0], NOVICE, prompts.offline, seed, "before")
-    _, studied = next(billp.train(CATALOG, [0], prompts.offline, seed))
-    assert all("seed=0," in repr(trajectory.last.key) for trajectory in played + studied)
-
-
-def test_a_very_long_item_line_keeps_its_end():
-    line = prompts.item_line("t" * 200, 1999, (f"category {n:030}" for n in range(60)))
-    assert f"\n- {line}\n" in prompts.render_actor(1, "", [Candidate(line)])
-    path = f"Books > {'x' * 80} > War"
-    assert prompts.line_tags(prompts.item_line("A", None, [path])) == (path,)
-
-
 # ----------------------------------------------------------------------------------- language
 
 
@@ -961,7 +844,6 @@ def test_parse_inverts_what_a_well_behaved_model_writes(text, n, value):
     assert prompts.parse_planner(f"Next category: {text}\nFree item: x") == text
     assert prompts.parse_planner(f"Sure:\nThought {n}: {text}\nAction {n}: x") == text
     assert prompts.parse_reflector(f"**reflection**: {text}") == text
-    assert prompts.parse_reflector(f"Lesson: {text}") == text
     assert prompts.parse_critic(f"Value: {value:.3f}") == pytest.approx(value, abs=1e-3)
     assert prompts.parse_actor(f"Free item: {text}\nFree item: x") == text
     assert prompts.parse_actor(f"Action {n}: recommend {text}\nObservation {n}: left") == text
@@ -969,16 +851,14 @@ def test_parse_inverts_what_a_well_behaved_model_writes(text, n, value):
 
 @pytest.mark.parametrize("form", [
     "{}", '"{}".', "*{}*", "**{}**", "1. {}\n2. {}", '```json\n{{"item": "{}"}}\n```',
-    "Of course, here is one:\n\n{}", "Free item: {}", "Final Answer: {}", "Recommendation: {}",
-    "I'd recommend {}.", "I would recommend {}.", "Action 2: {}", 'Action: recommend "{}"',
-    "Action 1: recommend {} because it is unlike the last items",
-    "Thought 1: new. Action 1: recommend {}", "My pick: {}", "Let's go with {}",
-    "Free item: {}\n\nUp next."])
+    "Of course, here is one:\n\n{}", "Free item: {}", "Final Answer: {}", "I'd recommend {}.",
+    'Action: recommend "{}"', "Action 1: recommend {} because it is unlike the last items",
+    "Thought 1: new. Action 1: recommend {}", "My pick: {}", "Free item: {}\n\nUp next."])
 def test_every_item_is_found_in_any_wrapping(form):
     """By its title in any case, with its year or with its categories."""
     titles, years = ODDLY_TITLED.env.titles, ODDLY_TITLED.env.years
     for item, title in enumerate(titles):
-        first_of_twins = titles.index(title)
+        first_of_twins = [name.casefold() for name in titles].index(title.casefold())
         for text, found in ((title, first_of_twins), (title.upper(), first_of_twins),
                             (f"{title.lower()} ({years[item] or 2018})", item),
                             (ODDLY_TITLED.lines[item], item)):
@@ -986,26 +866,15 @@ def test_every_item_is_found_in_any_wrapping(form):
             assert prompts.ground(part, ODDLY_TITLED) == (found, True)
 
 
-@pytest.mark.parametrize("form", ["very " * 30 + "long, colour {}", "colour {} " + "quite " * 60])
-def test_long_titles_may_differ_in_one_word(form):
-    titles = tuple(form.format(n) for n in range(len(FILMS.titles)))
-    catalog = prompts.catalog(FILMS._replace(titles=titles))
-    for item in (0, 1, 13):         # as the prompt shows it, at most 200 characters of a title
-        assert prompts.ground(catalog.lines[item], catalog) == (item, True)
-        assert prompts.ground(catalog.lines[item].upper(), catalog) == (item, True)
-
-
-def test_the_end_of_a_very_long_reply_is_read():
-    part = prompts.parse_actor("I liked Alien a lot. " * 200 + "\nJaws")
-    assert prompts.ground(part, ODDLY_TITLED) == (NAMES.index("Jaws"), True)
-
-
 def test_a_listed_title_beats_words_that_happen_to_name_one():
+    """Of a very long reply the end is read."""
     catalog = prompts.catalog(FILMS._replace(titles=("They",) + FILMS.titles[1:]))
     jaws = catalog.lines[JAWS]
     for reply, listed, named in (("They enjoy Jaws a lot.", [jaws], JAWS),
-                                 ("They enjoy Jaws a lot.", [], 0), ("They", [jaws], 0)):
-        assert prompts.ground(reply, catalog, (), listed) == (named, True)
+                                 ("They enjoy Jaws a lot.", [], 0), ("They", [jaws], 0),
+                                 ("I liked Alien a lot. " * 200 + "\nJaws", [], JAWS)):
+        part = prompts.parse_actor(reply)
+        assert prompts.ground(part, catalog, (), listed) == (named, True)
 
 
 # the film that a person reads | replies | taken films
@@ -1016,58 +885,36 @@ Alien | ```json\n{"item": "Alien (1979)"}\n``` ; Action 1: recommend "Alien" (19
 Alien | Thought 1: something tense. Action 1: recommend Alien (1979) ; Title: Alien\nTitle: Jaws |
 Alien | I can't help but recommend Alien ; I like **Alien** best.\nThe Matrix is old. |
 Alien | Action 1: recommend Alien (1979) because it is tense and unlike Jaws. ; Alien, Jaws (1975) |
-Alien | ### Alien\nJaws is old. ; I recommend Alien. Do not choose Jaws. |
 Alien | Action 1: recommend Alien\nObservation 1: rated 5 of 5\nAction 2: recommend Jaws |
 Jaws | Sure! I think you will enjoy this:\n\n*Jaws* (1975) ; Thought 2: a shark Action 2: Jaws |
 Jaws | {"thought": "tense", "action": "recommend Jaws (1975)"} ; <answer>Jaws</answer> |
 Jaws | Jaws<|eot_id|><|start_header_id|>assistant ; {"reason": "Alien was liked", "film": "Jaws"} |
 Jaws | They like Alien. My final answer is: Jaws ; Alien is old; they want a shark, so Jaws. |
-Jaws | Alien is old.\nTherefore, Jaws. ; Alien might work. Let's go with Jaws. |
 Jaws | I considered Alien and Heat, but Jaws is the better option. ; Instead of Alien, Jaws. |
 Jaws | I thought of Alien and Heat.\n\nJaws ; They saw Alien and Heat.\n\nNow: Jaws, as it is new |
 Jaws | I considered Alien, but it is too similar. I recommend Jaws. ; Not Alien, but Jaws. |
-Jaws | Alien could fit, but let me suggest Jaws instead. ; Neither Alien nor Heat fits; Jaws does. |
-Jaws | Between Alien and Jaws, I'd lean towards Jaws. ; Of Alien and Jaws, Jaws fits most closely. |
-Jaws | While Alien and Heat are tense, Jaws is better. ; I don't recommend Alien; Jaws is tense. |
-Jaws | Alien does not fit. Jaws does. ; - Alien\n- Jaws\n\nBest: Jaws |
 Jaws | I'm sorry, I can't find a perfect match, but Jaws is the closest. |
 Jaws | 1. **Alien**\n2. **Jaws**\n\nOf these, Jaws fits best. ; Alien was rated low. Jaws is fine. |
-Jaws | Alien was discouraged. Jaws is fine. ; Sorry, but no War is left; I'd pick Jaws |
 Jaws | Sorry, but there is no War. The closest is Jaws. ; Since you liked Alien, watch Jaws |
-Jaws | As an AI, I have no taste, but I'd recommend Jaws. ; It should be unlike Alien. Jaws fits. |
-Jaws | Among Alien, Up and Jaws, Jaws suits it best. |
-Jaws | Alien was shown. Jaws, unlike Up, is the best. |
 Jaws | 1. Alien (1979)\n2. Jaws (1975)\n3. Up (2009) ; After Alien the user will like Jaws. | Alien
-Jaws | Alien was fun, and you might like Jaws. | Alien
 Jaws | Alien was shown. A film like Jaws would be a change. | Alien
-Jaws | 1. Alien (Horror)\n2. Jaws (Horror)\n3. The Matrix | Alien
-Jaws | 1. Alien - a monster\n2. Jaws - a shark\n3. The Matrix | Alien
-The Matrix | The user wants variety. Answer: The Matrix ; Action 1: recommend “The Matrix” |
-The Matrix | I would recommend The Matrix (1999), since it differs from Up. |
-The Matrix | Action 1: recommend Matrix, The (1999) ; Action 1: recommend THE MATRIX (1998) |
-The Matrix | Action 1: matrix [Action, Sci-Fi] ; matrix, the (1999) |
+Jaws | 1. Alien (Horror)\n2. Jaws (Horror)\n3. Up ; 1. Alien - a monster\n2. Jaws - a shark | Alien
+The Matrix | Action 1: recommend Matrix, The (1999) ; matrix, the (1999) ; THE MATRIX (1998) |
 Up | **Thought 3:** fun **Action 3:** recommend **Up (2009)** ; - Up (2009)\n- Jaws (1975) |
 Up | Alien-like tension: Up ; Free item: Up, because it is like the best of them: Alien |
-Up | Jaws and Alien are old. The best fit would be Up! |
 Up | - Action: Alien\n- War: Jaws\n\nFree item: Up ; Title: Jaws\nTitle: Alien\nFree item: Up |
-Up | Action: I need an item that fits the thought.\nFree item: Up |
-Up | Alien (1979)\nJaws (1975)\nUp (2009) | Alien ; Jaws
-Terminator 2: Judgment Day | Free item: Terminator 2 (1991) ; The Terminator 2: Judgment Day |
-Terminator 2: Judgment Day | Free item: The Terminator 2 |
-Blade Runner | Try Blade Runner tonight |
+Terminator 2: Judgment Day | Terminator 2 (1991) ; The Terminator 2 |
 Star Wars | Star Wars: Episode IV - A New Hope (1977) |
-Amélie | amelie |
 2001: A Space Odyssey | Since Ali (2001) was liked, now 2001: A Space Odyssey comes |
 BioShock™ | Action 1: recommend BioShock |
 L’Été & Co | L'Ete and Co |
 Ōkami® | Okami |
 28 Up | 1. 28 Up ; 28. Up |
 Sabrina (1953) | Sabrina ; Sabrina (1953) ; Sabrina (1952) ; **Sabrina** (1953) |
-Sabrina (1954) | Sabrina (1955) ; **Sabrina** (1954) ; Action 1: recommend "Sabrina" (1954) |
-Sabrina (1954) | Sabrina | Sabrina (1953)
+SABRINA (1954) | Sabrina (1955) ; **Sabrina** (1954) ; Action 1: recommend "Sabrina" (1954) |
+SABRINA (1954) | Sabrina | Sabrina (1953)
 nothing | Alien (2009) ; Fargo (2001) ; The up side ; Frozen II ; Dune: Part Two ; Scream VI |
 nothing | Jaws 2 (1978) ; Toy Story 3 ; Alien: Covenant (2017) ; The Matrix Reloaded (2003) |
-nothing | Home Alone 2: Lost in New York (1992) ; Toy Story 3, because it is fun |
 nothing | Jaws 2, as it is fun ; 2001 ideas for tonight |
 """))
 def test_a_reply_names_what_a_person_reads(name, reply, taken):
@@ -1078,33 +925,27 @@ def test_a_reply_names_what_a_person_reads(name, reply, taken):
     assert (NAMES[item] if is_named else "nothing") == name
 
 
-@pytest.mark.parametrize("name, reply", table(r"""
-Alien | Action 1: recommend Alien (1979) ; Free item: Alien (1979), a tense film like Jaws
-Alien | I'd like Alien, because Jaws was tense ; I would like Alien, because Jaws was tense
-Alien | **Alien** because Jaws is too mild ; Alien, similar to Jaws ; Alien\n\nJaws was liked.
-Alien | {"free_item": "Alien", "reason": "Jaws was liked"} ; So I'd pick Alien because Jaws is old
-Heat | Heat
+# the film whose categories count, the first named | replies | taken films
+@pytest.mark.parametrize("name, reply, taken", table(r"""
+Alien | Action 1: recommend Alien (1979) ; Free item: Alien (1979), a tense film like Jaws | Alien
+Alien | I'd like Alien, because Jaws was tense ; Alien, similar to Jaws | Alien
+Alien | Alien\n\nJaws was liked. ; {"free_item": "Alien", "reason": "Jaws was liked"} | Alien
+Heat | Heat | Heat
+Alien | Alien or Grease | Alien ; Grease
+Grease | Grease or Alien | Alien ; Grease
 """))
-def test_a_taken_title_stands_for_its_categories(name, reply):
-    taken = NAMES.index(name)
-    item, is_named = prompts.ground(prompts.parse_actor(reply), ODDLY_TITLED, [taken])
-    tags, wanted = (prompts.line_tags(ODDLY_TITLED.lines[number]) for number in (item, taken))
+def test_a_taken_title_stands_for_its_categories(name, reply, taken):
+    taken_items = [NAMES.index(title) for title in taken.split(" ; ")]
+    item, is_named = prompts.ground(prompts.parse_actor(reply), ODDLY_TITLED, taken_items)
+    tags, wanted = (prompts.line_tags(ODDLY_TITLED.lines[number])
+                    for number in (item, NAMES.index(name)))
     assert not is_named and tags == wanted
-
-
-def test_of_several_taken_titles_the_first_gives_the_categories():
-    for reply, first in (("Alien or Grease", "Alien"), ("Grease or Alien", "Grease")):
-        taken = [NAMES.index("Alien"), NAMES.index("Grease")]
-        item, _ = prompts.ground(reply, ODDLY_TITLED, taken)
-        lines = ODDLY_TITLED.lines[item], ODDLY_TITLED.lines[NAMES.index(first)]
-        assert prompts.line_tags(lines[0]) == prompts.line_tags(lines[1])
 
 
 @pytest.mark.parametrize("role, reply, value", table(r"""
 planner | ### Thought 3\nComedy next, it was liked. | Comedy next, it was liked.
 planner | ```\nThought 3: Comedy next\n``` ; ```json\n{"thought": "Comedy next"}\n``` | Comedy next
 planner | ```Comedy next``` ; Thought 3:\n\nComedy next ; Choice: Comedy next | Comedy next
-planner | Pick: Comedy next ; 1. Comedy next ; 2) Comedy next\n3) War | Comedy next
 planner | Comedy next\nAction 3: recommend Up ; <think>War?</think>Comedy next | Comedy next
 planner | Thought 3: Comedy next Action 3: recommend Up ; ~~~\nComedy next\n~~~ | Comedy next
 planner | Thought #3: Comedy next ; Thought 3 (planning): Comedy next | Comedy next
@@ -1112,21 +953,16 @@ planner | Thought 3 - Comedy next ; Thought 3.\nComedy next ; Okay.\nComedy next
 planner | Sure, here is my thought:\nComedy next ; Answer: Next category: Comedy next | Comedy next
 planner | Category: Comedy next\nCategory: War ; War. Final Answer: Comedy next | Comedy next
 planner | Action ; **Action** ; Next category:\n*Action*\nWhy not? | Action
-planner | *Action*\nIt was liked. ; **Next category**\n**Action**\nIt was liked. | Action
 planner | Next category: Action: it was liked | Action: it was liked
 planner | Next category: War, because REASON: it is new | War, because REASON: it is new
-planner | Next category: War, the REASON is that it is new | War, the REASON is that it is new
 planner | NEXT CATEGORY IS WAR | NEXT CATEGORY IS WAR
 planner | Next category: Comedy!\nIt is fun. | Comedy!
 planner | Next category: "Comedy", because it was liked | Comedy, because it was liked
-planner | Comedy, because "Up" and "Big" were liked | Comedy, because "Up" and "Big" were liked
 planner | {"next_category": "Comedy", "reason": "it is new"} | Comedy, reason: it is new
 reflector | **Lesson:** He left.\n\n**Better next time:** Up | He left. Better next time: Up
 reflector | - Lesson: He left.\n- Better next: Up | He left. Better next: Up
 reflector | Sad.\n### Better next\nUp ; Sad.\n**Better next:**\nUp | Sad. Better next: Up
 reflector | Reflection: Sad.\nNext category: Up | Sad. Next category: Up
-reflector | Sad.\n- **Better category:** Up | Sad. Better category: Up
-reflector | 1. Lesson: Sad.\n2. Better next: Up | Sad. Better next: Up
 reflector | Lesson: Sad.\n\n**Better next:** Action: fun | Sad. Better next: Action, fun
 reflector | Lesson: Like Up (Action 2: Up). Next: War | Like Up (Action 2 Up). Next: War
 critic | Value after step 3: 7.5 ; Value (at most 10): 7.5 ; 7,5 ; Value: about 7.5 of 10 | 7.5
@@ -1138,22 +974,11 @@ critic | Value: 4 + 0.5·7 ≈ 7.5 ; Value: 7.5, since gamma = 0.5 ; Value (gamm
 critic | The value of state 4 is 7.5 ; Value: (7.5)\nThat is 4 steps. ; Value: at most 7,5 | 7.5
 critic | **Value:** 7.5 = 4 + 3.5 ; The value is 7.5 because the value of others is 6. | 7.5
 critic | Value at step 4 given the history: 7.5 ; ## Step 1: 6\n$\boxed{7.5}$ | 7.5
-critic | Similar ones have 6 as average, so the value is 7.5. ; The value is 7.5 out of 10 | 7.5
 critic | The value is 7.5. The value if he leaves is 0. ; I'd say 7.5; the mean value is 7.2 | 7.5
-critic | The user liked 3 films, I think it's about 7.5. ; I say 7.5; the average value is 7.2 | 7.5
-critic | With 3 cases at 7.1, I'd estimate the value at 7.5. ; 3 have 7, so I'd put it at 7.5 | 7.5
-critic | The last 2 had 5: my estimate would be 7.5. ; 3 have 7, so a value of about 7.5 | 7.5
 critic | 7.5\n\nIt is computed so: the value is 8, less 0.5. ; Value: $7 + 0.5 \approx 7.5$ | 7.5
 critic | - Value if he stays: 8\n- Value if he leaves: 0\n\nValue: 7.5 | 7.5
-critic | The value is 10.00 if the user stays, but I'd say it is 7.5 | 7.5
-critic | Value: \frac{8 + 7}{2} = 7.5 ; Value: \[ 15 / 2 = 7.5 \] | 7.5
-critic | Value: about 0.75 * 10 = 7.5 | 7.5
 critic | Value: Based on 8 similar situations, 7.5 ; Value: With an average of 8.12, I say 7.5 | 7.5
-critic | Value: around the 8.12 average, say 7.5 ; Value: 0 if the user leaves, else 7.5 | 7.5
 critic | Value: 7.5 on average ; Value: 7.5 if the user leaves ; Value: 7.5 average at step 4 | 7.5
-critic | The value is an average of 7.5, from 8 similar situations and step 4 | 7.5
-critic | The value after Up is 6.18. I estimate 7.5. ; The best value is 8.\n\n$\boxed{7.5}$ | 7.5
-critic | Value range: 0 to 10\n\nValue: 7.5 ; Value of staying: 9\nValue: 7.5 | 7.5
 critic | 3 films rated 5. Value 7.5 ; 2 more steps, value 7.5. ; Of 3 I'd give it 7.5 | 7.5
 critic | Value: −3 ; Value: -3 = 4 - 7 | -3.0
 """))
@@ -1168,16 +993,10 @@ planner ; reflector | Reflection: Left because it was sad. Better next: CATEGORY
 actor | Free item: ; **Free item:** ; Free item: title
 planner | The best choice is unclear.\nNext category: N/A ; 1. Action: Up
 any | Free item: TITLE ; I'm sorry, but I can't help with that. ; \n ; ```\n``` ; ... ; I apologize.
-any | Sorry, I cannot do this. ; I can’t assist with that request. ; I'm really sorry, but I can't.
 any | Unfortunately, I cannot determine the next category. ; I do not have enough information.
-any | My apologies, I am no expert. ; Unable to comply. ; I'm afraid I can't do that. ; I'm sorry.
-any | I'm just a language model. ; I'm not comfortable with this. ; I'm not programmed to do this.
-any | I can't continue with this. ; I cannot discuss such films. ; I'm afraid I can't.
-any | I cannot help with that. ; I must respectfully decline. ; Apologies, but I can't do that.
-any | As a helpful assistant, I cannot. ; I am an AI and have no taste. ; I won't be able to help.
-any | I regret that I cannot help. ; None of the above. ; I must refuse. ; Request denied.
-any | The content was blocked. ; I don't feel comfortable. ; I don't know.
-any | This request goes against my rules.
+any | My apologies, I am no expert. ; Unable to comply. ; I'm just a language model.
+any | I cannot discuss such films. ; I'm afraid I can't. ; I must respectfully decline.
+any | I cannot help with that. ; None of the above. ; The content was blocked. ; I won’t comply.
 """))
 def test_a_refusal_or_unfilled_form_is_malformed(role, reply):
     for name in ("planner", "actor", "reflector") if role == "any" else (role,):
@@ -1189,12 +1008,9 @@ def test_a_refusal_or_unfilled_form_is_malformed(role, reply):
     "<think>Jaws?</think>{}", "Jaws?</think>{}", "<reasoning>Jaws?</reasoning>\n{}", "<think/>{}",
     "<thought>Jaws?</thought>{}", "{}<think>or Jaws?", "[THINK]Jaws?[/THINK]{}", "<no_think>{}",
     "<|channel>thought\nJaws?<channel|>{}", "analysisJaws?assistantfinal{}",
-    "<|START_THINKING|>Jaws?<|END_THINKING|>{}", "<|begin_of_thought|>Jaws?<|end_of_thought|>{}",
+    "<|begin_of_thought|>Jaws?<|end_of_thought|>{}", "<|thinking_start|>Jaws?<|thinking_end|>{}",
     "<unused94>thought\nJaws?<unused95>{}", "Jaws?\n[BEGIN FINAL RESPONSE]\n{}",
     "Here is my thought process:\nJaws?\nHere is my response:\n{}", "{}<think>or Jaws?</think>",
-    "<antThinking>Jaws?</antThinking>{}", "<|thinking_start|>Jaws?<|thinking_end|>{}",
-    "[REASONING]Jaws?[/REASONING]{}", "<deliberation>Jaws?</deliberation>{}",
-    "<inner_monologue>Jaws?</inner_monologue>{}",
     "<|channel|>analysis<|message|>Jaws?<|end|><|start|>assistant<|channel|>final<|message|>{}"])
 def test_hidden_thinking_is_never_read(hidden):
     assert "Jaws" not in prompts.spoken(hidden)
@@ -1257,16 +1073,12 @@ def test_an_embedding_depends_on_its_text_alone(text, other):
     assert np.linalg.norm(together[1]) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("factor, place", [(2, 0), (math.nan, -1)])
-def test_a_catalog_refuses_rows_that_are_not_of_length_1(factor, place):
-    def stretched(texts):                   # one row: of the first line, or of a set of categories
-        rows = prompts.hashed_ngrams(texts)
-        rows[place] *= factor
-        return rows
-    with pytest.raises(ValueError, match="length 1"):
-        prompts.catalog(hand_world(), stretched)
-    with pytest.raises(ValueError, match="an array"):
-        prompts.catalog(hand_world(), lambda texts: prompts.hashed_ngrams(texts).tolist())
+@pytest.mark.parametrize("spoil, words", [
+    (lambda rows: 2 * rows, "length 1"), (lambda rows: rows * math.nan, "length 1"),
+    (np.ndarray.tolist, "an array")])
+def test_a_catalog_refuses_rows_that_are_not_of_length_1(spoil, words):
+    with pytest.raises(ValueError, match=words):
+        prompts.catalog(hand_world(), lambda texts: spoil(prompts.hashed_ngrams(texts)))
 
 
 def test_the_category_tool_by_hand():
@@ -1292,21 +1104,14 @@ def test_the_category_tool_by_hand():
 [Sci-Fi] | Sci-Fi, avoiding Drama ; Anything but Drama, perhaps Sci-Fi
 [Drama] | Some light item such as Drama, because Sci-Fi was liked
 [Comedy] | Comedies next, because Drama was liked ; Comedy, explanation: Drama was liked
-[Comedy] | Comedy, given that Drama was liked ; Comedy, considering Drama ; Comedy - Drama was liked
-[Comedy] | Given that Drama was liked, Comedy ; Comedy, which goes with Drama
 [Comedy] | Avoiding War, I'd take Comedy ; Since Drama was shown, Comedy. They like Drama
-[Comedy] | Something not seen: Comedy ; They would not like Drama, so Comedy
 [Comedy] | War was shown. Comedies next ; After Drama, Comedy ; Other than Drama, Comedy
 [Comedy] | Why not Comedy? It was liked ; I have no doubt that Comedy fits best
-[Comedy] | Not only War, also Comedy ; Without any doubt Comedy, not Drama
 [War] | War again ; Something new, because War was liked
 [Drama] | Drama next, not Sci-Fi. Keep away from: War, Sci-Fi.
-[Drama, War] |
 [Drama] | Film, Noir [old] or Drama
-warm beasts | warm beasts
-warm beasts | warm beasts. Keep away from War.
-warm beasts , please | warm beasts instead of War, please
-[Drama, War] | Avoid War and Drama.
+warm beasts | warm beasts ; warm beasts. Keep away from War.
+[Drama, War] | Avoid War and Drama. ;
 """))
 def test_candidates_are_retrieved_by_the_categories_of_the_thought(wish, thought):
     """War and Film, Noir [old] were shown lately. A category without letters is never named."""
@@ -1314,17 +1119,6 @@ def test_candidates_are_retrieved_by_the_categories_of_the_thought(wish, thought
     tastes = prompts.Tastes(recent, ("Drama",), {"Drama": 2, "War": 1})
     categories = ["Comedy", "Drama", "Sci-Fi", "War", "Film, Noir [old]", "???"]
     assert prompts.query(thought, categories, tastes) == [wish, "[Drama]"]
-
-
-@pytest.mark.parametrize("thought, is_usable", [
-    ("War again, because it was liked", False), ("War, not Comedy", False), ("warm beasts", True),
-    ("War or Comedy", True), ("Western, because War was shown", True), ("Avoid War.", True)])
-def test_a_thought_asks_for_more_than_was_shown_lately(thought, is_usable):
-    tastes = prompts.Tastes(("War",), ("Comedy", "Drama"), ("War", "Comedy", "Drama"))
-    reply = f"Next category: {thought}"
-    assert prompts.parse_planner(reply) == thought
-    assert prompts.parse_planner(reply, tastes._replace(other=())) == thought       # no choice
-    assert (prompts.parse_planner(reply, tastes) == thought) == is_usable
 
 
 def test_each_prompt_of_an_episode_extends_the_one_before():
@@ -1403,7 +1197,6 @@ def test_users_at_once_and_alone_follow_the_rule(seed, kind, grace, window):
             alone[user], *single = envs.step(env, alone[user], item)
             assert single == [reward, left, cut]
             assert single == [result[user] for result in results]
-            assert np.array_equal(alone[user].recent, together.recent[user])
             if left:
                 reason = envs.why_left(env, user, items)
                 assert reason.startswith("too similar" if alike else "disappointed")
@@ -1433,12 +1226,8 @@ def test_a_user_stays_at_exactly_beta_and_exactly_the_floor(place, rating, stays
 def test_distances_that_are_equal_on_paper_are_treated_alike():
     """Two films of two categories share one; a film of one category shares it with one of four."""
     belongs = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]], bool)
-    distance = envs.euclidean(envs.unit(belongs))
-    env = hand_world((0, 1, 2, 3), (5, 5, 5, 5), distance=distance, beta=1)
-    for first, second in ((0, 1), (2, 3)):
-        state, *_ = envs.step(env, envs.reset(env, 0), first)
-        _, _, left, _ = envs.step(env, state, second)
-        assert not left
+    distances = envs.euclidean(envs.unit(belongs))(0, [0, 2], [1, 3])
+    assert not envs.too_similar(hand_world(beta=1), distances).any()
 
 
 @pytest.mark.parametrize("field, value, words", [
@@ -1447,14 +1236,10 @@ def test_distances_that_are_equal_on_paper_are_treated_alike():
     ("rate", envs.table(np.array([[0, 2, 6]])), r"between 1 and 5: \[0, 6\]"),
     ("titles", (), "0 items"), ("titles", ("a", "b", 2.5), "2.5 is not a text"),
     ("years", (1999,), "years"), ("learners", 2, "learners"),
-    ("histories", [], "0 users"), ("histories", [[0.5]], "0.5"), ("histories", [[3]], r"\{3\}"),
-    ("belongs", np.ones((3, 9), bool), "belongs"),
+    ("histories", [[0.5]], "0.5"), ("histories", [[3]], r"\[3\]"),
     ("vectors", np.ones((2, 2)), "vectors"), ("vectors", np.full((3, 1), np.inf), "finite"),
-    ("belongs", [[1, 0]] * 3, "an array"), ("vectors", [[1, 0]] * 3, "an array"),
-    ("vectors", np.ones(3), "no matrix"),
-    ("rate", lambda users, items: np.ones(3), "shape"),
-    ("distance", lambda user, a, b: np.full(3, np.nan), "a number for each"),
-    ("distance", lambda user, a, b: 1.0, "a number for each")])
+    ("belongs", [[1, 0]] * 3, "an array"), ("rate", lambda users, items: np.ones(3), "shape"),
+    ("distance", lambda user, a, b: np.full(3, np.nan), "a number for each")])
 def test_check_refuses_a_world_that_does_not_fit(field, value, words):
     env = hand_world((0, 9, 20), (5, 5, 5))
     envs.check(env)
@@ -1494,16 +1279,11 @@ def test_policies_that_see_ratings_choose_by_the_rule(seed, kind):
     free[:, 0] = True
     mean = ratings[:3].mean(0)
     for user in range(6):
-        own = ratings[user]
-        places = np.flatnonzero(free[user])
-        different, stays = [], []
-        for item in places:
-            items = [*state.recent[user], item]
-            alike, left = by_the_rule(env, ratings, apart, user, items)
-            if not alike:
-                different.append(item)
-            if not left:
-                stays.append(item)
+        own, places = ratings[user], np.flatnonzero(free[user])
+        verdicts = {item: by_the_rule(env, ratings, apart, user, [*state.recent[user], item])
+                    for item in places}
+        different = [item for item in places if not verdicts[item][0]]
+        stays = [item for item in places if not verdicts[item][1]]
         best = {"greedy": max(places, key=lambda item: own[item]),
                 "oracle": max(stays or places, key=lambda item: own[item]),
                 "popular": max(places, key=lambda item: mean[item]),
@@ -1527,10 +1307,8 @@ def test_rules_by_categories_repeat_none_while_another_is_free(name):
 
 def test_films_are_200_and_a_seed_draws_its_own_users():
     users, items = np.arange(1000)[:, None], np.arange(200)
-    ratings, same, other = (envs.films(seed).rate(users, items) for seed in (0, 0, 1))
-    assert len(set(FILMS.titles)) == 200 and FILMS.belongs.any(1).all()
-    assert np.array_equal(ratings, same) and not np.array_equal(ratings, other)
-    assert set(np.unique(ratings)) == {1, 2, 3, 4, 5}
+    ratings, other = (envs.films(seed).rate(users, items) for seed in (0, 1))
+    assert len(set(FILMS.titles)) == 200 and not np.array_equal(ratings, other)
     alike = FILMS.distance(0, items[:, None], items) < FILMS.beta
     assert 0.03 < (alike.sum() - 200) / (200 * 199) < 0.05
 
@@ -1541,12 +1319,6 @@ def test_policies_last_as_long_as_the_table_says(name):
     low, high = GOLDEN_LENGTHS[name]
     played = roll(FILMS, range(500, 600), envs.policy_named(name, FILMS, 400))
     assert low <= (played.items >= 0).sum(1).mean() <= high
-
-
-@given(numbers, gammas, numbers, numbers, st.booleans())
-def test_a2c_and_the_method_compute_the_same_advantage(reward, gamma, value, next_value, left):
-    td_error = envs.td_errors(reward, gamma, value, next_value, np.array([left]))
-    assert td_error == pytest.approx(billp.advantage(reward, gamma, value, next_value, left))
 
 
 @settings(max_examples=30)
@@ -1599,18 +1371,14 @@ def test_predicted_ratings_are_as_frequent_as_given_ones(seed):
     half_up = np.maximum(np.floor(votes["rating"] + 0.5), 1)
     assert np.abs(np.bincount(predicted.astype(int)) - np.bincount(half_up.astype(int))).max() <= 1
     # a higher prediction never means fewer stars
-    real_numbers = envs.predict(model, votes["user"], votes["item"])
-    order = np.argsort(real_numbers)
+    order = np.argsort(envs.predict(model, votes["user"], votes["item"]))
     assert (np.diff(predicted[order]) >= 0).all() and {*predicted} <= {1, 2, 3, 4, 5}
     # on a shorter scale no rating lies outside it, whatever is predicted
     votes["rating"] = rng.choice([2, 3, 4], 200)
     limits = envs.star_limits(model, votes)
-    for offset in (-9.0, 3.0, 9.0):
-        other = model._replace(offset=offset)
-        assert {*envs.stars(other, limits, votes["user"], votes["item"])} <= {2, 3, 4}
-    # a limit is the lowest prediction that becomes its rating
-    assert (real_numbers == real_numbers.round(5)).all()
-    assert envs.stars(model, real_numbers[:1], votes["user"][:1], votes["item"][:1]) == 2
+    for offset in (-9.0, 9.0):
+        far = model._replace(offset=offset)
+        assert {*envs.stars(far, limits, votes["user"], votes["item"])} <= {2, 3, 4}
 
 
 def test_metrics_by_hand():
@@ -1645,8 +1413,6 @@ VOTES += [(f"u{u}", i, 3 + (u + int(i)) % 3, u) for u in range(20) for i in "123
 ITEMS = "movieId,title,genres\n" + "".join(f'{i},"{title}",{tags}\n' for i, title, tags in MOVIES)
 RATINGS = "userId,movieId,rating,timestamp\n" + "".join(
     f"{u},{i},{r},{t}\n" for u, i, r, t in VOTES)
-RATINGS_DATED = "user,item,rating,date\n" + "".join(
-    f"{u},{i},{r},2005-04-02 23:53:{t:02}\n" for u, i, r, t in VOTES)
 NUMBERED = "id," + RATINGS.rstrip().replace("rating,", "Stars,", 1).replace("\n", "\n0,")
 REORDERED = "ISBN,Year,Genre,NAME,ID\n" + "".join(
     f'x,,{tags},"{title}",{i}\n\n' for i, title, tags in MOVIES)
@@ -1660,7 +1426,7 @@ def dat(rows, code):
 @pytest.mark.parametrize("files", [
     {"deep/movies.csv": ITEMS, "deep/ratings.csv": RATINGS},
     {"movies.csv": ITEMS.encode("utf-8-sig"), "ratings.csv": RATINGS.replace("\n", "\r\n")},
-    {"movie.csv": ITEMS.encode("cp1252"), "rating.csv": RATINGS_DATED},
+    {"movie.csv": ITEMS.encode("cp1252"), "rating.csv": RATINGS},
     {"items.csv": REORDERED, "ratings.csv": NUMBERED},
     {"movies.dat": dat(MOVIES, "cp1252"), "ratings.dat": dat(VOTES, "utf-8")},
     {"movies.dat": dat(MOVIES, "utf-8"), "ratings.dat": dat(VOTES, "utf-8")}])
@@ -1679,57 +1445,42 @@ def test_every_layout_of_files_gives_the_same_world(tmp_path, monkeypatch, files
     assert histories != [history.tolist() for history in envs.movielens("~", 1).histories]
 
 
-def similar_pairs(path, world, tags):
-    """The world of five items with these categories, and its pairs that are too similar.
+@pytest.mark.parametrize("world, tags, pairs, most, words", [
+    ("csv", ["War|Drama", "War", "War|Drama|Crime", "", "Jazz"], {(0, 1), (0, 2)}, 2,
+     "20% of pairs too similar by categories"),         # 2 of 10
+    ("csv", [""] * 5, {(2, 3)}, 3, "by fitted vectors, no item has a category"),
+    ("fitted", ["War"] * 5, {(2, 3)}, 3, "by fitted vectors; beta")])
+def test_similarity_is_by_categories_or_fitted_vectors(tmp_path, world, tags, pairs, most, words):
+    """The cosine of War and of War, Drama, Crime is 0.577, below the limit of 0.595.
 
-    All users give the items 2 and 3 the same ratings.
+    All users give the items 2 and 3 the same ratings. The fitted beta is the 0.2 quantile of 10.
     """
     items = "id,title,categories\n" + "".join(f"{n},Film {n},{t}\n" for n, t in enumerate(tags))
     votes = "user,item,rating\n" + "".join(
         f"{user},{item},{1 + user * step % 5}\n" for user in range(40)
         for item, step in enumerate((1, 2, 3, 3, 4)))
-    lay(path, {"items.csv": items, "ratings.csv": votes})
-    env = run.load_world(f"{world}:{path}", 0)
-    pairs = {(a, b) for b in range(5) for a in range(b) if env.distance(0, a, b) < env.beta}
-    return env, pairs
-
-
-def test_similarity_is_by_categories(tmp_path):
-    """The cosine of War and of War, Drama, Crime is 0.577, below the limit of 0.595."""
-    env, pairs = similar_pairs(tmp_path, "csv", ["War|Drama", "War", "War|Drama|Crime", "", "Jazz"])
-    assert pairs == {(0, 1), (0, 2)}
+    lay(tmp_path, {"items.csv": items, "ratings.csv": votes})
+    env = run.load_world(f"{world}:{tmp_path}", 0)
+    found = {(a, b) for b in range(5) for a in range(b) if env.distance(0, a, b) < env.beta}
+    assert pairs <= found and len(found) <= most and words in env.about
     # Rounded predictions would lie between 1 and 5.
     assert {*env.rate(np.arange(40)[:, None], np.arange(5)).ravel()} == {1, 2, 3, 4, 5}
-    assert "20% of pairs too similar by categories" in env.about            # 2 of 10
-    assert run.load_world(f"csv:{tmp_path}", 0) is env      # a process fits it once
-
-
-@pytest.mark.parametrize("world, tags", [("fitted", ["War"] * 5), ("csv", [""] * 5)])
-def test_similarity_may_be_by_fitted_vectors(tmp_path, world, tags):
-    env, pairs = similar_pairs(tmp_path, world, tags)
-    assert (2, 3) in pairs and len(pairs) <= 3      # beta is the 0.2 quantile of 10 distances
-    assert env.vectors.shape == (5, 12) and "by fitted vectors" in env.about
-    assert ("no item has a category" in env.about) == (world == "csv")
+    assert run.load_world(f"{world}:{tmp_path}", 0) is env      # a process fits it once
 
 
 @pytest.mark.parametrize("name, text, words", table(r"""
 items.csv | id,title\n1,Heat, no quotes | line 2: 3 fields
-items.csv | id,title\n1,"Heat\n | line 2: unexpected end
 items.csv | id,title\n1,Heat\n1,Heat | line 3: item 1 is listed twice
 items.csv | id,title,genres\n1,Heat,['War'] | line 2: separate categories by
-items.csv | id,title,genres\n1,Heat,War;Drama | line 2: separate categories by
 items.csv | | the file is empty
-items.csv | id,title\n1, | line 2: an item without
 ratings.csv | 1,1,4\n2,1,4 | no column for the user
 ratings.csv | id,user,sku,rating\n0,1,1,4 | no column for the item
 ratings.csv | user,item,rating\na,1,nan | ratings.csv: line 2: the rating nan
 ratings.csv | user,item,rating\na,1,good | line 2: .*'good'
 ratings.csv | user,item,rating\na,77,4 | line 2: item 77 is not
-ratings.csv | user,item,rating\n,1,4 | line 2: a rating without user
 ratings.csv | user,item,rating\na,1, | line 2: a user and an item without rating
 ratings.csv | user,item,rating\na,1,4 | fewer than two users
 ratings.csv | user,item,rating\na,1,9\nb,1,9 | every rating is 9
-ratings.csv | user,item,rating\na,1,1\nb,1,5 | fewer than two items
 """))
 def test_bad_ratings_are_refused_in_one_line(tmp_path, name, text, words):
     lay(tmp_path, {"items.csv": ITEMS, "ratings.csv": RATINGS} | {name: text})
@@ -1749,9 +1500,6 @@ def test_another_scale_is_mapped_and_reported(tmp_path):
     assert "from 0..100 onto 1..5" in env.about and "by fitted vectors" in env.about
     assert env.years[4] == 1984
     assert [history.tolist() for history in env.histories] == [[*range(19, -1, -1)]] * 2
-    flags = "--experiment table3 --rows random --seeds 1 --users 1 --out".split()
-    code, _, err = command(*flags, tmp_path / "out", "--world", f"csv:{tmp_path}")
-    assert code == 0 and "from 0..100 onto 1..5" in err
 
 
 def release(path, world="steam"):
@@ -1784,8 +1532,6 @@ def test_the_released_layout_loads(tmp_path):
     assert env.distance(np.array([0, 4]), 1, 2).tolist() == [40, 60]
     release(tmp_path, "amazon")
     assert envs.released(tmp_path, "amazon").beta == 15
-    for name in envs.POLICIES:
-        roll(env, range(6), envs.policy_named(name, env, 3))
 
 
 class Evil:
@@ -1799,12 +1545,10 @@ class Evil:
     ("test_distance_mat.pickle", np.array([[Evil()]], object), "mkdir, which is refused"),
     ("test_distance_mat.pickle", b"\x80\x04\x8c\x04os\nx\x8c\x06system\x93.", "it names os"),
     ("steam_test.npy", Evil(), "pickle"),
-    ("train_distance_mat.pickle", np.full((5, 5), np.nan), "one matrix of finite"),
+    ("train_distance_mat.pickle", np.full((5, 5), np.nan), "not finite"),
     ("train_distance_mat.pickle", np.ones((4, 4)), "do not fit"),
     ("datamaps.json", b"{}", "no key 'id2item_dict'"),
-    ("list_genre.json", b'{"Doom": "f()"}', "malformed"),
-    ("../../data/steam/test.json", b'[{"userid_encoded": 4, "pos_seq_name": []}]',
-     "out of bounds")])
+    ("list_genre.json", b'{"Doom": "f()"}', "malformed")])
 def test_bad_or_malicious_files_are_refused(tmp_path, monkeypatch, name, content, words):
     monkeypatch.chdir(tmp_path)
     file = release(tmp_path) / name
@@ -1813,19 +1557,6 @@ def test_bad_or_malicious_files_are_refused(tmp_path, monkeypatch, name, content
         envs.released(tmp_path, "steam")
     assert "\n" not in str(error.value) and str(error.value).count("authors") == 1
     assert not os.path.exists("evidence")
-
-
-def test_policies_meet_nobody_in_a_world_without_learners():
-    env = hand_world(learners=0)
-    sessions = list(envs.new_sessions(env, 9, 3, np.random.default_rng(0)))
-    assert sum(len(state.user) for state, _ in sessions) == 0
-
-
-@pytest.mark.parametrize("order, found", [("ab", "a"), ("ba", "a"), ("0.", ".")])
-def test_the_shallowest_of_several_files_is_read(monkeypatch, order, found):
-    """The order of the file system does not matter. "." is the folder itself."""
-    monkeypatch.setattr(envs.Path, "rglob", lambda path, name: [path / x / name for x in order])
-    assert envs.find_file(Path("data"), ["x.csv"], "") == Path("data", found, "x.csv")
 
 
 # ---------------------------------------------------------------------------------- endpoints
@@ -1859,7 +1590,6 @@ def test_a_token_count_that_is_no_number_is_unknown(usage):
 400 | Model unloaded.
 403 | You are being rate limited
 429 | Allocated quota exceeded: insufficient_quota ; Rate limit: content policy, API key, max_tokens
-500 | error processing input: deadline exceeded ; request canceled: timeout exceeded
 400 | odd | x-should-retry: true
 422 | {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs"}]}
 200 | {"error": {"message": "busy", "code": 503}} ; {"error": {"code": "rate_limit"}} ; <html> ;
@@ -1876,17 +1606,12 @@ def test_a_single_fault_is_survived(row):
 
 @pytest.mark.parametrize("status, body, reason, times", table("""
 400 | {"error": {"message": "API key policy", "code": "content_filter"}} | API key policy | 1
-400 | {"choices": null, "error": {"message": "moderation"}} | moderation | 1
 403 | Your input was flagged ; Content violates usage guidelines. SAFETY_CHECK | 403 | 1
-400 ; 424 | Prompt blocked ; InputTextSensitiveContentDetected ; InputTextRiskDetection | 4 | 1
-400 | Content Exists Risk ; Input may be inappropriate | 400 | 1
 200 | {"choices": []} ; {"choices": null, "base_resp": "out of tea"} | missing | 4
 200 | {"choices": [], "promptFeedback": {"blockReason": "SAFETY"}} | blockReason | 1
 200 | {"id": "1", "usage": {"prompt_tokens": 9}, "model": "g"} | missing {"model": "g"} | 4
 400 | Could not finish the message because max_tokens or model output limit was reached. | limit | 1
 200 | {"choices": [{"message": {"content": "A"}, "finish_reason": "abort"}]} | half a | 4
-200 | {"choices": [{"message": {"content": "A"}, "finish_reason": "sensitive"}]} | half a | 1
-200 | {"choices": [{"message": {"content": "A"}, "finish_reason": "network_error"}]} | network | 4
 200 | {"choices": [{"message": {"content": "A"}, "error": "lost"}]} | lost | 2
 200 | {"choices": [{"message": {"refusal": "I cannot"}}]} | I cannot | 1
 200 | {"choices": [{"finish_reason": "content_filter"}]} | content_filter | 1
@@ -1908,24 +1633,17 @@ def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times
 @pytest.mark.parametrize("status, body, header, words, times", table("""
 401 ; 403 | no | | OPENAI_API_KEY | 1
 400 | [{"error": {"code": 400, "message": "API key not valid."}}] | | OPENAI_API_KEY valid | 1
-400 ; 422 | api key is invalid ; Missing or invalid Authorization header | | OPENAI_API_KEY | 1
 402 ; 429 ; 500 | {"error": {"code": "insufficient_quota"}} | | top up | 1
-200 | {"choices": null, "base_resp": "insufficient balance"} | | top up | 1
 400 ; 403 ; 412 ; 429 | credit balance is too low ; not enough credits ; spend limit | | top up | 1
-400 | reached its monthly spending limit ; API usage limits ; balance is insufficient | | top up | 1
-429 | Insufficient balance ; ExceededBudget: 9 ; Budget has been exceeded | | top up | 1
 404 | model 'm' not found | | 404 /v1/chat/completions --model | 1
 400 | unknown: seed. context size is 9 ; The input token count (9) exceeds 8 | | --transcript | 1
 400 | {"error": {"message": "max_tokens limit", "code": "context_length_exceeded"}} | | --titles | 1
 413 ; 422 ; 500 | The prompt exceeds the maximum ; exceeds the context size | | --transcript | 1
-400 | prompt length is 9 ; [input_too_large] ; input length should be [1, 9] | | --transcript | 1
 400 | Unknown name "safety_settings" | | --extra-body | 1
 200 | {"error": "Unexpected endpoint or method. (POST /chat/completions)"} | | --base-url | 1
 400 | max_tokens is too large | | --reply-tokens | 1
-422 | inputs + max_new_tokens must be <= 4096 | | --titles --transcript | 1
 422 | max_new_tokens must be <= 512 ; max_tokens is larger than allowed | | --reply-tokens | 1
 400 | Model Not Exist ; m is not a valid model ID | | --model --base-url | 1
-429 | Request too large (TPM): Limit 9, Requested 10 | | --transcript | 1
 200 | {"error": {"message": "who?", "code": "401"}} | | 401 who? OPENAI_API_KEY | 1
 503 | down | x-should-retry: false | 503 down resumes | 1
 400 ; 501 | odd request ; max_new_tokens is odd, tools are fine | | odd --extra-body | 1
@@ -2018,9 +1736,7 @@ retry-after-ms: 1500 | no | 1.5 | 1.5
 x: y | Please try again in 12s. ; Please wait 12 seconds | 12 | 12
 x: y | {"error": {"details": [{"retryDelay": "36s"}]}} | 36 | 36
 x: y | try again in 1m59.5s | 119.5 | 119.5
-x: y | Please wait 1 minute 30 seconds | 90 | 90
 x: y | {"retry_after": 25} ; {"retryAfter": "25s"} ; Limit resets in 25s | 25 | 25
-x: y | Try again after 30 seconds ; try again in about 30s ; wait for 30 seconds | 30 | 30
 x: y | wait a moment ; retry after 500 milliseconds ; Please wait 5 more seconds | .37 | .5
 """))
 def test_waits_are_what_the_server_asks_or_back_off(header, message, low, high):
@@ -2051,7 +1767,6 @@ def test_a_wait_is_bounded_and_ends_with_the_run():
 # `acts` are the answers to the requests of one ask: "abort" is asked four times
 @pytest.mark.parametrize("acts, words, patience", [
     ([completion("", "length")], "--reply-tokens", 20),
-    ([completion("", "MAX_TOKENS")], "--reply-tokens", 20),
     ([completion("", "abort")] * 4, "abort", 100),
     ([completion("", refusal="No.")], "No.", 1000)])
 def test_empty_replies_in_a_row_end_the_run(acts, words, patience):
@@ -2063,22 +1778,6 @@ def test_empty_replies_in_a_row_end_the_run(acts, words, patience):
         assert words in failure(seen.ask, ASK) and len(seen.notices) == 1
     seen = client(*[completion(), *acts * (patience - 1)] * 2)
     assert sum(not seen.ask(ASK).text for _ in range(2 * patience)) == 2 * patience - 2
-
-
-@pytest.mark.parametrize("words", ["violates our terms of service", "NSFW detected", "1301"])
-def test_a_refused_prompt_is_empty_once_the_settings_have_worked(words):
-    """At the start a refused request means wrong settings: see the fatal faults."""
-    seen = client(completion(), response("400", words), completion())
-    assert [seen.ask(ASK).text for _ in range(3)] == ["hello", "", "hello"]
-    assert words in seen.notices[0]
-    resumed = client(response("400", words), has_spoken=True)
-    assert resumed.ask(ASK).text == ""
-
-
-def test_empty_replies_are_counted_by_their_kind():
-    blocked, cut_off = completion("", refusal="No."), completion("", "length")
-    seen = client(completion(), *[blocked] * 25, cut_off)
-    assert [seen.ask(ASK).text for _ in range(27)] == ["hello"] + [""] * 26
 
 
 @settings(max_examples=60)
@@ -2105,11 +1804,9 @@ def test_any_faults_end_in_a_reply_or_line_within_budget(script, most, workers):
 
 @pytest.mark.parametrize("base, root", table("""
 http://localhost:1 ; localhost:1/ ; http://localhost:1/v1/ | http://localhost:1/v1
-http://[::1]:5 | http://[::1]:5/v1
 api.example ; HTTPS://api.example | https://api.example/v1
 localhost.example | https://localhost.example/v1
 192.168.1.5:11434 | http://192.168.1.5:11434/v1
-127.0.0.1:8000 | http://127.0.0.1:8000/v1
 myserver:8000 | http://myserver:8000/v1
 http://a/chat/completions ; http://a/embeddings | http://a
 http://a/api/v3 ; http://a/api/v3/embeddings | http://a/api/v3
@@ -2149,15 +1846,6 @@ def test_no_secret_is_in_errors_and_notices(secret, status):
     line = failure(seen.ask, ASK)
     assert secret not in line + "".join(seen.notices)
     assert "***" in line and "-more" not in line
-
-
-@pytest.mark.parametrize("key, shown", [
-    ("mysecret", "key: mysecret"), ("hunterhunter", "key: hunterhunter"), ("s3cr1", "key: s3cr1"),
-    ('a/b"c-key', r'["a\/b\"c-key"]')])
-def test_a_key_is_never_in_an_error_even_a_word(key, shown):
-    """The last key is shown as JSON writes it."""
-    line = failure(client(*[response("400", shown)] * 9, key=key).ask, ASK)
-    assert key not in line and shown not in line and "***" in line
 
 
 def test_no_key_is_logged_or_kept(tmp_path):
@@ -2222,8 +1910,6 @@ def test_embeddings_are_unit_rows_in_order():
     assert [body.get("encoding_format") for body in seen.bodies] == ["float", None, None]
     seen.ask([""])
     assert seen.bodies[-1]["input"] == [" "]
-    of_two_models = embedder(given_rows(*[[1, 0]] * 64), given_rows([1]))
-    assert "sizes" in failure(of_two_models.ask, ["a"] * 65)
 
 
 @pytest.mark.parametrize("act", [
@@ -2236,8 +1922,7 @@ def test_embeddings_are_read_by_index_order_or_from_base64(act):
 
 @pytest.mark.parametrize("act", [
     given_rows([1, 1]), given_rows([1, 1], [0, 0]), given_rows([1, 1], ["x", 1]),
-    given_rows([1], [10 ** 400]), given_rows([1], [1, 1]), given_rows(1, 1),
-    given_rows([[1, 2]], [[3, 4]])])
+    given_rows([1], [1, 1]), given_rows(1, 1)])
 def test_bad_embeddings_end_in_one_line(act):
     assert "--embed-model" in failure(embedder(act, act).ask, ["a", "b"])
 
@@ -2253,10 +1938,7 @@ def test_a_batch_is_halved_until_it_is_taken(most, status, text):
     seen = client(*[takes_few] * 99, make=prompts.embeddings)
     vectors = seen.ask(["a" * n for n in range(1, 31)])
     assert (np.diff(vectors[:, 0]) > 0).all()               # the longer the text, the larger
-    assert len(seen.bodies) < 40
-    seen.bodies.clear()
-    seen.ask(["a"] * 30)
-    assert max(len(body["input"]) for body in seen.bodies) <= most
+    assert len(seen.bodies) < 60
     assert text in failure(embedder(*[refusal] * 99).ask, ["a", "b"])
 
 
@@ -2277,14 +1959,13 @@ def test_a_log_in_the_home_folder_replays_without_the_model(tmp_path, monkeypatc
     path = "~/a new folder/log"
     assert logged_answers(path, LOGGED.get) == logged_answers(path) == list(LOGGED.values())
     replay = prompts.recorded(prompts.unlogged, prompts.open_log(path, "m"))
-    assert "'critic', 0, 'learn'" in failure(replay, ASK._replace(role="critic"))
+    assert "role='critic', key=Key(seed=0, phase='learn'" in failure(replay, ASK._replace(role="critic"))
     other = prompts.recorded(prompts.unlogged, prompts.open_log(path, "another model"))
     assert "lacks" in failure(other, ASK)
 
 
 @pytest.mark.parametrize("damage", [
     lambda log: log[:-1], lambda log: log[:-30],
-    lambda log: log.replace(b'"text"', b'"t', 1),
     lambda log: log.replace(b'"text": "hello"', b'"text": 5'),
     lambda log: log + log.splitlines(True)[0].replace(b"hello", b"other")])
 def test_an_unreadable_line_is_asked_again(tmp_path, damage):
@@ -2319,13 +2000,13 @@ def test_embeddings_are_recorded_once_to_the_bit_and_never_mix(tmp_path):
     assert larger(["a"]).tobytes() == vectors[:1].tobytes()         # the refused size is forgotten
 
 
-@pytest.mark.parametrize("options", [
-    {"key": "none"}, {"key": "message"}, {"key": "content"}, {"key": "ollama"},
-    {"headers": {"X-Title": "title-2026"}}, {"key": "123456"}])
-def test_ordinary_words_and_parts_of_numbers_are_no_secrets(options):
-    words = "none message content ollama title-2026"
+@pytest.mark.parametrize("key", ["none", "message", "content", "ollama", "123456"])
+def test_a_key_that_is_an_ordinary_word_is_starred_in_errors_alone(key):
+    words = "none message content ollama"
     act = completion(words, usage={"prompt_tokens": 1234567})
-    assert client(act, **options).ask(ASK).text == words
+    assert client(act, key=key).ask(ASK).text == words
+    line = failure(client(response("400", f"key: {key}"), key=key).ask, ASK)
+    assert key not in line and "***" in line
 
 
 # ------------------------------------------------------------------------------- command line
@@ -2333,7 +2014,10 @@ def test_ordinary_words_and_parts_of_numbers_are_no_secrets(options):
 
 @pytest.mark.parametrize("workers", [1, 8])
 def test_workers_a_second_run_and_a_draft_change_nothing(workers, finished, tmp_path):
+    """Nor does the config.json of a run that got no answer, as when its model was mistyped."""
     (tmp_path / ".config.json.1.part").write_text("{")      # left by a kill
+    mistyped = settings_of("")._replace(model="mistyped")
+    run.write(tmp_path / "config.json", run.dumps(mistyped._asdict()))
     for _ in range(2):
         succeed(*SMALL, "--workers", workers, "--out", tmp_path)
         assert files(tmp_path) == files(finished)
@@ -2361,9 +2045,6 @@ def test_the_summary_tells_what_the_episodes_hold(finished):
     means = [length / 3, reward / length, reward / 3]
     assert [interval[0] for interval in summary["after"].values()] == pytest.approx(means, abs=1e-4)
     assert summary["reflections"] == summary["calls"]["reflector"]["calls"] == 4
-    out = succeed(*SMALL, "--out", finished)
-    newest = rows[6]["reflection"]                  # of the last learning episode
-    assert f"lesson    {newest}\n" in out
 
 
 def test_useless_replies_are_counted(tmp_path, monkeypatch):
@@ -2376,15 +2057,6 @@ def test_useless_replies_are_counted(tmp_path, monkeypatch):
     assert summary["ungrounded"] == 1
     counts = f"malformed {calls}, fallbacks {calls // 3}, actions that named no free item 100%"
     assert f"replies   {counts}\n" in out
-
-
-def test_no_lesson_is_written_that_nobody_reads(tmp_path):
-    flags = ("--method", "act", "--lessons", "nearest", "--out", tmp_path / "act")
-    _, out, err = command(*SMALL, *flags)
-    assert "learn: 4 of 4 episodes" in err and "after: 3 of 3 episodes" in err
-    assert "learns nothing" in err and "reflector" not in out
-    _, _, err = command(*SMALL, "--load", tmp_path / "act", "--out", tmp_path / "loaded")
-    assert "empty memories" in err
 
 
 @pytest.mark.parametrize("method", run.METHOD_NAMES)
@@ -2408,7 +2080,6 @@ def test_show_tells_the_episode_picked(pick, number, finished):
     phase = pick.partition(":")[0]
     out = succeed("--show", finished, "--pick", pick)
     assert out.startswith(f"{phase} episode {number},")
-    assert "==== planner" in succeed("--show", finished, "--pick", pick, "--prompts")
     gains = [line for line in out.splitlines() if "advantage" in line]
     assert bool(gains) == (phase == "learn")
     assert all(("advantage +" in line) == ("encouraged" in line) for line in gains)
@@ -2430,28 +2101,6 @@ def test_show_refuses_an_unreadable_episode_in_one_line(finished, tmp_path):
     assert "does not come again" in refuse("--show", tmp_path, "--prompts")
 
 
-def test_show_prints_the_prompts_and_their_replies(tmp_path):
-    """They are made again from the log, when the server is gone."""
-    def verbose(body):
-        status, text = stand_in(body)
-        return status, re.sub(r"(Next category: [^\"]*)", r"\1 Indeed.", text)
-    with endpoint(verbose) as server:
-        succeed(*flags_of(server.url, tmp_path))
-    row = episodes_in(tmp_path)[5]          # after 3 episodes before learning
-    out = succeed("--show", tmp_path, "--prompts", "--pick", "learn:2")
-    assert out.count("==== actor") == len(row["steps"]) and "Indeed." in out
-    for line in row["history"]:
-        assert f"\n- {line}\n" in out
-    for step in row["steps"]:
-        for line, *_ in step["listed"]:
-            assert f"\n- {line}" in out
-        assert f"---- reply\nNext category: {step['thought']}\n" in out
-        assert f"---- reply\nFree item: {step['said']}\n" in out
-    log = tmp_path / "calls.jsonl"
-    log.write_bytes(b"".join(log.read_bytes().splitlines(True)[1:]))
-    assert "the log lacks" in refuse("--show", tmp_path, "--prompts", "--pick", "before:0")
-
-
 def test_a_loaded_run_goes_on_with_users_not_seen(tmp_path):
     learners, load = [], ()
     for name in "abc":
@@ -2467,14 +2116,10 @@ def test_a_loaded_run_goes_on_with_users_not_seen(tmp_path):
 
 def test_a_memory_knows_every_world_it_has_met():
     """Through other worlds, too. In csv and movielens another seed would hold out other users."""
-    before = run.memory_text(settings_of("--episodes 9"), NOVICE, {("csv:a", 0): 7})
-    assert json.loads(before)["met"] == [["csv:a", 0, 7], ["films", 0, 9]]
-    of_policy = run.memory_text(settings_of("--method bandit"), NOVICE, {})
-    assert json.loads(of_policy)["met"] == []
+    text = run.memory_text(settings_of("--episodes 9"), NOVICE, {("csv:a", 0): 7})
+    assert json.loads(text)["met"] == [["csv:a", 0, 7], ["films", 0, 9]]
     saved = {"met": {("csv:a", 0): 7, ("films", 0): 9}}
-    assert run.learners_met(saved, "csv:a", 0) == 7
-    for world, seed in (("csv:b", 0), ("films", 1), ("steam:c", 1)):
-        assert run.learners_met(saved, world, seed) == 0
+    assert run.learners_met(saved, "csv:a", 0) == 7 and run.learners_met(saved, "films", 1) == 0
     with pytest.raises(run.UserError, match="own --seed 0"):
         run.learners_met(saved, "movielens:b", 1)
 
@@ -2496,42 +2141,7 @@ def test_a_run_directory_is_never_touched_by_another_run(finished):
     line = refuse(*SMALL, "--out", finished, "--seed", 1, "--gamma", 0.9)
     assert "(seed, gamma)" in line
     assert "(window)" in refuse(*SMALL, "--out", finished, "--window", 2)
-    line = refuse(*SMALL, "--experiment", "table5", "--rows", "billp", "--out", finished)
-    assert "(experiment, seeds, rows)" in line
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
-
-
-def test_the_config_of_another_program_stays(tmp_path):
-    for content in ('{"port": 80}', "{}", "port = 80"):
-        run.write(tmp_path / "config.json", content)
-        assert "config.json" in refuse(*SMALL, "--out", tmp_path)
-        assert (tmp_path / "config.json").read_text() == content
-
-
-def test_an_error_without_a_text_is_named():
-    with mock.patch.object(run, "one_run", side_effect=MemoryError):
-        assert refuse(*SMALL).endswith("MemoryError")
-
-
-@pytest.mark.parametrize("error", [EndpointError("down"), OSError("no space left for the log")])
-def test_after_a_failed_call_no_other_begins(error):
-    def failing(ask):
-        raise error
-    live = run.new_live()
-    with pytest.raises(type(error)):
-        run.counted(failing, live, ASK)
-    with pytest.raises(EndpointError, match="stopped"):
-        run.counted(prompts.offline, live, ASK)
-    assert live.failures == [error]
-
-
-def test_a_run_without_an_answer_yields_its_directory(tmp_path):
-    """As when the model was mistyped: config.json was written, and a folder was made for it."""
-    mistyped = settings_of("")._replace(model="mistyped")
-    run.write(tmp_path / "config.json", run.dumps(mistyped._asdict()))
-    (tmp_path / "mistyped").mkdir()
-    (tmp_path / ".DS_Store").touch()        # a file manager was there
-    succeed(*SMALL, "--out", tmp_path)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -2539,20 +2149,15 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with mock.patch.object(os, "replace", side_effect=OSError), pytest.raises(OSError):
         run.write(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old"
-    (tmp_path / "a").unlink()
-    assert not run.is_in_use(tmp_path)          # the draft does not count
 
 
 # the content of a memory.json that loads; the rows below spoil it
 NOTHING = {"met": [["films", 0, 9]], "planner": [], "actor": [], "critic": []}
 FOLDER = {                                  # what lies in the folder of the tests of bad input
     "full/thesis.txt": "years of work",
+    "foreign/config.json": '{"port": 80}',
     "sound.json": json.dumps(NOTHING),
     "foreign.json": '{"billp": 1, "planner": [[1]]}',
-    "verdict.json": json.dumps(NOTHING | {"actor": [["state", "item", 2]]}),
-    "lesson.json": json.dumps(NOTHING | {"planner": [["state", "", 1]]}),
-    "target.json": json.dumps(NOTHING | {"critic": [["state", "item", float("inf")]]}),
-    "met.json": json.dumps(NOTHING | {"met": [["films", 0, float("inf")]]}),
 }
 
 
@@ -2562,22 +2167,14 @@ FOLDER = {                                  # what lies in the folder of the tes
 --episodes -1 ; --episodes x | --episodes
 --episodes 501 ; --experiment fig3 --seeds 1 --episodes 501 --out new | 500 learning users
 --users 501 ; --experiment table5,curve --users 501 --out new | 500 held-out
---experiment fig4,table3 --users 501 --out new | 500 held-out
 --gamma nan ; --gamma 1.1 ; --line-weight 1.1 | takes a number from 0 to 1
---load nowhere.json ; --load foreign.json ; --load verdict.json | is no memory.json
---load lesson.json ; --load target.json ; --load met.json | is no memory.json
+--load nowhere.json ; --load foreign.json | is no memory.json
 --show nowhere | nowhere
 --pick after:3 ; --seeds 3 ; --rows react ; --show full --seed 1 ; --max-calls 9 | has no effect
 --model offline --replay ; --method greedy --lately 3 ; --method a2c --load full | has no effect
---method a2c --model m --base-url x ; --method bandit --workers 2 | has no effect
---method bandit --gamma 0.9 ; --experiment table3 --models m,n --base-url x | has no effect
---experiment fig4 --users 9 ; --experiment fig5 --window 2 | has no effect
+--experiment fig5 --window 2 ; --experiment curve --episodes 9 | has no effect
 --experiment table5 --cluster a --workers 2 ; --experiment table5 --method act | has no effect
---experiment table5 --load full | has no effect
---experiment curve,fig4 --episodes 5 --world csv:no | has no effect
---model m --base-url x --experiment table5 --cluster a | has no effect
---experiment table6 --model m --models m,n --base-url x | has no effect
---out full | full
+--out full ; --out foreign | choose another --out
 --experiment table9 | table9
 --experiment table5 --rows act | only billp-no-macro
 --experiment table6 --models m,n | --base-url
@@ -2595,7 +2192,7 @@ def test_bad_input_gets_one_line_and_changes_nothing(argv, words, tmp_path, monk
     code, out, err = command(*argv.split())
     assert code == 2 and out == "" and err.count("\n") == 1
     assert words in err and SECRET not in err
-    left = [path for path in Path().rglob("*") if path.name != "full"]
+    left = [path for path in Path().rglob("*") if path.name not in ("full", "foreign")]
     assert {str(path): path.read_text() for path in left} == FOLDER
 
 
@@ -2604,7 +2201,7 @@ def test_a_folder_is_announced_before_it_is_read(tmp_path):
     code, _, err = command("--world", f"csv:{tmp_path}")
     announced, fault = err.splitlines()
     assert code == 2 and announced.startswith("reading ") and "no ratings.csv" in fault
-    assert "none is no folder" in refuse("--world", f"csv:{tmp_path / 'none'}")
+    assert "none: it is no folder" in refuse("--world", f"csv:{tmp_path / 'none'}")
 
 
 def test_flags_reach_what_they_name():
@@ -2616,15 +2213,6 @@ def test_flags_reach_what_they_name():
     assert len(place.held_out) == 9
     config = settings_of("--method act --thoughts --lessons latest").config
     assert config == billp.Config(lessons="latest", experience=False)._asdict()
-    # an experiment takes what the other one refuses
-    args = run.parse("--experiment fig4,fig5 --users 9 --window 2 --episodes 5".split())
-    assert (args.users, args.window, args.episodes) == (9, 2, 5)
-    base = run.settings(args, run.read_memory(None))
-    users = {name: {job.run.users for jobs in run.cells_of(args, base, name).values()
-                    for job in jobs} for name in args.experiment}
-    assert users == {"fig4": {2}, "fig5": {9}}          # fig4 takes two users
-    for batch, workers in ((10, 10), (20000, 1000)):
-        assert run.batch_workers(settings_of(f"--batch {batch}")) == workers
 
 
 def test_learners_and_held_out_users_never_mix():
@@ -2650,29 +2238,12 @@ def test_a_flag_beats_the_environment(variables, flags, asked, monkeypatch, caps
     assert ("without a model" in capsys.readouterr().err) == (variables == "API_KEY=k")
 
 
-def test_a_run_is_named_by_the_flags_that_differ(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    out = succeed("--episodes", 0, "--users", 1, "--gamma", 0.1, "--window", 2)
-    assert "one user: the intervals have no width" in out
-    [folder] = Path("runs").iterdir()
-    assert folder.name.startswith("films-billp-seed0-gamma0.1-window2-")
-    # with many flags the name would be too long for a file system
-    names = ("k_lessons", "k_experience", "k_actions", "k_values", "candidates", "batch",
-             "transcript", "reply_tokens", "beta", "floor", "grace")
-    flags = [f"{run.flag(name)}=123456789" for name in names]
-    args = run.parse([*flags, "--titles=1000", "--max-steps=10000", "--no-repeats"])
-    assert run.run_directory(args, {}).is_dir()
-
-
 def test_spellings_of_one_setting_are_one_run():
     assert settings_of("--world csv:./data/").world == "csv:data"
-    endpoint_flags = "--base-url x --model m --extra-body"
-    bare = settings_of("--base-url x --model m")
-    assert settings_of(f"{endpoint_flags} {{}}") == bare
-    both = [settings_of(f"{endpoint_flags} {text}") for text in ('{"a":1,"b":2}', '{"b":2,"a":1}')]
-    assert both[0] == both[1] != bare
-    assert "{" not in both[0].extra             # config.json holds no secret of the body
-    assert run.parse(["--experiment", "all,fig5"]).experiment == list(run.EXPERIMENTS)
+    flags = "--base-url x --model m --extra-body"
+    one, same, other = (settings_of(f"{flags} {text}").extra
+                        for text in ('{"a":1,"b":2}', '{"b":2,"a":1}', "{}"))
+    assert one == same != other and "{" not in one      # config.json holds no secret of the body
 
 
 @mock.patch.object(run, "plot")
@@ -2681,7 +2252,8 @@ def test_experiments_share_runs_and_are_the_same_for_any_workers(plot, tmp_path)
     args = run.parse(list(map(str, flags)))
     base = run.settings(args, run.read_memory(None))
     [jobs] = run.cells_of(args, base, "table3").values()
-    expected = [run.offline_job(job) for job in jobs]
+    assert [job.run.seed for job in jobs] == [0, 1]
+    expected = [run.measure_job(job) for job in jobs]
     for workers in (1, 2):
         code, out, err = command(*flags, "--workers", workers, "--out", tmp_path / str(workers))
         assert code == 0 and "table3 on films, seeds 0 to 1" in out
@@ -2691,32 +2263,19 @@ def test_experiments_share_runs_and_are_the_same_for_any_workers(plot, tmp_path)
     assert "(experiment, seeds, rows)" in refuse(*SMALL, "--out", tmp_path / "1")
 
 
-def test_cells_hold_all_seeds_and_learn_if_they_can():
-    args = run.parse("--experiment table3 --seed 3 --seeds 2 --episodes 7".split())
-    cells = run.cells_of(args, run.settings(args, run.read_memory(None)), "table3")
-    assert {tuple(job.run.seed for job in jobs) for jobs in cells.values()} == {(3, 4)}
-    episodes = {series: jobs[0].run.episodes for (series, _), jobs in cells.items()}
-    assert episodes["act"] == episodes["react"] == 0
-    assert episodes["reflexion"] == episodes["billp"] == episodes["a2c"] == 7
-    assert episodes["a2c:100000"] == 100000
+def test_rows_are_compared_with_billp_at_the_same_x():
+    """Higher or lower only if the interval of the difference has a width and no 0.
 
-
-def test_rows_are_compared_with_billp_at_the_same_x(tmp_path, monkeypatch, capsys):
-    """A row is higher or lower only if the interval of the difference has a width and no 0."""
-    monkeypatch.setattr(run, "plot", lambda *arguments: None)
-    base = settings_of("--experiment fig5")
-    cells, gains = {}, {}
-    # two users' returns; minus billp's: -3, -1 for a; 3, 5 for b; 0, 2 for c; 4 for d; -2 for e
-    for series, window, returns in [("billp", 1, (3, 11)), ("billp", 2, (5, 13)),
-                                    ("a", 1, (0, 10)), ("b", 2, (8, 18)), ("c", 2, (5, 15)),
-                                    ("d", 2, (9, 17)), ("e", 1, (1, 9))]:
-        cells[series, window] = np.array([[[1, total] for total in returns]], float)
-    run.publish("fig5", base, cells, tmp_path)
-    for row in read(tmp_path / "fig5.json")["rows"]:
-        gains[row["series"]] = row["gain"]
-    assert gains == {"billp": None, "a": [-2, -3, -1], "b": [4, 3, 5], "c": [1, 0, 2],
-                     "d": [4] * 3, "e": [-2] * 3}
-    words = re.findall("(?m)(lower|higher|not significant)$", capsys.readouterr().out)
+    Two users' returns minus billp's are -3, -1 for a; 3, 5 for b; 0, 2 for c; 4 for d; -2 for e.
+    """
+    returns = {("billp", 1): (3, 11), ("billp", 2): (5, 13), ("a", 1): (0, 10), ("b", 2): (8, 18),
+               ("c", 2): (5, 15), ("d", 2): (9, 17), ("e", 1): (1, 9)}
+    samples = {cell: np.array([[[1, total] for total in totals]], float)
+               for cell, totals in returns.items()}
+    rows = [row for cell in samples for row in run.rows_of(*cell, samples, "scores")]
+    assert [row.gain for row in rows] == [
+        None, None, [-2, -3, -1], [4, 3, 5], [1, 0, 2], [4] * 3, [-2] * 3]
+    words = [run.comparison(row.gain) for row in rows if row.gain]
     assert words == ["lower", "higher"] + ["not significant"] * 3
 
 
@@ -2739,50 +2298,49 @@ def test_figures_of_fig4_are_means_over_states_and_seeds():
     assert [row.series for row in (one_return, critic)] == ["one return", "critic"]
 
 
-def test_returns_are_played_while_rewards_count_a_thousandth():
-    """0.5 ** 9 is about 0.002, the weight of the tenth reward."""
-    steps = {gamma: run.shortened(FILMS, gamma).max_steps for gamma in (0.0, 0.5, 1.0)}
-    assert steps == {0.0: 1, 0.5: 10, 1.0: FILMS.max_steps}
-
-
 def test_errors_of_the_critic_by_hand():
     """Every return is 4 + 0.5 * 5 = 6.5 and V = 8: the bias is 1.5, its square 2.25."""
     llm = scripted(REPLIES | {"critic": ["Value: 8"]})
     errors = run.critic_errors(settings_of(""), run.Place(hand_world(), [0], [0, 0]), llm,
                                prompts.hashed_ngrams, map, repeats=2, draws=3)
     assert errors == [[0, 0, 0, 1.5, 0, 2.25]] * 2          # of two users
+    # 0.5 ** 9 is about 0.002, the weight of the tenth reward; the next is below a thousandth
+    steps = [run.shortened(FILMS, gamma).max_steps for gamma in (0.0, 0.5, 1.0)]
+    assert steps == [1, 10, FILMS.max_steps]
 
 
-@pytest.mark.parametrize("workers", [1, 8])
-def test_a_run_over_http_is_the_offline_run_and_replays(workers, finished, tmp_path):
-    with endpoint() as server:
-        flags = flags_of(server.url, tmp_path, "--workers", workers)
-        succeed(*flags)
-    assert files(tmp_path) == files(finished)
-    assert sorted(server.asked) == sorted(set(server.asked)) == sorted(logged(tmp_path))
-    assert read(tmp_path / "summary.json")["endpoint"]["system_fingerprint"] == "fp_1"
-    for name in ("config.json", "episodes.jsonl", "memory.json", "summary.json"):
-        (tmp_path / name).unlink()
-    code, out, err = command(*flags, "--replay")        # a log alone; the server is gone
-    assert code == 0 and "from the log, 0 new" in out and ", 0 new answers" in err
-    assert files(tmp_path) == files(finished)
-    log = (tmp_path / "calls.jsonl").read_bytes().splitlines(True)
-    (tmp_path / "calls.jsonl").write_bytes(b"".join(log[:-1]))
-    assert "--replay" in refuse(*flags, "--replay")
-
-
-def test_faults_change_no_file(finished, tmp_path):
+@pytest.mark.parametrize("workers, has_faults", [(1, False), (8, True)])
+def test_a_run_over_http_is_the_offline_run_and_replays(workers, has_faults, finished, tmp_path):
+    """Also if every 30th request meets a fault."""
     turns = count()
 
     def act(body):
-        return (503, "busy") if next(turns) % 30 == 0 else None
+        return (503, "busy") if has_faults and next(turns) % 30 == 0 else None
     with endpoint(act) as server:
-        succeed(*flags_of(server.url, tmp_path, "--workers", 8))
-    assert len(server.asked) > len(set(server.asked))
+        flags = flags_of(server.url, tmp_path, "--workers", workers)
+        succeed(*flags)
     assert files(tmp_path) == files(finished)
+    answers = logged(tmp_path)
+    assert sorted(answers) == sorted(set(server.asked))
+    assert (len(server.asked) > len(answers)) == has_faults
+    assert read(tmp_path / "summary.json")["endpoint"]["system_fingerprint"] == "fp_1"
+    for name in ("config.json", "episodes.jsonl", "memory.json", "summary.json"):
+        (tmp_path / name).unlink()
+    code, out, err = command(*flags, "--replay")        # a log alone
+    assert code == 0 and "from the log, 0 new" in out and ", 0 new answers" in err
+    assert files(tmp_path) == files(finished)
+    out = succeed("--show", tmp_path, "--prompts", "--pick", "learn:2")
+    steps = episodes_in(tmp_path)[5]["steps"]           # after 3 episodes before learning
+    assert out.count("==== actor") == len(steps)
+    for step in steps:
+        assert f"---- reply\nNext category: {step['thought']}\n" in out
+        assert f"---- reply\nFree item: {step['said']}\n" in out
     log = (tmp_path / "calls.jsonl").read_bytes().splitlines(True)
     (tmp_path / "calls.jsonl").write_bytes(b"".join(log[:-1]))
-    with endpoint(lambda body: (400, "against our terms")) as server:
+    assert "--replay" in refuse(*flags, "--replay")
+    assert "the log lacks" in refuse("--show", tmp_path, "--prompts", "--pick", "after")
+    refusals = iter([(400, "against our terms")])
+    with endpoint(lambda body: next(refusals, None)) as server:
         succeed(*flags_of(server.url, tmp_path))        # a refused prompt must not end the run
 
 
@@ -2826,44 +2384,35 @@ def test_a_failure_among_many_threads_is_one_line(finished, tmp_path):
     history = "\n- ".join(episodes_in(finished)[1]["history"])
 
     def act(body):
-        time.sleep(0.02)
-        return (401, SECRET) if history in body["messages"][0]["content"] else None
+        if history in body["messages"][0]["content"]:
+            return 401, SECRET
+        time.sleep(0.2)
     with endpoint(act) as server:
         flags = (*SMALL, "--workers", 2, "--out", tmp_path)
         line = refuse(*flags, OPENAI_API_KEY=SECRET, OPENAI_MODEL="m", OPENAI_BASE_URL=server.url,
                       OPENAI_API_BASE="http://127.0.0.1:9")
     assert line.startswith(f"run.py: {server.url}") and "OPENAI_API_KEY" in line
+    assert len(server.asked) < 5                # no other call begins; a session has 2 or more
 
 
 @posix
-def test_a_run_killed_at_any_moment_resumes(finished, tmp_path):
-    """What was logged is never asked again: only the asks on their way, one for each worker."""
-    moments = (1, 7, 19)
-    with endpoint(lambda body: time.sleep(0.003)) as server:
-        for requests in moments:
-            start = len(server.asked)
-            child = begin(server.url, tmp_path)
-            wait_until(lambda: len(server.asked) >= start + requests or child.poll() is not None)
-            assert child.poll() in (None, 0)        # alive, or done: it did not crash
-            child.kill()
-            child.communicate()
-        succeed(*flags_of(server.url, tmp_path))
-    assert files(tmp_path) == files(finished)
-    assert len(logged(tmp_path)) == len(set(logged(tmp_path)))
-    assert len(server.asked) - len(set(server.asked)) <= 4 * len(moments)
-
-
-@posix
-def test_ctrl_c_ends_with_130_at_once_and_loses_nothing(finished, tmp_path):
+@pytest.mark.parametrize("name, code", [("SIGKILL", -9), ("SIGINT", 130)])
+def test_a_run_that_is_ended_loses_nothing_and_resumes(name, code, finished, tmp_path):
+    """No answer in the log is asked for again. Ctrl-C waits for none that is on its way."""
     turns = count()
     with endpoint(lambda body: time.sleep(5) if next(turns) >= 9 else None) as server:
-        child = begin(server.url, tmp_path)
-        wait_until(lambda: len(server.asked) > 10 and len(logged(tmp_path)) == 9)
+        argv = [sys.executable, run.__file__, *flags_of(server.url, tmp_path, "--workers", 4)]
+        child = subprocess.Popen(list(map(str, argv)), stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 20
+        while len(server.asked) <= 10 or len(logged(tmp_path)) < 9:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
         began = time.monotonic()
-        child.send_signal(signal.SIGINT)
+        child.send_signal(getattr(signal, name))
         _, err = child.communicate()
-        assert child.returncode == 130 and time.monotonic() - began < 4     # an answer takes 5
-        assert err.splitlines()[-1].startswith("run.py: interrupted")
+        assert child.returncode == code and time.monotonic() - began < 4     # an answer takes 5
+        assert name == "SIGKILL" or err.splitlines()[-1].startswith("run.py: interrupted")
         before, start = logged(tmp_path), len(server.asked)
         server.act = lambda body: None
         succeed(*flags_of(server.url, tmp_path))
@@ -2882,19 +2431,16 @@ def test_ctrl_c_during_the_imports_leaves_no_traceback(tmp_path):
 
 def test_models_are_compared_each_with_a_log_of_its_own(tmp_path):
     pytest.importorskip("matplotlib")
-    flags = ("--seeds", 1, *SMALL, "--experiment")
     with endpoint() as server:
-        live = (*flags, "table6", "--models", "m/1,n,offline", "--base-url", server.url, "--out")
-        succeed(*live, tmp_path / "a")
-    before = read(tmp_path / "a" / "table6.json")
-    out = succeed(*live, tmp_path / "a", "--replay")
-    assert read(tmp_path / "a" / "table6.json") == before
-    answers = sum(len(logged(tmp_path / "a" / name)) for name in ("m%2F1", "n"))
+        flags = ("--experiment", "table6", "--models", "m/1,n,offline", "--seeds", 1, *SMALL,
+                 "--base-url", server.url, "--out", tmp_path)
+        succeed(*flags)
+    table6 = read(tmp_path / "table6.json")
+    out = succeed(*flags, "--replay")
+    assert read(tmp_path / "table6.json") == table6
+    answers = sum(len(logged(tmp_path / name)) for name in ("m%2F1", "n"))
     assert f"answers   {answers} from the log, 0 new" in out       # the stand-in has none
-    replies = "malformed 0, fallbacks 0, actions that named no free item 0%"
-    assert f"replies   {replies}\n" in out
-    succeed(*flags, "table5", "--rows", "billp", "--out", tmp_path / "b")
-    [offline] = read(tmp_path / "b" / "table5.json")["rows"]
-    assert [row["x"] for row in before["rows"]] == ["m/1", "n", "offline"]
-    assert all(row["figures"] == offline["figures"] for row in before["rows"])
-    assert (tmp_path / "a" / "table6.png").stat().st_size > 5000
+    first, second, offline = table6["rows"]
+    assert [first["x"], second["x"], offline["x"]] == ["m/1", "n", "offline"]
+    assert first["figures"] == second["figures"] == offline["figures"]
+    assert (tmp_path / "table6.png").stat().st_size > 5000
