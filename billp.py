@@ -10,6 +10,10 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
     verdict v_n    what the actor remembers of an action: 1 encouraged if A >= 0, else 0 discouraged
     reflection     what the reflector writes after an episode; a recalled reflection is a lesson
     M_P, M_A, M_C  the memories of planner, actor and critic (an `Agent`)
+    episode        one session with one user
+    free           neither liked before nor recommended in this session (with `repeats` all items)
+    category tool  tells which categories were shown in the last `lately` steps, and which others
+                   were liked before (prompts.category_tool)
     item line      an item as the model reads it, "Alien [Horror, Sci-Fi]"; to ground a reply is to
                    find the item that it names
     evidence       how often an item was encouraged and discouraged in similar states
@@ -20,8 +24,8 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
 Recording (s, a) as encouraged makes action a more likely to be listed and chosen in similar states
 (`prompts.chance`). A policy-gradient step also raises pi(a | s), by changing weights and in
 proportion to A.
-We add mainly two things. The actor chooses from a list of free items; `candidates=0` leaves it out.
-The planner is told which categories were shown lately. The README lists all differences from
+Our main additions are two. The actor chooses from a list of free items; `candidates=0` leaves it
+out. The planner is told which categories were shown lately. The README lists all differences from
 the paper.
 
 All functions are pure. The model comes in as the argument `llm`, the embedding with the catalogue.
@@ -70,9 +74,9 @@ class Config(NamedTuple):
     line_weight: float = 0.5
     # steps the category tool looks back, at least 1; as in the released code
     lately: int = 4
-    # While liked categories not shown lately are offered, a thought that names one shown lately and
-    # none of these is malformed. A small model has such thoughts at 4 % of the steps, and many
-    # users leave there.
+    # A thought is malformed if it names a category shown lately and no liked category that was not,
+    # as long as there is one. A small model has such thoughts at 4 % of the steps, and many users
+    # leave there.
     fresh_thoughts: bool = True
     # items in a state's text and in a prompt's history, at least 1; as in the paper
     titles: int = 10
@@ -166,7 +170,7 @@ def push(memory: Memory, chunk: Chunk) -> Memory:
     After 1, 2, 3, 4, 5 single records the chunks have the lengths (1), (2), (2, 1), (4), (4, 1).
     The fourth record joins twice: 1 and 1 make 2, then 2 and 2 make 4.
     """
-    # Double precision, so that the distances of `recall` do not depend on the processor.
+    # In double precision processors differ only in digits that `recall` rounds away.
     last = Chunk(chunk.records, chunk.vectors.astype(float))
     while memory:
         before = memory[-1]
@@ -196,9 +200,9 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
     """The k records nearest to a unit vector [d], nearest first, none farther than tau.
 
     The distance is squared L2, which is 2 - 2 cos between unit vectors. It is rounded, so that
-    processors, whose last digits differ, give the same order. Among equals the newest comes first.
-    Of records with the same text and item only the newest counts: a later verdict or target
-    replaces the earlier one. The paper cuts at a tau; the roles below do not.
+    every processor gives the same order. Among equals the newest comes first. Of records with the
+    same text and item only the newest counts: a later verdict, target or reflection replaces the
+    earlier one. The paper cuts at a tau; the roles below do not.
     """
     if not memory:
         return ()
@@ -340,7 +344,7 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
     if config.lessons == "latest":
         recalled = records(memory)[::-1]
     lessons = distinct((record.content for record in recalled), config.k_lessons)
-    tastes = state.tastes           # what the category tool reports
+    tastes = state.tastes
     question = prompts.render_planner(lessons, tastes, config.lately)
     fallback = tastes.other[0] if tastes.other else ""
     parse = partial(prompts.parse_planner, tastes=tastes if config.fresh_thoughts else None)
@@ -351,20 +355,19 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
 def ranked_lines(state: State, evidence: Evidence, catalog: Catalog, config: Config) -> list[str]:
     """The lines of items, the most promising first; `shortlist` drops those that are not free.
 
-    An item counts by
-        near(item, wish) + near(item, other) + bonus(item)
+    bonus(item) is the chance that it is encouraged minus the average chance, see `prompts.chance`.
+    With `candidates` 0 only items with evidence come, ranked by the bonus. Otherwise all items
+    come, ranked by near(item, wish) + near(item, other) + bonus(item), where
         near(item, x) = line_weight * cos(its line, x) + (1 - line_weight) * cos(its categories, x)
-        bonus(item) = the chance that it is encouraged - the average chance, see `prompts.chance`
-    where wish is what the thought asks for, or else all liked categories; other is the liked
-    categories not shown lately. With `candidates` 0 only remembered items come, ranked by the
-    bonus alone.
+        wish is what the thought asks for, or else all liked categories
+        other is the liked categories not shown lately; without any this term is missing
     """
     average = prompts.average_chance(evidence)
     bonus = {line: prompts.chance(line, evidence, average) - average for line, _ in evidence}
     if not config.candidates:
         # `evidence` begins with the nearest record, and `sorted` keeps the order of equals
         return sorted(bonus, key=bonus.get, reverse=True)
-    # such as "[War]" and "[Comedy, Drama]"; the second is left out if it would be empty
+    # wish and other, such as "[War]" and "[Comedy, Drama]", or wish alone; `closest` adds the terms
     texts = prompts.query(state.thought, catalog.env.categories, state.tastes)
     items = prompts.closest(texts, catalog, bonus, config.line_weight)
     return [catalog.lines[item] for item in items]
@@ -408,10 +411,10 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
     answer = consult(llm, "actor", state, question, prompts.parse_actor, config, "")
     if not answer.fallback:
         # A reply that names no free item often names a recent one. The nearest of all free items
-        # would be too similar to that one, so the nearest of the listed ones is taken.
-        lines = {candidate.line for candidate in listed}
-        to_choose_from = lines if config.candidates else ()     # (): any free item may be taken
-        item, exact = prompts.ground(answer.value, catalog, state.taken, to_choose_from)
+        # would be too similar to that one, so the nearest of the listed ones is recommended. With
+        # `candidates` 0 the actor may choose any free item.
+        allowed = {candidate.line for candidate in listed} if config.candidates else ()
+        item, exact = prompts.ground(answer.value, catalog, state.taken, allowed)
     elif listed:
         item, exact = catalog.lines.index(listed[0].line), False
     else:
@@ -466,7 +469,8 @@ def state_after(catalog: Catalog, user: int, key: Key, config: Config = DEFAULT,
                 steps: Sequence[Step] = ()) -> State:
     """The state after these steps of a session; without steps, before the first one.
 
-    With each step the transcript grows by one turn: prompts extend each other.
+    Each step adds a turn to the transcript and changes none. So a prompt begins like the one before
+    it, and endpoints can reuse what they have read.
     """
     liked = [int(item) for item in catalog.env.histories[user]]
     history = tuple(catalog.lines[item] for item in liked[-config.titles:])
@@ -504,7 +508,7 @@ def episode(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM,
         act, _ = actor(state, agent.actor, llm, catalog, config)
         env_state, reward, left, cut = envs.step(catalog.env, env_state, act.value)
         line = catalog.lines[act.value]
-        # what the model asked for if it could not be recommended; a fallback has said ""
+        # The transcript notes a reply that named no free item. Of a fallback `said` is "".
         asked = "" if act.exact else act.said
         turn = prompts.turn(len(steps) + 1, plan.value, line, reward, left, asked)
         steps.append(Step(state, plan, act, line, float(reward), turn))

@@ -485,7 +485,7 @@ def log_chances(env: Env, weights: Weights, x: Array, items: Array, free: Array)
 
 
 def td_errors(reward: Array, gamma: float, value: Array, next_value: Array, left: Array) -> Array:
-    """float [B]: the advantage of `billp.py`, for B sessions. A user who left has no future."""
+    """float [B]: the advantage of `billp.py`, which imports this module, for B sessions."""
     future = np.where(left, 0, next_value)
     return reward + gamma * future - value
 
@@ -626,10 +626,10 @@ def student(freedom: int) -> float:
 def intervals(statistic: Callable, *samples: Array) -> list[list[float]]:
     """[mean, low, high] of each number in statistic(*samples), with its 95 % confidence interval.
 
-    - Samples are [S, N, k]: S seeds with N users each. All samples have the same users, so that
-      differences are paired. Other shapes are a ValueError.
-    - The statistic takes [..., N, k] and returns [..., numbers]: a figure for each seed. The mean
-      is that of these figures.
+    - Samples are [S, N, k]: S seeds with N users each. All have the same users, because differences
+      are paired. ValueError if their shapes differ.
+    - The statistic takes [S, N, k] and returns [S, q]: q figures for each seed. The mean is taken
+      over the seeds.
     - One seed: a percentile bootstrap interval over its users. The same users are drawn, with
       replacement, from all samples.
     - Several seeds: a t interval over the figures of the seeds. Users of one seed are not
@@ -637,7 +637,7 @@ def intervals(statistic: Callable, *samples: Array) -> list[list[float]]:
     """
     shapes = {np.shape(sample) for sample in samples}
     demand(len(shapes) == 1, f"give samples of the same seeds and users, not of shapes {shapes}")
-    figures = statistic(*samples)                               # [S, numbers]
+    figures = statistic(*samples)                               # [S, q]
     mean, seeds = figures.mean(0), len(figures)
     if seeds > 1:
         margin = student(seeds - 1) * figures.std(0, ddof=1) / np.sqrt(seeds)
@@ -752,8 +752,8 @@ def category_table(tags: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], Arra
 def made_up(belongs: Array, users: int, rng: Rng) -> Array:
     """int8 [n, m]: ratings of films, given their categories; see `films`.
 
-    The numbers are chosen so that taste matters. On average over users and seeds, sessions have 3
-    to 5 of 50 steps with random items, and at most 32 with `one_list`.
+    The numbers are chosen so that taste matters: the mean session has 3 to 5 of 50 steps with
+    random items, depending on the seed, and at most 32 with `one_list`.
     """
     m, c = belongs.shape
     # archetypes and appeal are the same for every seed
@@ -772,7 +772,7 @@ def made_up(belongs: Array, users: int, rng: Rng) -> Array:
 
 
 def films(seed: int = 0) -> Env:
-    """The embedded default: 200 well-known films, and users whose tastes are drawn from `seed`.
+    """The built-in default: 200 well-known films, and users whose tastes are drawn from `seed`.
 
     Titles, years and categories are facts; ratings are made up. A rating is mostly taste: how much
     the user likes the film's categories, which is in part the taste of one of six archetypes. Then
@@ -824,9 +824,9 @@ class BadData(ValueError):
 
 
 def find_file(path: Location, *names: str) -> Path:
-    """A file in a folder or below it, of the first of these names that occurs there.
+    """The file in a folder or below it that has the first of these names found there.
 
-    Of several with this name it takes the least deep one. ValueError if there is none.
+    Of several it is the one nearest to the top. ValueError if there is none.
     """
     folder = Path(os.path.expanduser(path))         # an unknown ~name stays as it is
     demand(folder.is_dir(), "it is no folder")
@@ -874,7 +874,8 @@ def columns(header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
     plain = [re.sub(r"[\W_]", "", text).lower() for text in header]
     places = {}
     for name, aliases in ALIASES.items():
-        if "title" not in needed:                       # in ratings "id" numbers the lines
+        # Only the list of items needs a title. In ratings a column "id" numbers the lines.
+        if "title" not in needed:
             aliases = aliases.replace(" id ", " ")
         present = [alias for alias in aliases.split() if alias in plain]
         if present:
@@ -942,14 +943,14 @@ def parse_entry(items: dict, item: str, title: str, year: str = "", categories: 
     digits = re.search(r"\d{4}", year)
     if digits:
         when = int(digits.group())
-    is_other_list = re.search(r"^[\[{]|;", categories)
+    is_other_list = re.search(r"^[\[{]|;", categories)          # ['War', 'Drama'] or War;Drama
     demand(not is_other_list, 'separate categories by "|", as in War|Drama')
     tags = [tag.strip() for tag in categories.split("|")]
     return name, when, [tag for tag in tags if tag not in NO_TAG]
 
 
 def timestamp(text: str) -> float:
-    """A time as a number, which may be written as a date like 2005-04-02 23:53:47. No text is 0.
+    """A time written as a number or as a date like 2005-04-02 23:53:47, as a number; "" is 0.
 
     >>> timestamp("2005-04-02T23:53:47.500+02:00") - timestamp("2005-04-02 21:53:40")
     7.5
@@ -974,7 +975,6 @@ def parse_vote(users: dict, items: dict, user: str, item: str, rating: str, time
     number = float(rating)
     demand(np.isfinite(number), f"the rating {rating} is not finite")
     demand(item in items, f"item {item} is not in the list of items")
-    # a new user gets the next number
     return users.setdefault(user, len(users)), items[item], number, timestamp(time)
 
 
@@ -1006,13 +1006,12 @@ def groups(keys: Array) -> list[Array]:
 
 
 def ridge(own: Array, other: Array, ratings: Array, fixed: Array, count: int) -> Array:
-    """float32 [count, k + 1]: the k factors and the bias of each of `count` users.
+    """float32 [count, k + 1]: for each of `count` users k fitted factors, then a bias.
 
-    Users and items can be exchanged: so `als` fits the items, too.
-    ratings[i] is the rating of item other[i] by user own[i], minus the global offset. `fixed`
-    [items, k + 1] holds the items' factors and biases, which stay as they are. A factor is one of
-    the k numbers that describe a user or an item. The penalty on a factor is 3 + a tenth of the
-    user's number of ratings. That on the bias is 3.
+    A factor is one of the k numbers that describe a user or an item. ratings[i] is what user own[i]
+    gave to item other[i], minus the global offset. `fixed` [items, k + 1] holds the factors and
+    biases of the items, which stay as they are. The penalty on a bias is 3, that on a factor 3 + a
+    tenth of the user's number of ratings. To fit the items, `als` passes items as `own`.
     """
     # rating - item's bias = [item's factors, 1] @ [user's factors, user's bias]
     targets = ratings - fixed[other, -1]
@@ -1042,7 +1041,7 @@ def predict(model: Factorisation, users: Array, items: Array) -> Array:
     products = np.einsum("...k,...k->...", p[..., :-1], q[..., :-1])
     biases = p[..., -1] + q[..., -1]
     ratings = model.offset + biases + products
-    # The last digits of a sum depend on the shape of the arrays.
+    # The last digits depend on the shape of the arrays. Rounded, each rating is as if asked alone.
     return ratings.round(5)
 
 
@@ -1055,8 +1054,8 @@ def star_limits(model: Factorisation, votes: Array) -> Array:
     """
     shares_below = np.array([(votes["rating"] < edge).mean() for edge in (1.5, 2.5, 3.5, 4.5)])
     limits = np.quantile(predict(model, votes["user"], votes["item"]), shares_below)
-    # A rating that no vote gives is never predicted, also not for pairs without a vote, whose
-    # predictions may lie outside those of the votes.
+    # No rating below the lowest vote or above the highest is predicted, even for pairs without a
+    # vote, whose predictions may lie outside those of the votes.
     limits[shares_below == 0] = -np.inf     # no vote is below this edge: all predictions reach it
     limits[shares_below == 1] = np.inf      # all votes are below it: no prediction reaches it
     return limits
@@ -1115,7 +1114,8 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
     """A world of n users whose ratings `als` predicts from votes, an array of VOTE.
 
     `entries` are the items: (title, year, categories). `about` states the error on a held-out tenth
-    of the votes, and how many pairs of items are too similar, by categories or by fitted vectors.
+    of the votes, and how many pairs of items are too similar. Similarity is by categories. If
+    `fitted`, or if no item has a category, it is by the items' fitted vectors.
     """
     rng = branch(seed, "data")
     m, size = len(entries), len(votes)
@@ -1136,13 +1136,14 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
     demand(len(rated) > 1, "fewer than two items with ratings")
     one, other = rng.choice(rated, size=(2, 100_000))
     one, other = one[one != other], other[one != other]
-    # Prompts show categories. So a model can learn what is too similar. `films` has this beta.
-    similarity, vectors, beta = "categories", unit(belongs), 0.9
     if fitted or not belongs.any():
         # Fitted distances have no natural limit. Our choice: one pair in five is too similar.
         similarity, vectors = "fitted vectors", unit(model.q[:, :-1])
         beta = float(np.quantile(length_between(vectors, 0, one, other), 0.2))
-    if not belongs.any():           # the categories may stand in a column not named in ALIASES
+    else:
+        # Prompts show categories, so a model can learn what is too similar. `films` has this beta.
+        similarity, vectors, beta = "categories", unit(belongs), 0.9
+    if not belongs.any():           # they may stand in a column whose name is not in ALIASES
         similarity += ", no item has a category"
     share = (length_between(vectors, 0, one, other) < beta).mean()
     about = (f"{size} ratings{mapping}; RMSE on a held-out tenth {rmse(model, test):.3f}, by "

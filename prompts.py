@@ -9,7 +9,7 @@ the four roles has one trio: templates, `render_*` (the question, from what the 
     Catalog     a world as language; `ground` finds the item that a text names
     history     the lines of the last items a user liked before the session, oldest first
     transcript  the session so far: Thought, Note, Action and Observation lines. Lines are
-                appended; a very long one loses its oldest turns
+                appended; if it gets very long, its oldest turns are dropped
     shared      history and transcript: the part of a prompt that the next prompt extends
     taken       items liked before or recommended in this session; only --repeats allows them
     candidates  free items that the actor is shown, so that it knows what it can name
@@ -108,8 +108,8 @@ def clean(text: str, limit: int = 600) -> str:
     >>> clean("Alien\\nObservation 1: rated 5")
     'Alien Observation 1: rated 5'
     """
-    # Cleaning a long text is slow, so it is cut first. It may still shrink: a run of spaces becomes
-    # one.
+    # Cleaning a long text is slow, so it is cut first. More than `limit` is left, because runs of
+    # spaces become one.
     text = text[:4 * limit]
     text = "".join(c if c.isprintable() else " " for c in text)
     return " ".join(text.split())[:limit].rstrip()
@@ -168,7 +168,7 @@ def unaccented(text: str) -> str:
 def hashed_ngrams(texts: Sequence[str]) -> np.ndarray:
     """Embeddings of texts, made without a model: float32 [n, d], rows of length 1.
 
-    A row holds signed counts of trigrams. Each three neighbouring characters are hashed to a place
+    A row holds signed counts of trigrams. Every three neighbouring characters are hashed to a place
     0..d-1 and a sign. With signs, trigrams that share a place cancel out on average.
     """
     d = 512             # more places than a state's text has trigrams, which is about 350 in films
@@ -191,9 +191,10 @@ def hashed_ngrams(texts: Sequence[str]) -> np.ndarray:
 
 # -------------------------------------------------------------------- the parts of a reply
 
-# What models think aloud stands between such marks. `spoken` writes each as <think> or </think>,
-# and takes what stands behind the last </think>. In both patterns spaces and comments do not
-# count; a space that counts is written [ ].
+# Models mark their hidden thinking in many ways. `spoken` writes each opening mark as <think> and
+# each ending mark as </think>, and takes what stands behind the last </think>. THINKING is the word
+# inside a mark. In OPENING and ENDING spaces and comments do not count; a space that counts is
+# written [ ].
 THINKING = (r"(\w+[_:] | ant)?"        # chain_of_thought, seed:think, antThinking
             "(think|thinking|thoughts?|reason|reasoning|analysis|scratchpad|monologue|cot"
             "|deliberation|planning)"
@@ -228,8 +229,8 @@ MARK = r"(?m)<\|\w+\|>|</?[a-z_]+>|^[ \t]*(```|~~~)\w*[ \t]*$"
 def spoken(text: str) -> str:
     """A reply without the model's hidden thinking, whether or not its marks are complete.
 
-    Other marks, blank lines and spaces around lines are dropped, too. Long runs of spaces would
-    make the patterns slow that read the reply later.
+    Other marks, blank lines and spaces around lines are dropped, too: long runs of spaces would
+    slow down the patterns that read the reply later.
 
     >>> spoken("<think>A comedy?</think> Alien"), spoken("A comedy?</think> Alien")
     ('Alien', 'Alien')
@@ -287,7 +288,7 @@ def segment(text: str, labels: str) -> str:
     """The text after the earliest of these labels that has text behind it; "" if none has.
 
     Models often play several turns in one reply: only the first counts. So the text ends at the
-    next label of TURNS. It also ends where its own label comes again, unless that is in ITEMS:
+    next label of TURNS. It also ends where its own label comes again, except for those of ITEMS:
     "Title: Up", "Title: Heat" may be a list.
 
     >>> segment("Thought 1: a comedy. Action 1: Up", THOUGHTS)
@@ -300,7 +301,6 @@ def segment(text: str, labels: str) -> str:
         name = label["name"].lower()
         if not re.fullmatch(labels, name):
             continue
-        # a label of ITEMS that begins no turn may come again in a list of titles
         ends = TURNS if re.fullmatch(ITEMS, name) else f"{TURNS}|{name}"
         end = len(text)
         for later in found[place + 1:]:
@@ -358,8 +358,8 @@ def unmarked(line: str) -> str:
     >>> unmarked('- **"Up"** is fun'), unmarked('1. "Up" is fun'), unmarked("...")
     ('Up is fun', 'Up is fun', '')
     """
-    # of {"category": "War", "reason": "new"} `segment` leaves what stands behind the first label:
-    #     War", "reason": "new"}      this becomes      War, reason: new"}
+    # `segment` cuts {"category": "War", "reason": "new"} behind its first label. What is left
+    #     War", "reason": "new"}      becomes      War, reason: new"}
     line = re.sub(r'",\s*"(\w+)":\s*"', r", \1: ", clean(line))
     content = re.sub(r"^\d{1,2}[.)]( |$)|[*`]|__", "", line).strip(' _#>-•"{}')
     if not re.search(r"\w", content):
@@ -391,8 +391,8 @@ def first_line(text: str, preamble: str = ":!") -> str:
 def labelled(text: str, labels: str) -> str:
     """The first line after one of these labels, or else before all labels.
 
-    It is "" if there is no such line, if the reply is a refusal, or if the line still holds a word
-    of the form asked for: "Next category: CATEGORY, because REASON", see PLANNER.
+    It is "" if there is no such line, if the reply is a refusal, or if the line is a copy of the
+    form asked for: "Next category: CATEGORY, because REASON", see PLANNER.
 
     >>> labelled("Thought 3: a comedy\\nAction 3: Up", THOUGHTS), labelled("Action: x", THOUGHTS)
     ('a comedy', '')
@@ -401,14 +401,14 @@ def labelled(text: str, labels: str) -> str:
     outer = segment(text, labels)
     if re.match(REFUSAL, outer or text):
         return ""
-    # "War was shown. Next category: Comedy" holds a label, too: then what follows it counts
+    # "Thought: War was shown. Next category: Comedy" has two labels: what follows the inner counts
     inner = segment(outer, labels) or outer
     first_label = IN_LINE.search(text)
     before_all = text[:first_label.start("name")] if first_label else text
     # After a label a line such as "Comedy!" is an answer and no preamble.
     line = first_line(inner, preamble=":") or first_line(before_all)
-    # "NEXT CATEGORY: WAR" holds none: it is an answer in capitals. In "because REASON: it is new"
-    # the word is a heading.
+    # These are no copies: "NEXT CATEGORY: WAR", an answer in capitals, and "because REASON: it is
+    # new", where the word is a heading.
     has_placeholder = re.search(r"((?<!NEXT )\bCATEGORY|(?i:because) REASON)\b(?!:)", line)
     return "" if has_placeholder else line
 
@@ -418,7 +418,7 @@ def labelled(text: str, labels: str) -> str:
 ARTICLES = "the a an le la les l un une il lo el los las der das".split()
 LONGEST = 40                        # words of a title that are compared; few titles have more
 YEAR = "(1[89]|20)[0-9]{2}"
-# What follows a title in that of a sequel: "Frozen II", "Jaws 2 (1978)", "Dune: Part Two", "Toy
+# Words behind a title that make it a sequel's: "Frozen II", "Jaws 2 (1978)", "Dune: Part Two", "Toy
 # Story 3, because ...". It is matched with the words behind the title, without punctuation.
 SEQUEL = (r"(II|III|IV|VI{0,3}|(Part|Episode) ([\dIV]+|Two|Three|Four|Five|Six)"
           rf"|[2-9]( {YEAR}| because| since| as|$))\b")
@@ -458,8 +458,9 @@ def name_of(words: Sequence[str]) -> str:
 def spellings(title: str) -> list[str]:
     """The names of a title: as it is, with its article at the end, without it, and with "the".
 
-    With "the", because "The Terminator 2" would otherwise seem to be a sequel of The Terminator. A
-    title of one word has no name with "the", because "the up side" does not name Up.
+    The first two have all words of the title. With "the", because "The Terminator 2" would
+    otherwise seem to be a sequel of The Terminator. A title of one word has no name with "the",
+    because "the up side" does not name Up.
 
     >>> spellings("The Matrix"), spellings("Blade Runner")[-1]
     (['the matrix', 'matrix the', 'matrix'], 'the blade runner')
@@ -484,7 +485,7 @@ def items_by_name(names_of_items: Iterable[Sequence[str]]) -> dict[str, list[int
 
 
 def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
-    """Embeds the line of every item and each set of categories once, and indexes the titles.
+    """A world as language: each line and each set of categories embedded once, titles indexed.
 
     ValueError if the world's fields do not fit together, or if `embed` gives rows whose length is
     not 1.
@@ -510,9 +511,9 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
     texts = lines + distinct
     vectors = embed(texts)
     demand(isinstance(vectors, np.ndarray), "embed must give an array of n rows")
-    squared_lengths = np.vecdot(vectors, vectors).round(2)
-    if squared_lengths.tolist() != [1.0] * len(texts):
-        raise ValueError("embed must give a row of length 1 for each text")
+    squared_lengths = np.vecdot(vectors, vectors).round(2).tolist()
+    # compared as lists, because there may be too many or too few
+    demand(squared_lengths == [1.0] * len(texts), "embed must give a row of length 1 for each text")
     tag_rows = np.array([number[tags] for tags in all_tags])
     return Catalog(env, embed, tuple(lines), vectors[:len(lines)], vectors[len(lines):], tag_rows,
                    by_name, by_main)
@@ -530,13 +531,13 @@ def of_year(items: Sequence[int], year: int, catalog: Catalog) -> list[int]:
 def longest_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], int]:
     """The longest title that the words begin with: its items, and its number of words; or [], 1.
 
-    Its subtitle may be left out if nothing but a year follows.
+    Its subtitle may be left out if nothing follows, or only a year.
     """
     for size in range(min(LONGEST, len(words)), 0, -1):
         name = name_of(words[:size])
         items = catalog.names.get(name, [])
-        is_last = re.fullmatch(f"({YEAR})?", " ".join(words[size:]))
-        if not items and is_last:
+        only_year_follows = re.fullmatch(f"({YEAR})?", " ".join(words[size:]))
+        if not items and only_year_follows:
             items = catalog.mains.get(name, [])
         if items:
             return items, size
@@ -544,11 +545,11 @@ def longest_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
 
 
 def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], int]:
-    """The title that the words begin with: its items, and the number of words of title and year.
+    """The title that the words begin with: its items, and how many words the caller may skip.
 
-    The longest title counts. Its year may be left out or be one off. Without a title the number is
-    1. There are no items either if the words behind a title show that another film is meant, which
-    the catalogue lacks.
+    The longest title counts. Its year may be left out or be one off. There are no items if no title
+    stands here, or if the words behind it mean a film that the catalogue lacks. To be skipped are
+    the words of the title and of its year; without a title one word.
         ["Alien", "1979", "is", "old"]      [Alien], 2
         ["Hello"]                           [], 1
         ["Alien", "2009"]                   [], 1: a film of this year
@@ -560,18 +561,16 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     rest = " ".join(behind[:7])         # the patterns read no more words
     year = re.match(rf"{YEAR}\b", rest)
     longer = re.match(LONGER, rest)
-    if year:
+    if year:                            # "Alien 1979"
         items = of_year(items, int(year[0]), catalog)
-        size += bool(items)
-    elif longer:
-        # "Alien, Jaws (1975)": another title begins behind Alien, so Alien stays.
-        # "Léon The Professional (1994)": this is one title, and the year tells which film it is.
+        size += bool(items)             # its year is skipped, too
+    elif longer:                        # its year decides, also in "Star Wars Episode IV ... 1977"
+        # "Alien Jaws 1975": another title begins behind Alien, so Alien stays.
+        # "Léon The Professional 1994": this is one title, and the year tells which film it is.
         next_items, _ = longest_title(behind, catalog)
         if not next_items:
             items = of_year(items, int(longer["year"]), catalog)
-    # The words of a sequel mean another film. If LONGER has matched, the year has decided already:
-    # "Star Wars: Episode IV - A New Hope (1977)" is Star Wars.
-    elif re.match(SEQUEL, rest):
+    elif re.match(SEQUEL, rest):        # "Frozen II" means another film
         items = []
     return items, size
 
@@ -627,7 +626,7 @@ def items_alone(text: str, catalog: Catalog) -> list[int]:
         unnumbered = re.sub(r"^\W*\d{1,2}\b", "", line)
         without_remark = re.split(r" [-–—] | \((?!\d)", unnumbered)[0]
         after_colon = line.rpartition(": ")[2]
-        whole_titles = items_within(line, catalog)
+        items_of_line = items_within(line, catalog)
         front, back = before_reason(without_remark), before_reason(after_colon)
         # first the whole line: a title may hold a number, a colon, a dash or "than"
         for part in (line, front, back):
@@ -637,7 +636,7 @@ def items_alone(text: str, catalog: Catalog) -> list[int]:
                 continue
             # A part counts only if the whole line names this item, too. The back of "My pick: The
             # Lost World: Jurassic Park" is "Jurassic Park", but the line names another film.
-            if part == line or titled[0] in whole_titles:
+            if part == line or titled[0] in items_of_line:
                 items += titled
                 break
     return items
@@ -803,9 +802,9 @@ PLANNER = """
 Categories shown in the last {lately} steps: {recent}.
 {choice} Reply with one short line:
 Next category: CATEGORY, because REASON"""
-# Categories that the planner chooses among. A small model mostly ignores their order, so only
-# the most liked are offered.
-OFFERED = 3
+# How many categories a question offers. A small model mostly ignores their order, so only the most
+# liked are offered.
+MOST_OFFERED = 3
 
 
 class Tastes(NamedTuple):
@@ -816,7 +815,7 @@ class Tastes(NamedTuple):
 
 
 def category_tool(history: Sequence[str], shown: Sequence[str], lately: int) -> Tastes:
-    """The tool: categories of the last `lately` items shown, and the others of the history.
+    """The paper's tool, which the program calls: categories shown lately, and others liked before.
 
     >>> category_tool(["A [War, Drama]", "B [Drama]"], ["C [War]"], 4)
     Tastes(recent=('War',), other=('Drama',), liked=('Drama', 'War'))
@@ -830,7 +829,7 @@ def category_tool(history: Sequence[str], shown: Sequence[str], lately: int) -> 
 
 def offered(tastes: Tastes) -> str:
     """The categories that a question offers for choice, "" for none."""
-    return ", ".join(tastes.other[:OFFERED])
+    return ", ".join(tastes.other[:MOST_OFFERED])
 
 
 def render_planner(lessons: Sequence[str], tastes: Tastes, lately: int) -> str:
@@ -914,7 +913,7 @@ ACTOR = """\
 
 Which of these free items fits {aim} best? Copy its title. Reply with one line:
 Free item: TITLE"""
-# without a list to choose from
+# with --candidates 0: the actor may name any item, and the list holds those remembered
 OPEN_ACTOR = """\
 {thought}
 {evidence}Free items that were recommended in similar situations:
@@ -931,7 +930,8 @@ class Candidate(NamedTuple):
     discouraged: int = 0
 
 
-Evidence = Counter                  # how often each pair (item line, verdict) was recalled
+# how often each pair (item line, verdict) was recalled; verdict 1 is encouraged, 0 discouraged
+Evidence = Counter
 
 
 # Evidence is shrunk to the average: an item counts as if it had been tried so often before, with
@@ -1135,7 +1135,7 @@ def render_critic(targets: Sequence[tuple[str, float]], mean: float, as_before: 
     return CRITIC.format(targets=bullets(known), as_before=as_before, average=average)
 
 
-# In the patterns for values spaces and comments do not count.
+# In the patterns with (?ix) or (?imx), and in SUMS, spaces and comments do not count.
 # "7", "7.5", "7,5", "-1", ".5"
 NUMBER = r"(?P<number>[-−]?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
 # SUMS skips a calculation. Each round takes one "... =", so it ends behind the last "=":
@@ -1193,15 +1193,16 @@ LEFT_OUT = (rf"(?i)(?<=\d),? ((out of|of a maximum of|at most) {AMOUNT}"
             rf"|\bbetween 0 and {AMOUNT}")
 # Numbers of the prompt, which some replies repeat before they answer
 REPEATED = rf"""(?ix)
-    # its sentence on the value, and its shorter form "0 if the user leaves"
+    # its sentence on the value: "If the user stays and goes on as before, the value is 10.00"
     \b if [ ] the [ ] user [ ] (stays|leaves) \b ((?! [ ]but[ ]) [^;.\n])*?
         \b (value|it) [ ] is [ ] {AMOUNT}
+    # or one of these three
   | ( \b {AMOUNT} [ ] if [ ] the [ ] user [ ] leaves \b
-    # "8 similar situations", "8.12 on average", "the 8.12 average", "an average of 8.12"
-    | \b {AMOUNT} [ ] (similar | (on[ ])? average) \b
-    | \b average [ ] of [ ] {AMOUNT}
-    # only if the value follows: ", 7.5", ", so 7.5", ", I estimate 7.5"
-    ) (?= [^\n]* ,[ ] ((so|say|else|I)\b [^\n]*)? \d )
+    | \b {AMOUNT} [ ] (similar | (on[ ])? average) \b   # "8 similar situations", "8.12 on average"
+    | \b average [ ] of [ ] {AMOUNT}                    # "an average of 8.12"
+    )
+    # but these only if the value follows: ", 7.5", ", so 7.5", ", I estimate 7.5"
+    (?= [^\n]* ,[ ] ((so|say|else|I)\b [^\n]*)? \d )
   """
 
 
@@ -1213,8 +1214,8 @@ def parse_critic(text: str) -> float | Malformed:
     """
     text = re.sub(r"\\[()\[\]]", " ", spoken(text)).replace("\\approx", "≈")     # LaTeX
     text = re.sub(LEFT_OUT, " ", text)
-    # Without remarks in brackets and words of the prompt, which often hold another number. Only the
-    # fourth and the last attempt read them.
+    # Remarks in brackets and words of the prompt often hold another number. So most attempts read
+    # the text without them.
     outside = re.sub(r"[(（][^()（）\n]*[)）]", " ", re.sub(REPEATED, " ", text))
     # "so the value is 7.5", "I would say 7.5", "\boxed{7.5}": of these the last is the conclusion
     sentences = [*re.finditer(VALUE_IS, outside), *re.finditer(GUESS, outside)]
@@ -1222,10 +1223,11 @@ def parse_critic(text: str) -> float | Malformed:
     attempts = (re.search(VALUE_LINE, outside),                 # "Value: 7.5"
                 re.match(rf"[\s*_$`]*{NUMBER}[ *_$`.]*\n", outside),    # "7.5", then a reason
                 conclusion,
-                re.search(VALUE_LINE, text),                    # "Value: (7.5)"
+                re.search(VALUE_LINE, text),                    # in brackets: "Value: (7.5)"
                 re.search(NUMBER_AT_END, outside),
                 re.search(NUMBER, outside),                     # the first number
-                re.search(NUMBER, text))        # "(7.5)", "If the user stays, the value is 7.5"
+                # in brackets or words of the prompt: "If the user stays, the value is 7.5"
+                re.search(NUMBER, text))
     for match in attempts:
         if match:
             return float(match["number"].replace("−", "-").replace(",", "."))
@@ -1233,7 +1235,6 @@ def parse_critic(text: str) -> float | Malformed:
 
 
 # --------------------------------------------------------------------------- the stand-in
-# A rule-based stand-in for a language model. It reads the same prompts as a model and nothing else.
 
 # Lines of prompts
 LIKED = r"(?m)^- .* \[(.*)\]$"
@@ -1294,14 +1295,14 @@ def offline_planner(history: str, transcript: str, question: str, draw: int) -> 
         options = options[:1]       # the tool names the most liked first
     category = options[draw % len(options)]
     keep_away = ", ".join(sorted(unwanted - {category})) or "nothing"
-    # The actor reads this by PLAN, the reflector by APART. No role reads the warning of a thought.
-    # It shows a person which categories the lessons warn of.
+    # The actor reads this by PLAN, the reflector by APART. "Avoid" is for people: it shows which
+    # categories the lessons warn of.
     return (f"Next category: {category}, because similar items go {counted_steps(apart)} apart."
             f"{spelled_avoid(warned)} Keep away from {keep_away}.")
 
 
 def offline_actor(history: str, transcript: str, question: str, draw: int) -> str:
-    """An item of the list that fits the plan best: with evidence the first of them, else any."""
+    """One of the listed items that fit the plan best: with evidence the first, else any of them."""
     plan = re.search(PLAN, question)
     category, keep_away = plan.groups() if plan else ("", "")
     titles = {}                     # rank -> titles
@@ -1354,7 +1355,7 @@ def offline_reflector(history: str, transcript: str, question: str, draw: int) -
     """Reads off why the user left: similar items too close together, or a disappointment.
 
     A gap is the number of steps from an item back to the nearest similar one.
-        safe_gap    the smallest gap before the last item; the user stayed at it
+        safe_gap    the smallest gap of the earlier items: the user did not leave at it
         advised     the gap that the session's thoughts asked for, but at most `safe_gap`
     If the last gap is below `safe_gap`, it is taken for the cause: then at least one step more than
     the last gap is advised.
@@ -1398,8 +1399,8 @@ def offline_text(role: str, prompt: str, seed: int) -> str:
 def offline(ask: Ask) -> Reply:
     """A rule-based stand-in for a model: no key, no network, and no evidence about real models.
 
-    It reads the prompt that an endpoint would be sent and, above temperature 0, a seed to choose
-    by.
+    It reads only the prompt that an endpoint would be sent and, above temperature 0, a seed to
+    choose by.
     """
     _, prompt = ask.messages[1]
     seed = seed_of(ask.key) if ask.temperature else 0
@@ -1554,7 +1555,7 @@ class Route:
     key: str
     secrets: list[str]              # longest first
     extra: dict = field(default_factory=dict)       # the user's own fields of each request
-    sleep: Callable = time.sleep    # waits so many seconds; true if the run was told to stop
+    sleep: Callable = time.sleep    # waits so many seconds; True if the run shall stop
     notice: Callable = warnings.warn                # takes a line for the user
     # "requests", "retries: KIND", "system_fingerprint"
     stats: dict = field(default_factory=dict)
@@ -1591,8 +1592,9 @@ def count(stats: dict, name: str) -> None:
 def fault(route: Route, label: str, shown: str, searched: str = "") -> Fault:
     """The Fault with this label. `shown` is the message for the user.
 
-    KINDS is matched with the label and `searched`, or else `shown`. `fault_in` gives the body to
-    search: a code such as "insufficient_quota" stands there outside the message.
+    The first of KINDS that fits the label and a text is its kind. The text is `searched` if it is
+    given, else `shown`. `fault_in` gives the whole body, because a code such as
+    "insufficient_quota" stands there outside the message.
     """
     reason = clean(starred(route, f"{label} {shown}"), 300)
     if len(route.key) > 3:          # here the key is starred even if it is a short or ordinary word
@@ -1627,14 +1629,15 @@ def address(base_url: str, path: str) -> Any:
         base = f"{scheme}://{base}"
     # An address with a login, user:password@host, is refused. If the password held a / or a ?, the
     # host would seem to end there, and the rest of the password would be shown.
-    has_form = re.fullmatch("(?i)https?://[^@]+", base)
+    has_no_login = re.fullmatch("(?i)https?://[^@]+", base)
     try:
         url = httpx.URL(base)
-        demand(has_form and url.host and (url.port or 0) < 65536, "no address")
+        is_valid = has_no_login and url.host and (url.port or 0) < 65536
     except (httpx.InvalidURL, ValueError):
+        is_valid = False
+    if not is_valid:
         raise EndpointError("the base URL is not a valid address: write it as "
-                            "http://localhost:8080/v1, and a login as --header Authorization=..."
-                            ) from None
+                            "http://localhost:8080/v1, and a login as --header Authorization=...")
     root = re.sub("/(chat/completions|embeddings)$", "", url.path.rstrip("/") or "/v1")
     return url.copy_with(path=f"{root}/{path}")
 
@@ -1734,8 +1737,8 @@ def asked_wait(headers: Any, text: str) -> float:
     return 0.0
 
 
-def decoded(text: str) -> dict:
-    """The JSON object in a body. Some servers stream unasked: pieces are joined to one object.
+def decoded(text: str) -> Any:
+    """The JSON value of a body. Some servers stream unasked: pieces are joined to one object.
 
     A stream has lines such as
         data: {"choices": [{"delta": {"content": "Al"}}]}
@@ -1813,7 +1816,8 @@ def fault_in(route: Route, response: Any, data: dict, text: str) -> Fault:
     """
     error = as_object(data.get("error")) or data        # some servers put its fields at the top
     status = str(response.status_code)
-    # A success that carries an error: its code counts. If the body cannot be read, data is {}.
+    # A status of success with an error in the body: the error's own code counts, or else 500. If
+    # the body could not be used, data and error are {}: then the status stays.
     if response.is_success and error:
         code = str(error.get("code"))
         status = code if re.fullmatch("[45][0-9][0-9]", code) else "500"
@@ -1830,11 +1834,9 @@ def fault_in(route: Route, response: Any, data: dict, text: str) -> Fault:
 
 # - requests until there is an answer
 
-# One ask may need several requests, and --max-calls limits the requests. Who takes them from the
-# budget:
-#     the first one       `limited`, before it asks the model
-#     each further one    `send`, by the function in CHARGE, which `limited` has put there
-# A ContextVar is a variable with a value of its own in each thread. Without `limited` the function
+# One ask may need several requests, and --max-calls limits the requests. `limited` pays for the
+# first one. `send` pays for each repetition: it calls the function in CHARGE, where `limited` has
+# put its own. A ContextVar has a value of its own in each thread. Without `limited` the function
 # does nothing.
 CHARGE = ContextVar("CHARGE", default=lambda: None)
 
@@ -1899,7 +1901,7 @@ def pause(route: Route, got: Fault, faults: int) -> None:
     is_loading = "loading" in got.reason.casefold()         # a server still reads its model
     if wait > 5 or is_loading:
         tell(route, "wait", f"{got.reason}; waiting {wait:.0f} s")
-    if route.sleep(wait) is True:       # an Event that is set
+    if route.sleep(wait) is True:       # run.py gives the wait of an Event, which was set
         raise EndpointError("stopped")
 
 
@@ -1956,12 +1958,11 @@ def read_chat(route: Route, ask: Ask, data: dict) -> Any:
             route.stats["system_fingerprint"] = clean(starred(route, str(system)), 200)
     if "choices" not in data and "usage" not in data:
         raise LookupError("no chat completion")             # `send_once` takes it for a web page
-    # A server may send no choice if it filters a prompt or has no text. Then the whole body counts
-    # as the error of a choice, and KINDS finds the reason in it. What differs in each answer is
-    # left out, so that run.py counts equal reasons together.
+    # A server may send no choice if it filters a prompt (Gemini) or has no text. Then the whole
+    # body counts as the error of a choice, and KINDS finds the reason in it. What differs in each
+    # answer is left out, so that run.py counts equal reasons together.
     details = {name: data[name] for name in data if name not in ("id", "created", "usage")}
     no_choice = {"finish_reason": "missing", "error": json.dumps(details)}
-    # Gemini leaves the choices out if it filters.
     choice = (data.get("choices") or [no_choice])[0]
     finish = choice.get("finish_reason")
     message = as_object(choice.get("message"))
@@ -1979,7 +1980,7 @@ def read_chat(route: Route, ask: Ask, data: dict) -> Any:
         if finish == "length":
             tell(route, "length", "a reply was cut, because it is longer than --reply-tokens")
         return Reply(text, usage)
-    # "finish_reason length and no text"
+    # the Fault's label and text are such as "finish_reason length" and "and no text"
     label = "refusal" if refusal else finish
     reason = refusal or choice.get("error") or ("and half a text" if text else "and no text")
     return fault(route, f"finish_reason {label}", str(reason))._replace(usage=usage)
@@ -2049,7 +2050,10 @@ def embedded_rows(route: Route, expected: int, data: dict) -> Any:
 
 
 def embeddings(base_url: str, model: str, key: str | None = None, **options: Any) -> Embed:
-    """An embedding behind an OpenAI-compatible endpoint. The options are those of `connect`."""
+    """An embedding behind an OpenAI-compatible endpoint. The options are those of `connect`.
+
+    A request holds at most 64 texts. A refused one is halved.
+    """
     route = connect(base_url, "embeddings", key, **options)
 
     def answer(texts: Sequence[str]) -> np.ndarray:

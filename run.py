@@ -88,13 +88,13 @@ FLAGS = {                               # group -> flag -> what it does
         "workers": "sessions played at once (default: 1 offline, else a batch); "
                    "in offline experiments: runs at once (default: all cores)",
         "out": "run directory (default: one of its own under runs/)",
-        "load": "go on from the memories of another run; with its world and seed, learners already "
-                "met are skipped",
+        "load": "go on from the memories of another run; if world and seed are the same, learners "
+                "it has met are skipped",
     },
     "look at a finished run": {
         "show": "print one episode of this run directory",
         "pick": "which one: before, learn or after and its number from 0, such as after:3; with "
-                "--load learning goes on counting",
+                "--load the numbers of learn go on",
         "prompts": "print the prompts of the episode and their replies",
     },
     "experiments": {
@@ -129,8 +129,8 @@ FLAGS = {                               # group -> flag -> what it does
         "line_weight": "weight of an item's whole line in its nearness to a query; its categories "
                        "alone have the weight 1 - N",
         "lately": "how many steps back the category tool looks",
-        "fresh_thoughts": "while liked categories not shown lately are offered, a thought that "
-                          "names one shown lately and none of these is malformed",
+        "fresh_thoughts": "a thought is malformed if it names a category shown lately and no "
+                          "liked one that was not, as long as there is one",
         "titles": "items in a state's text and in a prompt's history",
         "batch": "episodes between two updates of the memories",
         "transcript": "characters of a session in a prompt",
@@ -312,7 +312,8 @@ def models_of(args: Namespace) -> list[str]:
     """
     if args.method in envs.POLICIES:
         return ["offline"]
-    names = [args.model or variable("OPENAI_MODEL")]        # one name may hold commas
+    # A name that is missing is "". One name may hold commas.
+    names = [args.model or variable("OPENAI_MODEL")]
     if args.models:
         names = parts(args.models)
     if names == ["offline"]:
@@ -507,19 +508,24 @@ def flattened(config: Json) -> Json:
     return flat
 
 
-def run_directory(args: Namespace, config: Json) -> Path:
-    """The directory of this run, made if need be. UserError if it holds anything else.
-
-    Unless --out names it, its name tells the world, the method, the flags given for them and a
-    digest of the configuration.
-    """
+def default_directory(args: Namespace, config: Json) -> Path:
+    """runs/WORLD-METHOD-seedN-FLAGS-DIGEST, with the flags given for the method and the rule."""
     label = "+".join(args.experiment) or args.method
     kind = args.world.partition(":")[0]
     given = given_of(args, [*Config._fields, *envs.RULE])
     suffix = "".join(f"-{field}{value}" for field, value in given.items())
     # a file system takes names of at most 255 bytes
     name = f"{kind}-{label}-seed{args.seed}{suffix}"[:200]
-    path = args.out or Path("runs", f"{name}-{digest(dumps(config))[:6]}")
+    return Path("runs", f"{name}-{digest(dumps(config))[:6]}")
+
+
+def run_directory(args: Namespace, config: Json) -> Path:
+    """The directory of this run, made if need be.
+
+    UserError if it holds another run or the files of another program. A run that got no answer,
+    such as one with a mistyped model, may be replaced: it left nothing but its config.json.
+    """
+    path = args.out or default_directory(args, config)
     # names with a dot in front are drafts, or those of the file manager, such as .DS_Store
     names = {file.name for file in path.rglob("[!.]*") if file.is_file()}
     earlier = read_object(path / "config.json")
@@ -528,7 +534,6 @@ def run_directory(args: Namespace, config: Json) -> Path:
     changed = [field for field in {**earlier_fields, **fields}
                if earlier_fields.get(field) != fields.get(field)]
     is_ours = set(Settings._fields) <= earlier.keys()
-    # such as a run with a mistyped model
     got_no_answer = is_ours and names == {"config.json"}
     if earlier and changed and not got_no_answer:
         raise UserError(f"{path} holds another configuration ({', '.join(changed)}); choose "
@@ -543,7 +548,7 @@ def run_directory(args: Namespace, config: Json) -> Path:
 
 
 def memory_text(run: Settings, agent: Agent, met: dict[tuple[str, int], int]) -> str:
-    """The memories as JSON. Vectors are left out: they are made again on loading.
+    """The memories as JSON, without their vectors.
 
     `met` holds the number of learners met in earlier runs, by world and seed.
     """
@@ -607,10 +612,10 @@ def agent_of(saved: Json, embed: Embed) -> Agent:
 
 
 class Live(NamedTuple):
-    """Counts of calls and replies of a command, also of one that fails. Threads share it."""
+    """What a command has counted so far, also if it fails in the end. Threads share it."""
     counts: dict[str, Counter]  # of each role: calls, and the tokens that the server counts
-    # "answers": those of endpoints and of their logs. "asked": those of endpoints alone. "empty:
-    # REASON": replies without a text. A prompts.Route adds "requests", "retries: KIND" and
+    # "asked": new answers of endpoints; "answers": these and those of logs; "empty: REASON":
+    # replies without a text. A prompts.Route adds "requests", "retries: KIND" and
     # "system_fingerprint".
     stats: Json
     # counted in the episodes finished so far: malformed, fallbacks, actions, and unnamed, which are
@@ -665,14 +670,15 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
                "notice": say, "sleep": live.stop.wait, "stats": live.stats}
     model_id = [run.model, run.embedding, run.extra]
     log = prompts.open_log(folder / "calls.jsonl", model_id)
-    live.stats.setdefault("asked", 0)   # tells `ledger` that a log was opened
+    live.stats.setdefault("asked", 0)   # from here on it is known that a log was opened
     llm = embed = prompts.unlogged
     if not args.replay:
         # if an earlier run got a text, an empty reply is no sign of wrong settings
         llm = prompts.openai(url, run.model, extra=args.extra_body, has_spoken=log.has_spoken,
                              **options)
         llm = prompts.limited(llm, args.max_calls)
-        embed = prompts.embeddings(url, run.embedding, **options)
+        if run.embedding != "hashed_ngrams":
+            embed = prompts.embeddings(url, run.embedding, **options)
     # "asked" counts new answers, "answers" also those of the log
     llm = prompts.recorded(partial(counted_as, "asked", llm, live.stats), log)
     llm = partial(counted_as, "answers", llm, live.stats)
@@ -698,7 +704,7 @@ def parallel(pool: futures.Executor, stop: Event) -> Iterator[Callable]:
 
 
 class Session(NamedTuple):
-    """One episode, without the leaving step."""
+    """What tables need of one episode; the leaving step is left out."""
     items: list[int]
     reward: float               # the sum
 
@@ -747,7 +753,7 @@ def watched(pmap: Callable, run: Settings, live: Live) -> Callable:
 
 
 def session_of(trajectory: Trajectory) -> Session:
-    """An episode of the method as a session."""
+    """What tables need of an episode."""
     length, reward = billp.score(trajectory)
     return Session([step.act.value for step in trajectory.steps[:length]], reward)
 
@@ -921,7 +927,7 @@ def report(summary: Json, about: str, agent: Agent, live: Live) -> Iterator[str]
 
 
 def phases_of(run: Settings) -> tuple[str, ...]:
-    """The phases of a run. Without learning episodes the held-out users are asked once."""
+    """The phases of a run. Without learning episodes the held-out users play once."""
     return ("before", "learn", "after") if run.episodes else ("before",)
 
 
@@ -1076,7 +1082,7 @@ def show(args: Namespace) -> None:
 class Experiment(NamedTuple):
     """A table or figure of the paper; `curve` is ours."""
     title: str
-    rows: str                           # methods, or method:episodes
+    series: str                         # methods, or method:episodes; --rows selects some
     varied: str = ""                    # the flag that differs between its cells, if there is one
     values: Sequence[int | None] = (None,)      # of that flag; table6 takes the models asked for
     measure: str = "scores"             # what is measured: scores, shares or errors
@@ -1131,7 +1137,7 @@ def settings_of(base: Settings, varied: str, series: str, x: Any) -> Settings:
 def cells_of(args: Namespace, base: Settings, name: str) -> dict[Cell, list[Job]]:
     """A job for each seed in each cell."""
     experiment = EXPERIMENTS[name]
-    known = experiment.rows.split()
+    known = experiment.series.split()
     values = args.models_asked if experiment.varied == "model" else experiment.values
     cells = {}
     for series in parts(args.rows) if args.rows else known:
@@ -1160,12 +1166,12 @@ def shortened(env: envs.Env, gamma: float) -> envs.Env:
 
 def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Callable,
                   repeats: int = 6, draws: int = 200) -> list[list[float]]:
-    """[2, 6]: bias, variance and mean squared error of one return, then of the critic's V.
+    """[2, 6]: for two users the bias, variance and mean squared error of one return, then of V.
 
-    Both estimate the value of the first state of a session, with each of two held-out users. The
-    truth is taken to be the mean of `draws` further returns of the same agent from there.
-    Errors are taken over `repeats` learning runs that differ in their random draws. The variance
-    divides by `repeats`, so that it and the squared bias add up to the mean squared error.
+    Both estimate the value of the first state of a session with this user. The truth is taken to be
+    the mean of `draws` further returns of the same agent from there. Errors are taken over
+    `repeats` learning runs that differ in their random draws. The variance divides by `repeats`, so
+    that it and the squared bias add up to the mean squared error.
     """
     config = Config(**run.config)
     # Returns are played in a shorter world, which takes half the time. The critic is asked in the
@@ -1204,7 +1210,7 @@ def measure_job(job: Job, llm: LLM = prompts.offline, embed: Embed = prompts.has
                 pmap: Callable = map) -> list[list[float]]:
     """Perform a run: the samples of its measure, [users or states, k].
 
-    Without a model it is a job of the stand-in or of a policy, which any process can do.
+    The defaults are the stand-in's, so that any process can do an offline job.
     """
     place = build_place(job.run)
     if job.measure == "errors":
@@ -1333,7 +1339,7 @@ def label_of(row: Row) -> str:
     return row.series if row.x is None else f"{row.series}, {row.x}"
 
 
-# Okabe and Ito's colours of series, one for a method in all pictures; the others are grey
+# Okabe and Ito's palette: a series has one colour in all pictures, and those not listed are grey
 COLOURS = {
     "billp": "#0072B2", "billp-no-macro": "#0072B2", "billp-no-micro": "#0072B2",
     "billp-no-critic": "#0072B2", "billp-no-model": "#000000", "reflexion": "#D55E00",

@@ -1,6 +1,7 @@
-"""Laws of all modules. The oracles are naive, the examples worked by hand, the servers on loopback.
+"""Laws and worked examples of all modules.
 
-Each test states a law or works an example. It was seen to fail with the line it guards broken.
+Expected values come from naive code or from a calculation by hand. Servers are simulated or run on
+loopback. Each test was seen to fail after the line that it guards had been broken.
 """
 import ast
 import base64
@@ -49,7 +50,7 @@ settings.load_profile("tests")
 GOLDEN_SCORES = [                       # length and return of the learning episodes 10 to 19
     (6, 26), (4, 15), (33, 141), (2, 8), (15, 66), (29, 123), (4, 18), (23, 98), (3, 13),
     (22, 94)]
-GOLDEN_TRIED = 263                      # experiences after 20 episodes
+GOLDEN_EXPERIENCES = 263                      # experiences after 20 episodes
 GOLDEN_LENGTHS = {                      # steps that policies last in films: lowest, highest
     "random": (3, 5), "popular": (2, 5), "greedy": (4, 7), "varied": (5, 9), "a2c": (11, 16),
     "common-sense": (17, 30), "bandit": (17, 22), "one-list": (20, 33), "oracle": (48, 50)}
@@ -131,7 +132,7 @@ def learn(episodes=20, llm=prompts.offline, **options):
 
 
 def scripted(replies):
-    """A model that says texts for each role, one a step or attempt, the last one repeated."""
+    """A model with a list of texts for each role: it says number step + attempt, or the last."""
     def answer(ask):
         texts = replies[ask.role]
         place = min(ask.key.step + ask.key.attempt, len(texts) - 1)
@@ -202,7 +203,7 @@ def response(status, body="", header=""):
 
 
 def table(text):
-    """The rows of a table, in which \\n begins a new line.
+    """The rows of a text: one a line, cells between " | ". In the first two \\n is a new line.
 
     Several entries in the first two columns, as in "a ; b", make a row each: "a ; b | c | d" is the
     rows (a, c, d) and (b, c, d). In "a ;" the second entry is empty.
@@ -224,7 +225,11 @@ def without(name, text="Unsupported parameter: '{}' is not supported"):
 
 
 def client(*script, base="http://localhost:8080", make=prompts.openai, **options):
-    """A client of a server that acts out a script and then says hello; what passed between them."""
+    """A client, as `seen.ask`, and what passed between it and a server.
+
+    The server acts out the script (responses, exceptions, or functions of the request's body), and
+    then always says hello.
+    """
     acts, lock = iter(script), threading.Lock()
     seen = SimpleNamespace(requests=[], bodies=[], notices=[], waits=[], stats={})
 
@@ -504,7 +509,7 @@ def test_a_reader_recalls_by_its_own_numbers_and_changes_nothing(role, changes, 
 
 
 def test_near_duplicates_of_a_lesson_are_shown_once():
-    """Of two that share 9 of 11 words the newer is shown. Those that share 4 of 5 are two."""
+    """Of two that share 9 of 11 words the newer is shown. Two that share 4 of 5 are both shown."""
     lessons = ["a b c d", "a b c d e", "a b c d e f g h i j", "a b c d e f g h i k"]
     memory = nearby(*[(lesson, "") for lesson in lessons])
     for k, shown in ((3, (lessons[3], lessons[1], lessons[0])), (2, (lessons[3], lessons[1]))):
@@ -513,7 +518,10 @@ def test_near_duplicates_of_a_lesson_are_shown_once():
 
 
 def test_candidates_fit_the_thought_and_are_ranked_by_evidence():
-    """Four equal verdicts move the chance a third of the way from the average, 3/4, to 0 or 1."""
+    """Four equal verdicts move the chance from the average, 3/4, a third of the way to 0 or 1.
+
+    A third is 4 / (4 + EARLIER_TRIALS).
+    """
     state = STATE._replace(thought="Western next")
     plain = billp.shortlist(state, EMPTY, CATALOG, Config())
     assert len(plain) == 10
@@ -522,6 +530,7 @@ def test_candidates_fit_the_thought_and_are_ranked_by_evidence():
     texts = prompts.query(state.thought, FILMS.categories, state.tastes)
     items = prompts.closest(texts, CATALOG, {bad: -0.75 / 3, good: 0.25 / 3}, 0.5)
     free_lines = [CATALOG.lines[item] for item in items if item not in state.taken]
+    # they were the first and the last of the ten
     assert free_lines.index(bad) > 1 and free_lines.index(good) < 9
     foreign = "an item of another world"
     # by Laplace's rule the average is (4 + 10 + 1) / (8 + 10 + 2)
@@ -638,7 +647,7 @@ def test_a_planner_that_repeats_a_category_is_asked_again(thought, is_usable):
         assert (plan.value, plan.malformed) == (thought, 0)
 
 
-def test_an_unreadable_planner_or_actor_takes_the_first_that_is_offered():
+def test_after_unreadable_replies_the_first_that_is_offered_is_taken():
     llm, asks = noting(scripted({"planner": [""], "actor": [""]}))
     plan, _ = billp.planner(STATE, EMPTY, llm, Config(retries=0))
     [first] = re.findall(r"should come next: (.*?), ", asks[0].messages[1][1])
@@ -757,7 +766,7 @@ def test_any_map_gives_the_same_run():
     assert told(learn(pmap=backwards)) == told(learn())
 
 
-def test_learning_goes_on_where_another_fold_ended():
+def test_learning_goes_on_where_an_earlier_call_ended():
     first, second = learn()
     half, _ = first
     [again] = billp.train(CATALOG, range(10, 20), prompts.offline, agent=half, first=10)
@@ -767,7 +776,7 @@ def test_learning_goes_on_where_another_fold_ended():
 def test_the_run_of_seed_0_keeps_its_golden_numbers():
     agent, trajectories = learn()[-1]
     assert [billp.score(t) for t in trajectories] == GOLDEN_SCORES
-    assert len(records(agent.actor)) == GOLDEN_TRIED
+    assert len(records(agent.actor)) == GOLDEN_EXPERIENCES
 
 
 def test_the_stand_in_learns_and_planning_helps():
@@ -783,12 +792,15 @@ def test_the_stand_in_learns_and_planning_helps():
     assert returns["react"] > returns["act"]
 
 
+# calls that read or change the world; a generator with a seed is allowed
 EFFECTS = re.compile(
     r"(print|open|input|exec|eval|globals|setattr|delattr|Path)\("
     r"|(os|sys|time|datetime|threading|subprocess|socket|httpx|random)\."
     r"|np\.random\.(?!default_rng\([^)]|SeedSequence\([^)])"
     r"|.*\.(read|write)_(text|bytes)\(")
+# statements that no pure function holds
 STATEMENTS = (ast.Global, ast.Nonlocal, ast.Delete, ast.Import, ast.ImportFrom)
+# calls that change an object in place: group 1 is the object, or group 3 the argument of next()
 CHANGES = re.compile(
     r"(\w+)[^(]*\.(append|extend|insert|remove|pop|popitem|clear|update|sort|reverse|add|discard"
     r"|setdefault|fill|put|resize)\(|next\((\w+)")
@@ -1116,7 +1128,7 @@ warm beasts | warm beasts ; warm beasts. Keep away from War.
 def test_candidates_are_retrieved_by_the_categories_of_the_thought(wish, thought):
     """War and Film, Noir [old] were shown lately. A category without letters is never named."""
     recent = ("War", prompts.tag_of("Film, Noir [old]"))
-    tastes = prompts.Tastes(recent, ("Drama",), {"Drama": 2, "War": 1})
+    tastes = prompts.Tastes(recent, ("Drama",), ("Drama", "War"))
     categories = ["Comedy", "Drama", "Sci-Fi", "War", "Film, Noir [old]", "???"]
     assert prompts.query(thought, categories, tastes) == [wish, "[Drama]"]
 
@@ -1439,9 +1451,11 @@ def test_every_layout_of_files_gives_the_same_world(tmp_path, monkeypatch, files
     assert env.categories == ("Action", "Comedy", "Drama", "Sci-Fi")
     assert env.belongs.sum(1).tolist() == [2, 0, 1, 1] and "85 ratings; RMSE" in env.about
     fitted = envs.movielens("~", fitted=True)
-    assert fitted.beta > 0              # though a quarter of all pairs is an item with itself
+    # A quarter of the pairs drawn are an item with itself. If they counted, beta would be 0.
+    assert fitted.beta > 0
     histories = [history.tolist() for history in env.histories]
-    assert [2, 0] in histories and [3] in histories      # liked, oldest first; one rated
+    # one user liked Amélie, then The Matrix; another rated one item, and that low
+    assert [2, 0] in histories and [3] in histories
     assert histories != [history.tolist() for history in envs.movielens("~", 1).histories]
 
 
@@ -1959,7 +1973,8 @@ def test_a_log_in_the_home_folder_replays_without_the_model(tmp_path, monkeypatc
     path = "~/a new folder/log"
     assert logged_answers(path, LOGGED.get) == logged_answers(path) == list(LOGGED.values())
     replay = prompts.recorded(prompts.unlogged, prompts.open_log(path, "m"))
-    assert "role='critic', key=Key(seed=0, phase='learn'" in failure(replay, ASK._replace(role="critic"))
+    line = failure(replay, ASK._replace(role="critic"))
+    assert "role='critic', key=Key(seed=0, phase='learn'" in line
     other = prompts.recorded(prompts.unlogged, prompts.open_log(path, "another model"))
     assert "lacks" in failure(other, ASK)
 
@@ -2001,7 +2016,7 @@ def test_embeddings_are_recorded_once_to_the_bit_and_never_mix(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["none", "message", "content", "ollama", "123456"])
-def test_a_key_that_is_an_ordinary_word_is_starred_in_errors_alone(key):
+def test_keys_that_are_words_are_starred_only_in_errors(key):
     words = "none message content ollama"
     act = completion(words, usage={"prompt_tokens": 1234567})
     assert client(act, key=key).ask(ASK).text == words
@@ -2151,7 +2166,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "a").read_text() == "old"
 
 
-# the content of a memory.json that loads; the rows below spoil it
+# a memory.json that loads
 NOTHING = {"met": [["films", 0, 9]], "planner": [], "actor": [], "critic": []}
 FOLDER = {                                  # what lies in the folder of the tests of bad input
     "full/thesis.txt": "years of work",
