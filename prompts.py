@@ -1745,10 +1745,9 @@ def decoded(text: str) -> Any:
         data: {"choices": [{"delta": {"content": "ien"}, "finish_reason": "stop"}]}
         data: {"choices": [], "usage": {...}}
     """
-    is_stream = re.match(r"\s*(data|event|id|retry)?:", text)   # a line of comment begins with :
-    if not is_stream:
-        return json.loads(text)
     pieces = [json.loads(line) for line in re.findall(r"(?m)^data:\s*({.*)", text)]
+    if not pieces:
+        return json.loads(text)
     last_choice, content = {}, ""
     for piece in pieces:
         for choice in piece.get("choices") or ():
@@ -1756,8 +1755,7 @@ def decoded(text: str) -> Any:
             content += delta.get("content") or ""
             last_choice = choice            # it holds the finish_reason
     joined = last_choice | {"message": {"content": content}}
-    last_piece = pieces[-1]                 # it holds the usage or the error
-    return last_piece | {"choices": [joined]}
+    return pieces[-1] | {"choices": [joined]}       # the last piece holds the usage or the error
 
 
 def send_once(route: Route, body: dict, read: Callable) -> Any:

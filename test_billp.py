@@ -691,14 +691,16 @@ def test_a_value_lies_between_0_and_the_top(reply, ratings, as_before, value):
 
 
 @given(st.integers(0, 999), st.integers(1, 12))
-def test_a_state_is_the_last_titles_and_all_taken(user, titles):
+def test_a_state_holds_the_last_titles_and_all_taken_items(user, titles):
     llm = scripted({"planner": ["t"], "actor": FILMS.titles[:9]})
-    t = billp.episode(CATALOG, user, Key(0, "after", 0), NOVICE, llm, Config(titles=titles))
+    config = Config(titles=titles, lately=titles)
+    t = billp.episode(CATALOG, user, Key(0, "after", 0), NOVICE, llm, config)
     taken = FILMS.histories[user].tolist()
     for n, step in enumerate(t.steps):
         lines = tuple(CATALOG.lines[item] for item in taken)
         liked, shown = lines[:10], lines[10:]
         assert (step.state.history, step.state.shown) == (liked[-titles:], shown)
+        assert step.state.tastes == prompts.category_tool(liked[-titles:], shown, titles)
         assert step.state.text.splitlines() == list(lines[-titles:])
         assert (step.state.taken, step.state.key.step) == (tuple(taken), n)
         taken.append(step.act.value)
@@ -771,6 +773,8 @@ def test_learning_goes_on_where_an_earlier_call_ended():
     half, _ = first
     [again] = billp.train(CATALOG, range(10, 20), prompts.offline, agent=half, first=10)
     assert told([again]) == told([second])
+    for older, newer in zip(half, again[0]):            # what is learned comes last
+        assert records(newer)[:len(records(older))] == records(older)
 
 
 def test_the_run_of_seed_0_keeps_its_golden_numbers():
@@ -1245,7 +1249,8 @@ def test_distances_that_are_equal_on_paper_are_treated_alike():
 @pytest.mark.parametrize("field, value, words", [
     ("rate", np.ones((1, 3)), "table"), ("distance", envs.euclidean(np.ones((2, 2))), "not fit"),
     ("rate", envs.table(np.full((1, 3), np.nan)), "between 1 and 5"),
-    ("rate", envs.table(np.array([[0, 2, 6]])), r"between 1 and 5: \[0, 6\]"),
+    ("rate", envs.table(np.array([[0, 2, 5]])), r"between 1 and 5: \[0, 5\]"),
+    ("rate", envs.table(np.array([[1, 2, 6]])), r"between 1 and 5: \[1, 6\]"),
     ("titles", (), "0 items"), ("titles", ("a", "b", 2.5), "2.5 is not a text"),
     ("years", (1999,), "years"), ("learners", 2, "learners"),
     ("histories", [[0.5]], "0.5"), ("histories", [[3]], r"\[3\]"),
@@ -1436,7 +1441,7 @@ def dat(rows, code):
 
 
 @pytest.mark.parametrize("files", [
-    {"deep/movies.csv": ITEMS, "deep/ratings.csv": RATINGS},
+    {"deep/movies.csv": ITEMS, "deep/ratings.csv": RATINGS, "deep/er/movies.csv": "not this one"},
     {"movies.csv": ITEMS.encode("utf-8-sig"), "ratings.csv": RATINGS.replace("\n", "\r\n")},
     {"movie.csv": ITEMS.encode("cp1252"), "rating.csv": RATINGS},
     {"items.csv": REORDERED, "ratings.csv": NUMBERED},
