@@ -231,7 +231,7 @@ class State(NamedTuple):
     history: tuple[str, ...]        # lines of the last `titles` items liked before
     shown: tuple[str, ...]          # lines of the items recommended in this session
     ratings: tuple[float, ...]      # what they earned
-    tastes: prompts.Tastes          # what the category tool reports
+    tastes: prompts.Tastes          # what the category tool reports, with config.lately
     turns: tuple[str, ...]          # the transcript: the lines of each step of this session
     text: str                       # the last `titles` lines, liked or shown, to search memories by
     vector: np.ndarray              # float32 [d], the embedding of the text
@@ -365,8 +365,10 @@ def ranked_lines(state: State, evidence: Evidence, catalog: Catalog, config: Con
     average = prompts.average_chance(evidence)
     bonus = {line: prompts.chance(line, evidence, average) - average for line, _ in evidence}
     if not config.candidates:
+        in_catalog = set(catalog.lines)             # a loaded memory may come from another world
+        known = [line for line in bonus if line in in_catalog]
         # `evidence` begins with the nearest record, and `sorted` keeps the order of equals
-        return sorted(bonus, key=bonus.get, reverse=True)
+        return sorted(known, key=bonus.get, reverse=True)
     # wish and other, such as "[War]" and "[Comedy, Drama]", or wish alone; `closest` adds the terms
     texts = prompts.query(state.thought, catalog.env.categories, state.tastes)
     items = prompts.closest(texts, catalog, bonus, config.line_weight)
@@ -386,10 +388,9 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
         evidence = Counter((record.item, record.content) for record in recalled)
     # Two items may have the same line, and the model could not tell them apart. So each line comes
     # once, and none that is also the line of a taken item.
-    free = set(catalog.lines) - {catalog.lines[item] for item in state.taken}
+    taken_lines = {catalog.lines[item] for item in state.taken}
     lines = dict.fromkeys(ranked_lines(state, evidence, catalog, config))
-    # a loaded memory may hold lines of another world, which are not free here
-    free_lines = [line for line in lines if line in free]
+    free_lines = [line for line in lines if line not in taken_lines]
     chosen = free_lines[:config.candidates or config.k_actions]
     recent = set(state.tastes.recent)
     # False comes before True, and `sorted` keeps the order of equals

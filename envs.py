@@ -485,7 +485,7 @@ def log_chances(env: Env, weights: Weights, x: Array, items: Array, free: Array)
 
 
 def td_errors(reward: Array, gamma: float, value: Array, next_value: Array, left: Array) -> Array:
-    """float [B]: the advantage of `billp.py`, which imports this module, for B sessions."""
+    """float [B]: the advantage, as in `billp.py`, for B sessions. A user who left has no future."""
     future = np.where(left, 0, next_value)
     return reward + gamma * future - value
 
@@ -820,21 +820,27 @@ NO_TAG = ("", "unknown", "(no genres listed)")
 
 
 class BadData(ValueError):
-    """A data file is missing or malformed; one line names the file, the place and a remedy."""
+    """A data file is missing or malformed; one line names the file or folder and a remedy."""
 
 
-def find_file(path: Location, *names: str) -> Path:
-    """The file in a folder or below it that has the first of these names found there.
+def find_file(path: Location, *names: str, world: str = "") -> Path:
+    """A file of one of these names in a folder or below it; ValueError if there is none.
 
-    Of several it is the one nearest to the top. ValueError if there is none.
+    Of several it takes one in a folder named after the world, then the one nearest to the top, then
+    the one whose name stands first.
     """
     folder = Path(os.path.expanduser(path))         # an unknown ~name stays as it is
     demand(folder.is_dir(), "it is no folder")
+    files = []
     for name in names:
-        files = sorted(folder.rglob(name))
-        if files:
-            return min(files, key=lambda file: len(file.parts))         # the first of equals
-    raise ValueError(f"no {' or '.join(names)} there or below")
+        files += sorted(folder.rglob(name))
+    demand(files, f"no {' or '.join(names)} in {folder} or below")
+
+    def rank(file: Path) -> tuple[bool, int]:
+        parts = file.relative_to(folder).parts          # folders, then the file's name
+        return world not in parts, len(parts)           # False comes before True
+
+    return min(files, key=rank)                         # the first of equals
 
 
 @contextmanager
@@ -907,7 +913,7 @@ def read_rows(file: Path, needed: Sequence[str], parse: Callable) -> Iterator:
                 demand(is_whole, f"{len(cells)} fields instead of {len(header)}")
                 yield parse(**{name: cells[place].strip() for name, place in places.items()})
         except (ValueError, csv.Error) as error:
-            raise ValueError(f"{file.name}: line {lines.line_num}: {error}") from None
+            raise ValueError(f"{file}: line {lines.line_num}: {error}") from None
 
 
 # "Matrix, The": the article stands at the end, or before a parenthesis
@@ -952,13 +958,15 @@ def parse_entry(items: dict, item: str, title: str, year: str = "", categories: 
 def timestamp(text: str) -> float:
     """A time written as a number or as a date like 2005-04-02 23:53:47, as a number; "" is 0.
 
-    >>> timestamp("2005-04-02T23:53:47.500+02:00") - timestamp("2005-04-02 21:53:40")
+    >>> timestamp("2005-04-02T23:53:47.5+02:00") - timestamp("2005-04-02 21:53:40")
     7.5
     """
     try:
         return float(text or 0)
     except ValueError:
-        date = datetime.fromisoformat(text.replace("Z", "+00:00"))      # Python 3.10 knows no Z
+        # before Python 3.11 a date may not end in Z, and a second has 3 or 6 decimals
+        text = re.sub(r"\.\d+", lambda decimals: decimals[0][:7].ljust(7, "0"), text)
+        date = datetime.fromisoformat(text.replace("Z", "+00:00"))
         # without a time zone it counts as UTC, so that it means the same everywhere
         return date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp()
 
@@ -1172,7 +1180,9 @@ def ratings_folder(path: Location, seed: int = 0, fitted: bool = False) -> Env:
         item_file = find_file(path, "items.csv", "movies.csv", "movie.csv", "movies.dat")
         parse = partial(parse_entry, items)
         entries = list(read_rows(item_file, ("item", "title"), parse))
-        rating_file = find_file(item_file.parent, "ratings.csv", "rating.csv", "ratings.dat")
+        # of movies.dat the ratings are in ratings.dat
+        names = (f"ratings{item_file.suffix}", "ratings.csv", "rating.csv", "ratings.dat")
+        rating_file = find_file(item_file.parent, *names)
         parse = partial(parse_vote, users, items)
         rows = read_rows(rating_file, ("user", "item", "rating"), parse)
         votes = np.fromiter(rows, VOTE)
@@ -1206,9 +1216,8 @@ class ArraysOnly(pickle.Unpickler):
 
 
 def load(path: Location, world: str, name: str) -> Any:
-    """What a .json file holds, or the finite array of a .npy file (memory-mapped) or a pickle."""
-    # a clone holds both worlds, each in folders of its name
-    file = find_file(path, f"{world}/{name}", name)
+    """What a .json file holds, or the finite matrix of a .npy file (memory-mapped) or a pickle."""
+    file = find_file(path, name, world=world)
     with in_one_line(file, AUTHORS):
         if file.suffix == ".json":
             return json.loads(file.read_bytes())
@@ -1216,8 +1225,9 @@ def load(path: Location, world: str, name: str) -> Any:
             matrix = np.load(file, "r")         # it refuses a pickle
         else:
             with file.open("rb") as stream:
-                matrix = ArraysOnly(stream).load()
-        demand(np.isfinite(matrix).all(), "it holds a number that is not finite")
+                matrix = np.asarray(ArraysOnly(stream).load())
+        is_sound = matrix.ndim == 2 and np.isfinite(matrix).all()
+        demand(is_sound, "it does not hold one matrix of finite numbers")
         return matrix
 
 

@@ -222,15 +222,15 @@ ENDING = rf"""(?isx)
     | <\|channel\|> \s*final ([^<]*<\|message\|>)?      # gpt-oss
     | assistantfinal                    # gpt-oss behind a server that drops the marks
     """
-# any other mark: <|im_end|>, <answer>, </s>, or the fences of code
-MARK = r"(?m)<\|\w+\|>|</?[a-z_]+>|^[ \t]*(```|~~~)\w*[ \t]*$"
+MARK = r"<\|\w+\|>|</?[a-z_]+>"         # any other mark: <|im_end|>, <answer>, </s>
+FENCE = r"(```|~~~)\w*"                 # alone in its line: it begins or ends code
 
 
 def spoken(text: str) -> str:
     """A reply without the model's hidden thinking, whether or not its marks are complete.
 
-    Other marks, blank lines and spaces around lines are dropped, too: long runs of spaces would
-    slow down the patterns that read the reply later.
+    Other marks, fences of code, blank lines and spaces around lines are dropped, too: long runs of
+    spaces would slow down the patterns that read the reply later.
 
     >>> spoken("<think>A comedy?</think> Alien"), spoken("A comedy?</think> Alien")
     ('Alien', 'Alien')
@@ -244,7 +244,7 @@ def spoken(text: str) -> str:
     if not answer.strip():              # nothing there: "Up<think>or War?</think>"
         answer = text.partition("<think>")[0]
     lines = [line.strip() for line in re.sub(MARK, "\n", answer).splitlines()]
-    return "\n".join(line for line in lines if line)
+    return "\n".join(line for line in lines if line and not re.fullmatch(FENCE, line))
 
 
 # the labels after which a thought, an item or a reflection may stand
@@ -465,7 +465,7 @@ def spellings(title: str) -> list[str]:
     >>> spellings("The Matrix"), spellings("Blade Runner")[-1]
     (['the matrix', 'matrix the', 'matrix'], 'the blade runner')
     """
-    name = name_of(words_of(title))
+    name = name_of(words_of(title)[:LONGEST])
     article, _, others = name.partition(" ")
     forms = [name, name, name]
     if article in ARTICLES:
@@ -536,7 +536,8 @@ def longest_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     for size in range(min(LONGEST, len(words)), 0, -1):
         name = name_of(words[:size])
         items = catalog.names.get(name, [])
-        only_year_follows = re.fullmatch(f"({YEAR})?", " ".join(words[size:]))
+        # two more words show whether nothing follows, or only a year
+        only_year_follows = re.fullmatch(f"({YEAR})?", " ".join(words[size:size + 2]))
         if not items and only_year_follows:
             items = catalog.mains.get(name, [])
         if items:
@@ -557,6 +558,8 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
         ["Alien", "Covenant", "2017"]       [], 1: a longer title, with the year of its film
     """
     items, size = longest_title(words, catalog)
+    if not items:
+        return [], 1
     behind = words[size:]
     rest = " ".join(behind[:7])         # the patterns read no more words
     year = re.match(rf"{YEAR}\b", rest)
@@ -567,7 +570,7 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     elif longer:                        # its year decides, also in "Star Wars Episode IV ... 1977"
         # "Alien Jaws 1975": another title begins behind Alien, so Alien stays.
         # "Léon The Professional 1994": this is one title, and the year tells which film it is.
-        next_items, _ = longest_title(behind, catalog)
+        next_items, _ = leading_title(behind, catalog)
         if not next_items:
             items = of_year(items, int(longer["year"]), catalog)
     elif re.match(SEQUEL, rest):        # "Frozen II" means another film
@@ -756,7 +759,7 @@ def bullets(lines: Sequence[str]) -> str:
 
 def shared(history: Sequence[str], transcript: str) -> str:
     """The beginning of a prompt. The next prompt begins with it, too, unless `bounded` cuts."""
-    liked = bullets(history)
+    liked = "\n".join(f"- {line}" for line in history)
     return f"Seen and liked before, oldest first:\n{liked}\n\nSession so far:\n{transcript}"
 
 
@@ -1001,9 +1004,11 @@ def named_in(text: str, tags: Sequence[str]) -> list[str]:
     # The longest come first. Each is taken out, so that the words of one do not name another.
     for tag in sorted(tags, key=len, reverse=True):
         name = name_of(words_of(tag))                       # "comedy"; "" for symbols alone
+        if not name:
+            continue
         plural_of_y = name.removesuffix("y") + "ies"        # "comedies"
         rest, times = re.subn(rf"\b({name}s?|{plural_of_y})\b", "", rest)
-        if name and times:
+        if times:
             named.append(tag)
     return [tag for tag in tags if tag in named]
 
@@ -1654,9 +1659,9 @@ def checked_headers(key: str, url: Any, headers: dict) -> dict:
         sent["authorization"] = f"Bearer {key}"
     sent |= {name.strip().lower(): value.strip() for name, value in headers.items()}
     text = "".join([*sent, *sent.values()])
-    if re.search("[^ -~]", text):
-        raise EndpointError("the API key or a header holds a control character or one outside "
-                            "ASCII (often a curly quote): copy it again")
+    if " " in key or re.search("[^ -~]", text):
+        raise EndpointError("the API key or a header holds a space, a control character or one "
+                            "outside ASCII (often a curly quote): copy it again")
     return sent
 
 
@@ -2062,10 +2067,13 @@ def embeddings(base_url: str, model: str, key: str | None = None, **options: Any
             if not isinstance(got, Fault):
                 return got
             is_too_much = got.kind.name in ("request", "context") or "batch" in got.reason.lower()
-            if len(texts) == 1 or not is_too_much:
+            if len(texts) <= 1 or not is_too_much:
                 raise fatal(route, got)
         half = len(texts) // 2
-        return np.concatenate([answer(texts[:half]), answer(texts[half:])])
+        first, second = answer(texts[:half]), answer(texts[half:])
+        if first.shape[1] != second.shape[1]:
+            raise EndpointError(f"{without_query(route.url)}: embeddings of different sizes")
+        return np.concatenate([first, second])
     return answer
 
 
@@ -2140,7 +2148,7 @@ def unlogged(asked: Any) -> Any:
 
     It is reached only if the log lacks an answer, and raises an EndpointError.
     """
-    raise EndpointError(f"the log lacks an answer to {clean(str(asked), 75)}: run without "
+    raise EndpointError(f"the log lacks an answer to {clean(str(asked[:2]), 99)}: run without "
                         "--replay, or with the flags it was recorded with")
 
 

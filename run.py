@@ -529,18 +529,17 @@ def run_directory(args: Namespace, config: Json) -> Path:
     # names with a dot in front are drafts, or those of the file manager, such as .DS_Store
     names = {file.name for file in path.rglob("[!.]*") if file.is_file()}
     earlier = read_object(path / "config.json")
+    is_run = set(Settings._fields) <= earlier.keys()
+    if not is_run and names - {"calls.jsonl"}:      # a log may have been copied there
+        raise UserError(f"{path} is not empty and holds no run; choose another --out")
     # a field may be in one of the two alone: an experiment has fields that a run lacks
     fields, earlier_fields = flattened(config), flattened(earlier)
     changed = [field for field in {**earlier_fields, **fields}
                if earlier_fields.get(field) != fields.get(field)]
-    is_ours = set(Settings._fields) <= earlier.keys()
-    got_no_answer = is_ours and names == {"config.json"}
-    if earlier and changed and not got_no_answer:
+    if is_run and changed and names != {"config.json"}:
         raise UserError(f"{path} holds another configuration ({', '.join(changed)}); choose "
                         "another --out")
-    if not earlier and names - {"calls.jsonl"}:     # a log may have been copied there
-        raise UserError(f"{path} is not empty and holds no run; choose another --out")
-    if args.replay and "calls.jsonl" not in names:
+    if args.replay and names <= {"config.json"}:
         raise UserError(f"{path} holds no log to replay: run without --replay, or give its --out")
     path.mkdir(parents=True, exist_ok=True)
     write(path / "config.json", dumps(config, indent=1) + "\n")
@@ -1033,8 +1032,8 @@ def episode_of(folder: Path, pick: str) -> Json:
 def prompts_of(args: Namespace, episode: Json) -> str:
     """What the model was sent in an episode, and what it answered.
 
-    The files hold no prompts. So the run is repeated, from its log or by the stand-in, and the asks
-    of this episode are caught. UserError if the episode is not the same again.
+    The files hold no prompts. So the run is repeated up to this phase, from its log or by the
+    stand-in, and the asks of this episode are caught. UserError if the episode is not the same.
     """
     run = Settings(**read_object(args.show / "config.json"))
     if run.load or run.config["retries"] < 0:
@@ -1053,8 +1052,10 @@ def prompts_of(args: Namespace, episode: Json) -> str:
             lines.append("")
         return reply
 
+    phases = phases_of(run)
+    needed = phases[:phases.index(episode["phase"]) + 1]
     place = build_place(run)
-    outcome = perform(run, place, billp.NOVICE, caught, embed, map, phases_of(run))
+    outcome = perform(run, place, billp.NOVICE, caught, embed, map, needed)
     repeated = [dumps(describe(place.env, played)) for played in outcome.trajectories]
     if dumps(episode) not in repeated:
         raise UserError(f"{args.show}: this episode does not come again. The data or the program "
@@ -1168,8 +1169,8 @@ def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Cal
                   repeats: int = 6, draws: int = 200) -> list[list[float]]:
     """[2, 6]: for two users the bias, variance and mean squared error of one return, then of V.
 
-    Both estimate the value of the first state of a session with this user. The truth is taken to be
-    the mean of `draws` further returns of the same agent from there. Errors are taken over
+    Both estimate the value of the first state of the user's session. The truth is taken to be the
+    mean of `draws` further returns of the same agent from there. Errors are taken over
     `repeats` learning runs that differ in their random draws. The variance divides by `repeats`, so
     that it and the squared bias add up to the mean squared error.
     """
@@ -1450,7 +1451,7 @@ def experiments(args: Namespace, live: Live) -> None:
         for needed in cells.values():
             jobs += [job for job in needed if job not in jobs]
     # Methods with language go first: a mistyped model then ends the command at once. Of these, and
-    # of the policies, the longest go first, so no core waits long for another at the end.
+    # of the policies, the longest go first, so that no long one is left to the end.
     jobs.sort(key=lambda job: (job.run.method in envs.POLICIES, -job.run.episodes))
     # The first job needs the most learners; a policy meets the same ones again. Its world is built
     # before anything is written, so a lack of users leaves no files.

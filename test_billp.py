@@ -961,6 +961,7 @@ def test_a_taken_title_stands_for_its_categories(name, reply, taken):
 @pytest.mark.parametrize("role, reply, value", table(r"""
 planner | ### Thought 3\nComedy next, it was liked. | Comedy next, it was liked.
 planner | ```\nThought 3: Comedy next\n``` ; ```json\n{"thought": "Comedy next"}\n``` | Comedy next
+planner | <answer>```text\nComedy next\n```</answer> | Comedy next
 planner | ```Comedy next``` ; Thought 3:\n\nComedy next ; Choice: Comedy next | Comedy next
 planner | Comedy next\nAction 3: recommend Up ; <think>War?</think>Comedy next | Comedy next
 planner | Thought 3: Comedy next Action 3: recommend Up ; ~~~\nComedy next\n~~~ | Comedy next
@@ -1441,7 +1442,7 @@ def dat(rows, code):
 
 
 @pytest.mark.parametrize("files", [
-    {"deep/movies.csv": ITEMS, "deep/ratings.csv": RATINGS, "deep/er/movies.csv": "not this one"},
+    {"deep/movies.csv": ITEMS, "deep/ratings.csv": RATINGS, "deep/er/items.csv": "an old copy"},
     {"movies.csv": ITEMS.encode("utf-8-sig"), "ratings.csv": RATINGS.replace("\n", "\r\n")},
     {"movie.csv": ITEMS.encode("cp1252"), "rating.csv": RATINGS},
     {"items.csv": REORDERED, "ratings.csv": NUMBERED},
@@ -1564,7 +1565,7 @@ class Evil:
     ("test_distance_mat.pickle", np.array([[Evil()]], object), "mkdir, which is refused"),
     ("test_distance_mat.pickle", b"\x80\x04\x8c\x04os\nx\x8c\x06system\x93.", "it names os"),
     ("steam_test.npy", Evil(), "pickle"),
-    ("train_distance_mat.pickle", np.full((5, 5), np.nan), "not finite"),
+    ("train_distance_mat.pickle", np.full((5, 5), np.nan), "one matrix of finite"),
     ("train_distance_mat.pickle", np.ones((4, 4)), "do not fit"),
     ("datamaps.json", b"{}", "no key 'id2item_dict'"),
     ("list_genre.json", b'{"Doom": "f()"}', "malformed")])
@@ -1979,7 +1980,7 @@ def test_a_log_in_the_home_folder_replays_without_the_model(tmp_path, monkeypatc
     assert logged_answers(path, LOGGED.get) == logged_answers(path) == list(LOGGED.values())
     replay = prompts.recorded(prompts.unlogged, prompts.open_log(path, "m"))
     line = failure(replay, ASK._replace(role="critic"))
-    assert "role='critic', key=Key(seed=0, phase='learn'" in line
+    assert "('critic', Key(seed=0, phase='learn'" in line
     other = prompts.recorded(prompts.unlogged, prompts.open_log(path, "another model"))
     assert "lacks" in failure(other, ASK)
 
