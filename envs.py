@@ -1180,8 +1180,7 @@ def ratings_folder(path: Location, seed: int = 0, fitted: bool = False) -> Env:
         item_file = find_file(path, "items.csv", "movies.csv", "movie.csv", "movies.dat")
         parse = partial(parse_entry, items)
         entries = list(read_rows(item_file, ("item", "title"), parse))
-        # of movies.dat the ratings are in ratings.dat
-        names = (f"ratings{item_file.suffix}", "ratings.csv", "rating.csv", "ratings.dat")
+        names = ["ratings.dat"] if item_file.suffix == ".dat" else ["ratings.csv", "rating.csv"]
         rating_file = find_file(item_file.parent, *names)
         parse = partial(parse_vote, users, items)
         rows = read_rows(rating_file, ("user", "item", "rating"), parse)
