@@ -1121,9 +1121,9 @@ def liked_items(votes: Array) -> list[Array]:
 def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, fitted: bool) -> Env:
     """A world of n users whose ratings `als` predicts from votes, an array of VOTE.
 
-    `entries` are the items: (title, year, categories). `about` states the error on a held-out tenth
-    of the votes, and how many pairs of items are too similar. Similarity is by categories. If
-    `fitted`, or if no item has a category, it is by the items' fitted vectors.
+    `entries` are the items: (title, year, categories). Similarity is by categories, because prompts
+    show them. If `fitted`, or if no item has a category, it is by fitted vectors. `about` states
+    the error on a held-out tenth of the votes, and how many pairs of items are too similar.
     """
     rng = branch(seed, "data")
     m, size = len(entries), len(votes)
@@ -1131,12 +1131,10 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
     votes = votes[np.lexsort((votes["time"], votes["user"]))]
     votes["rating"], mapping = rescaled(votes["rating"])
     # Number the users at random, because the first half of them will learn.
-    new_number = rng.permutation(n)
-    votes["user"] = new_number[votes["user"]]
+    votes["user"] = rng.permutation(n)[votes["user"]]
     is_test = rng.permutation(size) < size // 10            # true for a random tenth
     train, test = votes[~is_test], votes[is_test]
-    model = als(train, n, m, rank=12)
-    biases = als(train, n, m, rank=0)       # no factors: biases alone
+    model, biases = als(train, n, m, rank=12), als(train, n, m, rank=0)     # without factors
     titles, years, tags = zip(*entries)
     categories, belongs = category_table(tags)
     # Random pairs of different items. An item without ratings is left out: its factors are 0.
@@ -1149,8 +1147,7 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
         similarity, vectors = "fitted vectors", unit(model.q[:, :-1])
         beta = float(np.quantile(length_between(vectors, 0, one, other), 0.2))
     else:
-        # Prompts show categories, so a model can learn what is too similar. `films` has this beta.
-        similarity, vectors, beta = "categories", unit(belongs), 0.9
+        similarity, vectors, beta = "categories", unit(belongs), 0.9        # the beta of `films`
     if not belongs.any():           # they may stand in a column whose name is not in ALIASES
         similarity += ", no item has a category"
     share = (length_between(vectors, 0, one, other) < beta).mean()
@@ -1158,8 +1155,7 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
              f"biases alone {rmse(biases, test):.3f}; "
              f"{share:.0%} of pairs too similar by {similarity}; beta {beta:.2f}")
     return Env(
-        titles=titles, years=years,
-        categories=categories, belongs=belongs, vectors=vectors,
+        titles=titles, years=years, categories=categories, belongs=belongs, vectors=vectors,
         rate=partial(stars, model, star_limits(model, train)), distance=euclidean(vectors),
         histories=liked_items(votes), learners=n // 2, beta=beta, about=about)
 
