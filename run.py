@@ -863,7 +863,12 @@ def grid(rows: dict[str, Json]) -> list[str]:
 
 
 def chart(summary: Json) -> Iterator[str]:
-    """The learning curve of a run as text, a line for each batch."""
+    """The learning curve of a run as text, a line for each batch.
+
+    >>> summary = {"first": 9, "episodes": 3, "learning": [20.0, 5.0], "config": {"batch": 2}}
+    >>> list(chart(summary))[2]
+    '   12-12    ########## 5.0'
+    """
     top = max([1.0, *summary["learning"]])
     done = summary["first"]                         # with --load episodes were learned before
     end = done + summary["episodes"]

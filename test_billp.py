@@ -2189,6 +2189,7 @@ FOLDER = {                                  # what lies in the folder of the tes
 --episodes 501 ; --experiment fig3 --seeds 1 --episodes 501 --out new | 500 learning users
 --users 501 ; --experiment table5,curve --users 501 --out new | 500 held-out
 --gamma nan ; --gamma 1.1 ; --line-weight 1.1 | takes a number from 0 to 1
+--users 0 ; --batch 0 | takes a number from 1 to
 --load nowhere.json ; --load foreign.json | is no memory.json
 --show nowhere | nowhere
 --pick after:3 ; --seeds 3 ; --rows react ; --show full --seed 1 ; --max-calls 9 | has no effect
