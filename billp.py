@@ -74,9 +74,9 @@ class Config(NamedTuple):
     line_weight: float = 0.5
     # steps the category tool looks back, at least 1; as in the released code
     lately: int = 4
-    # A thought is malformed if it names a category shown lately and no liked category that was not,
-    # as long as there is one. A small model has such thoughts at 4 % of the steps, and many users
-    # leave there.
+    # A thought that names only categories shown lately is malformed, as long as other liked
+    # categories remain. A small model has such thoughts at 4 % of the steps, and many users leave
+    # there.
     fresh_thoughts: bool = True
     # items in a state's text and in a prompt's history, at least 1; as in the paper
     titles: int = 10
@@ -393,7 +393,7 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
     free_lines = [line for line in lines if line not in taken_lines]
     chosen = free_lines[:config.candidates or config.k_actions]
     recent = set(state.tastes.recent)
-    # False comes before True, and `sorted` keeps the order of equals
+    # False comes before True, and a sort keeps the order of equals
     chosen.sort(key=lambda line: bool(recent.intersection(prompts.line_tags(line))))
     return tuple(Candidate(line, evidence[line, 1], evidence[line, 0]) for line in chosen)
 
@@ -509,7 +509,7 @@ def episode(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM,
         act, _ = actor(state, agent.actor, llm, catalog, config)
         env_state, reward, left, cut = envs.step(catalog.env, env_state, act.value)
         line = catalog.lines[act.value]
-        # The transcript notes a reply that named no free item. Of a fallback `said` is "".
+        # The transcript notes a reply that named no free item. For a fallback `said` is "".
         asked = "" if act.exact else act.said
         turn = prompts.turn(len(steps) + 1, plan.value, line, reward, left, asked)
         steps.append(Step(state, plan, act, line, float(reward), turn))

@@ -194,25 +194,12 @@ def demand(holds: Any, message: str) -> None:
         raise ValueError(message)
 
 
-def check(env: Env) -> None:
-    """Raise a ValueError of one line if the parts of a world do not fit together.
+def check_functions(env: Env) -> None:
+    """Raise a ValueError of one line if `rate` or `distance` does not fit a world.
 
     It looks at all ratings if there are fewer than 10^7, otherwise at those of some users.
     """
-    n, m, c = len(env.histories), len(env.titles), len(env.categories)
-    demand(n > 0 and m > 0, f"a world of {n} users (histories) and {m} items (titles)")
-    demand(env.learners in range(n + 1), f"learners is {env.learners} for {n} histories")
-    for title in env.titles:
-        demand(isinstance(title, str), f"the title {title!r} is not a text")
-    for name, shape in (("years", (m,)), ("belongs", (m, c))):
-        found = np.shape(getattr(env, name))
-        demand(found == shape, f"{name} has the shape {found} instead of {shape}")
-    for name in ("belongs", "vectors"):
-        demand(isinstance(getattr(env, name), np.ndarray), f"{name} is not an array")
-    demand(env.vectors.ndim == 2 and len(env.vectors) == m, f"vectors is no matrix of {m} rows")
-    demand(np.isfinite(env.vectors).all(), "vectors holds a number that is not finite")
-    strangers = set().union(*env.histories) - set(range(m))
-    demand(not strangers, f"the histories hold {list(strangers)[:9]}, not one of 0..{m - 1}")
+    n, m = len(env.histories), len(env.titles)
     every_nth = 1 + n * m // 10 ** 7
     users, items = np.arange(0, n, every_nth), np.arange(m)
     try:
@@ -226,6 +213,25 @@ def check(env: Env) -> None:
     demand(is_row, "distance does not return a number for each of its arguments")
     low, high = ratings.min(), ratings.max()            # both are NaN if a rating is
     demand(1 <= low and high <= 5, f"ratings that are not between 1 and 5: [{low:g}, {high:g}]")
+
+
+def check(env: Env) -> None:
+    """Raise a ValueError of one line if the parts of a world do not fit together."""
+    n, m, c = len(env.histories), len(env.titles), len(env.categories)
+    demand(n > 0 and m > 0, f"a world of {n} users (histories) and {m} items (titles)")
+    demand(env.learners in range(n + 1), f"learners is {env.learners} for {n} histories")
+    for title in env.titles:
+        demand(isinstance(title, str), f"the title {title!r} is not a text")
+    demand(np.shape(env.years) == (m,), f"years are not {m} numbers, one for each title")
+    for name in ("belongs", "vectors"):
+        demand(isinstance(getattr(env, name), np.ndarray), f"{name} is not an array")
+    shape = env.belongs.shape
+    demand(shape == (m, c), f"belongs has the shape {shape} instead of {(m, c)}")
+    demand(env.vectors.ndim == 2 and len(env.vectors) == m, f"vectors is no matrix of {m} rows")
+    demand(np.isfinite(env.vectors).all(), "vectors holds a number that is not finite")
+    strangers = set().union(*env.histories) - set(range(m))
+    demand(not strangers, f"the histories hold {list(strangers)[:9]}, not one of 0..{m - 1}")
+    check_functions(env)
 
 
 # ------------------------------------------------------- policies without a language model
@@ -1130,11 +1136,11 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
     # a copy, by user, then by time: the last key counts most
     votes = votes[np.lexsort((votes["time"], votes["user"]))]
     votes["rating"], mapping = rescaled(votes["rating"])
-    # Number the users at random, because the first half of them will learn.
-    votes["user"] = rng.permutation(n)[votes["user"]]
+    votes["user"] = rng.permutation(n)[votes["user"]]       # at random: the first half will learn
     is_test = rng.permutation(size) < size // 10            # true for a random tenth
     train, test = votes[~is_test], votes[is_test]
-    model, biases = als(train, n, m, rank=12), als(train, n, m, rank=0)     # without factors
+    model = als(train, n, m, rank=12)
+    biases = als(train, n, m, rank=0)       # no factors: biases alone
     titles, years, tags = zip(*entries)
     categories, belongs = category_table(tags)
     # Random pairs of different items. An item without ratings is left out: its factors are 0.

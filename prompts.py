@@ -284,6 +284,15 @@ HEADING = rf"""(?imx)
     """
 
 
+def with_colons(text: str) -> str:
+    """The text with a colon behind each label that is a heading.
+
+    >>> with_colons("**Action 3**\\nUp")
+    'Action:\\nUp'
+    """
+    return re.sub(HEADING, r"\g<name>:", text)
+
+
 def segment(text: str, labels: str) -> str:
     """The text after the earliest of these labels that has text behind it; "" if none has.
 
@@ -397,7 +406,7 @@ def labelled(text: str, labels: str) -> str:
     >>> labelled("Thought 3: a comedy\\nAction 3: Up", THOUGHTS), labelled("Action: x", THOUGHTS)
     ('a comedy', '')
     """
-    text = re.sub(HEADING, r"\g<name>:", text)          # "**Action 3**" becomes "Action:"
+    text = with_colons(text)
     outer = segment(text, labels)
     if re.match(REFUSAL, outer or text):
         return ""
@@ -467,11 +476,12 @@ def spellings(title: str) -> list[str]:
     """
     name = name_of(words_of(title)[:LONGEST])
     article, _, others = name.partition(" ")
-    forms = [name, name, name]
+    moved, bare = name, name
     if article in ARTICLES:
-        forms = [name, f"{others} {article}", others]
-    if " " in forms[2]:
-        forms.append(f"the {forms[2]}")
+        moved, bare = f"{others} {article}", others
+    forms = [name, moved, bare]
+    if " " in bare:
+        forms.append(f"the {bare}")
     return forms
 
 
@@ -485,7 +495,7 @@ def items_by_name(names_of_items: Iterable[Sequence[str]]) -> dict[str, list[int
 
 
 def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
-    """A world as language: each line and each set of categories embedded once, titles indexed.
+    """A world as language. It embeds each line and each set of categories once.
 
     ValueError if the world's fields do not fit together, or if `embed` gives rows whose length is
     not 1.
@@ -549,8 +559,8 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     """The title that the words begin with: its items, and how many words the caller may skip.
 
     The longest title counts. Its year may be left out or be one off. There are no items if no title
-    stands here, or if the words behind it mean a film that the catalogue lacks. To be skipped are
-    the words of the title and of its year; without a title one word.
+    stands here, or if the words behind it mean a film that the catalogue lacks. The caller skips
+    the words of the title and of its year, or without a title one word.
         ["Alien", "1979", "is", "old"]      [Alien], 2
         ["Hello"]                           [], 1
         ["Alien", "2009"]                   [], 1: a film of this year
@@ -1107,7 +1117,7 @@ def parse_actor(text: str) -> str | Malformed:
     >>> parse_actor("Thought 1: tense. Action 1: recommend Alien (1979)")
     'Alien (1979)'
     """
-    text = re.sub(HEADING, r"\g<name>:", spoken(text))
+    text = with_colons(spoken(text))
     verb = r"(?i)^\W*(i ?)?((would|will|['’]d) )?recommend(ing|ed)?\b[\s:]*"
     content = segment(text, "free item") or segment(text, ITEMS) or text
     part = re.sub(verb, "", content).strip()
@@ -1904,7 +1914,7 @@ def pause(route: Route, got: Fault, faults: int) -> None:
     is_loading = "loading" in got.reason.casefold()         # a server still reads its model
     if wait > 5 or is_loading:
         tell(route, "wait", f"{got.reason}; waiting {wait:.0f} s")
-    if route.sleep(wait) is True:       # run.py gives the wait of an Event, which was set
+    if route.sleep(wait) is True:       # run.py passes Event.wait: True if the Event is set
         raise EndpointError("stopped")
 
 
@@ -1983,7 +1993,7 @@ def read_chat(route: Route, ask: Ask, data: dict) -> Any:
         if finish == "length":
             tell(route, "length", "a reply was cut, because it is longer than --reply-tokens")
         return Reply(text, usage)
-    # the Fault's label and text are such as "finish_reason length" and "and no text"
+    # such as "finish_reason length" and "and no text"
     label = "refusal" if refusal else finish
     reason = refusal or choice.get("error") or ("and half a text" if text else "and no text")
     return fault(route, f"finish_reason {label}", str(reason))._replace(usage=usage)
@@ -2055,7 +2065,7 @@ def embedded_rows(route: Route, expected: int, data: dict) -> Any:
 def embeddings(base_url: str, model: str, key: str | None = None, **options: Any) -> Embed:
     """An embedding behind an OpenAI-compatible endpoint. The options are those of `connect`.
 
-    A request holds at most 64 texts. A refused one is halved.
+    A request holds at most 64 texts, which most servers take. A refused one is halved.
     """
     route = connect(base_url, "embeddings", key, **options)
 

@@ -129,8 +129,8 @@ FLAGS = {                               # group -> flag -> what it does
         "line_weight": "weight of an item's whole line in its nearness to a query; its categories "
                        "alone have the weight 1 - N",
         "lately": "how many steps back the category tool looks",
-        "fresh_thoughts": "a thought is malformed if it names a category shown lately and no "
-                          "liked one that was not, as long as there is one",
+        "fresh_thoughts": "a thought that names only categories shown lately is malformed, as "
+                          "long as other liked categories remain",
         "titles": "items in a state's text and in a prompt's history",
         "batch": "episodes between two updates of the memories",
         "transcript": "characters of a session in a prompt",
@@ -1385,9 +1385,11 @@ def plot_lines(axes: Any, rows: Sequence[Row]) -> None:
     """One line with intervals for each series."""
     for series in dict.fromkeys(row.series for row in rows):
         points = [row for row in rows if row.series == series]
+        x = [row.x for row in points]
         mean, low, high = pictured(points)
-        axes.errorbar([row.x for row in points], mean, [mean - low, high - mean], label=series,
-                      color=COLOURS.get(series, GREY), marker="o", capsize=3)
+        colour = COLOURS.get(series, GREY)
+        axes.errorbar(x, mean, [mean - low, high - mean], label=series, color=colour, marker="o",
+                      capsize=3)
     axes.set_xticks(sorted({row.x for row in rows}))
     axes.set_ylim(0, limit_of(rows))
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))       # beside the axes
