@@ -16,21 +16,21 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
                    were liked before (prompts.category_tool)
     item line      an item as the model reads it, "Alien [Horror, Sci-Fi]"; to ground a reply is to
                    find the item that it names
-    evidence       how often an item was encouraged and discouraged in similar states
+    evidence       how often an item was encouraged in similar states, and how often discouraged
     ask            one question to the model (prompts.Ask); its key (prompts.Key) tells where in the
                    run it is asked and determines the draw of the answer, so a run can be repeated
     malformed      a reply that a parser cannot use; after the last retry a role gives its fallback
 
-Recording (s, a) as encouraged makes action a more likely to be listed and chosen in similar states
-(`prompts.chance`). A policy-gradient step also raises pi(a | s), by changing weights and in
-proportion to A.
-Our main additions are two. The actor chooses from a list of free items; `candidates=0` leaves it
-out. The planner is told which categories were shown lately. The README lists all differences from
-the paper.
+A record (s_n, a_n, encouraged) makes a_n more likely to be listed and chosen in similar states
+(`prompts.chance`). A policy-gradient step also raises pi(a | s). It changes weights, in proportion
+to A.
+We add two things. The actor chooses from a list of free items; `candidates=0` gives no list. The
+planner is told which categories were shown lately. The README lists all differences from the paper.
 
-All functions are pure. The model comes in as the argument `llm`, the embedding with the catalogue.
-Parallelism comes in as the argument `pmap`: any function that works like the built-in `map` and
-keeps the order.
+All functions are pure, apart from the model and an embedding that asks an endpoint. The model is
+the argument `llm`. The embedding is part of the catalogue.
+Parallelism is the argument `pmap`: any function that works like the built-in `map` and keeps the
+order.
 Credit and memory need numpy and the standard library alone. They can be copied into another project
 as one block.
 """
@@ -57,7 +57,7 @@ class Config(NamedTuple):
     # the reflections that the planner reads: none, latest or nearest; with none, or without
     # thoughts, the reflector is not asked
     lessons: str = "nearest"
-    experience: bool = True         # M_A, and with a baseline M_C, are written and recalled
+    experience: bool = True         # M_A is written and recalled; M_C, too, if `baseline` is on
     # an action is judged by the critic's V; without it V is 0, so A >= 0 and all are encouraged
     baseline: bool = True
     gamma: float = 0.5              # discount of later rewards; the paper's gamma
@@ -66,17 +66,17 @@ class Config(NamedTuple):
     k_experience: int = 1000
     k_actions: int = 10             # remembered items shown to the actor if candidates is 0
     k_values: int = 8               # values recalled for the critic, enough to average
-    # free items to choose from; 0: no list, the actor may name any item and sees remembered ones
+    # free items to choose from; 0: no list, the actor sees remembered items and may name any
     candidates: int = 10
     # weight of an item's whole line in its nearness to a query; its categories alone have the
-    # weight 1 - line_weight. With 1 the letters of titles would often outweigh the evidence, with 0
+    # weight 1 - line_weight. At 1 the letters of titles would often outweigh the evidence. At 0
     # titles would not count. README compares 0, 0.5 and 1
     line_weight: float = 0.5
-    # steps the category tool looks back, at least 1; as in the released code
+    # how many steps the category tool looks back, at least 1; as in the released code
     lately: int = 4
-    # A thought that names only categories shown lately is malformed, as long as other liked
-    # categories remain. A small model has such thoughts at 4 % of the steps, and many users leave
-    # there.
+    # A thought is malformed if it names a category shown lately and none of the other liked ones,
+    # as long as there are others. A small model has such thoughts at 4 % of the steps, and many
+    # users leave there.
     fresh_thoughts: bool = True
     # items in a state's text and in a prompt's history, at least 1; as in the paper
     titles: int = 10
@@ -100,8 +100,9 @@ METHODS = {
     "billp-no-macro": {"lessons": "none"},
     "billp-no-micro": {"experience": False},
     "billp-no-critic": {"baseline": False},
-    # Nothing is asked: each role gives its fallback, planner and actor the first of what the model
-    # would be offered. M_A and M_C are written, M_P is not. A useful model beats this.
+    # Nothing is asked: each role gives its fallback. The planner takes the first category that it
+    # would offer, the actor the first item that it would list. M_A and M_C are written, M_P is not.
+    # A useful model beats this.
     "billp-no-model": {"retries": -1},
 }
 
@@ -109,7 +110,7 @@ METHODS = {
 
 
 def td_target(reward: float, gamma: float, next_value: float, terminated: bool) -> float:
-    """What a state turned out to be worth: r_n + gamma V(s_{n+1}), with V = 0 once the user left.
+    """What a state turned out to be worth: r_n + gamma V(s_{n+1}); V is 0 if the user left.
 
     >>> td_target(4.0, 0.5, 6.0, False), td_target(0.0, 0.5, 6.0, True)
     (7.0, 0.0)
@@ -144,7 +145,7 @@ def discounted_return(rewards: Sequence[float], gamma: float) -> float:
 
 class Record(NamedTuple):
     """One thing remembered."""
-    text: str                       # the state it is found by
+    text: str                       # the text by which it is found: a state
     # an item line: in M_A that of the recommended item; in M_C that of the state's last item, which
     # stands for the state in the critic's prompt; in M_P ""
     item: str
@@ -152,7 +153,7 @@ class Record(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Records that lie together, oldest first, with the vectors they are found by."""
+    """A block of records, oldest first, with the vectors by which they are found."""
     records: tuple[Record, ...]
     vectors: np.ndarray             # [n, d], unit rows; row i embeds records[i].text
 
@@ -170,7 +171,7 @@ def push(memory: Memory, chunk: Chunk) -> Memory:
     After 1, 2, 3, 4, 5 single records the chunks have the lengths (1), (2), (2, 1), (4), (4, 1).
     The fourth record joins twice: 1 and 1 make 2, then 2 and 2 make 4.
     """
-    # In double precision processors differ only in digits that `recall` rounds away.
+    # In float64 the digits in which processors differ are so small that `recall` rounds them away.
     last = Chunk(chunk.records, chunk.vectors.astype(float))
     while memory:
         before = memory[-1]
@@ -202,7 +203,7 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
     The distance is squared L2, which is 2 - 2 cos between unit vectors. It is rounded, so that
     every processor gives the same order. Among equals the newest comes first. Of records with the
     same text and item only the newest counts: a later verdict, target or reflection replaces the
-    earlier one. The paper cuts at a tau; the roles below do not.
+    earlier one. The paper uses a tau; the roles below do not.
     """
     if not memory:
         return ()
@@ -217,7 +218,7 @@ def recall(memory: Memory, vector: np.ndarray, k: int, tau: float = np.inf) -> t
         if distances[i] > tau or len(found) >= k:
             break
         record = oldest_first[i]
-        # Records of the same pair have the same text, so the same distance: the newest came first.
+        # Records with the same text have the same distance, so the newest of them came first.
         found.setdefault((record.text, record.item), record)
     return tuple(found.values())
 
@@ -230,8 +231,8 @@ class State(NamedTuple):
     key: Key                        # key.step counts from 0
     history: tuple[str, ...]        # lines of the last `titles` items liked before
     shown: tuple[str, ...]          # lines of the items recommended in this session
-    ratings: tuple[float, ...]      # what they earned
-    tastes: prompts.Tastes          # what the category tool reports, with config.lately
+    rewards: tuple[float, ...]      # what they earned
+    tastes: prompts.Tastes          # what the category tool reports
     turns: tuple[str, ...]          # the transcript: the lines of each step of this session
     text: str                       # the last `titles` lines, liked or shown, to search memories by
     vector: np.ndarray              # float32 [d], the embedding of the text
@@ -243,7 +244,7 @@ class State(NamedTuple):
 
 class Answer(NamedTuple):
     """What a role answers, and how it came to the answer."""
-    value: Any                      # thought, item, V(s) or reflection
+    result: Any                     # thought, item, V(s) or reflection
     said: str                       # what was parsed, before grounding or clipping; "" if nothing
     recalled: tuple = ()            # reflections, candidates, or pairs (item line, target)
     malformed: int = 0              # replies that could not be parsed
@@ -262,13 +263,13 @@ NOVICE = Agent()
 
 
 class Step(NamedTuple):
-    """One recommendation: what was known, thought, done and earned."""
+    """One recommendation."""
     state: State
     plan: Answer
     act: Answer
     line: str                       # the recommended item as the model reads it
     reward: float
-    turn: str                       # its lines of the transcript
+    turn: str                       # the lines that it adds to the transcript
 
 
 class Trajectory(NamedTuple):
@@ -295,7 +296,7 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
     """Put a role's question to the model.
 
     After a malformed reply the model is told what was wrong and asked again, at most
-    `config.retries` times. Then the fallback answers. With -1 retries it answers at once.
+    `config.retries` times. Then the answer is the fallback. With -1 the model is not asked.
     """
     # A long transcript loses its oldest turns.
     transcript = prompts.bounded(state.turns, config.transcript)
@@ -334,12 +335,12 @@ def distinct(lessons: Iterable[str], k: int) -> tuple[str, ...]:
 def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
     """Macro level: the thought t_n, given the state, K reflections and the category tool.
 
-    Fallback: the first category offered, the most liked of those not shown lately. With none
-    offered there is no thought.
+    Fallback: the first category that the question offers; it is the most liked one not shown
+    lately. If none is offered, the fallback is "".
     """
     recalled = ()
     if config.lessons == "nearest":
-        # four times k, because `distinct` drops near-duplicates
+        # more than k, because `distinct` drops near-duplicates
         recalled = recall(memory, state.vector, 4 * config.k_lessons)
     if config.lessons == "latest":
         recalled = records(memory)[::-1]
@@ -355,12 +356,10 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
 def ranked_lines(state: State, evidence: Evidence, catalog: Catalog, config: Config) -> list[str]:
     """The lines of items, the most promising first; `shortlist` drops those that are not free.
 
-    bonus(item) is the chance that it is encouraged minus the average chance, see `prompts.chance`.
-    With `candidates` 0 only items with evidence come, ranked by the bonus. Otherwise all items
-    come, ranked by near(item, wish) + near(item, other) + bonus(item), where
-        near(item, x) = line_weight * cos(its line, x) + (1 - line_weight) * cos(its categories, x)
-        wish is what the thought asks for, or else all liked categories
-        other is the liked categories not shown lately; without any this term is missing
+    An item's bonus is the chance that it is encouraged minus the average chance, see
+    `prompts.chance`. With `candidates` 0 only items with evidence come, ranked by the bonus.
+    Otherwise all items come, ranked by nearness plus bonus. The nearness is to what the thought
+    asks for (or else to all liked categories) and to the liked categories not shown lately.
     """
     average = prompts.average_chance(evidence)
     bonus = {line: prompts.chance(line, evidence, average) - average for line, _ in evidence}
@@ -369,7 +368,7 @@ def ranked_lines(state: State, evidence: Evidence, catalog: Catalog, config: Con
         known = [line for line in bonus if line in in_catalog]
         # `evidence` begins with the nearest record, and `sorted` keeps the order of equals
         return sorted(known, key=bonus.get, reverse=True)
-    # wish and other, such as "[War]" and "[Comedy, Drama]", or wish alone; `closest` adds the terms
+    # such as "[War]", for what the thought asks for, and "[Comedy, Drama]"
     texts = prompts.query(state.thought, catalog.env.categories, state.tastes)
     items = prompts.closest(texts, catalog, bonus, config.line_weight)
     return [catalog.lines[item] for item in items]
@@ -379,15 +378,15 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
               config: Config) -> tuple[Candidate, ...]:
     """The free items that the actor is shown, with the evidence for them.
 
-    They are the first of `ranked_lines`. Of them, items without a category shown lately come first:
-    a small model tends to take the first item, and would too often repeat a category.
+    They are the first of `ranked_lines`. Among these, items without a category shown lately come
+    first: a small model tends to take the first item, and would too often repeat a category.
     """
     evidence = Counter()        # (item line, verdict) -> how often it was given in similar states
     if config.experience:
         recalled = recall(memory, state.vector, config.k_experience)
         evidence = Counter((record.item, record.content) for record in recalled)
     # Two items may have the same line, and the model could not tell them apart. So each line comes
-    # once, and none that is also the line of a taken item.
+    # once. The line of a taken item never comes.
     taken_lines = {catalog.lines[item] for item in state.taken}
     lines = dict.fromkeys(ranked_lines(state, evidence, catalog, config))
     free_lines = [line for line in lines if line not in taken_lines]
@@ -404,23 +403,23 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
 
     The item is the free one that the reply names. If the reply names none, it is the nearest listed
     one, or with `candidates` 0 the nearest of all free ones; `prompts.ground` tells what is near.
-    Fallback: the first item listed in the prompt, or else the free item nearest to the state.
+    Fallback: the first listed item; if none is listed, the free item nearest to the state.
     """
     listed = shortlist(state, memory, catalog, config)
     form = prompts.ACTOR if config.candidates else prompts.OPEN_ACTOR
     question = prompts.render_actor(state.key.step + 1, state.thought, listed, form)
     answer = consult(llm, "actor", state, question, prompts.parse_actor, config, "")
     if not answer.fallback:
-        # A reply that names no free item often names a recent one. The nearest of all free items
-        # would be too similar to that one, so the nearest of the listed ones is recommended. With
-        # `candidates` 0 the actor may choose any free item.
-        allowed = {candidate.line for candidate in listed} if config.candidates else ()
-        item, exact = prompts.ground(answer.value, catalog, state.taken, allowed)
+        # `ground` takes the free item that the reply names. If there is none, the reply often names
+        # a recent item, and the nearest of all free items would be too similar to that. So these
+        # lines are preferred. With `candidates` 0 the actor may choose any free item.
+        preferred = {candidate.line for candidate in listed} if config.candidates else ()
+        item, exact = prompts.ground(answer.result, catalog, state.taken, preferred)
     elif listed:
         item, exact = catalog.lines.index(listed[0].line), False
     else:
         item, exact = prompts.free_by_nearness(state.text, catalog, state.taken)[0], False
-    return answer._replace(value=item, recalled=listed, exact=exact), memory
+    return answer._replace(result=item, recalled=listed, exact=exact), memory
 
 
 def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
@@ -430,16 +429,16 @@ def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> 
     """
     recalled = recall(memory, state.vector, config.k_values)
     targets = tuple((record.item, record.content) for record in recalled)
-    # `state.top` is the value of a whole session if every step earns 5. Here every step earns the
-    # mean rating so far, or before the first step 3, the middle of the scale. Late in a session
-    # fewer steps are left, but with a small gamma this hardly matters.
-    rating = fmean(state.ratings or [3.0])
-    as_before = state.top * rating / 5
+    # `state.top` is the value of a whole session in which every step earns 5. `as_before` is that
+    # of one in which every step earns the mean reward so far, or 3 before the first step. Late in a
+    # session fewer steps are left, but with a small gamma this hardly matters.
+    mean_reward = fmean(state.rewards or [3.0])
+    as_before = state.top * mean_reward / 5
     expected = fmean([target for _, target in targets] or [as_before])
     question = prompts.render_critic(targets, expected, as_before)
     answer = consult(llm, "critic", state, question, prompts.parse_critic, config, expected)
-    value = min(max(answer.value, 0.0), state.top)
-    return answer._replace(value=value, recalled=targets), memory
+    value = min(max(answer.result, 0.0), state.top)
+    return answer._replace(result=value, recalled=targets), memory
 
 
 def reflector(trajectory: Trajectory, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
@@ -454,7 +453,7 @@ def reflector(trajectory: Trajectory, memory: Memory, llm: LLM, config: Config =
     if answer.fallback:
         return answer, memory
     first = trajectory.steps[0].state
-    return answer, remember(memory, first.text, answer.value, first.vector)
+    return answer, remember(memory, first.text, answer.result, first.vector)
 
 
 # -------------------------------------------------------------------------------- episode
@@ -470,19 +469,19 @@ def state_after(catalog: Catalog, user: int, key: Key, config: Config = DEFAULT,
                 steps: Sequence[Step] = ()) -> State:
     """The state after these steps of a session; without steps, before the first one.
 
-    Each step adds a turn to the transcript and changes none. So a prompt begins like the one before
-    it, and endpoints can reuse what they have read.
+    A step adds one turn to the transcript and leaves the earlier ones as they are. So a prompt
+    begins like the one before it, and endpoints can reuse what they have read.
     """
     liked = [int(item) for item in catalog.env.histories[user]]
     history = tuple(catalog.lines[item] for item in liked[-config.titles:])
     shown = tuple(step.line for step in steps)
     text = "\n".join((history + shown)[-config.titles:])
-    taken = liked + [step.act.value for step in steps]
+    taken = liked + [step.act.result for step in steps]
     return State(
         key=key._replace(step=len(steps)),
         history=history,
         shown=shown,
-        ratings=tuple(step.reward for step in steps),
+        rewards=tuple(step.reward for step in steps),
         tastes=prompts.category_tool(history, shown, config.lately),
         turns=tuple(step.turn for step in steps),
         text=text,
@@ -493,7 +492,7 @@ def state_after(catalog: Catalog, user: int, key: Key, config: Config = DEFAULT,
 
 def episode(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM,
             config: Config = DEFAULT) -> Trajectory:
-    """One session with one user: think, act and observe until the user leaves or it is cut.
+    """One session with one user: think, act and observe until it ends.
 
     The agent is read and never changed.
     """
@@ -505,13 +504,13 @@ def episode(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM,
         plan = Answer("", "")
         if config.thoughts:
             plan, _ = planner(state, agent.planner, llm, config)
-        state = state._replace(thought=plan.value)
+        state = state._replace(thought=plan.result)
         act, _ = actor(state, agent.actor, llm, catalog, config)
-        env_state, reward, left, cut = envs.step(catalog.env, env_state, act.value)
-        line = catalog.lines[act.value]
+        env_state, reward, left, cut = envs.step(catalog.env, env_state, act.result)
+        line = catalog.lines[act.result]
         # The transcript notes a reply that named no free item. For a fallback `said` is "".
-        asked = "" if act.exact else act.said
-        turn = prompts.turn(len(steps) + 1, plan.value, line, reward, left, asked)
+        unavailable = "" if act.exact else act.said
+        turn = prompts.turn(len(steps) + 1, plan.result, line, reward, left, unavailable)
         steps.append(Step(state, plan, act, line, float(reward), turn))
         state = state_after(catalog, user, key, config, steps)
     return Trajectory(user, tuple(steps), state, bool(left))
@@ -533,7 +532,7 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
             # if the user left, the last value stays 0, and the critic is not asked for it
             with_future = states[:-1] if trajectory.terminated else states
             answers = tuple(critic(state, agent.critic, llm, config)[0] for state in with_future)
-            values[:len(answers)] = [answer.value for answer in answers]
+            values[:len(answers)] = [answer.result for answer in answers]
         for step, value, next_value in zip(steps, values, values[1:]):
             state = step.state
             left = trajectory.terminated and step is steps[-1]      # users leave at the last step
@@ -553,7 +552,7 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
 
 def session(catalog: Catalog, user: int, key: Key, agent: Agent, llm: LLM,
             config: Config = DEFAULT) -> Trajectory:
-    """An episode, played and then studied. Both read the same frozen agent."""
+    """Play an episode, then study it. Both read the same frozen agent."""
     played = episode(catalog, user, key, agent, llm, config)
     return study(played, agent, llm, config)
 
@@ -580,8 +579,8 @@ def train(catalog: Catalog, users: Sequence[int], llm: LLM, seed: int = 0, agent
           first: int = 0) -> Iterator[tuple[Agent, tuple]]:
     """Learn from users in batches: yields (agent, trajectories) after each batch.
 
-    It is the paper's algorithm, apart from what the README lists. Each batch plays with the agent
-    that the batch before has made.
+    It is the paper's algorithm, apart from what the README lists. A batch plays with the agent that
+    the last batch produced.
     `first` is the number of episodes learned before, so that learning can go on where it stopped.
     """
     for start in range(0, len(users), config.batch):

@@ -36,8 +36,8 @@ Array = np.ndarray
 Rng = np.random.Generator
 Location = str | Path                   # of a folder of data files
 
-# Independent random streams of one seed; the first three are for run.py. The numbers must not
-# change, so that a seed gives the same users in every version.
+# Each purpose has a random stream of its own for a seed; the first three are for run.py. The
+# numbers must not change, so that a seed gives the same users in every version.
 BRANCHES = {"learners": 0, "held-out users": 1, "policy": 2, "actor-critic": 3, "data": 5,
             "bandit": 6}
 
@@ -54,7 +54,7 @@ RULE = ("window", "beta", "floor", "grace", "max_steps")
 
 
 class Env(NamedTuple):
-    """A world of n users, m items and c categories. `check` finds what does not fit together.
+    """A world of n users, m items and c categories. `check` reports what does not fit together.
 
     `rate(users, items)` gives ratings from 1 to 5, none missing. `distance(users, a, b)` tells how
     unlike the items a and b are to these users. Both take int arrays that broadcast together and
@@ -70,7 +70,7 @@ class Env(NamedTuple):
     distance: Callable
     # [n]: the items each user liked before, oldest first if their order is known
     histories: Sequence[Sequence[int]]
-    learners: int                       # users below this index learn; the others are held out
+    learners: int                       # users below this index are learned from, others held out
     window: int = 4                     # W, recommended items a user compares the next one with
     beta: float = 1.0                   # an item nearer than this to one of them is too similar
     floor: float = 2.0                  # a rating below it disappoints
@@ -137,7 +137,7 @@ def with_every_item(env: Env, state: EnvState) -> tuple[EnvState, Array]:
 
 
 def distance_to_recent(env: Env, state: EnvState, item: Array) -> Array:
-    """The distance of an item to the nearest of the last W items; infinite if there are none.
+    """The distance of an item to the nearest of the last W recommended items; infinite without any.
 
     It is [B] for B sessions with an item each, and [B, m] for what `with_every_item` returns.
     """
@@ -153,7 +153,7 @@ def distance_to_recent(env: Env, state: EnvState, item: Array) -> Array:
 def too_similar(env: Env, distance: Array) -> Array:
     """bool [...]: whether distances are below beta.
 
-    They are rounded, so that those that are equal on paper are treated alike.
+    They are rounded, so that a digit which a processor computes differently decides nothing.
     """
     return np.round(distance, 5) < env.beta
 
@@ -165,7 +165,7 @@ def leaves(env: Env, state: EnvState, item: Array, rating: Array) -> Array:
 
 
 def step(env: Env, state: EnvState, item: Array) -> tuple[EnvState, Array, Array, Array]:
-    """Recommend an item to each user: (next state, reward, left, cut); item and results are [...].
+    """Recommend an item to each user: (next state, reward, left, cut), all shaped like the item.
 
     The reward is the rating; the leaving step earns 0. A session of `max_steps` steps is cut.
     """
@@ -179,7 +179,7 @@ def step(env: Env, state: EnvState, item: Array) -> tuple[EnvState, Array, Array
 
 
 def why_left(env: Env, user: int, items: Sequence[int]) -> str:
-    """Why the user left at the last of these items, in words: too similar, or disappointed."""
+    """In words: why the user left at the last of these items."""
     *earlier, item = items
     newest_first = earlier[::-1][:env.window]
     for back, other in enumerate(newest_first, 1):
@@ -230,7 +230,7 @@ def check(env: Env) -> None:
     demand(env.vectors.ndim == 2 and len(env.vectors) == m, f"vectors is no matrix of {m} rows")
     demand(np.isfinite(env.vectors).all(), "vectors holds a number that is not finite")
     strangers = set().union(*env.histories) - set(range(m))
-    demand(not strangers, f"the histories hold {list(strangers)[:9]}, not one of 0..{m - 1}")
+    demand(not strangers, f"the histories hold items outside 0..{m - 1}: {list(strangers)[:9]}")
     check_functions(env)
 
 
@@ -241,7 +241,7 @@ Policy = Callable[[Env, EnvState, Array, Rng], Array]
 
 
 class Rollout(NamedTuple):
-    """One episode for each of B users. From the leaving step on items are -1 and rewards 0."""
+    """One episode for each of B users. Items are -1 and rewards 0 from the leaving step on."""
     items: Array                        # int [B, T]
     rewards: Array                      # float [B, T]
 
@@ -275,14 +275,14 @@ def rollout(env: Env, users: Array, policy: Policy, rng: Rng) -> Rollout:
 
 
 def best(score: Array, allowed: Array) -> Array:
-    """int [B]: allowed item of the highest score, the first of equals; score is [B, m] or [m]."""
+    """int [B]: the allowed item with the highest score [B, m] or [m]; the first of equals."""
     return np.argmax(np.where(allowed, score, -np.inf), -1)
 
 
 def best_at_random(score: Array, allowed: Array, rng: Rng) -> Array:
-    """int [B]: an allowed item of the highest score, ties broken at random.
+    """int [B]: an allowed item with the highest score, ties broken at random.
 
-    The score is [B, m], or 0 if all items are equal. Scores closer than 10^-6 count as a tie.
+    The score is [B, m], or 0 if all items are equal. Of scores closer than 10^-6 either may win.
     """
     return best(score + 1e-6 * rng.random(allowed.shape), allowed)
 
@@ -367,10 +367,11 @@ def mean_liked(rows: Array, env: Env, users: Array) -> Array:
 
 
 def affinity(env: Env, state: EnvState) -> Array:
-    """float [B, m]: how much the user's history is like each item.
+    """float [B, m]: how much of the user's history lies in the categories of each item.
 
-    It is the mean, over the item's categories, of the share of the history in that category. If 4
-    of 10 liked items are in War and 2 in Drama, it is (0.4 + 0.2) / 2 for an item in both.
+    The share of a category is the part of the liked items that have it. The affinity is the mean
+    share over the item's categories. If 4 of 10 liked items are in War and 2 in Drama, it is
+    (0.4 + 0.2) / 2 for an item in both.
     """
     share = mean_liked(env.belongs, env, state.user)            # [B, c]: of the history
     sizes = np.maximum(env.belongs.sum(1), 1)                   # [m]: categories of each item
@@ -399,11 +400,11 @@ def new_sessions(env: Env, episodes: int, rounds: int,
                  rng: Rng) -> Iterator[tuple[EnvState, Array]]:
     """Episodes in rounds: yields the new sessions of each round, and what is free in them.
 
-    A round is a batch: its sessions are played side by side, a step at a time. Learners are
-    taken in a random order, again and again until there are enough. With fewer episodes than rounds
-    some rounds are empty.
+    The caller plays the sessions of a round side by side, a step at a time. Learners are taken in a
+    random order, again and again until there are enough. With fewer episodes than rounds some
+    rounds are empty.
     """
-    if env.learners == 0:           # `np.resize` fills an empty list up with 0, which is a user
+    if env.learners == 0:           # `np.resize` turns an empty list into zeros, and 0 is a user
         return
     users = np.resize(rng.permutation(env.learners), episodes)      # repeats the order
     for group in np.array_split(users, rounds):
@@ -411,7 +412,7 @@ def new_sessions(env: Env, episodes: int, rounds: int,
 
 
 def remaining(state: EnvState, free: Array, item: Array, over: Array) -> tuple[EnvState, Array]:
-    """The sessions that go on, and what is free in them once the items were recommended."""
+    """The sessions that go on, and the items still free in them."""
     on = ~over
     still_free = free[on]               # a copy
     still_free[np.arange(len(still_free)), item[on]] = False
@@ -422,7 +423,7 @@ def features(env: Env, state: EnvState) -> Array:
     """float [B, m, 4]: distance to the nearest of the last W, overlap, affinity, 1."""
     sessions, every = with_every_item(env, state)
     # At the first step the distance is infinite, which a regression cannot use. So it has a cap.
-    # Worlds measure distance in different units. Beta tells what is far in each.
+    # Worlds measure distance in different units. Beta is the unit of a world.
     distance = np.minimum(distance_to_recent(env, sessions, every), 2 * env.beta)
     one = np.ones_like(distance)
     return np.stack([distance, overlap(env, state), affinity(env, state), one], -1)
@@ -458,7 +459,7 @@ def learn_bandit(env: Env, episodes: int, seed: int = 0) -> Policy:
     return partial(bandit, np.linalg.solve(square, product))
 
 
-ENTROPY = 0.05      # weight of the actor's bonus for keeping its choices open
+ENTROPY = 0.05      # weight of the entropy of the actor's choices
 
 
 class Weights(NamedTuple):
@@ -466,7 +467,7 @@ class Weights(NamedTuple):
 
     It sees a session as x = [mean vector of the history, sum of the last W vectors, 1].
     """
-    match: Array                        # [2d + 1, d]: an item suits x by x @ match @ its vector
+    match: Array                        # [2d + 1, d]: x @ match @ its vector: how an item suits x
     appeal: Array                       # [m]: of each item, to anyone
     value: Array                        # [2d + 1]: V(s) = x @ value
 
@@ -498,11 +499,11 @@ def td_errors(reward: Array, gamma: float, value: Array, next_value: Array, left
 
 def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
              td_error: Array) -> Weights:
-    """The gradient of what the weights maximize, summed over B sessions.
+    """The slopes of the objectives, summed over B sessions.
 
-    match and appeal maximize td_error * log_chance[pick] + ENTROPY * entropy of the chances, where
-    td_error is held constant, as usual. value maximizes -(target - V(s))^2 / 2 for a fixed target;
-    td_error is target - V(s).
+    The weights `match` and `appeal` have the objective td_error * log_chance[pick] + ENTROPY *
+    entropy, in which td_error counts as a constant. The weights `value` have the objective
+    -(target - V(s))^2 / 2, in which the target is constant; td_error is target - V(s).
     """
     chance = np.exp(log_chance)
     entropy = -(chance * log_chance).sum(1, keepdims=True)
@@ -510,16 +511,17 @@ def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
     # First the derivatives by fit [B, k], see `log_chances`.
     # (a) The chances are a softmax:
     #     d chance_i / d fit_j = chance_i * ([i is j] - chance_j)
-    # (b) The pick is i: d log(chance) is d chance / chance, so divide (a) by chance_i.
+    # (b) d log(x) is dx / x. So with i = pick in (a), divided by the chance of the pick:
     #     d log_chance[pick] / d fit_j = [j is the pick] - chance_j
     of_pick = picked - chance
-    # (c) The entropy: d entropy / d chance_i is -(log_chance_i + 1). With (a) and the chain rule
-    #     d entropy / d fit_j = -sum over i of (log_chance_i + 1) * chance_i * ([i is j] - chance_j)
-    #     The sum over i of (log_chance_i + 1) * chance_i is 1 - entropy, so this is
-    #     -chance_j * ((log_chance_j + 1) - (1 - entropy)) = -chance_j * (log_chance_j + entropy)
+    # (c) d entropy / d chance_i = -(log_chance_i + 1). With (a), the term i = j and the sum of the
+    #     others' parts:
+    #     d entropy / d fit_j = -chance_j * (log_chance_j + 1) + chance_j * total
+    #     total = sum over i of chance_i * (log_chance_i + 1) = 1 - entropy
+    #     d entropy / d fit_j = -chance_j * (log_chance_j + entropy)
     of_entropy = -chance * (log_chance + entropy)
     by_fit = td_error[:, None] * of_pick + ENTROPY * of_entropy
-    # Then those by the weights, by the chain rule.
+    # Then the derivatives by the weights.
     # fit_j = x @ match @ vector_j + appeal_j, so d fit_j / d match is outer(x, vector_j)
     match = x.T @ by_fit @ env.vectors[items]           # [2d + 1, B] @ [B, k] @ [k, d]
     appeal = np.zeros(len(env.titles))
@@ -551,7 +553,7 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5) -> Pol
             # the same for all sessions of this step
             items = rng.choice(m, few, replace=False)
             log_chance = log_chances(env, weights, x, items, free[:, items])
-            # the Gumbel trick: the largest of log chance + Gumbel noise is a draw by the chances
+            # the Gumbel trick: the item with the largest sum is a draw with these chances
             pick = np.argmax(log_chance + rng.gumbel(size=log_chance.shape), 1)
             item = items[pick]
             state, reward, left, cut = step(env, state, item)
@@ -600,18 +602,18 @@ def scores(lengths: Sequence[int], returns: Sequence[float]) -> Array:
     return np.stack([lengths, returns], -1).astype(float)[None]
 
 
-def totals(samples: Array) -> Array:
-    """Scores [S, N, 2] of N episodes -> [S, 3]: their Len, R_each and R_traj.
+def means(samples: Array) -> Array:
+    """Scores [S, N, 2] -> [S, 3]: mean length, reward of a step, mean return, of each seed.
 
-    R_each is all reward divided by all steps, or 0 without a step.
+    The reward of a step is all reward divided by all steps, or 0 without a step.
     """
     steps, reward = samples.mean(1).T
     return np.stack([steps, reward / np.maximum(steps, 1e-9), reward], -1)
 
 
 def gains(samples: Array, reference: Array) -> Array:
-    """By how much each of the three totals exceeds that of the reference."""
-    return totals(samples) - totals(reference)
+    """By how much each of the three means exceeds that of the reference."""
+    return means(samples) - means(reference)
 
 
 # 0.975 quantiles of Student's t for 1, 2, ... degrees of freedom
@@ -652,7 +654,8 @@ def intervals(statistic: Callable, *samples: Array) -> list[list[float]]:
         users = samples[0].shape[1]
         # more than 1000 draws would change the ends little
         drawn = np.random.default_rng(0).integers(users, size=(1000, users))
-        resampled = [sample[0][drawn] for sample in samples]    # each [1000, N, k]
+        # [1000, N, k]: for the statistic each draw is one more seed
+        resampled = [sample[0][drawn] for sample in samples]
         low, high = np.quantile(statistic(*resampled), [0.025, 0.975], axis=0)
     return np.stack([mean, low, high], -1).round(4).tolist()
 
@@ -663,13 +666,13 @@ def metrics(samples: Array, reference: Array | None = None) -> dict[str, list[fl
     With a reference they are those of the paired differences.
     """
     if reference is None:
-        return dict(zip(METRICS, intervals(totals, samples)))
+        return dict(zip(METRICS, intervals(means, samples)))
     return dict(zip(METRICS, intervals(gains, samples, reference)))
 
 
 # ---------------------------------------------------------------------------- the films world
 
-# the letters behind each film
+# the letters that stand after each film's year
 CODES = {"A": "Action", "V": "Adventure", "N": "Animation", "K": "Children", "C": "Comedy",
          "R": "Crime", "O": "Documentary", "D": "Drama", "F": "Fantasy", "H": "Horror",
          "M": "Musical", "Y": "Mystery", "L": "Romance", "S": "Sci-Fi", "T": "Thriller",
@@ -758,8 +761,8 @@ def category_table(tags: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], Arra
 def made_up(belongs: Array, users: int, rng: Rng) -> Array:
     """int8 [n, m]: ratings of films, given their categories; see `films`.
 
-    The numbers are chosen so that taste matters: the mean session has 3 to 5 of 50 steps with
-    random items, depending on the seed, and at most 32 with `one_list`.
+    The numbers are chosen so that taste matters. A session is cut at 50 steps. With random items it
+    lasts 3 to 5 on average, depending on the seed; with `one_list` it lasts at most 32 on average.
     """
     m, c = belongs.shape
     # archetypes and appeal are the same for every seed
@@ -781,12 +784,11 @@ def films(seed: int = 0) -> Env:
     """The built-in default: 200 well-known films, and users whose tastes are drawn from `seed`.
 
     Titles, years and categories are facts; ratings are made up. A rating is mostly taste: how much
-    the user likes the film's categories, which is in part the taste of one of six archetypes. Then
-    comes the film's general appeal, then noise. Two films are too similar if they share at least
-    half of their combined categories: about one pair in 25. (An exception: 17 pairs of a film with
-    one category and a film with three are too similar, though they share only one of three.) A
-    history is ten films, drawn without replacement with weights exp(rating). Half of the users
-    learn.
+    the user likes the film's categories. A user's taste is that of one of six archetypes, changed
+    at random. The film's general appeal counts less, and noise least. About one pair of films in 25
+    is too similar: those that share at least half of their combined categories, and 17 pairs that
+    share one of three. A history is ten films, drawn without replacement with weights exp(rating).
+    The agent learns from half of the users.
     """
     titles, years, letters = zip(*re.findall(r"(\S.*?) (\d{4}) ([A-Z]+)[;\n]", FILMS))
     tags = [[CODES[letter] for letter in word] for word in letters]
@@ -811,7 +813,7 @@ def films(seed: int = 0) -> Env:
 
 # ------------------------------------------------ data files: ratings, from MovieLens or anybody
 
-ADVICE = ("the README tells what the files hold, in fields separated by commas; whole copies of "
+ADVICE = ("the README tells what the files hold, in fields separated by commas; complete copies of "
           "MovieLens are at grouplens.org/datasets/movielens")
 HEADERS = {"movies.dat": ["movieId", "title", "genres"],                # .dat files have no header
            "ratings.dat": ["userId", "movieId", "rating", "timestamp"]}
@@ -832,8 +834,8 @@ class BadData(ValueError):
 def find_file(path: Location, *names: str, world: str = "") -> Path:
     """A file of one of these names in a folder or below it; ValueError if there is none.
 
-    Of several it takes one in a folder named after the world, then the one nearest to the top, then
-    the one whose name stands first.
+    Of several it prefers those in a folder named after the world, of these the ones nearest to the
+    top, and of these the one whose name stands first in `names`.
     """
     folder = Path(os.path.expanduser(path))         # an unknown ~name stays as it is
     demand(folder.is_dir(), "it is no folder")
@@ -873,9 +875,9 @@ def encoding(file: Path) -> str:
 
 
 def columns(header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
-    """The places of the columns in a header, under any alias; case and punctuation do not matter.
+    """The places of the columns in a header; ValueError if a needed one is missing.
 
-    It raises a ValueError if a needed column is missing.
+    A column may have any of its ALIASES. Case and punctuation do not matter.
 
     >>> columns(["Title", "Movie_ID"], ["item"])
     {'item': 1, 'title': 0}
@@ -886,7 +888,7 @@ def columns(header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
     plain = [re.sub(r"[\W_]", "", text).lower() for text in header]
     places = {}
     for name, aliases in ALIASES.items():
-        # Only the list of items needs a title. In ratings a column "id" numbers the lines.
+        # Ratings need no title. There a column "id" numbers the lines, so it is not the item.
         if "title" not in needed:
             aliases = aliases.replace(" id ", " ")
         present = [alias for alias in aliases.split() if alias in plain]
@@ -906,7 +908,7 @@ def read_rows(file: Path, needed: Sequence[str], parse: Callable) -> Iterator:
     with file.open(encoding=encoding(file), newline="") as stream:
         lines = csv.reader(stream, strict=True)
         if file.suffix == ".dat":
-            # they separate fields by two colons, and csv takes only one character
+            # .dat files separate fields by two colons, and csv takes only one character
             tabbed = (line.replace("::", "\t") for line in stream)
             lines = csv.reader(tabbed, delimiter="\t", quoting=csv.QUOTE_NONE)
         try:
@@ -927,7 +929,7 @@ ARTICLE = r"^([^(]*), (The|A|An|Les?|La|L'|Il|El|Los|Las|Das|Der|Die|Une?)(?= \(
 
 
 def split_title(text: str) -> tuple[str, int | None]:
-    """The title with its article first, and the year after it, if there is one.
+    """The title with its article first, and the year at the end of the text, or None.
 
     >>> split_title("Matrix, The (1999)")
     ('The Matrix', 1999)
@@ -955,8 +957,8 @@ def parse_entry(items: dict, item: str, title: str, year: str = "", categories: 
     digits = re.search(r"\d{4}", year)
     if digits:
         when = int(digits.group())
-    is_other_list = re.search(r"^[\[{]|;", categories)          # ['War', 'Drama'] or War;Drama
-    demand(not is_other_list, 'separate categories by "|", as in War|Drama')
+    wrong_separator = re.search(r"^[\[{]|;", categories)        # ['War', 'Drama'] or War;Drama
+    demand(not wrong_separator, 'separate categories by "|", as in War|Drama')
     tags = [tag.strip() for tag in categories.split("|")]
     return name, when, [tag for tag in tags if tag not in NO_TAG]
 
@@ -970,7 +972,8 @@ def timestamp(text: str) -> float:
     try:
         return float(text or 0)
     except ValueError:
-        # before Python 3.11 a date may not end in Z, and a second has 3 or 6 decimals
+        # before Python 3.11 a date may not end in Z, and seconds need 3 or 6 decimals: six are
+        # written, behind their dot
         text = re.sub(r"\.\d+", lambda decimals: decimals[0][:7].ljust(7, "0"), text)
         date = datetime.fromisoformat(text.replace("Z", "+00:00"))
         # without a time zone it counts as UTC, so that it means the same everywhere
@@ -983,7 +986,7 @@ VOTE = [("user", int), ("item", int), ("rating", float), ("time", float)]
 
 def parse_vote(users: dict, items: dict, user: str, item: str, rating: str, time: str = "",
                **others: str) -> tuple:
-    """One VOTE. `users` and `items` map ids to numbers. A new user is added to `users`."""
+    """A rating as a record of VOTE. `users` and `items` map ids to numbers; new users are added."""
     demand(user, "a rating without user")
     demand(rating, "a user and an item without rating")
     number = float(rating)
@@ -993,7 +996,7 @@ def parse_vote(users: dict, items: dict, user: str, item: str, rating: str, time
 
 
 def rescaled(ratings: Array) -> tuple[Array, str]:
-    """Ratings, and a text for `Env.about`. If not all lie in 0.5..5, they are mapped onto 1..5.
+    """Ratings, and a note for `Env.about`. If any lies outside 0.5..5, all are mapped onto 1..5.
 
     0.5..5 is the scale of half stars. The world's ratings are 1..5, see `stars`.
 
@@ -1020,25 +1023,25 @@ def groups(keys: Array) -> list[Array]:
 
 
 def ridge(own: Array, other: Array, ratings: Array, fixed: Array, count: int) -> Array:
-    """float32 [count, k + 1]: for each of `count` users k fitted factors, then a bias.
+    """float32 [count, k + 1]: the fitted rows of users, k factors and then a bias each.
 
-    A factor is one of the k numbers that describe a user or an item. ratings[i] is what user own[i]
-    gave to item other[i], minus the global offset. `fixed` [items, k + 1] holds the factors and
-    biases of the items, which stay as they are. The penalty on a bias is 3, that on a factor 3 + a
-    tenth of the user's number of ratings. To fit the items, `als` passes items as `own`.
+    The rows `fixed` of the items stay as they are. Or the other way round: the rows of items are
+    fitted, and those of users are fixed. ratings[i] belongs to row own[i] of the fitted side and to
+    row other[i] of the fixed side; the global offset is subtracted. The penalty on a bias is 3,
+    that on a factor 3 + a tenth of the row's number of ratings.
     """
-    # rating - item's bias = [item's factors, 1] @ [user's factors, user's bias]
+    # rating - fixed bias = [fixed factors, 1] @ [fitted factors, fitted bias]
     targets = ratings - fixed[other, -1]
     inputs = fixed.copy()
     inputs[:, -1] = 1
     width = fixed.shape[1]
     fitted = np.zeros((count, width), np.float32)
-    for group in groups(own):                   # the ratings of one user
+    for group in groups(own):                   # the ratings of one row
         x = inputs[other[group]]
         penalty = np.full(width, 3 + len(group) / 10)
         penalty[-1] = 3
-        user = own[group[0]]
-        fitted[user] = np.linalg.solve(x.T @ x + np.diag(penalty), x.T @ targets[group])
+        row = own[group[0]]
+        fitted[row] = np.linalg.solve(x.T @ x + np.diag(penalty), x.T @ targets[group])
     return fitted
 
 
@@ -1055,7 +1058,7 @@ def predict(model: Factorisation, users: Array, items: Array) -> Array:
     products = np.einsum("...k,...k->...", p[..., :-1], q[..., :-1])
     biases = p[..., -1] + q[..., -1]
     ratings = model.offset + biases + products
-    # The last digits depend on the shape of the arrays. Rounded, each rating is as if asked alone.
+    # The last digits depend on the shape of the arrays. Rounding makes a rating the same in all.
     return ratings.round(5)
 
 
@@ -1068,8 +1071,8 @@ def star_limits(model: Factorisation, votes: Array) -> Array:
     """
     shares_below = np.array([(votes["rating"] < edge).mean() for edge in (1.5, 2.5, 3.5, 4.5)])
     limits = np.quantile(predict(model, votes["user"], votes["item"]), shares_below)
-    # No rating below the lowest vote or above the highest is predicted, even for pairs without a
-    # vote, whose predictions may lie outside those of the votes.
+    # Predictions for other pairs may be lower or higher than those for the votes. Infinite limits
+    # keep their ratings between the lowest and the highest vote.
     limits[shares_below == 0] = -np.inf     # no vote is below this edge: all predictions reach it
     limits[shares_below == 1] = np.inf      # all votes are below it: no prediction reaches it
     return limits
@@ -1099,7 +1102,7 @@ def rmse(model: Factorisation, votes: Array) -> float:
 
 
 def last_distinct(items: Sequence[int]) -> Array:
-    """The last 20 distinct items, each at its last place.
+    """The last 20 distinct items. An item that comes twice keeps its later place.
 
     >>> last_distinct([3, 1, 3, 2])
     array([1, 3, 2])
@@ -1112,7 +1115,7 @@ def last_distinct(items: Sequence[int]) -> Array:
 def liked_items(votes: Array) -> list[Array]:
     """Each user's history: the last 20 items rated 4 or more.
 
-    A user without such an item gets the last 20 of those that he or she rated highest.
+    A user without such an item gets the last 20 items of his or her highest rating.
     Votes are in the order of time for each user. Each of the users 0, 1, 2, ... has a vote.
     """
     histories = []
@@ -1133,9 +1136,9 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
     """
     rng = branch(seed, "data")
     m, size = len(entries), len(votes)
-    # a copy, by user, then by time: the last key counts most
+    # a copy, sorted by user, then by time: the last key counts most
     votes = votes[np.lexsort((votes["time"], votes["user"]))]
-    votes["rating"], mapping = rescaled(votes["rating"])
+    votes["rating"], note = rescaled(votes["rating"])
     votes["user"] = rng.permutation(n)[votes["user"]]       # at random: the first half will learn
     is_test = rng.permutation(size) < size // 10            # true for a random tenth
     train, test = votes[~is_test], votes[is_test]
@@ -1154,10 +1157,10 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
         beta = float(np.quantile(length_between(vectors, 0, one, other), 0.2))
     else:
         similarity, vectors, beta = "categories", unit(belongs), 0.9        # the beta of `films`
-    if not belongs.any():           # they may stand in a column whose name is not in ALIASES
+    if not belongs.any():           # tell the reader: their column may have an unknown name
         similarity += ", no item has a category"
     share = (length_between(vectors, 0, one, other) < beta).mean()
-    about = (f"{size} ratings{mapping}; RMSE on a held-out tenth {rmse(model, test):.3f}, by "
+    about = (f"{size} ratings{note}; RMSE on a held-out tenth {rmse(model, test):.3f}, by "
              f"biases alone {rmse(biases, test):.3f}; "
              f"{share:.0%} of pairs too similar by {similarity}; beta {beta:.2f}")
     return Env(
@@ -1196,7 +1199,7 @@ movielens = ratings_folder          # a MovieLens folder is one of them
 
 # ------------------------------------------------------- data files: the authors' two worlds
 
-AUTHORS = "whole copies are in the authors' repository, github.com/jizhi-zhang/BiLLP"
+AUTHORS = "complete copies are in the authors' repository, github.com/jizhi-zhang/BiLLP"
 
 # what a pickled numpy array is made of; numpy 2 writes numpy._core for numpy.core
 ADMITTED = ("numpy.ndarray", "numpy.dtype",
@@ -1217,7 +1220,7 @@ class ArraysOnly(pickle.Unpickler):
 
 
 def load(path: Location, world: str, name: str) -> Any:
-    """What a .json file holds, or the finite matrix of a .npy file (memory-mapped) or a pickle."""
+    """The content of a .json file; of a .npy file (memory-mapped) or a pickle a finite matrix."""
     file = find_file(path, name, world=world)
     with in_one_line(file, AUTHORS):
         if file.suffix == ".json":
@@ -1241,8 +1244,8 @@ def distance_by_half(learners: int, train: Array, test: Array, users: Array, a: 
 def released(path: Location, name: str) -> Env:
     """The authors' world "steam" or "amazon", from their files anywhere under path.
 
-    Users of train.json learn, those of test.json do not. Only `a2c` sees the vectors, which are the
-    genres as rows of length 1.
+    The agent learns from the users of train.json; those of test.json are held out. Only `a2c` sees
+    the vectors, which are the genres as rows of length 1.
     """
     halves = ("train", "test")
     with in_one_line(path, AUTHORS):
@@ -1259,10 +1262,11 @@ def released(path: Location, name: str) -> Env:
         item_called = {title: item for item, title in enumerate(titles)}
         ratings, histories = [], []
         for half, matrix in zip(halves, predicted):
-            users = load(path, name, f"{half}.json")
-            ratings.append(matrix[[int(user["userid_encoded"]) for user in users]])
-            for user in users:
-                seen = map(html.unescape, user["pos_seq_name"])         # titles, oldest first
+            people = load(path, name, f"{half}.json")
+            rows = [int(person["userid_encoded"]) for person in people]     # of the matrix
+            ratings.append(matrix[rows])
+            for person in people:
+                seen = map(html.unescape, person["pos_seq_name"])       # titles, oldest first
                 items = [item_called[title] for title in seen if title in item_called]
                 histories.append(last_distinct(items))
         learners = len(ratings[0])

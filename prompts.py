@@ -774,17 +774,17 @@ def bounded(turns: Sequence[str], limit: int) -> str:
     return "".join(turns)
 
 
-def turn(n: int, thought: str, line: str, reward: float, left: bool, asked: str = "") -> str:
+def turn(n: int, thought: str, line: str, reward: float, left: bool, unavailable: str = "") -> str:
     """The lines of step n (from 1), to be appended to the transcript.
 
-    `asked` is what the actor asked for if it was not available and `line` was recommended in its
-    place.
+    `unavailable` is what the actor asked for if `line` was recommended in its place.
     """
-    thought, asked = clean(thought, 300), clean(asked, 100)
+    thought, unavailable = clean(thought, 300), clean(unavailable, 100)
     plan = f"Thought {n}: {thought}\n" if thought else ""
     note = ""
-    if asked:
-        note = f'Note {n}: "{asked}" is not available; the next line was recommended instead\n'
+    if unavailable:
+        note = (f'Note {n}: "{unavailable}" is not available; the next line was recommended '
+                "instead\n")
     seen = "the user left" if left else f"rated {reward:g}"
     return f"{plan}{note}Action {n}: recommend {line}\nObservation {n}: {seen}\n"
 

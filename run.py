@@ -129,8 +129,8 @@ FLAGS = {                               # group -> flag -> what it does
         "line_weight": "weight of an item's whole line in its nearness to a query; its categories "
                        "alone have the weight 1 - N",
         "lately": "how many steps back the category tool looks",
-        "fresh_thoughts": "a thought that names only categories shown lately is malformed, as "
-                          "long as other liked categories remain",
+        "fresh_thoughts": "a thought is malformed if it names a category shown lately and none of "
+                          "the other liked ones",
         "titles": "items in a state's text and in a prompt's history",
         "batch": "episodes between two updates of the memories",
         "transcript": "characters of a session in a prompt",
@@ -754,7 +754,7 @@ def watched(pmap: Callable, run: Settings, live: Live) -> Callable:
 def session_of(trajectory: Trajectory) -> Session:
     """What tables need of an episode."""
     length, reward = billp.score(trajectory)
-    return Session([step.act.value for step in trajectory.steps[:length]], reward)
+    return Session([step.act.result for step in trajectory.steps[:length]], reward)
 
 
 def scores_of(sessions: Sequence[Session]) -> Array:
@@ -800,12 +800,12 @@ def perform(run: Settings, place: Place, agent: Agent, llm: LLM, embed: Embed, p
 
 def describe(env: envs.Env, trajectory: Trajectory) -> Json:
     """One episode as a line of episodes.jsonl: all that --show needs."""
-    steps = [{"lessons": step.plan.recalled, "thought": step.plan.value,
+    steps = [{"lessons": step.plan.recalled, "thought": step.plan.result,
               "listed": step.act.recalled, "said": step.act.said, "exact": step.act.exact,
               "item": step.line, "reward": step.reward} for step in trajectory.steps]
     left = ""
     if trajectory.terminated:
-        items = [step.act.value for step in trajectory.steps]
+        items = [step.act.result for step in trajectory.steps]
         left = prompts.clean(envs.why_left(env, trajectory.user, items))
     key = trajectory.last.key
     reflections = [record.content for record in billp.records(trajectory.gained.planner)]
@@ -1201,12 +1201,12 @@ def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Cal
             played = billp.evaluate(catalog_to_play, [user] * (draws + 1), agent, llm, seed,
                                     "continue", config, pmap)
             # the first return is judged, the others tell what it should be
-            one_return, *others = [billp.discounted_return(trajectory.last.ratings, config.gamma)
+            one_return, *others = [billp.discounted_return(trajectory.last.rewards, config.gamma)
                                    for trajectory in played]
             reference = np.mean(others)
             state = billp.state_after(catalog, user, Key(seed, "value", i), config)
             answer, _ = billp.critic(state, agent.critic, llm, config)
-            errors[repeat, i] = one_return - reference, answer.value - reference
+            errors[repeat, i] = one_return - reference, answer.result - reference
     bias, variance = errors.mean(0), errors.var(0)      # [users, 2]: of the return, of the critic
     figures = np.stack([bias, variance, bias ** 2 + variance], -1)      # [users, 2, 3]
     return figures.reshape(len(users), 6).tolist()

@@ -548,7 +548,7 @@ def test_a_listed_item_replaces_what_is_not_available(text):
     """A small model repeats recent items. The nearest of all items would be too similar."""
     act, _ = billp.actor(STATE, EMPTY, scripted({"actor": [text]}), CATALOG)
     lines = [candidate.line for candidate in act.recalled]
-    assert act.exact or CATALOG.lines[act.value] in lines
+    assert act.exact or CATALOG.lines[act.result] in lines
 
 
 def test_without_candidates_experience_is_shown_and_nothing_else():
@@ -560,7 +560,7 @@ def test_without_candidates_experience_is_shown_and_nothing_else():
     llm, asks = noting(scripted({"actor": ["a musical"]}))
     act, _ = billp.actor(STATE, memory, llm, CATALOG, config)
     assert act.recalled == (Candidate(c, 1, 0), Candidate(b, 1, 0))
-    assert not act.exact and "Musical" in CATALOG.lines[act.value]      # the nearest of all
+    assert not act.exact and "Musical" in CATALOG.lines[act.result]      # the nearest of all
     prompt = asks[0].messages[1][1]
     assert f":\n- {c}\n- {b}\n\n" in prompt and "or another" in prompt
     assert "Encouraged in similar situations: Up (1 of 1), Jaws (1 of 1)." in prompt
@@ -620,7 +620,7 @@ def test_a_malformed_reply_is_asked_again():
     config = Config(reply_tokens=77, temperature=0.3, transcript=1000, retries=3)
     turn = prompts.turn(1, "", "a line", 5, False)
     plan, _ = billp.planner(STATE._replace(turns=99 * (turn,)), EMPTY, llm, config)
-    assert (plan.value, plan.malformed, plan.fallback, len(asks)) == ("go on", 3, False, 4)
+    assert (plan.result, plan.malformed, plan.fallback, len(asks)) == ("go on", 3, False, 4)
     for attempt, ask in enumerate(asks):
         prompt, complaints = ask.messages[:2], ask.messages[2:]
         assert prompt == asks[0].messages and prompt[1][1].count(turn) == 1000 // len(turn)
@@ -640,26 +640,26 @@ def test_a_planner_that_repeats_a_category_is_asked_again(thought, is_usable):
     state = STATE._replace(tastes=tastes)
     llm = scripted({"planner": [f"Next category: {thought}", "Next category: new"]})
     plan, _ = billp.planner(state, EMPTY, llm)
-    assert (plan.value, plan.malformed) == ((thought, 0) if is_usable else ("new", 1))
+    assert (plan.result, plan.malformed) == ((thought, 0) if is_usable else ("new", 1))
     for other, config in ((state, Config(fresh_thoughts=False)),
                           (STATE._replace(tastes=NO_TASTES), Config())):
         plan, _ = billp.planner(other, EMPTY, llm, config)
-        assert (plan.value, plan.malformed) == (thought, 0)
+        assert (plan.result, plan.malformed) == (thought, 0)
 
 
 def test_after_unreadable_replies_the_first_that_is_offered_is_taken():
     llm, asks = noting(scripted({"planner": [""], "actor": [""]}))
     plan, _ = billp.planner(STATE, EMPTY, llm, Config(retries=0))
     [first] = re.findall(r"should come next: (.*?), ", asks[0].messages[1][1])
-    assert (plan.value, plan.said, plan.fallback) == (first, "", True)
+    assert (plan.result, plan.said, plan.fallback) == (first, "", True)
     plan, _ = billp.planner(STATE._replace(tastes=NO_TASTES), EMPTY, llm, Config(retries=0))
-    assert (plan.value, plan.fallback) == ("", True)            # nothing was offered
+    assert (plan.result, plan.fallback) == ("", True)            # nothing was offered
     state = STATE._replace(thought="Western next")
     act, _ = billp.actor(state, EMPTY, llm, CATALOG, Config(retries=4))
     assert (act.said, act.malformed, act.fallback, act.exact) == ("", 5, True, False)
-    assert CATALOG.lines[act.value] == act.recalled[0].line
+    assert CATALOG.lines[act.result] == act.recalled[0].line
     act, _ = billp.actor(state, EMPTY, llm, CATALOG, Config(candidates=0))
-    assert [act.value] == prompts.free_by_nearness(STATE.text, CATALOG, STATE.taken)[:1]
+    assert [act.result] == prompts.free_by_nearness(STATE.text, CATALOG, STATE.taken)[:1]
 
 
 def test_items_are_listed_by_their_lines():
@@ -681,13 +681,13 @@ def test_items_are_listed_by_their_lines():
 def test_a_value_lies_between_0_and_the_top(reply, ratings, as_before, value):
     """As before is the mean rating so far, or 3 of 5. The fallback is the mean of 2 and 4."""
     memory = remember(remember(EMPTY, "a", 2.0, STATE.vector), "b", 4.0, STATE.vector)
-    state = STATE._replace(ratings=ratings, top=10.0)
+    state = STATE._replace(rewards=ratings, top=10.0)
     llm, asks = noting(scripted({"critic": [reply]}))
-    assert billp.critic(state, memory, llm)[0].value == value
+    assert billp.critic(state, memory, llm)[0].result == value
     question = asks[0].messages[1][1]
     assert f"goes on as before, the value is {as_before:.2f};" in question
     assert "Similar situations have 3.00 on average." in question
-    assert billp.critic(state, EMPTY, scripted({"critic": ["hm"]}))[0].value == as_before
+    assert billp.critic(state, EMPTY, scripted({"critic": ["hm"]}))[0].result == as_before
 
 
 @given(st.integers(0, 999), st.integers(1, 12))
@@ -703,7 +703,7 @@ def test_a_state_holds_the_last_titles_and_all_taken_items(user, titles):
         assert step.state.tastes == prompts.category_tool(liked[-titles:], shown, titles)
         assert step.state.text.splitlines() == list(lines[-titles:])
         assert (step.state.taken, step.state.key.step) == (tuple(taken), n)
-        taken.append(step.act.value)
+        taken.append(step.act.result)
     assert len(set(taken)) == len(taken)                    # no item comes twice
 
 
