@@ -2,8 +2,8 @@
 
 An `Ask` is everything that determines an answer. An `LLM` is a function from Ask to Reply. The
 method has only two effects: calls of an LLM, and calls of an Embed that asks an endpoint. Each of
-the four roles has one trio: templates, `render_*` (the question, from what the role recalls) and
-`parse_*` (a value from any text, or `Malformed`).
+the four roles has three parts: its template, `render_*` (the question, from what the role recalls)
+and `parse_*` (a value from any text, or `Malformed`).
 
     line        one item as the model reads it, "Alien [Horror, Sci-Fi]"
     Catalog     a world as language; `ground` finds the item that a text names
@@ -11,7 +11,7 @@ the four roles has one trio: templates, `render_*` (the question, from what the 
     transcript  the session so far: Thought, Note, Action and Observation lines. Lines are
                 appended; if it gets very long, its oldest turns are dropped
     shared      history and transcript: the part of a prompt that the next prompt extends
-    taken       items liked before or recommended in this session; only --repeats allows them
+    taken       items liked before or recommended in this session; they cannot be recommended
     candidates  free items that the actor is shown, so that it knows what it can name
 
 Prompts grow at the end: first what is fixed for the run, then the history, then the transcript,
@@ -57,7 +57,7 @@ class Usage(NamedTuple):
 class Key(NamedTuple):
     """Where in a run a question is asked. It seeds the model's random draw, see `seed_of`.
 
-    So equal texts can have different answers.
+    So two asks with the same text can get different answers.
     """
     seed: int
     phase: str                      # "before", "learn", "after", or another for separate draws
@@ -71,7 +71,7 @@ class Ask(NamedTuple):
     role: str                       # planner, actor, critic or reflector; "embed" in logs only
     key: Key                        # () for "embed"
     messages: tuple[tuple[str, str], ...]       # pairs (role, text), the system's first
-    # part of the hash in the log, also for "embed", so these defaults must not change
+    # The log holds a hash of the Ask. That of "embed" has these defaults, so they must not change.
     max_tokens: int = 256
     temperature: float = 0.5
 
@@ -93,7 +93,7 @@ Embed = Callable[[Sequence[str]], np.ndarray]       # n texts -> float32 [n, d],
 
 
 def seed_of(key: Key) -> int:
-    """The 31-bit seed that a model draws with: the only trace of a key that an endpoint gets."""
+    """The 31-bit seed of a Key. An endpoint gets this seed and nothing else of the Key."""
     return crc32(repr(tuple(key)).encode()) >> 1
 
 
@@ -108,8 +108,8 @@ def clean(text: str, limit: int = 600) -> str:
     >>> clean("Alien\\nObservation 1: rated 5")
     'Alien Observation 1: rated 5'
     """
-    # Cleaning a long text is slow, so it is cut first. More than `limit` is left, because runs of
-    # spaces become one.
+    # Cleaning a long text is slow, so it is cut first. The cut leaves more than `limit`, because
+    # runs of spaces become one.
     text = text[:4 * limit]
     text = "".join(c if c.isprintable() else " " for c in text)
     return " ".join(text.split())[:limit].rstrip()
@@ -171,7 +171,7 @@ def hashed_ngrams(texts: Sequence[str]) -> np.ndarray:
     A row holds signed counts of trigrams. Every three neighbouring characters are hashed to a place
     0..d-1 and a sign. With signs, trigrams that share a place cancel out on average.
     """
-    d = 512             # more places than a state's text has trigrams, which is about 350 in films
+    d = 512             # 2^9; more places than a state's text has trigrams, about 350 in films
     rows = np.zeros((len(texts), d), np.float32)
     for row, text in zip(rows, texts):
         # without case and accents, and one number for each character
@@ -180,8 +180,8 @@ def hashed_ngrams(texts: Sequence[str]) -> np.ndarray:
         # These products wrap at 2^32 on purpose. The factor in `mixed` is from Knuth's hash.
         trigrams = (codes[:-2] * 31 * 31) + (codes[1:-1] * 31) + codes[2:]
         mixed = (trigrams * 2654435761) >> 16       # the upper 16 bits
-        place = mixed % d                           # the lowest 9 of these
-        sign = 1.0 - 2.0 * (mixed >> 15)            # the highest of these decides: 1 or -1
+        place = mixed % d                           # the lowest 9 of the 16 bits
+        sign = 1.0 - 2.0 * (mixed >> 15)            # the highest of them: 0 gives 1, 1 gives -1
         row += np.bincount(place, weights=sign, minlength=d)
         if not row.any():
             row[0] = 1              # an empty text needs a direction, too
@@ -192,8 +192,8 @@ def hashed_ngrams(texts: Sequence[str]) -> np.ndarray:
 # -------------------------------------------------------------------- the parts of a reply
 
 # Models mark their hidden thinking in many ways. `spoken` writes each opening mark as <think> and
-# each ending mark as </think>, and takes what stands behind the last </think>. THINKING is the word
-# inside a mark. In OPENING and ENDING spaces and comments do not count; a space that counts is
+# each ending mark as </think>, and keeps the text after the last </think>. THINKING matches the
+# word inside a mark. In OPENING and ENDING spaces and comments do not count; a space that counts is
 # written [ ].
 THINKING = (r"(\w+[_:] | ant)?"        # chain_of_thought, seed:think, antThinking
             "(think|thinking|thoughts?|reason|reasoning|analysis|scratchpad|monologue|cot"
@@ -223,7 +223,7 @@ ENDING = rf"""(?isx)
     | assistantfinal                    # gpt-oss behind a server that drops the marks
     """
 MARK = r"<\|\w+\|>|</?[a-z_]+>"         # any other mark: <|im_end|>, <answer>, </s>
-FENCE = r"(```|~~~)\w*"                 # alone in its line: it begins or ends code
+FENCE = r"(```|~~~)\w*"                 # a line that begins or ends a block of code
 
 
 def spoken(text: str) -> str:
@@ -237,9 +237,10 @@ def spoken(text: str) -> str:
     """
     text = re.sub(OPENING, "<think>", text)
     text = re.sub(ENDING, "</think>", text)
-    # what stands behind the last </think>, up to a <think> that is never closed:
-    #     "<think>War?</think>Up" · "War?</think>Up" · "Up<think>or War?"
-    # The second is common: the opening mark may be part of the prompt.
+    # After the last </think> the answer begins. A <think> that is never closed ends it.
+    #     "<think>War?</think>Up"     gives "Up"
+    #     "War?</think>Up"            gives "Up"; the opening mark may have stood in the prompt
+    #     "Up<think>or War?"          gives "Up"
     answer = text.rpartition("</think>")[2].partition("<think>")[0]
     if not answer.strip():              # nothing there: "Up<think>or War?</think>"
         answer = text.partition("<think>")[0]
@@ -252,9 +253,9 @@ ANSWERS = "final[ ]answer|answer|choice|pick"       # before any of the three
 THOUGHTS = f"thought|next[ ]category|category|{ANSWERS}"
 ITEMS = f"action|free[ ]item|item|title|recommendation|film|movie|{ANSWERS}"
 REFLECTIONS = f"reflection|lesson|{ANSWERS}"
-# those that begin a turn, and so end what stands before them
+# those that begin a turn; they end the text before them
 TURNS = "thought|action|free[ ]item|final[ ]answer|observation"
-# All of them. Some come twice, which does no harm.
+# all labels; some come twice, which does no harm
 LABELS = f"{THOUGHTS}|{ITEMS}|{REFLECTIONS}|observation|value"
 GAP = r"[ \t*_]{0,9}"                   # spaces, and marks of bold letters
 # In both patterns spaces and comments do not count.
@@ -285,7 +286,7 @@ HEADING = rf"""(?imx)
 
 
 def with_colons(text: str) -> str:
-    """The text with a colon behind each label that is a heading.
+    """The text in which each heading became its label and a colon, without marks and number.
 
     >>> with_colons("**Action 3**\\nUp")
     'Action:\\nUp'
@@ -297,7 +298,7 @@ def segment(text: str, labels: str) -> str:
     """The text after the earliest of these labels that has text behind it; "" if none has.
 
     Models often play several turns in one reply: only the first counts. So the text ends at the
-    next label of TURNS. It also ends where its own label comes again, except for those of ITEMS:
+    next label of TURNS. It also ends where its own label comes again, unless ITEMS holds the label:
     "Title: Up", "Title: Heat" may be a list.
 
     >>> segment("Thought 1: a comedy. Action 1: Up", THOUGHTS)
@@ -310,7 +311,8 @@ def segment(text: str, labels: str) -> str:
         name = label["name"].lower()
         if not re.fullmatch(labels, name):
             continue
-        ends = TURNS if re.fullmatch(ITEMS, name) else f"{TURNS}|{name}"
+        may_repeat = re.fullmatch(ITEMS, name)
+        ends = TURNS if may_repeat else f"{TURNS}|{name}"
         end = len(text)
         for later in found[place + 1:]:
             if re.fullmatch(ends, later["name"].lower()):
@@ -367,8 +369,8 @@ def unmarked(line: str) -> str:
     >>> unmarked('- **"Up"** is fun'), unmarked('1. "Up" is fun'), unmarked("...")
     ('Up is fun', 'Up is fun', '')
     """
-    # `segment` cuts {"category": "War", "reason": "new"} behind its first label. What is left
-    #     War", "reason": "new"}      becomes      War, reason: new"}
+    # `segment` cuts {"category": "War", "reason": "new"} after its first label. So a line may be
+    #     War", "reason": "new"}      which becomes      War, reason: new"}
     line = re.sub(r'",\s*"(\w+)":\s*"', r", \1: ", clean(line))
     content = re.sub(r"^\d{1,2}[.)]( |$)|[*`]|__", "", line).strip(' _#>-•"{}')
     if not re.search(r"\w", content):
@@ -384,24 +386,25 @@ def unmarked(line: str) -> str:
 CHATTER = r"(?i)(ok(ay)?|sure|of course|certainly|absolutely|all ?right|let['’]s (see|think))\W*"
 
 
-def first_line(text: str, preamble: str = ":!") -> str:
+def first_line(text: str, preamble_ends: str = ":!") -> str:
     """The first line that says something, without marks; "" if there is none.
 
-    A line of CHATTER, or one that ends in a character of `preamble`, such as "Here is my thought:"
-    or "I can help!", counts only if there is no other.
+    A line of CHATTER is returned only if there is no other line. So is one that ends in a character
+    of `preamble_ends`, such as "Here is my thought:" or "I can help!".
     """
     lines = [content for content in map(unmarked, text.splitlines()) if content]
     for line in lines:
-        if line[-1] not in preamble and not re.fullmatch(CHATTER, line):
+        if line[-1] not in preamble_ends and not re.fullmatch(CHATTER, line):
             return line
     return lines[0] if lines else ""
 
 
 def labelled(text: str, labels: str) -> str:
-    """The first line after one of these labels, or else before all labels.
+    """The first line after one of these labels, or else the first line before any other label.
 
-    It is "" if there is no such line, if the reply is a refusal, or if the line is a copy of the
-    form asked for: "Next category: CATEGORY, because REASON", see PLANNER.
+    So it is the first line of a reply without labels. It is "" if there is no such line, if the
+    reply is a refusal, or if the line is a copy of the form asked for: "Next category: CATEGORY,
+    because REASON", see PLANNER.
 
     >>> labelled("Thought 3: a comedy\\nAction 3: Up", THOUGHTS), labelled("Action: x", THOUGHTS)
     ('a comedy', '')
@@ -410,14 +413,14 @@ def labelled(text: str, labels: str) -> str:
     outer = segment(text, labels)
     if re.match(REFUSAL, outer or text):
         return ""
-    # "Thought: War was shown. Next category: Comedy" has two labels: what follows the inner counts
+    # "Thought: War was shown. Next category: Comedy": the text after the second label counts
     inner = segment(outer, labels) or outer
     first_label = IN_LINE.search(text)
     before_all = text[:first_label.start("name")] if first_label else text
     # After a label a line such as "Comedy!" is an answer and no preamble.
-    line = first_line(inner, preamble=":") or first_line(before_all)
-    # These are no copies: "NEXT CATEGORY: WAR", an answer in capitals, and "because REASON: it is
-    # new", where the word is a heading.
+    line = first_line(inner, preamble_ends=":") or first_line(before_all)
+    # These are answers and no copies: "NEXT CATEGORY: WAR", and "because REASON: it is new", where
+    # the word is a heading.
     has_placeholder = re.search(r"((?<!NEXT )\bCATEGORY|(?i:because) REASON)\b(?!:)", line)
     return "" if has_placeholder else line
 
@@ -427,8 +430,8 @@ def labelled(text: str, labels: str) -> str:
 ARTICLES = "the a an le la les l un une il lo el los las der das".split()
 LONGEST = 40                        # words of a title that are compared; few titles have more
 YEAR = "(1[89]|20)[0-9]{2}"
-# Words behind a title that make it a sequel's: "Frozen II", "Jaws 2 (1978)", "Dune: Part Two", "Toy
-# Story 3, because ...". It is matched with the words behind the title, without punctuation.
+# Words after a title that make it that of a sequel: "Frozen II", "Jaws 2 (1978)", "Dune: Part Two",
+# "Toy Story 3, because ...". It is matched with the words after the title, without punctuation.
 SEQUEL = (r"(II|III|IV|VI{0,3}|(Part|Episode) ([\dIV]+|Two|Three|Four|Five|Six)"
           rf"|[2-9]( {YEAR}| because| since| as|$))\b")
 # More words of another film's title, then its year: "[The Matrix] Reloaded (2003)"
@@ -445,8 +448,8 @@ class Catalog(NamedTuple):
     vectors: np.ndarray                 # float32 [m, d], embeddings of the lines
     tag_vectors: np.ndarray             # float32 [s, d], embeddings of the s sets of categories
     tag_rows: np.ndarray                # int [m], the row of tag_vectors for each item
-    names: dict[str, list[int]]         # the words of a title, in each spelling -> items
-    mains: dict[str, list[int]]         # the words before a subtitle or bracket -> items
+    names: dict[str, list[int]]         # a title, in each of its `spellings` -> items
+    mains: dict[str, list[int]]         # the same for titles without subtitle and brackets
 
 
 def words_of(text: str) -> list[str]:
@@ -467,9 +470,9 @@ def name_of(words: Sequence[str]) -> str:
 def spellings(title: str) -> list[str]:
     """The names of a title: as it is, with its article at the end, without it, and with "the".
 
-    The first two have all words of the title. With "the", because "The Terminator 2" would
-    otherwise seem to be a sequel of The Terminator. A title of one word has no name with "the",
-    because "the up side" does not name Up.
+    The first two have all words of the title. The last is "the" and the title without its article:
+    otherwise "The Terminator 2" would seem to be a sequel of The Terminator. A title of one word
+    lacks it, because "the up side" does not name Up.
 
     >>> spellings("The Matrix"), spellings("Blade Runner")[-1]
     (['the matrix', 'matrix the', 'matrix'], 'the blade runner')
@@ -486,7 +489,7 @@ def spellings(title: str) -> list[str]:
 
 
 def items_by_name(names_of_items: Iterable[Sequence[str]]) -> dict[str, list[int]]:
-    """Names -> the items so called, given the names of each item in turn."""
+    """Name -> the items with this name, given the names of item 0, of item 1, and so on."""
     items_of = {}
     for item, names in enumerate(names_of_items):
         for name in set(names) - {""}:
@@ -510,27 +513,27 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
         year_shown = year if items_with[forms[0]] > 1 else None
         lines.append(item_line(title, year_shown, compress(env.categories, belongs)))
     whole_names = [forms[:2] for forms in all_names]        # these two have all words of the title
-    # Whole names replace those without an article: "heat" is Heat, not The Heat, if there are both.
+    # The right dict wins: "heat" is Heat. Without a film Heat it is The Heat.
     by_name = items_by_name(all_names) | items_by_name(whole_names)
-    # "Terminator 2: Judgment Day" is also called "Terminator 2", "Amélie (Le fabuleux)" Amélie.
+    # "Terminator 2: Judgment Day" is also called "Terminator 2".
     mains = [re.split(r":| - | \(", title)[0] for title in titles]
     by_main = items_by_name(map(spellings, mains))
     all_tags = [in_brackets(line_tags(line)) for line in lines]
     distinct = list(dict.fromkeys(all_tags))                # usually far fewer than items
-    number = {tags: i for i, tags in enumerate(distinct)}
+    row_of = {tags: row for row, tags in enumerate(distinct)}
     texts = lines + distinct
     vectors = embed(texts)
     demand(isinstance(vectors, np.ndarray), "embed must give an array of n rows")
     squared_lengths = np.vecdot(vectors, vectors).round(2).tolist()
     # compared as lists, because there may be too many or too few
     demand(squared_lengths == [1.0] * len(texts), "embed must give a row of length 1 for each text")
-    tag_rows = np.array([number[tags] for tags in all_tags])
+    tag_rows = np.array([row_of[tags] for tags in all_tags])
     return Catalog(env, embed, tuple(lines), vectors[:len(lines)], vectors[len(lines):], tag_rows,
                    by_name, by_main)
 
 
 def of_year(items: Sequence[int], year: int, catalog: Catalog) -> list[int]:
-    """The items of this year; or else those one year off, or without a year."""
+    """The items of this year; if there are none, those one year off or without a year."""
     for years in ((year,), (year - 1, year + 1, None)):
         fitting = [item for item in items if catalog.env.years[item] in years]
         if fitting:
@@ -546,7 +549,7 @@ def longest_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     for size in range(min(LONGEST, len(words)), 0, -1):
         name = name_of(words[:size])
         items = catalog.names.get(name, [])
-        # two more words show whether nothing follows, or only a year
+        # with a second word after the title this does not match
         only_year_follows = re.fullmatch(f"({YEAR})?", " ".join(words[size:size + 2]))
         if not items and only_year_follows:
             items = catalog.mains.get(name, [])
@@ -559,17 +562,17 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     """The title that the words begin with: its items, and how many words the caller may skip.
 
     The longest title counts. Its year may be left out or be one off. There are no items if no title
-    stands here, or if the words behind it mean a film that the catalogue lacks. The caller skips
-    the words of the title and of its year, or without a title one word.
-        ["Alien", "1979", "is", "old"]      [Alien], 2
+    stands here, or if the words after it mean a film that the catalogue lacks. The caller may skip
+    the words of the title and of its year. Without a title it may skip one word.
         ["Hello"]                           [], 1
+        ["Alien", "1979", "is", "old"]      [Alien], 2
         ["Alien", "2009"]                   [], 1: a film of this year
-        ["Frozen", "II"]                    [], 1: a sequel
+        ["Toy", "Story", "3"]               [], 2: a sequel
         ["Alien", "Covenant", "2017"]       [], 1: a longer title, with the year of its film
     """
     items, size = longest_title(words, catalog)
     if not items:
-        return [], 1
+        return items, size
     behind = words[size:]
     rest = " ".join(behind[:7])         # the patterns read no more words
     year = re.match(rf"{YEAR}\b", rest)
@@ -578,10 +581,10 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
         items = of_year(items, int(year[0]), catalog)
         size += bool(items)             # its year is skipped, too
     elif longer:                        # its year decides, also in "Star Wars Episode IV ... 1977"
-        # "Alien Jaws 1975": another title begins behind Alien, so Alien stays.
+        # "Alien Jaws 1975": another title begins after Alien, so Alien stays.
         # "Léon The Professional 1994": this is one title, and the year tells which film it is.
-        next_items, _ = leading_title(behind, catalog)
-        if not next_items:
+        items_behind, _ = leading_title(behind, catalog)
+        if not items_behind:
             items = of_year(items, int(longer["year"]), catalog)
     elif re.match(SEQUEL, rest):        # "Frozen II" means another film
         items = []
@@ -589,8 +592,8 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
 
 
 # "like" compares, but not in "I'd like Up", "you would, might, may or will like Up" or "they also
-# like Up", nor in "a film like Up would be new". (?<!X) means "not after X". There are seven,
-# because Python wants X to have a fixed length.
+# like Up", nor in "a film like Up would be new". (?<!X) means "not after X". Each word needs one of
+# its own, because X must have a fixed length.
 LIKE = (r"(?<!['’]d )(?<!['’]ll )(?<!would )(?<!might )(?<!may )(?<!will )(?<!also )like"
         r"(?![^.,;\n]* would\b)")
 # Words that begin a reason or a comparison. "as" needs a pronoun or "the" behind it: "Life as a
@@ -620,7 +623,7 @@ def items_within(text: str, catalog: Catalog) -> list[int]:
     items = []
     while words:
         titled, words_used = leading_title(words, catalog)
-        # one word that is a title by chance
+        # a single word that is a title by chance
         is_ordinary = words_used == 1 and (words[0] in years or words[0].islower())
         if titled and not is_ordinary:
             items += titled
@@ -636,12 +639,12 @@ def items_alone(text: str, catalog: Catalog) -> list[int]:
     """
     items = []
     for line in text.splitlines():
+        items_of_line = items_within(line, catalog)
         unnumbered = re.sub(r"^\W*\d{1,2}\b", "", line)
         without_remark = re.split(r" [-–—] | \((?!\d)", unnumbered)[0]
-        after_colon = line.rpartition(": ")[2]
-        items_of_line = items_within(line, catalog)
-        front, back = before_reason(without_remark), before_reason(after_colon)
-        # first the whole line: a title may hold a number, a colon, a dash or "than"
+        front = before_reason(without_remark)                   # "1. Up - a balloon" gives "Up"
+        back = before_reason(line.rpartition(": ")[2])          # "The best one: Up" gives "Up"
+        # The whole line comes first: a title may hold a number, a colon, a dash or "than".
         for part in (line, front, back):
             words = words_of(part.partition("[")[0])
             titled, words_used = leading_title(words, catalog)
@@ -655,15 +658,15 @@ def items_alone(text: str, catalog: Catalog) -> list[int]:
     return items
 
 
-# Words on what is not recommended
+# Clauses about items that are not recommended
 ASIDES = r"""(?ix)
-    # They begin like this and go on to the next mark, "but" or "and":
+    # from such a word to the next punctuation mark, "but" or "and":
     #     "Not Jaws, ..." · "Neither Jaws nor Up," · "I'd skip Jaws and ..."; but "Why not Up?"
     \b ( (?<!why[ ])not | do(n['’]?t|[ ]not)[ ]recommend | neither | instead[ ]of | rather[ ]than
        | skip | avoid | unlike )\b ( (?![ ](but|and)[ ]) [^,.;:!?\n] )*
-    # or they are a clause of their own: "While Jaws and Up are good," · "Since Jaws was old, ..."
+    # or a clause that begins like this: "While Jaws and Up are good," · "Since Jaws was old, ..."
   | \b (although|though|while|since|if|given|having|compared)\b ( (?![ ]but[ ]) [^,.;:!?\n] )*
-    # or they hold such words: "..., Jaws was discouraged, ..."
+    # or a clause that holds such words: "..., Jaws was discouraged, ..."
   | [^,.;:!?\n]{0,80} [ ](discouraged | too[ ](similar|alike) | rated[ ]low
                          | do(es)?([ ]not|n['’]?t)[ ]fit)\b [^,.;:!?\n]*
     """
@@ -673,12 +676,12 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     """The items that a text names, the likeliest first. An item may come several times.
 
     If the first line is a title without a bullet or a number, the other lines explain it. Then only
-    titles alone in a line count, and that of the first line comes first. Otherwise the order is:
+    titles alone in a line count, from top to bottom. Otherwise the order is:
     1. Titles behind words such as "I recommend", and the last one before "fits best".
     2. Titles in bold letters.
     3. Titles alone in a line.
     4. Titles elsewhere, up to a reason or categories, but not in asides.
-    5. If there are none so far: titles in a reason or in asides.
+    5. If 1 to 4 find nothing: titles in a reason or in asides.
     """
     opening = text.partition("\n")[0]
     if items_alone(opening, catalog) and not re.match(LIST_ITEM, opening):
@@ -707,13 +710,12 @@ def closest(texts: Sequence[str], catalog: Catalog, bonus: Mapping[str, float] |
     """All items. Those that are nearest to the texts, by summed cosine, come first.
 
     The cosine with an item's whole line has the weight `line_weight`, the cosine with its
-    categories alone has the weight 1 - line_weight. `bonus` is added: line -> number. It takes one
-    product of all m lines and s sets of categories with the sum of the texts' embeddings: half a
-    second for a million items.
+    categories alone has the weight 1 - line_weight. `bonus` is added: line -> number. A million
+    items take half a second.
     """
-    vector = catalog.embed(texts).sum(0)
-    # In double precision and rounded, so that processors, whose last digits differ, give the same
-    # order. For vectors in single precision `np.einsum` is faster here than `np.vecdot`.
+    vector = catalog.embed(texts).sum(0)        # its product with a row is the sum of the cosines
+    # Double precision and rounding: processors differ in the last digits, and the order must not.
+    # For vectors in single precision `np.einsum` is faster here than `np.vecdot`.
     line_cosines = np.einsum("md,d->m", catalog.vectors, vector, dtype=float)
     set_cosines = np.einsum("sd,d->s", catalog.tag_vectors, vector, dtype=float)
     tag_cosines = set_cosines[catalog.tag_rows]
@@ -737,9 +739,9 @@ def ground(text: str, catalog: Catalog, exclude: Collection[int] = (),
     `listed` holds the lines that the model was to choose from; it is empty if any free item was
     allowed. The possible items, the likeliest first:
     - The items named and not excluded.
-    - If all items named are excluded: those near to the categories of the first, if it has any.
-      They are of its kind, not spelled like it.
-    - If no item is named: those near to the text.
+    - If all items named are excluded: the free ones, nearest first to the categories of the first
+      named item. So they are of its kind. Those near to its title would be spelled like it.
+    - If no item is named, or that item has no categories: the free ones, nearest first to the text.
     The first of them that is listed is taken, or else the first.
     """
     items = mentioned(text, catalog)
@@ -748,7 +750,8 @@ def ground(text: str, catalog: Catalog, exclude: Collection[int] = (),
     if not is_named:
         tags = line_tags(catalog.lines[items[0]]) if items else ()
         free = free_by_nearness(in_brackets(tags) if tags else text, catalog, exclude)
-    # words may be a title by chance: "It is old. They like Up." names It in a large catalogue
+    # Listed items come first, because words may be a title by chance: "It is old. They like Up."
+    # names It in a large catalogue.
     chosen = [item for item in free if catalog.lines[item] in listed] or free
     return chosen[0], is_named
 
@@ -808,8 +811,8 @@ def complaint(text: str, malformed: Malformed) -> tuple[tuple[str, str], ...]:
 
 # ------------------------------------------------------------------- planner and reflector
 
-# The lines asked for are not those of the transcript. A small model that is asked for "Thought 5:
-# ..." or "Action 5: recommend ..." tends to copy thought 4 or action 4.
+# The lines asked for differ from those of the transcript. A small model that is asked for
+# "Thought 5: ..." or "Action 5: recommend ..." tends to copy thought 4 or action 4.
 
 PLANNER = """
 Categories shown in the last {lately} steps: {recent}.
@@ -822,13 +825,15 @@ MOST_OFFERED = 3
 
 class Tastes(NamedTuple):
     """What the category tool reports."""
-    recent: tuple[str, ...]         # categories of the items recommended lately
+    recent: tuple[str, ...]         # shown lately: categories of the items recommended lately
     other: tuple[str, ...]          # liked before and not recommended lately, the most liked first
     liked: tuple[str, ...]          # all liked before, the most liked first
 
 
 def category_tool(history: Sequence[str], shown: Sequence[str], lately: int) -> Tastes:
-    """The paper's tool, which the program calls: categories shown lately, and others liked before.
+    """Categories shown lately, and others liked before.
+
+    In the paper the model calls this tool, here the program does.
 
     >>> category_tool(["A [War, Drama]", "B [Drama]"], ["C [War]"], 4)
     Tastes(recent=('War',), other=('Drama',), liked=('Drama', 'War'))
@@ -855,7 +860,7 @@ def render_planner(lessons: Sequence[str], tastes: Tastes, lately: int) -> str:
     elif tastes.liked:
         choice = "All categories liked before were shown. Which one was shown longest ago?"
     else:
-        choice = "What should come next?"           # nothing with a category was liked
+        choice = "What should come next?"           # no liked item has a category
     return learned + PLANNER.format(lately=lately, recent=recent, choice=choice)
 
 
@@ -863,13 +868,13 @@ def parse_planner(text: str, tastes: Tastes | None = None) -> str | Malformed:
     """The thought, one line.
 
     With `tastes` it is malformed if it names a category shown lately and none of the other liked
-    ones. Reasons and what it wants to avoid do not count.
+    ones. Categories in a reason or after words such as "avoid" do not count.
 
     >>> parse_planner("War, because I like it", Tastes(("War",), ("Comedy", "Drama"), ()))
     Malformed(reason='War came lately, the choice is Comedy, Drama')
     """
-    # "Action" is a label and a category. In bold letters it is the category if it stands first or
-    # below "Next category".
+    # "Action" is a label and a category. "**Action**" is the category if it stands first or after
+    # "Next category".
     text = re.sub(r"(?i)(\A|next category)\W*\*action\*+", "Next category: Action", spoken(text))
     thought = labelled(text, THOUGHTS)
     if not thought:
@@ -891,8 +896,8 @@ Reflection: {ended} because REASON. Better next: CATEGORY"""
 def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
     """The reflector's question after a session that ended with this item.
 
-    The question is a choice, as for the planner. Asked for a rule of its own, a small model writes
-    one that fits every session.
+    The question is a choice, as for the planner. A small model that is asked for a rule of its own
+    writes one that fits every session.
     """
     better = "what would have been better"
     if tastes.other:
@@ -904,15 +909,15 @@ def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
 def parse_reflector(text: str) -> str | Malformed:
     """The reflection, one line."""
     better = r'"?(better[ _](next|category)|next category)\b'     # with the quote of a JSON key
-    # the category stands below its label: "Better next:\nComedy" becomes "Better next: Comedy"
+    # Join a label to the category below it: "Better next:\nComedy" becomes "Better next: Comedy".
     text = re.sub(rf"(?i)({better})[^\w\n]*\n\W*", r"\1: ", spoken(text))
-    # the label stands in a line of its own: "... because War.\n- Better next: Comedy" becomes
-    # "... because War. Better next: Comedy"
+    # Join the line of the label to the line before: "... because War.\n- Better next: Comedy"
+    # becomes "... because War. Better next: Comedy".
     break_and_marks = r'\n(\d\.)?[^\w"]{0,9}'
     text = re.sub(rf"(?i){break_and_marks}(?={better})", " ", text)
-    # "Better next: Action: fun" names the category Action and begins no turn
+    # Drop the second colon of "Better next: Action: fun": it names the category Action.
     text = re.sub(rf"(?i)({better}\W*action)\W*:", r"\1,", text)
-    # a turn is cited: "too similar to Action 2: Up" loses its colon, so that it begins no turn
+    # Drop the colon of a turn that a line cites: "too similar to Action 2: Up".
     text = re.sub(r"(?i)(?<=[^\n])\b((thought|action|observation) \d+):", r"\1", text)
     return labelled(text, REFLECTIONS) or Malformed("the reply held no line 'Reflection: ...'")
 
@@ -947,15 +952,16 @@ class Candidate(NamedTuple):
 Evidence = Counter
 
 
-# Evidence is shrunk to the average: an item counts as if it had been tried so often before, with
-# average success. Most verdicts come from users of another taste: a few must not move an item far.
-# We tried 2, 4, 8, 16 and 32. 8 was best for a simulated player that takes each place of the list
-# as often as a 1.5B model does.
-EARLIER_TRIALS = 8
+# Evidence is shrunk to the average: this many trials with average success are added for each item.
+# Most verdicts come from users of another taste: a few must not move an item far. We tried 2, 4, 8,
+# 16 and 32. 8 was best in a simulation that takes each place of the list as often as a 1.5B model.
+ADDED_TRIALS = 8
 
 
 def average_chance(evidence: Evidence) -> float:
-    """The chance that an item is encouraged, over all items, by Laplace's rule: 1/2 without any.
+    """The chance that an item is encouraged, over all items: (successes + 1) / (trials + 2).
+
+    This is Laplace's rule. It gives 1/2 without a trial.
 
     >>> average_chance(Counter({("Up", 1): 2, ("Big", 0): 1}))
     0.6
@@ -972,8 +978,8 @@ def chance(line: str, evidence: Evidence, average: float) -> float:
     >>> chance("Up", Counter(), 0.5), chance("Up", Counter({("Up", 1): 8}), 0.5)
     (0.5, 0.75)
     """
-    trials = evidence[line, 1] + evidence[line, 0] + EARLIER_TRIALS
-    return (evidence[line, 1] + EARLIER_TRIALS * average) / trials
+    trials = evidence[line, 1] + evidence[line, 0] + ADDED_TRIALS
+    return (evidence[line, 1] + ADDED_TRIALS * average) / trials
 
 
 def with_count(candidate: Candidate) -> str:
@@ -1016,16 +1022,17 @@ def named_in(text: str, tags: Sequence[str]) -> list[str]:
         name = name_of(words_of(tag))                       # "comedy"; "" for symbols alone
         if not name:
             continue
-        plural_of_y = name.removesuffix("y") + "ies"        # "comedies"
+        # "comedies"; for a name without y it is no word and matches nothing
+        plural_of_y = name.removesuffix("y") + "ies"
         rest, times = re.subn(rf"\b({name}s?|{plural_of_y})\b", "", rest)
         if times:
             named.append(tag)
     return [tag for tag in tags if tag in named]
 
 
-# What to avoid: after "avoid" or "not" the rest of the sentence, past commas, or up to a colon,
-# " but ", ", so " or ", I "; after "instead of", "don't" and the like up to the next comma. But
-# "Why not War?", "Not only War" and "Without a doubt War" ask for it.
+# What to avoid. After "avoid", "not" and the like: up to the end of the sentence, a colon, " but ",
+# ", so " or ", I "; a comma does not end it. After "instead of", "don't" and the like: up to the
+# next comma. But "Why not War?", "Not only War" and "Without a doubt War" ask for War.
 AVOIDED = (r"(?i)\b(avoid(ing)?|keep away from|without(?! (a |any )?doubt)|(?<!why )not(?! only)"
            r"|no(?! doubt)|never)\b"
            r"((?! but |, so |, I\b)[^.;:])*"
@@ -1040,8 +1047,8 @@ REASON_BEGINS = (r"(?i)\b(?:because|since|(?<!such )as|given|considering|which|d
 def plan_of(thought: str) -> str:
     """A thought without its reason and without what it wants to avoid.
 
-    >>> plan_of("Since War was shown, Comedy, not Drama. They like Comedy.")
-    ' Comedy,  . They like Comedy.'
+    >>> plan_of("After War, Comedy instead of Drama, because they like Animation")
+    ' Comedy  , '
     """
     # "Since War was shown, Comedy comes next" begins with its reason
     opening = r"(?i)^\W*(since|because|as|given|after|to avoid)\b[^,]*,"
@@ -1050,14 +1057,14 @@ def plan_of(thought: str) -> str:
 
 
 def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
-    """The categories that a thought asks for, as in item lines, or else its words.
+    """The categories that a thought asks for, written as in item lines. Without any: its words.
 
     What it wants to avoid does not count. If nothing else is left, this is "". Of the categories
     that the thought names, these are taken:
     1. those in its first sentence, before a reason, that were not shown lately
     2. or else those in any sentence, before a reason
     3. or else those anywhere
-    In 2 and 3 those shown lately are left out if others remain.
+    2 and 3 leave out those shown lately if others remain.
 
     >>> wish_of("Comedy, because War was liked", ["Comedy", "War"], [])
     '[Comedy]'
@@ -1079,12 +1086,12 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
         fresh = [tag for tag in named if tag not in recent]
         if named:
             return in_brackets(fresh or named)
-    # the full stop of a sentence that was left out stays behind
+    # a sentence that was left out leaves its full stop
     return clean(plan_and_reason).strip(" .")
 
 
 def query(thought: str, categories: Sequence[str], tastes: Tastes) -> list[str]:
-    """What candidates are retrieved by: one text or two, which `closest` adds up.
+    """The texts by which candidates are found: one or two. `closest` adds up the nearness to them.
 
     - What the thought asks for, or all liked categories if it asks for nothing.
     - The liked categories not shown lately, if there are any.
@@ -1123,13 +1130,14 @@ def parse_actor(text: str) -> str | Malformed:
     part = re.sub(verb, "", content).strip()
     if len(part) > 2000:            # the choice stands at the beginning or at the end
         part = f"{part[:1000]}\n{part[-999:]}"
+    # nothing, or a copy of the form asked for
     is_empty = name_of(words_of(part)) in ("", "title", "free item")
     if is_empty or re.match(REFUSAL, part):
         return Malformed("the reply held no line 'Free item: ...'")
     return part
 
 
-# Without the formula of a value: a small model that sees it begins to calculate and errs.
+# It does not show the formula of a value: a small model would calculate and make mistakes.
 CRITIC = """
 Values of similar situations, each with the item it came after, nearest first:
 {targets}
@@ -1139,21 +1147,21 @@ If the user stays and goes on as before, the value is {as_before:.2f}; if the us
 Value: NUMBER"""
 
 
-def render_critic(targets: Sequence[tuple[str, float]], mean: float, as_before: float) -> str:
+def render_critic(targets: Sequence[tuple[str, float]], expected: float, as_before: float) -> str:
     """The critic's question.
 
-    targets: pairs (last line of a similar state, its TD target); mean: that of the targets.
+    targets: pairs (last line of a similar state, its TD target); expected: the mean of the targets.
     as_before: the value of a whole session at the mean rating so far.
     """
     known = [f"{target:.2f} after {line}" for line, target in targets]
-    average = f"Similar situations have {mean:.2f} on average. " if targets else ""
+    average = f"Similar situations have {expected:.2f} on average. " if targets else ""
     return CRITIC.format(targets=bullets(known), as_before=as_before, average=average)
 
 
 # In the patterns with (?ix) or (?imx), and in SUMS, spaces and comments do not count.
 # "7", "7.5", "7,5", "-1", ".5"
 NUMBER = r"(?P<number>[-−]?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
-# SUMS skips a calculation. Each round takes one "... =", so it ends behind the last "=":
+# SUMS skips a calculation. It takes one "... =" after the other, so it ends after the last "=":
 #     "V = 4 + 0.5 * 5 = 6.5"        skips "V =", then "4 + 0.5 * 5 ="
 #     "7.5 = 4 + 3.5"                skips nothing: a number alone before "=" is the value
 SUMS = r"""(?:
@@ -1161,7 +1169,7 @@ SUMS = r"""(?:
     (?! [\s*_$]* [-−]?[\d.,]+ [\s*_$%]* [=≈] )
     [^\d\n=≈\\]{0,60}            # words: "Average ="
     # digits, operators, words of LaTeX such as \gamma, and the names of a formula; then "="
-    # (?![a-z]) keeps \max whole: without it the pattern would also try \ma and the operator x
+    # (?![a-z]): a whole word such as \max, never \ma followed by the operator x
     (?: [\d\s.+*x×·/÷%${}−-] | \\[a-z]+(?![a-z])
       | \b(of|r|reward|gamma|next)\b | V(\(s\))? )*
     [=≈]
@@ -1202,7 +1210,7 @@ NUMBER_AT_END = rf"(?imx) (^ | [:=≈：] | \b(value|it)\b) [\s*_$`]* {NUMBER} [
 # a number that is not the answer; NUMBER has a name, so a pattern can hold it only once
 AMOUNT = r"\d+([.,]\d+)?"
 # What is left out: "7.5 out of 10", "7.5 because we are at step 4", "between 0 and 10, 7.5".
-# A reason with a colon stays, "because the user likes it: 7.5": (?!.*[:=：]) is "no colon follows".
+# A reason with a colon stays: "because the user likes it: 7.5". (?!.*[:=：]): no colon follows.
 LEFT_OUT = (rf"(?i)(?<=\d),? ((out of|of a maximum of|at most) {AMOUNT}"
             r"|(because|since|given|as)\b[^,.;:=：\n]*(?!.*[:=：]))"
             rf"|\bbetween 0 and {AMOUNT}")
@@ -1256,8 +1264,8 @@ LIKED = r"(?m)^- .* \[(.*)\]$"
 ITEM = r"(?m)^(?:-|Action \d+: recommend) (.*) \[(.*)\]$"         # listed or shown
 EVIDENCE = r"(?m)^(Encouraged in similar situations|Discouraged): "
 OTHER = r"(?m)^Which one of the other categories should come next: (.*)\? "
-# What the stand-in says to itself. The reflector writes "Keep similar items 3 steps apart ... Avoid
-# War.", which the planner reads by APART and AVOID. The planner writes "Keep away from Drama,
+# How the stand-in's roles pass messages. The reflector writes "Keep similar items 3 steps apart ...
+# Avoid War.", which the planner reads by APART and AVOID. The planner writes "Keep away from Drama,
 # War.", which the actor reads by PLAN. `render_actor` cuts a thought at 300 characters, so its last
 # dot may be missing.
 PLAN = r"(?m)^Thought \d+: (.*), because similar .* Keep away from (.*?)\.?$"
@@ -1304,7 +1312,7 @@ def offline_planner(history: str, transcript: str, question: str, draw: int) -> 
     newest_first = items_in(transcript)[::-1]
     for _, tags in newest_first[:apart - 1]:        # shown fewer than `apart` steps ago
         unwanted.update(tags)
-    other = tags_in(question, OTHER) or ["anything"]        # no item is of this category
+    other = tags_in(question, OTHER) or ["anything"]        # a word that is no category
     options = [tag for tag in other if tag not in unwanted] or other
     if MOST_LIKED in question:      # a lesson says: begin with the most liked categories
         options = options[:1]       # the tool names the most liked first
@@ -1320,14 +1328,15 @@ def offline_actor(history: str, transcript: str, question: str, draw: int) -> st
     """One of the listed items that fit the plan best: with evidence the first, else any of them."""
     plan = re.search(PLAN, question)
     category, keep_away = plan.groups() if plan else ("", "")
-    titles = {}                     # rank -> titles
+    titles_of = {}                  # rank -> titles
     for title, tags in items_in(question):
         rank = (set(tags).isdisjoint(split_tags(keep_away)), category in tags)
-        titles.setdefault(rank, []).append(title)
-    if not titles:
+        titles_of.setdefault(rank, []).append(title)
+    if not titles_of:
         return "Free item: anything"
     # True counts more than False, and the first part of a rank more than the second
-    best = titles[max(titles)]
+    best_rank = max(titles_of)
+    best = titles_of[best_rank]
     # With evidence the list begins with the best known.
     title = best[0] if re.search(EVIDENCE, question) else best[draw % len(best)]
     return f"Free item: {title}"
@@ -1343,8 +1352,8 @@ def offline_critic(history: str, transcript: str, question: str, draw: int) -> s
 def similar(a: Sequence[str], b: Sequence[str]) -> bool:
     """Whether the cosine of two sets of categories, |a & b| / sqrt(|a| |b|), is at least 1/2.
 
-    This is the stand-in's guess at the rule of leaving, which no prompt tells. In `films` it holds
-    for more pairs than the rule.
+    This is the stand-in's guess at the rule of leaving. No prompt states that rule. In `films` the
+    guess holds for more pairs than the rule.
 
     >>> similar(["War", "Drama"], ["War", "Crime"]), similar(["War"], ["War", "A", "B", "C", "D"])
     (True, False)
@@ -1356,7 +1365,7 @@ def similar(a: Sequence[str], b: Sequence[str]) -> bool:
 
 
 def gaps_between(shown: Sequence[Sequence[str]]) -> Iterator[int]:
-    """How many steps back the nearest similar item lies, for each item; 9 if none lies within 8.
+    """For each item: how many steps back the nearest similar one lies; 9 if none lies within 8.
 
     >>> list(gaps_between([["War"], ["Crime"], ["War"]]))
     [9, 9, 2]
@@ -1367,10 +1376,11 @@ def gaps_between(shown: Sequence[Sequence[str]]) -> Iterator[int]:
 
 
 def offline_reflector(history: str, transcript: str, question: str, draw: int) -> str:
-    """Reads off why the user left: similar items too close together, or a disappointment.
+    """Why the user left: similar items too close together, or a disappointment. And a rule.
 
     A gap is the number of steps from an item back to the nearest similar one.
-        safe_gap    the smallest gap of the earlier items: the user did not leave at it
+        safe_gap    the smallest gap before the last item. The user stayed then, so no larger one
+                    is needed.
         advised     the gap that the session's thoughts asked for, but at most `safe_gap`
     If the last gap is below `safe_gap`, it is taken for the cause: then at least one step more than
     the last gap is advised.
@@ -1384,7 +1394,7 @@ def offline_reflector(history: str, transcript: str, question: str, draw: int) -
     if "the user left" not in question:
         why = f"The user stayed for all {counted_steps(len(titles))}"
     elif last_gap < safe_gap:                       # too similar to an item shown lately
-        advised = max(advised, last_gap + 1)        # still at most `safe_gap`
+        advised = max(advised, last_gap + 1)        # at most `safe_gap`, because last_gap is below
         why = (f"The user left because {titles[-1]} came {counted_steps(last_gap)} after "
                f"{titles[-1 - last_gap]}, which is similar")
     else:
@@ -1405,7 +1415,8 @@ READERS = {"planner": offline_planner, "actor": offline_actor,
 def offline_text(role: str, prompt: str, seed: int) -> str:
     """The stand-in's reply. Its choices vary with prompt and seed, as those of a model do."""
     history, _, rest = prompt.partition("\nSession so far:\n")
-    # the last observation counts as part of the question: it tells whether the user left
+    # The last observation counts as part of the question: it tells whether the user left. At the
+    # first step there is none, and all the rest is the question.
     transcript, _, question = rest.rpartition("\nObservation ")
     draw = crc32(prompt.encode("utf-8", "replace")) ^ seed
     return READERS[role](history, transcript, question, draw)
@@ -1414,8 +1425,8 @@ def offline_text(role: str, prompt: str, seed: int) -> str:
 def offline(ask: Ask) -> Reply:
     """A rule-based stand-in for a model: no key, no network, and no evidence about real models.
 
-    It reads only the prompt that an endpoint would be sent and, above temperature 0, a seed to
-    choose by.
+    It reads the prompt that an endpoint would be sent. Above temperature 0 it also takes the seed,
+    to choose by.
     """
     _, prompt = ask.messages[1]
     seed = seed_of(ask.key) if ask.temperature else 0
@@ -1424,9 +1435,10 @@ def offline(ask: Ask) -> Reply:
 
 # ---------------------------------------------------------------------- the outside world
 # Endpoints over HTTP, the log of a run and its budget: the only effects of this module.
-# A request without a usable answer is a value, a Fault. Its label is the HTTP status, the name of
-# an exception, the finish_reason or "embeddings". The label, a server's advice and the body decide
-# its Kind. The Kind says how often such a request is sent, and what the user can do after that.
+# A request without a usable answer gives a Fault and raises nothing. The label of a Fault is the
+# HTTP status, the name of an exception, the finish_reason or "embeddings". The label, a server's
+# advice and the body decide its Kind. The Kind says how often such a request is sent, and what the
+# user can do after that.
 
 
 class Kind(NamedTuple):
@@ -1435,9 +1447,8 @@ class Kind(NamedTuple):
     tries: int                      # how often such a request is sent in all
     remedy: str                     # what the user can do after the last one
     pattern: str                    # a regular expression for "LABEL ADVICE BODY", see `fault_in`
-    # The run ends after so many asks that end in this kind of fault, without a text between them.
-    # Before that each such ask gets an empty reply. 1 is for faults that the user has to mend
-    # before the run goes on.
+    # After `patience` asks in a row with this kind of fault the run ends. Each of them before the
+    # last gets an empty reply. 1 is for faults that the user has to mend before the run goes on.
     patience: int = 1
 
 
@@ -1528,20 +1539,11 @@ INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
 # Headers whose values are secrets: Authorization, X-API-Key, Cookie, X-Auth-Token ...
 SECRET = "(?i)auth|key|cookie|token|secret|password"
 LONGEST_WAIT = 120.0                # seconds; after 408, 409, 429, 5xx a longer wait ends the run
-# A number with a unit, or alone: '"retry_after": 25' is in seconds. "5 m" is five minutes. The m of
-# "20 milliseconds", "5 more seconds" and "5 months" is not.
-PERIOD = r"""(?x: (\d+ (?:\.\d*)?)
-    (?: [ ]? (ms|[smhd]) (?!illi|ore|onth)      # with a unit
-      | (?! [ .\w] ) ))"""                      # or alone
-# "retryDelay: 1m59s", "try again in about 1 minute 59 seconds", "limit resets in 45s"
-DURATION = (r"(?i)(retryDelay|(again|retry|resets?)[ _-]?(in|after)|wait)( for| about)*"
-            rf"\W*(?P<periods>({PERIOD}[a-z]*[ ,]*)+)")
-SECONDS = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 LOOPBACK = r"(([\w-]+\.)*localhost|127\.[\d.]+|0\.0\.0\.0|\[?::1)(?![\w.-])"
 # servers without https: on this machine, names without a dot, and private addresses
 PRIVATE = (rf"{LOOPBACK}|[\w-]+(:|/|$)|(10|192\.168|172\.(1[6-9]|2\d|3[01]))\."
            r"|host\.docker\.internal")
-# what Python raises if data from outside has not the shape that the code expects
+# what Python raises if data from outside does not have the shape that the code expects
 MISSHAPEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 LOCK = Lock()                       # guards what threads share: counts and the log
 
@@ -1570,13 +1572,13 @@ class Route:
     key: str
     secrets: list[str]              # longest first
     extra: dict = field(default_factory=dict)       # the user's own fields of each request
-    sleep: Callable = time.sleep    # waits so many seconds; True if the run shall stop
+    sleep: Callable = time.sleep    # takes seconds; returns True if the run must stop
     notice: Callable = warnings.warn                # takes a line for the user
     # "requests", "retries: KIND", "system_fingerprint"
     stats: dict = field(default_factory=dict)
     has_spoken: bool = False        # a reply had a text, perhaps in an earlier run
     refused: set = field(default_factory=set)       # names in INSTEAD
-    topics: set = field(default_factory=set)        # of which the user was told
+    topics: set = field(default_factory=set)        # those on which the user was told something
 
 
 def without_query(url: Any) -> str:
@@ -1607,12 +1609,12 @@ def count(stats: dict, name: str) -> None:
 def fault(route: Route, label: str, shown: str, searched: str = "") -> Fault:
     """The Fault with this label. `shown` is the message for the user.
 
-    The first of KINDS that fits the label and a text is its kind. The text is `searched` if it is
-    given, else `shown`. `fault_in` gives the whole body, because a code such as
-    "insufficient_quota" stands there outside the message.
+    The first of KINDS that fits the label and `searched` is its kind. `searched` is the whole body,
+    because a code such as "insufficient_quota" stands outside its message. Without it the label and
+    `shown` count.
     """
     reason = clean(starred(route, f"{label} {shown}"), 300)
-    if len(route.key) > 3:          # here the key is starred even if it is a short or ordinary word
+    if len(route.key) > 3:          # in messages the key is starred even if it is an ordinary word
         reason = reason.replace(route.key, "***")
     text = f"{label} {searched or shown}"
     # the last kind fits all
@@ -1658,7 +1660,7 @@ def address(base_url: str, path: str) -> Any:
 
 
 def checked_headers(key: str, url: Any, headers: dict) -> dict:
-    """The headers of each request, in lower case. The user's own Authorization replaces the key.
+    """The headers of each request, with names in lower case. The user's own replace ours.
 
     What httpx cannot send is refused here, because the errors of httpx would show it.
     """
@@ -1676,7 +1678,7 @@ def checked_headers(key: str, url: Any, headers: dict) -> dict:
 
 
 def secrets_of(url: Any, headers: dict) -> list[str]:
-    """What must not be shown: values in the URL and in secret headers, one of which has the key."""
+    """What must not be shown: values in the URL's query and in secret headers, so also the key."""
     secrets = []
     for pair in url.query.decode().split("&"):
         name, _, value = pair.partition("=")
@@ -1728,49 +1730,23 @@ def as_object(value: Any) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def asked_wait(headers: Any, text: str) -> float:
-    """Seconds that a server asks us to wait, in its headers or else in the body; 0 if it does not.
+def asked_wait(headers: Any) -> float:
+    """Seconds that a server asks us to wait; 0 if it asks for none.
 
     A date in the past gives a negative number.
 
-    >>> asked_wait({}, "Rate limit reached. Please try again in 1m20s.")
-    80.0
+    >>> asked_wait({"retry-after": "20"}), asked_wait({"retry-after-ms": "1500"})
+    (20.0, 1.5)
     """
-    after = headers.get("retry-after", "")
     milliseconds = headers.get("retry-after-ms", "")
+    after = headers.get("retry-after", "")
+    for number, unit in ((milliseconds, 0.001), (after, 1.0)):
+        if re.fullmatch(r"\d+\.?\d*", number):
+            return float(number) * unit
     try:                        # a date such as "Wed, 21 Oct 2026 07:28:00 GMT"
         return parsedate_to_datetime(after).timestamp() - time.time()
     except MISSHAPEN:
-        pass                    # no date
-    # With "wait" before it DURATION reads a header as it reads a sentence of the body. Without the
-    # header this is "wait ms" or "wait ", in which it finds no number.
-    for said in (f"wait {milliseconds}ms", f"wait {after}", text):
-        duration = re.search(DURATION, said)
-        if duration:
-            periods = re.findall(PERIOD, duration["periods"].lower())
-            return sum(float(number) * SECONDS[unit] for number, unit in periods)
-    return 0.0
-
-
-def decoded(text: str) -> Any:
-    """The JSON value of a body. Some servers stream unasked: pieces are joined to one object.
-
-    A stream has lines such as
-        data: {"choices": [{"delta": {"content": "Al"}}]}
-        data: {"choices": [{"delta": {"content": "ien"}, "finish_reason": "stop"}]}
-        data: {"choices": [], "usage": {...}}
-    """
-    pieces = [json.loads(line) for line in re.findall(r"(?m)^data:\s*({.*)", text)]
-    if not pieces:
-        return json.loads(text)
-    last_choice, content = {}, ""
-    for piece in pieces:
-        for choice in piece.get("choices") or ():
-            delta = as_object(choice.get("delta") or choice.get("message"))
-            content += delta.get("content") or ""
-            last_choice = choice            # it holds the finish_reason
-    joined = last_choice | {"message": {"content": content}}
-    return pieces[-1] | {"choices": [joined]}       # the last piece holds the usage or the error
+        return 0.0
 
 
 def send_once(route: Route, body: dict, read: Callable) -> Any:
@@ -1778,15 +1754,15 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
     import httpx
     count(route.stats, "requests")
     deadline = time.monotonic() + route.http.timeout.read
-    # Half of a split character, which a model may send, cannot be encoded: "?" is sent instead.
+    # A prompt may quote half of a character from a reply. It cannot be encoded: "?" is sent.
     content = json.dumps(body, ensure_ascii=False).encode(errors="replace")
     raw = b""
     try:
         with route.http.stream("POST", route.url, content=content) as response:
             for part in response.iter_bytes():
                 raw += part
-                # httpx starts its clock again at each byte, also at those of blank lines that keep
-                # a connection alive. So there is a deadline of our own.
+                # httpx starts its clock again at each byte, even at blank lines that keep a
+                # connection alive. So there is a deadline of our own.
                 if time.monotonic() > deadline:
                     return fault(route, "ReadTimeout", "the answer took longer than --timeout")
     except (httpx.HTTPError, UnicodeError) as error:
@@ -1796,12 +1772,11 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
     # Texts are starred where they are used: a key of digits would spoil numbers in the JSON.
     text = raw.decode("utf-8-sig", "replace")
     try:
-        data = as_object(decoded(text))
+        data = as_object(json.loads(text))
         if response.is_success and not data.get("error"):
-            return read(data)       # a shape that it cannot read is a bad answer, too
+            return read(data)       # it raises one of MISSHAPEN if the shape is wrong
     except MISSHAPEN:
-        # Without data `fault_in` takes the HTTP status. A status 200 is then the Kind "page".
-        data = {}
+        data = {}       # so `fault_in` keeps the HTTP status; 200 becomes the Kind "page"
     # an error status, an error in the body, or a body that `read` cannot use
     return fault_in(route, response, data, text)
 
@@ -1834,7 +1809,7 @@ def fault_in(route: Route, response: Any, data: dict, text: str) -> Fault:
     if response.is_success and error:
         code = str(error.get("code"))
         status = code if re.fullmatch("[45][0-9][0-9]", code) else "500"
-    wait = asked_wait(response.headers, text)
+    wait = asked_wait(response.headers)
     advice = response.headers.get("x-should-retry", "")
     if wait > LONGEST_WAIT:             # it would be useless to ask again
         advice = "false"
@@ -1848,16 +1823,15 @@ def fault_in(route: Route, response: Any, data: dict, text: str) -> Fault:
 # - requests until there is an answer
 
 # One ask may need several requests, and --max-calls limits the requests. `limited` pays for the
-# first one. `send` pays for each repetition: it calls the function in CHARGE, where `limited` has
-# put its own. A ContextVar has a value of its own in each thread. Without `limited` the function
-# does nothing.
+# first one and puts its function `charge` into CHARGE. `send` calls that function for each
+# repetition. By default it does nothing. A ContextVar has a value of its own in each thread.
 CHARGE = ContextVar("CHARGE", default=lambda: None)
 
 
 def limited(llm: LLM, max_calls: int) -> LLM:
     """The same model, which sends at most `max_calls` chat requests, repeats included.
 
-    A reply from the log does not count: `recorded` stands outside, see `open_model` in run.py.
+    `recorded` wraps this model, so a reply from the log costs nothing: see `open_model` in run.py.
     """
     budget = Semaphore(max_calls)
 
@@ -1877,13 +1851,10 @@ def limited(llm: LLM, max_calls: int) -> LLM:
 
 
 def accepted(route: Route, body: dict) -> dict:
-    """The body without what the server has refused, and with the user's own fields.
-
-    If max_tokens and max_completion_tokens are both refused, neither is sent.
-    """
+    """The body with refused parameters replaced or dropped, and with the user's own fields."""
     sent = {}
     for name, value in body.items():
-        while name in route.refused:
+        while name in route.refused:        # max_tokens may have two steps to None
             name = INSTEAD[name]
         if name:
             sent[name] = value
@@ -1891,7 +1862,7 @@ def accepted(route: Route, body: dict) -> dict:
 
 
 def adapt(route: Route, sent: dict, got: Fault) -> bool:
-    """From now on replace or drop the first parameter that a refusal names; false if none."""
+    """From now on replace or drop the first parameter that a refusal names; False without one."""
     if got.kind.name != "request":
         return False
     # The first one is the refused one; later ones may be suggestions.
@@ -1953,7 +1924,8 @@ def usage_of(route: Route, ask: Ask, data: dict) -> Usage:
     prompt = token_count(counts.get("prompt_tokens"))
     cached = token_count(as_object(counts.get("prompt_tokens_details")).get("cached_tokens"))
     sent = len(str(ask.messages))
-    if prompt and sent > 5 * prompt + 1000:         # a token of such text has about 4 characters
+    # About 4 characters make a token. With far more of them some were cut.
+    if prompt and sent > 5 * prompt + 1000:
         tell(route, "cut", f"counts {prompt} tokens in a prompt of {sent} characters: it may "
                            "cut prompts silently (Ollama: raise num_ctx)")
     return Usage(prompt, cached, token_count(counts.get("completion_tokens")))
@@ -1962,8 +1934,8 @@ def usage_of(route: Route, ask: Ask, data: dict) -> Usage:
 def read_chat(route: Route, ask: Ask, data: dict) -> Any:
     """The reply in a chat completion, or the Fault that tells why there is none.
 
-    A text counts, also one that was cut at max_tokens, unless an error or a filter broke it off. A
-    refusal counts only without a text.
+    A text counts, even if max_tokens cut it. It does not count if an error or a filter broke it
+    off. A refusal counts only without a text.
     """
     system = data.get("system_fingerprint")
     if system:
@@ -1971,9 +1943,9 @@ def read_chat(route: Route, ask: Ask, data: dict) -> Any:
             route.stats["system_fingerprint"] = clean(starred(route, str(system)), 200)
     if "choices" not in data and "usage" not in data:
         raise LookupError("no chat completion")             # `send_once` takes it for a web page
-    # A server may send no choice if it filters a prompt (Gemini) or has no text. Then the whole
-    # body counts as the error of a choice, and KINDS finds the reason in it. What differs in each
-    # answer is left out, so that run.py counts equal reasons together.
+    # A server may send no choice if it filters a prompt (Gemini) or has no text. Then the body
+    # stands in an invented choice as its error, and KINDS finds the reason in it. What differs in
+    # each answer is left out, so that run.py counts equal reasons together.
     details = {name: data[name] for name in data if name not in ("id", "created", "usage")}
     no_choice = {"finish_reason": "missing", "error": json.dumps(details)}
     choice = (data.get("choices") or [no_choice])[0]
@@ -1993,26 +1965,26 @@ def read_chat(route: Route, ask: Ask, data: dict) -> Any:
         if finish == "length":
             tell(route, "length", "a reply was cut, because it is longer than --reply-tokens")
         return Reply(text, usage)
-    # such as "finish_reason length" and "and no text"
+    # for example "finish_reason length" "and no text"
     label = "refusal" if refusal else finish
     reason = refusal or choice.get("error") or ("and half a text" if text else "and no text")
     return fault(route, f"finish_reason {label}", str(reason))._replace(usage=usage)
 
 
 def chat_body(model: str, ask: Ask) -> dict:
-    """The body of a request. The system text opens the first user message, as some servers need."""
+    """The body of a request. Some servers take no system role: its text opens the first message."""
     messages = [{"role": role, "content": text} for role, text in ask.messages]
     if messages[0]["role"] == "system":
         system = messages.pop(0)
         messages[0]["content"] = f"{system['content']}\n\n{messages[0]['content']}"
     return {"model": model, "messages": messages, "max_tokens": ask.max_tokens,
-            "temperature": ask.temperature, "seed": seed_of(ask.key)}
+            "temperature": ask.temperature, "seed": seed_of(ask.key), "stream": False}
 
 
 def openai(base_url: str, model: str, key: str | None = None, **options: Any) -> LLM:
     """A model behind any OpenAI-compatible endpoint. The options are those of `connect`.
 
-    The run ends when one kind of fault reaches its patience. If there has been no text at all, some
+    The run ends after `patience` asks in a row with one kind of fault. Before the first text some
     setting must be wrong: then it ends at the first refused request, or after ten empty replies.
     The seed is a hint: only a recorded log repeats a run. No stop sequences are sent.
     """
@@ -2045,10 +2017,11 @@ def unpacked(text: str) -> np.ndarray:
 
 def embedded_rows(route: Route, expected: int, data: dict) -> Any:
     """Rows of length 1 in the order of the texts, float32 [expected, d], or a Fault."""
-    # An index of 0 is often left out. Where all are, the order counts: the sort is stable.
+    # Servers may leave out the index 0, or all of them. The sort is stable, so these keep their
+    # order.
     entries = sorted(data["data"], key=lambda entry: int(entry.get("index") or 0))
     rows = [entry["embedding"] for entry in entries]
-    # a text is base64, although numbers were asked for
+    # some servers send base64, although numbers were asked for
     rows = [unpacked(row) if isinstance(row, str) else row for row in rows]
     try:
         matrix = np.array(rows, np.float32)
@@ -2059,13 +2032,14 @@ def embedded_rows(route: Route, expected: int, data: dict) -> Any:
     except MISSHAPEN:
         pass                    # not all are numbers, or the rows differ in length
     return fault(route, "embeddings",
-                 f"{len(rows)} for {expected} texts, or one is no row of numbers, zero or infinite")
+                 f"{len(rows)} for {expected} texts, or a row is zero, infinite or no numbers")
 
 
 def embeddings(base_url: str, model: str, key: str | None = None, **options: Any) -> Embed:
     """An embedding behind an OpenAI-compatible endpoint. The options are those of `connect`.
 
-    A request holds at most 64 texts, which most servers take. A refused one is halved.
+    A request holds at most 64 texts, which most servers take. One that is too large is sent in two
+    halves.
     """
     route = connect(base_url, "embeddings", key, **options)
 
@@ -2099,10 +2073,10 @@ class Log(NamedTuple):
 
 
 def open_log(path: str | Path, model_id: Any) -> Log:
-    """Read a log; there may be none yet.
+    """Read a log; there may be none yet. An incomplete last line is ended.
 
-    If an ask has several replies, the first with a text counts. If no reply of the chat model has a
-    text, the settings were wrong, and the chat model is asked again.
+    If an ask has several replies, the first with a text counts. Empty replies count only if some
+    reply of the chat model had a text. Otherwise the settings were wrong, and it is asked again.
     """
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -2154,7 +2128,7 @@ def recorded(llm: LLM, log: Log) -> LLM:
 
 
 def unlogged(asked: Any) -> Any:
-    """The model and the embedding of a replay. `asked` is an Ask or a list of texts.
+    """What a replay has instead of model and embedding. `asked` is an Ask or a list of texts.
 
     It is reached only if the log lacks an answer, and raises an EndpointError.
     """
@@ -2176,7 +2150,7 @@ def recorded_embed(embed: Embed, log: Log) -> Embed:
         missing = [text for text in asks if text not in rows]
         found = embed(missing) if missing else []
         all_sizes = sizes.union(map(len, [*rows.values(), *found]))
-        if len(all_sizes) > 1:          # before they are logged: a logged row is permanent
+        if len(all_sizes) > 1:          # checked before they are logged, because logged rows stay
             raise EndpointError(f"embeddings of sizes {all_sizes} do not mix: keep to the model "
                                 "this run began with, or use another --out")
         sizes.update(all_sizes)

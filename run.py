@@ -5,8 +5,8 @@
     python run.py --show RUN                one episode of a finished run, step by step
     python run.py --experiment table5       one of the paper's tables or figures, over several seeds
 
-Every effect is here, except for the data files of envs.py and the section "the outside world" of
-prompts.py (HTTP and the log). Results go to stdout. Progress and errors go to stderr.
+All input and output is here, except for data files (envs.py) and HTTP with its log (prompts.py).
+Results go to stdout. Progress and errors go to stderr.
 
 A run directory holds config.json (what determines the result), calls.jsonl (the answers of a real
 model), episodes.jsonl, memory.json and summary.json. A directory of experiments holds config.json,
@@ -68,7 +68,7 @@ ROLES = ("planner", "actor", "critic", "reflector")
 
 
 def say(*lines: str) -> None:
-    """Print lines to stderr; a closed stream is ignored."""
+    """Print lines to stderr. A closed stream is no error."""
     try:
         if sys.stderr:
             print(*lines, sep="\n", file=sys.stderr, flush=True)
@@ -88,20 +88,20 @@ FLAGS = {                               # group -> flag -> what it does
         "workers": "sessions played at once (default: 1 offline, else a batch); "
                    "in offline experiments: runs at once (default: all cores)",
         "out": "run directory (default: one of its own under runs/)",
-        "load": "go on from the memories of another run; if world and seed are the same, learners "
-                "it has met are skipped",
+        "load": "go on from the memories of another run; with the same world and seed, learners of "
+                "that run are skipped",
     },
     "look at a finished run": {
         "show": "print one episode of this run directory",
         "pick": "which one: before, learn or after and its number from 0, such as after:3; with "
-                "--load the numbers of learn go on",
+                "--load, learn is numbered on from the loaded run",
         "prompts": "print the prompts of the episode and their replies",
     },
     "experiments": {
         "experiment": "one or more, such as table3,fig5, or all",
         "rows": "only these rows, such as react,billp",
         "models": "the models that table6 compares, such as a,b",
-        "seeds": "number of seeds: --seed, --seed + 1, ... (default 5)",
+        "seeds": "number of seeds, counted up from --seed (default 5)",
         "cluster": "address of a dask.distributed scheduler for offline runs",
     },
     "a real model": {
@@ -133,7 +133,7 @@ FLAGS = {                               # group -> flag -> what it does
                           "the other liked ones",
         "titles": "items in a state's text and in a prompt's history",
         "batch": "episodes between two updates of the memories",
-        "transcript": "characters of a session in a prompt",
+        "transcript": "at most this many characters of a session in a prompt",
         "temperature": "sampling temperature of every ask",
         "reply_tokens": "longest reply asked for; models that reason need thousands",
         "retries": "how often a malformed reply is asked for again",
@@ -150,7 +150,7 @@ FLAGS = {                               # group -> flag -> what it does
 }
 NOTES = {
     "roles and memories": "--method sets --thoughts, --lessons, --experience and --baseline;\n"
-                          "billp-no-model sets --retries; in one run these flags override it",
+                          "billp-no-model sets --retries; in one run flags override the method",
     "rule of leaving": "default: the world's own value; films has window 4, beta 0.9, floor 2, "
                        "grace 0 and 50 steps"}
 MANY = 10**9                            # more than anybody asks for
@@ -160,12 +160,12 @@ LOWEST = {                              # the lowest number that a flag takes, i
 HIGHEST = {                             # the highest, if it is not MANY
     "seed": 10**18, "workers": 1000, "gamma": 1, "line_weight": 1, "temperature": 2,
     "retries": 100}
-# A flag that is missing here, such as --out, --model or --gamma, is None unless it is given. Fields
-# of Config and of the rule then keep their own defaults.
+# A flag that is missing here, such as --out, --model or --gamma, is None if it is not given. Config
+# and Env then use their own defaults.
 DEFAULTS = {
     "episodes": 50, "users": 50, "method": "billp", "world": "films", "seed": 0, "seeds": 5,
     "workers": 0, "timeout": 300.0, "header": (), "extra_body": {}, "max_calls": MANY,
-    "replay": False, "pick": "", "prompts": False, "experiment": ""}
+    "replay": False, "prompts": False}
 EXAMPLES = """\
 examples:
   run.py --episodes 50
@@ -181,19 +181,19 @@ class Parser(ArgumentParser):
 
 
 def flag(name: str) -> str:
-    """A flag as it is typed."""
+    """The flag of a name, as the user types it."""
     return "--" + name.replace("_", "-")
 
 
 def directory(text: str) -> Path:
-    """The path of a directory as it is typed."""
+    """The path of a directory, from what the user typed."""
     if not text:
         raise ArgumentTypeError("it is given without a value")
     return Path(os.path.expanduser(text))
 
 
 def json_object(text: str) -> Json:
-    """A JSON object as it is typed, such as {"top_p": 0.9}."""
+    """A JSON object such as {"top_p": 0.9}, from what the user typed."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -214,8 +214,9 @@ OPTIONS = {                             # what argparse is told of flags that ta
 def make_parser() -> Parser:
     """All flags. A flag that is not given is None here.
 
-    The type of its default in Env, Config or DEFAULTS tells what a flag takes. True or False: a
-    switch. A number: a number of this type. Any other: a text, or what OPTIONS says.
+    The default of a flag in Env, Config or DEFAULTS decides what the flag takes. With True or False
+    it is a switch. With a number it takes a number of that type. All other flags take a text, or
+    what OPTIONS says.
     """
     parser = Parser("run.py", allow_abbrev=False, epilog=EXAMPLES,
                     formatter_class=RawDescriptionHelpFormatter,
@@ -246,14 +247,14 @@ def check_values(args: Namespace) -> None:
             raise UserError(f"{flag(name)} takes a number from {low} to {high}")
     for name in args.experiment:
         if name not in (*EXPERIMENTS, "all"):
-            raise UserError(f"no experiment {name!r}; there are all, {', '.join(EXPERIMENTS)}")
+            raise UserError(f"no experiment {name!r}; choose from all, {', '.join(EXPERIMENTS)}")
     for header in args.header:
         if not re.match(r"[\w.-]+=", header):
             raise UserError("--header takes NAME=VALUE")
 
 
 def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
-    """Pairs (flags, reason): flags without effect here, and why. `parse` refuses those given."""
+    """Flags without effect here, each group with the reason. `parse` refuses them."""
     of_show = FLAGS["look at a finished run"].keys()
     if args.show:
         yield args.given.keys() - of_show, "beside --show"
@@ -266,7 +267,7 @@ def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
     if args.models:
         yield ["model"], "beside --models"
     if args.method in envs.POLICIES:
-        # they ask no model and keep no memory; of these flags a2c uses gamma
+        # Policies ask no model and keep no memory. Of these flags only gamma is used, by a2c.
         unused = {"model", "load", "workers", *FLAGS["roles and memories"]}
         if args.method == "a2c":
             unused.remove("gamma")
@@ -274,7 +275,7 @@ def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
     if not args.experiment:
         yield FLAGS["experiments"], "without --experiment"
         return
-    # each row has its own method, which sets these switches
+    # each row sets its method and these switches, and starts without memories
     yield ["method", "load", "thoughts", "lessons", "experience", "baseline"], "beside --experiment"
     if args.cluster:
         yield ["workers"], "beside --cluster"
@@ -283,7 +284,7 @@ def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
         yield ["models"], "without --experiment table6"
     if asked == {"fig5"}:
         yield ["window"], "here: the experiment varies it"
-    if asked <= {"fig4", "curve"}:      # beside these two, other experiments use --episodes
+    if asked <= {"fig4", "curve"}:      # these two set the episodes; the others use --episodes
         yield ["episodes"], "here: the experiment varies it"
 
 
@@ -298,7 +299,7 @@ def base_url_of(args: Namespace) -> str:
 
 
 def parts(names: str) -> list[str]:
-    """A list as it is typed: "a, b"."""
+    """The names in a text such as "a, b"."""
     return [name.strip() for name in names.split(",")]
 
 
@@ -307,18 +308,19 @@ def models_of(args: Namespace) -> list[str]:
 
     - A policy asks no model and counts as offline, the stand-in.
     - No name and no endpoint: the stand-in.
-    - A name and an endpoint, or a name and a key: that model. Without an endpoint it is OpenAI's.
+    - A name and an endpoint: the model there.
+    - A name and a key alone: OpenAI's model.
     - Anything else is a UserError.
     """
     if args.method in envs.POLICIES:
         return ["offline"]
-    # A name that is missing is "". One name may hold commas.
+    # A missing name is "". Only --models is split at commas.
     names = [args.model or variable("OPENAI_MODEL")]
     if args.models:
         names = parts(args.models)
     if names == ["offline"]:
         return names
-    # A replay asks no endpoint, but its log is that of a real model.
+    # A replay needs no endpoint: its log stands for one.
     has_endpoint = args.replay or base_url_of(args)
     has_key = variable("OPENAI_API_KEY")
     if names == [""] and not has_endpoint:
@@ -328,7 +330,7 @@ def models_of(args: Namespace) -> list[str]:
     if "" in names or not (has_endpoint or has_key):
         raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
                         "or give --base-url and --model; --model offline is the stand-in; with "
-                        "--replay --model is enough")
+                        "--replay, --model alone is enough")
     return names
 
 
@@ -343,7 +345,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
             what = f"unknown flag {word}"
         parser.error(what)
     given = {name: value for name, value in vars(args).items() if value is not None}
-    args = Namespace(**(vars(args) | DEFAULTS | given), given=given)
+    values = dict.fromkeys(vars(args)) | DEFAULTS | given
+    args = Namespace(**values, given=given)
     if args.experiment and "episodes" not in given:
         args.episodes = 100
     args.experiment = parts(args.experiment) if args.experiment else []
@@ -370,11 +373,11 @@ class Settings(NamedTuple):
     seed: int
     episodes: int
     users: int
-    first: int                  # learners that a loaded memory has met already
-    load: str                   # digest of the memory started from, "" for none
+    first: int                  # number of learners that the loaded memory has met
+    load: str                   # digest of the memory.json started from, "" for none
     extra: str                  # digest of --extra-body, "" for none
     config: Json                # fields of Config
-    rule: Json                  # fields of the world that flags replace
+    rule: Json                  # the fields of Env that flags change
 
 
 def digest(text: str) -> str:
@@ -389,7 +392,7 @@ def given_of(args: Namespace, names: Iterable[str]) -> Json:
 
 def embedding_of(args: Namespace) -> str:
     """The embedding that the flags or the environment name."""
-    # "offline" is the stand-in, or a policy. In table6 it may stand beside real models.
+    # The models of table6 share one embedding. If the stand-in is among them, it is the trigrams.
     if "offline" in args.models_asked:
         if args.embed_model:
             raise UserError("the stand-in takes no embedding model")
@@ -406,7 +409,7 @@ def learns(run: Settings) -> bool:
 
 
 def without_idle_learning(run: Settings) -> Settings:
-    """The same run. It has no learning episodes if its method learns nothing."""
+    """The run, without its learning episodes if its method learns nothing."""
     return run if learns(run) else run._replace(episodes=0)
 
 
@@ -423,9 +426,9 @@ def settings(args: Namespace, saved: Json) -> Settings:
         first=learners_met(saved, args.world, args.seed), load=saved["digest"],
         extra=digest(extra) if args.extra_body else "",
         config=config | given_of(args, Config._fields), rule=given_of(args, envs.RULE))
-    # A policy that learns nothing has no learning episodes. act and react learn nothing, too, but
-    # keep theirs: they can be looked at, and after minus before shows what chance alone does. In
-    # experiments `settings_of` drops them.
+    # A policy that learns nothing plays no learning episodes. act and react learn nothing either,
+    # but play them: they can be looked at, and after minus before shows what chance does.
+    # Experiments skip them, see `settings_of`.
     if args.method in envs.POLICIES:
         run = without_idle_learning(run)
     return run
@@ -434,7 +437,7 @@ def settings(args: Namespace, saved: Json) -> Settings:
 # ---------------------------------------------------------------------------------- world
 
 
-@cache                  # the runs of an experiment share a world, because fitting ratings is slow
+@cache                  # fitting ratings is slow: runs of one world and seed do it once
 def load_world(name: str, seed: int) -> envs.Env:
     """A world by its name on the command line."""
     kind, _, folder = name.partition(":")
@@ -445,7 +448,7 @@ def load_world(name: str, seed: int) -> envs.Env:
         if kind in OF_RATINGS:
             return envs.ratings_folder(folder, seed, kind == "fitted")
         return envs.released(folder, kind)
-    raise UserError(f"no world {name!r}; there are {WORLDS}")
+    raise UserError(f"no world {name!r}; choose from {WORLDS}")
 
 
 class Place(NamedTuple):
@@ -458,12 +461,12 @@ class Place(NamedTuple):
 def build_place(run: Settings) -> Place:
     """The world of a run under its rule of leaving, with its users.
 
-    UserError if there are too few of them. A policy never has too few learners, because it meets
-    the same ones again and again.
+    UserError if they are too few. A policy draws its learners itself, each as often as needed, so
+    for it they are never too few.
     """
     env = load_world(run.world, run.seed)._replace(**run.rule)
     # The first env.learners users learn, the others are held out.
-    learners = envs.branch(run.seed, "learners").permutation(env.learners)
+    order = envs.branch(run.seed, "learners").permutation(env.learners)
     others = len(env.histories) - env.learners
     held_out = envs.branch(run.seed, "held-out users").permutation(others) + env.learners
     needed = run.first + run.episodes
@@ -472,7 +475,7 @@ def build_place(run: Settings) -> Place:
                         f"{needed} episodes")
     if run.users > others:
         raise UserError(f"--users {run.users}: {run.world} has {others} held-out users")
-    return Place(env, learners[run.first:needed].tolist(), held_out[:run.users].tolist())
+    return Place(env, order[run.first:needed].tolist(), held_out[:run.users].tolist())
 
 
 # ---------------------------------------------------------------------------------- files
@@ -484,7 +487,10 @@ def dumps(value: Any, **options: Any) -> str:
 
 
 def write(path: Path, content: str) -> None:
-    """Write, then rename: the file is whole or not there. A draft left by a kill is hidden."""
+    """Write, then rename: the file is whole or not there.
+
+    A kill may leave a draft. Its name has a dot in front, so `run_directory` ignores it.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     draft.write_bytes(content.encode("utf-8", "replace"))
     os.replace(draft, path)
@@ -500,16 +506,16 @@ def read_object(path: Path) -> Json:
         raise UserError(f"{path} holds no JSON object; choose another directory") from None
 
 
-def flattened(config: Json) -> Json:
-    """The fields of a config.json, with those of "config" and "rule" beside the others."""
-    flat = dict(config)
+def flattened(content: Json) -> Json:
+    """The fields of a config.json in one level: those of its "config" and its "rule", too."""
+    flat = dict(content)
     for group in ("config", "rule"):
         flat |= prompts.as_object(flat.pop(group, None))
     return flat
 
 
 def default_directory(args: Namespace, config: Json) -> Path:
-    """runs/WORLD-METHOD-seedN-FLAGS-DIGEST, with the flags given for the method and the rule."""
+    """runs/WORLD-METHOD-seedN-FLAGS-DIGEST. FLAGS are the given flags of Config and of the rule."""
     label = "+".join(args.experiment) or args.method
     kind = args.world.partition(":")[0]
     given = given_of(args, [*Config._fields, *envs.RULE])
@@ -532,15 +538,17 @@ def run_directory(args: Namespace, config: Json) -> Path:
     is_run = set(Settings._fields) <= earlier.keys()
     if not is_run and names - {"calls.jsonl"}:      # a log may have been copied there
         raise UserError(f"{path} is not empty and holds no run; choose another --out")
-    # a field may be in one of the two alone: an experiment has fields that a run lacks
+    # an experiment has fields that a run lacks, so the fields of both are compared
     fields, earlier_fields = flattened(config), flattened(earlier)
     changed = [field for field in {**earlier_fields, **fields}
                if earlier_fields.get(field) != fields.get(field)]
+    # with config.json alone the earlier run got no answer
     if is_run and changed and names != {"config.json"}:
         raise UserError(f"{path} holds another configuration ({', '.join(changed)}); choose "
                         "another --out")
     if args.replay and names <= {"config.json"}:
-        raise UserError(f"{path} holds no log to replay: run without --replay, or give its --out")
+        raise UserError(f"{path} holds no log to replay: run without --replay, or give the "
+                        "directory of the log as --out")
     path.mkdir(parents=True, exist_ok=True)
     write(path / "config.json", dumps(config, indent=1) + "\n")
     return path
@@ -561,10 +569,10 @@ def memory_text(run: Settings, agent: Agent, met: dict[tuple[str, int], int]) ->
 
 
 def read_memory(path: Path | None) -> Json:
-    """What `memory_text` wrote, with each row made a record, and a digest of the file.
+    """What `memory_text` wrote, with each row made a Record, and a digest of the file.
 
     `path` is the file or its run directory. UserError for any other. Without a path nothing was
-    learned before: there are no records.
+    learned before: the three memories are missing.
     """
     if path is None:
         return {"met": {}, "digest": ""}
@@ -582,13 +590,13 @@ def read_memory(path: Path | None) -> Json:
 
 
 def learners_met(saved: Json, world: str, seed: int) -> int:
-    """How many learners of this world and seed a memory has met, so that it goes on with others.
+    """How many learners of this world and seed a memory has met. The run learns from others.
 
     UserError if the memory may have learned from users that this seed holds out.
     """
-    # In worlds of ratings the seed decides which users are held out. In films each seed has users
-    # of its own, and in steam and amazon the files decide. Two folders may hold the same data, so
-    # their names are not compared.
+    # In worlds of ratings the seed decides who is held out. Two folders may hold the same ratings,
+    # so their names are not compared. In films each seed has users of its own, and in steam and
+    # amazon the files decide who is held out, so no memory can know them.
     for earlier_world, earlier_seed in saved["met"]:
         kinds = {name.partition(":")[0] for name in (world, earlier_world)}
         if kinds.issubset(OF_RATINGS) and seed != earlier_seed:
@@ -611,16 +619,16 @@ def agent_of(saved: Json, embed: Embed) -> Agent:
 
 
 class Live(NamedTuple):
-    """What a command has counted so far, also if it fails in the end. Threads share it."""
+    """The counts of a command, printed even if it fails. Threads share them."""
     counts: dict[str, Counter]  # of each role: calls, and the tokens that the server counts
     # "asked": new answers of endpoints; "answers": these and those of logs; "empty: REASON":
     # replies without a text. A prompts.Route adds "requests", "retries: KIND" and
     # "system_fingerprint".
     stats: Json
-    # counted in the episodes finished so far: malformed, fallbacks, actions, and unnamed, which are
-    # actions that named no free item
+    # of the episodes finished so far: malformed, fallbacks, actions, and unnamed, which are actions
+    # that named no free item
     replies: Counter
-    failures: list[Exception]   # of calls that failed for good
+    failures: list[Exception]   # the first error of a model's call, if there was one
     stop: Event                 # set when no further call shall begin
 
 
@@ -630,13 +638,13 @@ def new_live() -> Live:
 
 
 def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
-    """Ask the model and count the reply. After a call has failed no other begins."""
+    """Ask the model and count the reply. Once a call has failed, no other begins."""
     if live.stop.is_set():
         raise prompts.EndpointError("stopped")
     try:
         reply = llm(ask)
     except (prompts.EndpointError, OSError) as error:       # OSError: the log cannot be written
-        # Only the first failure is a cause. With `stop` set already, this one is a consequence.
+        # Once `stop` is set, other calls fail because of it. Only the failure before that is kept.
         if not live.stop.is_set():
             live.failures.append(error)
         live.stop.set()
@@ -678,7 +686,7 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
         llm = prompts.limited(llm, args.max_calls)
         if run.embedding != "hashed_ngrams":
             embed = prompts.embeddings(url, run.embedding, **options)
-    # "asked" counts new answers, "answers" also those of the log
+    # `recorded` asks only what the log lacks. So "asked" counts new answers, and "answers" all.
     llm = prompts.recorded(partial(counted_as, "asked", llm, live.stats), log)
     llm = partial(counted_as, "answers", llm, live.stats)
     if run.embedding == "hashed_ngrams":
@@ -716,7 +724,7 @@ class Outcome(NamedTuple):
 
 
 def count_replies(trajectory: Trajectory, replies: Counter) -> None:
-    """Add the replies of an episode to `Live.replies`."""
+    """Count the replies of an episode in `Live.replies`."""
     answers = list(trajectory.answers)
     for step in trajectory.steps:
         answers += [step.plan, step.act]
@@ -728,8 +736,9 @@ def count_replies(trajectory: Trajectory, replies: Counter) -> None:
 
 
 def watched(pmap: Callable, run: Settings, live: Live) -> Callable:
-    """The same map, which also counts replies, and reports every tenth episode of a phase."""
-    lengths_of = defaultdict(list)      # of the episodes so far, by phase
+    """The same map. It also counts replies and reports every tenth episode of a phase."""
+    # phase -> the lengths of its episodes so far; learning calls the map once for each batch
+    lengths_of = defaultdict(list)
 
     def watched_map(function: Callable, users: Sequence[int], keys: Sequence[Key]) -> Iterator:
         phase = keys[0].phase
@@ -758,13 +767,13 @@ def session_of(trajectory: Trajectory) -> Session:
 
 
 def scores_of(sessions: Sequence[Session]) -> Array:
-    """Scores [1, sessions, 2]: lengths and returns."""
+    """Length and return of each session: [1, sessions, 2], because they are of one seed."""
     lengths = [len(session.items) for session in sessions]
     return envs.scores(lengths, [session.reward for session in sessions])
 
 
 def policy_sessions(run: Settings, place: Place, phase: str) -> list[Session]:
-    """Sessions of a policy before or after it has learned, with the same draws."""
+    """Sessions of a policy before or after it has learned. Both phases have the same draws."""
     episodes = run.episodes if phase == "after" else 0
     policy = envs.policy_named(run.method, place.env, episodes, run.seed, run.config["gamma"])
     rng = envs.branch(run.seed, "policy")
@@ -776,7 +785,7 @@ def policy_sessions(run: Settings, place: Place, phase: str) -> list[Session]:
 
 def perform(run: Settings, place: Place, agent: Agent, llm: LLM, embed: Embed, pmap: Callable,
             phases: Sequence[str]) -> Outcome:
-    """Some phases of a run: before, learn and after, in this order."""
+    """Play some phases of a run, in their order: before, learn, after."""
     if run.method in envs.POLICIES:
         return Outcome({phase: policy_sessions(run, place, phase)
                         for phase in phases if phase != "learn"})
@@ -784,11 +793,11 @@ def perform(run: Settings, place: Place, agent: Agent, llm: LLM, embed: Embed, p
     catalog = prompts.catalog(place.env, embed)
     sessions, everything = {}, ()
     for phase in phases:
-        played = ()
         if phase == "learn":
+            played = ()
             batches = billp.train(catalog, place.learners, llm, run.seed, agent, config, pmap,
                                   run.first)
-            for agent, batch in batches:        # the last agent is for the phase after this one
+            for agent, batch in batches:        # the next phase plays with the last agent
                 played += batch
         else:
             played = billp.evaluate(catalog, place.held_out, agent, llm, run.seed, phase, config,
@@ -844,9 +853,9 @@ def spelled(figures: dict[str, Sequence[float]]) -> dict[str, str]:
 
 
 def grid(rows: dict[str, Json]) -> list[str]:
-    """A table as aligned lines, the first column to the left. A missing cell is 0.
+    """A table as lines. Labels are aligned to the left, cells to the right. A missing cell is 0.
 
-    `rows` holds the cells of each row by the name of their column.
+    `rows` maps each label to its cells: the name of the column -> the content.
 
     >>> grid({"actor": {"calls": 12}, "critic": {}}), grid({"a": {"": "low"}})
     (['        calls', 'actor      12', 'critic      0'], ['', 'a  low'])
@@ -881,7 +890,7 @@ def chart(summary: Json) -> Iterator[str]:
 
 
 def ledger(live: Live) -> Iterator[str]:
-    """Calls and tokens of each role, what the endpoint's client counted, and unusable replies."""
+    """Calls and tokens of each role, the counts of the endpoint, and the unusable replies."""
     with prompts.LOCK:                  # threads may still count
         table = {role: dict(row) for role, row in live.counts.items() if row["calls"]}
         stats = dict(live.stats)
@@ -890,7 +899,7 @@ def ledger(live: Live) -> Iterator[str]:
     if "asked" in stats:                # an endpoint or its log was opened
         asked = stats.pop("asked")
         answers = stats.pop("answers", 0)
-        known = max(answers - asked, 0)     # after Ctrl-C an answer may not be counted yet
+        known = max(answers - asked, 0)     # Ctrl-C may come between the two counts
         yield f"answers   {known} from the log, {asked} new"
         for name, value in stats.items():
             yield f"endpoint  {name}: {value}"
@@ -906,7 +915,7 @@ def report(summary: Json, about: str, agent: Agent, live: Live) -> Iterator[str]
     model = summary["model"]
     if model == "offline":
         model = STAND_IN
-    if not live.replies:                # `watched` counts none if no model is asked
+    if not live.replies:                # a policy or billp-no-model: no reply was counted
         model = "none: this method asks no language model"
     heading = ("{method} on {world}, seed {seed}: {episodes} learning episodes, "
                "then {users} held-out users")
@@ -936,7 +945,7 @@ def phases_of(run: Settings) -> tuple[str, ...]:
 
 
 def batch_workers(run: Settings) -> int:
-    """How many sessions with an endpoint are played at once if --workers does not say: a batch."""
+    """How many sessions with an endpoint are played at once, unless --workers is given: a batch."""
     return min(run.config["batch"], HIGHEST["workers"])
 
 
@@ -983,7 +992,9 @@ def step_rows(episode: Json, n: int) -> Iterator[tuple[str, str]]:
     yield "said", step["said"]
     yield "item", step["item"]
     if not step["exact"]:
-        why = "in its place: no free title was named" if step["said"] else "by the fallback"
+        why = "recommended because what was said names no free item"
+        if not step["said"]:
+            why = "by the fallback"
         yield "", why
     yield "reward", f"{step['reward']:g}"
     if episode["advantages"]:
@@ -1038,7 +1049,7 @@ def prompts_of(args: Namespace, episode: Json) -> str:
     """What the model was sent in an episode, and what it answered.
 
     The files hold no prompts. So the run is repeated up to this phase, from its log or by the
-    stand-in, and the asks of this episode are caught. UserError if the episode is not the same.
+    stand-in, and the asks of this episode are caught. UserError if the repeated episode differs.
     """
     run = Settings(**read_object(args.show / "config.json"))
     if run.load or run.config["retries"] < 0:
@@ -1090,10 +1101,10 @@ class Experiment(NamedTuple):
     title: str
     series: str                         # methods, or method:episodes; --rows selects some
     varied: str = ""                    # the flag that differs between its cells, if there is one
-    values: Sequence[int | None] = (None,)      # of that flag; table6 takes the models asked for
+    x_values: Sequence[int | None] = (None,)    # of that flag; table6 takes the models asked for
     measure: str = "scores"             # what is measured: scores, shares or errors
     axis: str = ""                      # the name of the x axis; without one, bars are drawn
-    label: str = "reward of an episode"         # the name of the axis of values
+    label: str = "reward of an episode"         # what is measured, in words for the picture
 
 
 EXPERIMENTS = {
@@ -1126,7 +1137,7 @@ Cell = tuple[str, Any]
 
 
 def settings_of(base: Settings, varied: str, series: str, x: Any) -> Settings:
-    """The settings of a cell's runs, which differ in their seed only."""
+    """The settings of a cell with the first seed. `cells_of` sets the others."""
     method, _, episodes = series.partition(":")     # such as a2c:10000
     run = base._replace(method=method, config=base.config | billp.METHODS.get(method, {}))
     if varied == "window":
@@ -1135,21 +1146,21 @@ def settings_of(base: Settings, varied: str, series: str, x: Any) -> Settings:
         run = run._replace(**{varied: x})
     if episodes:                    # no experiment that varies the episodes has such rows
         run = run._replace(episodes=int(episodes))
-    # The runs of a method that learns nothing are the same for each number of episodes, and are
-    # performed once.
+    # Then the runs of a method that learns nothing are equal for all numbers of episodes, and
+    # `experiments` performs them once.
     return without_idle_learning(run)
 
 
 def cells_of(args: Namespace, base: Settings, name: str) -> dict[Cell, list[Job]]:
-    """A job for each seed in each cell."""
+    """Each cell with its jobs, one for each seed."""
     experiment = EXPERIMENTS[name]
     known = experiment.series.split()
-    values = args.models_asked if experiment.varied == "model" else experiment.values
+    x_values = args.models_asked if experiment.varied == "model" else experiment.x_values
     cells = {}
     for series in parts(args.rows) if args.rows else known:
         if series not in known:
             raise UserError(f"--rows {series}: {name} has no such row, only {' '.join(known)}")
-        for x in values:
+        for x in x_values:
             run = settings_of(base, experiment.varied, series, x)
             seeds = range(base.seed, base.seed + args.seeds)
             cells[series, x] = [Job(run._replace(seed=seed), experiment.measure) for seed in seeds]
@@ -1172,16 +1183,16 @@ def shortened(env: envs.Env, gamma: float) -> envs.Env:
 
 def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Callable,
                   repeats: int = 6, draws: int = 200) -> list[list[float]]:
-    """[2, 6]: for two users the bias, variance and mean squared error of one return, then of V.
+    """[2, 6]: for each of two users bias, variance and MSE of one return, then the same of V.
 
-    Both estimate the value of the first state of the user's session. The truth is taken to be the
-    mean of `draws` further returns of the same agent from there. Errors are taken over
-    `repeats` learning runs that differ in their random draws. The variance divides by `repeats`, so
-    that it and the squared bias add up to the mean squared error.
+    One return and V estimate the value of the first state of the user's session. The mean of
+    `draws` further returns from that state counts as the truth. The agent learns `repeats` times,
+    each time with other draws. The errors are taken over these. The variance divides by `repeats`,
+    so that it and the squared bias add up to the mean squared error (MSE).
     """
     config = Config(**run.config)
-    # Returns are played in a shorter world, which takes half the time. The critic is asked in the
-    # full one, because State.top depends on the cap.
+    # Only the returns are played in a shorter world, which takes half the time. The agent learns
+    # and the critic is asked in the full one.
     catalog = prompts.catalog(place.env, embed)
     catalog_to_play = catalog._replace(env=shortened(place.env, config.gamma))
     users = place.held_out[:2]
@@ -1214,7 +1225,7 @@ def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Cal
 
 def measure_job(job: Job, llm: LLM = prompts.offline, embed: Embed = prompts.hashed_ngrams,
                 pmap: Callable = map) -> list[list[float]]:
-    """Perform a run: the samples of its measure, [users or states, k].
+    """Perform a run and return the samples of what is measured, [users or states, k].
 
     The defaults are the stand-in's, so that any process can do an offline job.
     """
@@ -1242,7 +1253,7 @@ def end_with_parent() -> None:
 
 @contextmanager
 def offline_pool(args: Namespace) -> Iterator[futures.Executor]:
-    """Where offline runs are performed: on a cluster or in processes of this machine.
+    """The pool for offline runs: a cluster, or processes of this machine.
 
     `parallel` shuts the pool down.
     """
@@ -1264,9 +1275,9 @@ def offline_pool(args: Namespace) -> Iterator[futures.Executor]:
 
 
 def do_jobs(args: Namespace, jobs: Sequence[Job], folder: Path, live: Live) -> dict[str, list]:
-    """The samples of each job: done offline side by side, else one after the other.
+    """The samples of each job, by the text of the job: it holds dicts and cannot itself be a key.
 
-    A job holds dicts and cannot be a key. So its text is the key.
+    Offline jobs run side by side. Jobs with a real model run one after the other.
     """
     samples_of = {}
 
@@ -1309,9 +1320,10 @@ def share_of(counts: Array) -> Array:
 
 
 def rows_of(series: str, x: Any, samples: dict[Cell, Array], measure: str) -> Iterator[Row]:
-    """The rows of one cell: a row of scores, or one for each quintile, or two of `critic_errors`.
+    """The rows of one cell. Scores give one row, shares one for each quintile, errors two.
 
-    `samples` holds an array of every cell, [seeds, users or states, k]: gains need billp's.
+    `samples` holds an array of every cell, [seeds, users or states, k], because a gain is taken
+    against billp's.
     """
     own = samples[series, x]
     if measure == "scores":
@@ -1355,12 +1367,12 @@ GREY = "#999999"
 
 
 def pictured(rows: Sequence[Row]) -> Array:
-    """[3, rows]: the means, lows and highs in a picture, of the last figure of each row."""
+    """What a picture shows of each row, its last figure: [3, rows], the means, lows and highs."""
     return np.transpose([list(row.figures.values())[-1] for row in rows])
 
 
 def limit_of(rows: Sequence[Row]) -> float:
-    """Where an axis ends: just past the highest interval, at most 1.6 times the largest mean.
+    """Where an axis ends: just above all intervals, but at most at 1.6 times the largest mean.
 
     So one wide interval does not flatten the others.
     """
@@ -1375,7 +1387,8 @@ def plot_bars(axes: Any, rows: Sequence[Row]) -> None:
     colours = [COLOURS.get(row.series, GREY) for row in rows]
     axes.barh(names, means, xerr=[means - lows, highs - means], color=colours, capsize=3)
     axes.invert_yaxis()
-    # Methods with language fill most of the width. A much longer bar, such as the oracle's, is cut.
+    # The axis ends at most 30 % beyond the methods with language. A longer bar, such as the
+    # oracle's, is cut.
     methods = [row for row in rows if row.series in billp.METHODS] or rows
     end = min(limit_of(rows), 1.3 * limit_of(methods))
     axes.set_xlim(0, end)
@@ -1418,12 +1431,12 @@ def plot(experiment: Experiment, heading: str, rows: Sequence[Row], path: Path) 
 
 
 def publish(name: str, base: Settings, samples: dict[Cell, Array], folder: Path) -> None:
-    """Print the tables of an experiment, given the samples of each cell; write its files."""
+    """Print the tables of an experiment and write its files. `samples` are those of each cell."""
     experiment = EXPERIMENTS[name]
     models = [base.model]
     if experiment.varied == "model":
         models = [model for _, model in samples]
-    texts = [STAND_IN if model == "offline" else model for model in models]
+    model_names = [STAND_IN if model == "offline" else model for model in models]
     rows, raw = [], []
     for series, x in samples:
         rows += rows_of(series, x, samples, experiment.measure)
@@ -1432,7 +1445,7 @@ def publish(name: str, base: Settings, samples: dict[Cell, Array], folder: Path)
     last = base.seed + len(any_cell) - 1            # the first axis of a cell is its seeds
     units = "states" if experiment.measure == "errors" else "held-out users"
     heading = (f"{name} on {base.world}, seeds {base.seed} to {last}, "
-               f"{any_cell.shape[1]} {units} each\nmodel {', '.join(texts)}")
+               f"{any_cell.shape[1]} {units} each\nmodel {', '.join(model_names)}")
     content = {"experiment": name, "settings": base._asdict(),
                "rows": [row._asdict() for row in rows], "cells": raw}
     write(folder / f"{name}.json", dumps(content) + "\n")
@@ -1457,11 +1470,11 @@ def experiments(args: Namespace, live: Live) -> None:
     for cells in tables.values():
         for needed in cells.values():
             jobs += [job for job in needed if job not in jobs]
-    # Methods with language go first: a mistyped model then ends the command at once. Of these, and
-    # of the policies, the longest go first, so that no long one is left to the end.
+    # First methods with language, then policies: a mistyped model then ends the command at once. In
+    # both groups those with more episodes come first.
     jobs.sort(key=lambda job: (job.run.method in envs.POLICIES, -job.run.episodes))
-    # The first job needs the most learners; a policy meets the same ones again. Its world is built
-    # before anything is written, so a lack of users leaves no files.
+    # The first job needs the most learners. Its world is built before anything is written, so a
+    # lack of users leaves no files.
     about = build_place(jobs[0].run).env.about
     if about:
         say(f"world {about}")
@@ -1481,7 +1494,7 @@ def experiments(args: Namespace, live: Live) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the flags say; the exit code."""
+    """Do what the flags say. Return the exit code."""
     live = new_live()
     try:
         args = parse(argv)
@@ -1498,10 +1511,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         then = ""
         if "asked" in live.stats:       # an endpoint or its log was opened
-            then = "; the same command goes on: no answer in the log is asked for again"
+            then = "; the same command goes on and asks nothing that the log answers"
         say(*ledger(live), f"run.py: interrupted{then}")
         return 130
     except MENDABLE as error:
+        # another thread's error may be raised first, but the first failure is the cause
         cause = (live.failures or [error])[0]
         spent = isinstance(cause, prompts.BudgetSpent)
         if spent:
@@ -1512,7 +1526,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    import run          # the workers of a cluster find its functions by this name
+    import run          # other processes find its functions by this name, not as those of __main__
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.stdout:                      # letters that a terminal cannot show become a ?
         sys.stdout.reconfigure(errors="replace")
