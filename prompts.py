@@ -123,7 +123,7 @@ def tag_of(category: str) -> str:
     return clean(category, 100).translate(BRACKETS_TO_PARENTHESES).replace(",", "")
 
 
-TITLE = 200                         # characters of a title that item lines show
+TITLE_CHARACTERS = 200              # that item lines show
 
 
 def in_brackets(tags: Iterable[str]) -> str:
@@ -137,7 +137,7 @@ def item_line(title: str, year: int | None, categories: Iterable[str]) -> str:
     >>> item_line("Alien", 1979, ["Horror", "Sci-Fi"])
     'Alien (1979) [Horror, Sci-Fi]'
     """
-    name = clean(title, TITLE).translate(BRACKETS_TO_PARENTHESES)
+    name = clean(title, TITLE_CHARACTERS).translate(BRACKETS_TO_PARENTHESES)
     when = f" ({year})" if year else ""
     return f"{name}{when} {in_brackets(map(tag_of, categories))}"
 
@@ -249,14 +249,14 @@ def spoken(text: str) -> str:
 
 
 # the labels after which a thought, an item or a reflection may stand
-ANSWERS = "final[ ]answer|answer|choice|pick"       # before any of the three
-THOUGHTS = f"thought|next[ ]category|category|{ANSWERS}"
-ITEMS = f"action|free[ ]item|item|title|recommendation|film|movie|{ANSWERS}"
-REFLECTIONS = f"reflection|lesson|{ANSWERS}"
+ANSWER_LABELS = "final[ ]answer|answer|choice|pick"       # before any of the three
+THOUGHT_LABELS = f"thought|next[ ]category|category|{ANSWER_LABELS}"
+ITEM_LABELS = f"action|free[ ]item|item|title|recommendation|film|movie|{ANSWER_LABELS}"
+REFLECTION_LABELS = f"reflection|lesson|{ANSWER_LABELS}"
 # those that begin a turn; they end the text before them
-TURNS = "thought|action|free[ ]item|final[ ]answer|observation"
+TURN_LABELS = "thought|action|free[ ]item|final[ ]answer|observation"
 # all labels; some come twice, which does no harm
-LABELS = f"{THOUGHTS}|{ITEMS}|{REFLECTIONS}|observation|value"
+ALL_LABELS = f"{THOUGHT_LABELS}|{ITEM_LABELS}|{REFLECTION_LABELS}|observation|value"
 GAP = r"[ \t*_]{0,9}"                   # spaces, and marks of bold letters
 # In both patterns spaces and comments do not count.
 # IN_LINE: a label with a colon counts where it begins something.
@@ -267,7 +267,7 @@ IN_LINE = re.compile(rf"""(?imx)
       | [^\w\s,] | _                # after a mark, but not after a comma
       | (?=\baction[ ]\d+:[ ]recommend)
     ) [ \t]*
-    (?P<name> {LABELS} ) {GAP} \#?\d*   # "Thought 3", "Thought #3", "Final Answer", "item"
+    (?P<name> {ALL_LABELS} ) {GAP} \#?\d*   # "Thought 3", "Thought #3", "Final Answer", "item"
     (?: [ ]\([^()\n]{{1,20}}\) )?       # "Thought 3 (planning)"
     (?: [ \t*_"')]{{0,9}} [:：]         # then a colon,
       # or behind a number a dash or a dot: "Action 3 - Up", "Action 3. Up"
@@ -280,7 +280,7 @@ IN_LINE = re.compile(rf"""(?imx)
 #     no:  "Action", then "Up" · "**Action**" at the end
 HEADING = rf"""(?imx)
     ^ (?= (?: [ \t]* [*_\#>] ) | (?: .*\d ) )   # a line with a mark at its front, or a number
-    [ \t*_\#>]* (?P<name> {LABELS} ) {GAP} \d* {GAP} $
+    [ \t*_\#>]* (?P<name> {ALL_LABELS} ) {GAP} \d* {GAP} $
     (?= \s* \S )                    # with text below
     """
 
@@ -298,12 +298,12 @@ def segment(text: str, labels: str) -> str:
     """The text after the earliest of these labels that has text behind it; "" if none has.
 
     Models often play several turns in one reply: only the first counts. So the text ends at the
-    next label of TURNS. It also ends where its own label comes again, unless ITEMS holds the label:
-    "Title: Up", "Title: Heat" may be a list.
+    next label of TURN_LABELS. It also ends where its own label comes again, unless that is one of
+    ITEM_LABELS: "Title: Up", "Title: Heat" may be a list.
 
-    >>> segment("Thought 1: a comedy. Action 1: Up", THOUGHTS)
+    >>> segment("Thought 1: a comedy. Action 1: Up", THOUGHT_LABELS)
     'a comedy.'
-    >>> segment("Action 3: Up\\nThought 4: a comedy", ITEMS)
+    >>> segment("Action 3: Up\\nThought 4: a comedy", ITEM_LABELS)
     'Up'
     """
     found = list(IN_LINE.finditer(text))
@@ -311,8 +311,8 @@ def segment(text: str, labels: str) -> str:
         name = label["name"].lower()
         if not re.fullmatch(labels, name):
             continue
-        may_repeat = re.fullmatch(ITEMS, name)
-        ends = TURNS if may_repeat else f"{TURNS}|{name}"
+        may_repeat = re.fullmatch(ITEM_LABELS, name)
+        ends = TURN_LABELS if may_repeat else f"{TURN_LABELS}|{name}"
         end = len(text)
         for later in found[place + 1:]:
             if re.fullmatch(ends, later["name"].lower()):
@@ -406,8 +406,10 @@ def labelled(text: str, labels: str) -> str:
     reply is a refusal, or if the line is a copy of the form asked for: "Next category: CATEGORY,
     because REASON", see PLANNER.
 
-    >>> labelled("Thought 3: a comedy\\nAction 3: Up", THOUGHTS), labelled("Action: x", THOUGHTS)
-    ('a comedy', '')
+    >>> labelled("Thought 3: a comedy\\nAction 3: Up", THOUGHT_LABELS)
+    'a comedy'
+    >>> labelled("Action: Up", THOUGHT_LABELS), labelled("A comedy", THOUGHT_LABELS)
+    ('', 'A comedy')
     """
     text = with_colons(text)
     outer = segment(text, labels)
@@ -428,14 +430,14 @@ def labelled(text: str, labels: str) -> str:
 # ------------------------------------------------------------------ catalogue and grounding
 
 ARTICLES = "the a an le la les l un une il lo el los las der das".split()
-LONGEST = 40                        # words of a title that are compared; few titles have more
+MOST_WORDS = 40                        # words of a title that are compared; few titles have more
 YEAR = "(1[89]|20)[0-9]{2}"
 # Words after a title that make it that of a sequel: "Frozen II", "Jaws 2 (1978)", "Dune: Part Two",
 # "Toy Story 3, because ...". It is matched with the words after the title, without punctuation.
 SEQUEL = (r"(II|III|IV|VI{0,3}|(Part|Episode) ([\dIV]+|Two|Three|Four|Five|Six)"
           rf"|[2-9]( {YEAR}| because| since| as|$))\b")
 # More words of another film's title, then its year: "[The Matrix] Reloaded (2003)"
-LONGER = rf"((in|of|on|the|to|[A-Z0-9]\w*) ){{1,6}}(?P<year>{YEAR})\b"
+LONGER_TITLE = rf"((in|of|on|the|to|[A-Z0-9]\w*) ){{1,6}}(?P<year>{YEAR})\b"
 LIST_ITEM = r"\s*[-*•] |\W*\d{1,2}[.)]"       # "- Up", "* Up", "1. Up"
 BOLD = r"\*\*[^*\n]+\*\*(?:\s*\(\d{4}\))?"
 
@@ -477,7 +479,7 @@ def spellings(title: str) -> list[str]:
     >>> spellings("The Matrix"), spellings("Blade Runner")[-1]
     (['the matrix', 'matrix the', 'matrix'], 'the blade runner')
     """
-    name = name_of(words_of(title)[:LONGEST])
+    name = name_of(words_of(title)[:MOST_WORDS])
     article, _, others = name.partition(" ")
     moved, bare = name, name
     if article in ARTICLES:
@@ -504,7 +506,7 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
     not 1.
     """
     check(env)
-    titles = [clean(title, TITLE) for title in env.titles]
+    titles = [clean(title, TITLE_CHARACTERS) for title in env.titles]
     all_names = [spellings(title) for title in titles]
     items_with = Counter(forms[0] for forms in all_names)
     lines = []
@@ -546,7 +548,7 @@ def longest_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
 
     Its subtitle may be left out if nothing follows, or only a year.
     """
-    for size in range(min(LONGEST, len(words)), 0, -1):
+    for size in range(min(MOST_WORDS, len(words)), 0, -1):
         name = name_of(words[:size])
         items = catalog.names.get(name, [])
         # with a second word after the title this does not match
@@ -576,7 +578,7 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     behind = words[size:]
     rest = " ".join(behind[:7])         # the patterns read no more words
     year = re.match(rf"{YEAR}\b", rest)
-    longer = re.match(LONGER, rest)
+    longer = re.match(LONGER_TITLE, rest)
     if year:                            # "Alien 1979"
         items = of_year(items, int(year[0]), catalog)
         size += bool(items)             # its year is skipped, too
@@ -594,14 +596,15 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
 # "like" compares, but not in "I'd like Up", "you would, might, may or will like Up" or "they also
 # like Up", nor in "a film like Up would be new". (?<!X) means "not after X". Each word needs one of
 # its own, because X must have a fixed length.
-LIKE = (r"(?<!['’]d )(?<!['’]ll )(?<!would )(?<!might )(?<!may )(?<!will )(?<!also )like"
-        r"(?![^.,;\n]* would\b)")
+COMPARING_LIKE = (r"(?<!['’]d )(?<!['’]ll )(?<!would )(?<!might )(?<!may )(?<!will )(?<!also )"
+                  r"like(?![^.,;\n]* would\b)")
 # Words that begin a reason or a comparison. "as" needs a pronoun or "the" behind it: "Life as a
 # House" is a title.
-REASON = (r'(?<![\w-])(?:[Bb]ecause|[Rr]eason["\s*_]*:|[Ee]xplanation["\s*_]*:|unlike|than|since'
-          r"|(?<!such )as (?:it|he|she|they|the|this|that|these|you|we|I)|given that|similar to"
-          r"|in contrast to|in the spirit of|compared (?:to|with)|contrasts with"
-          rf"|{LIKE})(?![\w-])")
+REASON_OR_COMPARISON = (
+    r'(?<![\w-])(?:[Bb]ecause|[Rr]eason["\s*_]*:|[Ee]xplanation["\s*_]*:|unlike|than|since'
+    r"|(?<!such )as (?:it|he|she|they|the|this|that|these|you|we|I)|given that|similar to"
+    r"|in contrast to|in the spirit of|compared (?:to|with)|contrasts with"
+    rf"|{COMPARING_LIKE})(?![\w-])")
 
 
 def before_reason(text: str) -> str:
@@ -610,7 +613,7 @@ def before_reason(text: str) -> str:
     >>> before_reason("Up, because I liked Alien"), before_reason("I'd like Up")
     ('Up, ', "I'd like Up")
     """
-    return re.split(REASON, text)[0]
+    return re.split(REASON_OR_COMPARISON, text)[0]
 
 
 def items_within(text: str, catalog: Catalog) -> list[int]:
@@ -876,13 +879,13 @@ def parse_planner(text: str, tastes: Tastes | None = None) -> str | Malformed:
     # "Action" is a label and a category. "**Action**" is the category if it stands first or after
     # "Next category".
     text = re.sub(r"(?i)(\A|next category)\W*\*action\*+", "Next category: Action", spoken(text))
-    thought = labelled(text, THOUGHTS)
+    thought = labelled(text, THOUGHT_LABELS)
     if not thought:
         return Malformed("the reply held no line 'Next category: ...'")
     if tastes and tastes.other:
         plan = plan_of(thought)
-        shown_lately = named_in(plan, tastes.recent)
-        if shown_lately and not named_in(plan, tastes.other):
+        shown_lately = tags_named_in(plan, tastes.recent)
+        if shown_lately and not tags_named_in(plan, tastes.other):
             names = " and ".join(shown_lately)
             return Malformed(f"{names} came lately, the choice is {offered(tastes)}")
     return thought
@@ -919,7 +922,8 @@ def parse_reflector(text: str) -> str | Malformed:
     text = re.sub(rf"(?i)({better}\W*action)\W*:", r"\1,", text)
     # Drop the colon of a turn that a line cites: "too similar to Action 2: Up".
     text = re.sub(r"(?i)(?<=[^\n])\b((thought|action|observation) \d+):", r"\1", text)
-    return labelled(text, REFLECTIONS) or Malformed("the reply held no line 'Reflection: ...'")
+    reflection = labelled(text, REFLECTION_LABELS)
+    return reflection or Malformed("the reply held no line 'Reflection: ...'")
 
 
 # ------------------------------------------------------------------------ actor and critic
@@ -1009,10 +1013,10 @@ def render_evidence(candidates: Sequence[Candidate]) -> str:
     return lines
 
 
-def named_in(text: str, tags: Sequence[str]) -> list[str]:
+def tags_named_in(text: str, tags: Sequence[str]) -> list[str]:
     """The categories that a text names, also in the plural: "Thrillers", "Comedies".
 
-    >>> named_in("Non-Fiction", ["Fiction", "Non-Fiction"])
+    >>> tags_named_in("Non-Fiction", ["Fiction", "Non-Fiction"])
     ['Non-Fiction']
     """
     rest = name_of(words_of(text))
@@ -1033,14 +1037,14 @@ def named_in(text: str, tags: Sequence[str]) -> list[str]:
 # What to avoid. After "avoid", "not" and the like: up to the end of the sentence, a colon, " but ",
 # ", so " or ", I "; a comma does not end it. After "instead of", "don't" and the like: up to the
 # next comma. But "Why not War?", "Not only War" and "Without a doubt War" ask for War.
-AVOIDED = (r"(?i)\b(avoid(ing)?|keep away from|without(?! (a |any )?doubt)|(?<!why )not(?! only)"
+UNWANTED = (r"(?i)\b(avoid(ing)?|keep away from|without(?! (a |any )?doubt)|(?<!why )not(?! only)"
            r"|no(?! doubt)|never)\b"
            r"((?! but |, so |, I\b)[^.;:])*"
            r"|\b(instead of|(rather|other) than|anything but|nothing like"
            r"|(do|does|should)n['’]?t)\b[^.;,]*")
 # A parenthesis or a dash begins a reason, too. After the colon of "reason:" there is no \b, hence
 # (?!\w).
-REASON_BEGINS = (r"(?i)\b(?:because|since|(?<!such )as|given|considering|which|due to|reason:"
+REASON_OF_PLAN = (r"(?i)\b(?:because|since|(?<!such )as|given|considering|which|due to|reason:"
                  r"|explanation:)(?!\w)|\(| [–—-] ")
 
 
@@ -1053,7 +1057,7 @@ def plan_of(thought: str) -> str:
     # "Since War was shown, Comedy comes next" begins with its reason
     opening = r"(?i)^\W*(since|because|as|given|after|to avoid)\b[^,]*,"
     without_opening = re.sub(opening, "", thought)
-    return re.split(REASON_BEGINS, re.sub(AVOIDED, " ", without_opening))[0]
+    return re.split(REASON_OF_PLAN, re.sub(UNWANTED, " ", without_opening))[0]
 
 
 def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
@@ -1077,12 +1081,12 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     """
     plan = plan_of(thought)
     first_sentence = re.split(r"[.;!?]\s", plan)[0]
-    plan_and_reason = re.sub(AVOIDED, " ", thought)
-    fresh = [tag for tag in named_in(first_sentence, tags) if tag not in recent]
+    plan_and_reason = re.sub(UNWANTED, " ", thought)
+    fresh = [tag for tag in tags_named_in(first_sentence, tags) if tag not in recent]
     if fresh:
         return in_brackets(fresh)                                           # 1
     for part in (plan, plan_and_reason):                                    # 2, 3
-        named = named_in(part, tags)
+        named = tags_named_in(part, tags)
         fresh = [tag for tag in named if tag not in recent]
         if named:
             return in_brackets(fresh or named)
@@ -1126,7 +1130,7 @@ def parse_actor(text: str) -> str | Malformed:
     """
     text = with_colons(spoken(text))
     verb = r"(?i)^\W*(i ?)?((would|will|['’]d) )?recommend(ing|ed)?\b[\s:]*"
-    content = segment(text, "free item") or segment(text, ITEMS) or text
+    content = segment(text, "free item") or segment(text, ITEM_LABELS) or text
     part = re.sub(verb, "", content).strip()
     if len(part) > 2000:            # the choice stands at the beginning or at the end
         part = f"{part[:1000]}\n{part[-999:]}"
@@ -1260,28 +1264,28 @@ def parse_critic(text: str) -> float | Malformed:
 # --------------------------------------------------------------------------- the stand-in
 
 # Lines of prompts
-LIKED = r"(?m)^- .* \[(.*)\]$"
-ITEM = r"(?m)^(?:-|Action \d+: recommend) (.*) \[(.*)\]$"         # listed or shown
+LIKED_LINES = r"(?m)^- .* \[(.*)\]$"
+ITEM_LINES = r"(?m)^(?:-|Action \d+: recommend) (.*) \[(.*)\]$"         # listed or shown
 EVIDENCE = r"(?m)^(Encouraged in similar situations|Discouraged): "
 OTHER = r"(?m)^Which one of the other categories should come next: (.*)\? "
 # How the stand-in's roles pass messages. The reflector writes "Keep similar items 3 steps apart ...
-# Avoid War.", which the planner reads by APART and AVOID. The planner writes "Keep away from Drama,
-# War.", which the actor reads by PLAN. `render_actor` cuts a thought at 300 characters, so its last
-# dot may be missing.
+# Avoid War.", which the planner reads by APART and WARNING. The planner writes "Keep away from
+# Drama, War.", which the actor reads by PLAN. `render_actor` cuts a thought at 300 characters, so
+# its last dot may be missing.
 PLAN = r"(?m)^Thought \d+: (.*), because similar .* Keep away from (.*?)\.?$"
 APART = r"\b([1-9]\d?) steps? apart"
-AVOID = r"Avoid (.*?)\."
+WARNING = r"Avoid (.*?)\."
 MOST_LIKED = "most liked"
 
 
-def tags_in(text: str, pattern: str) -> list[str]:
+def tags_listed_in(text: str, pattern: str) -> list[str]:
     """The categories of all lists that a pattern finds in a text."""
     return [tag for tags in re.findall(pattern, text) for tag in split_tags(tags)]
 
 
-def items_in(text: str) -> list[tuple]:
+def item_lines_in(text: str) -> list[tuple]:
     """Pairs (title, categories) of the items in a transcript or a list."""
-    return [(title, split_tags(tags)) for title, tags in re.findall(ITEM, text)]
+    return [(title, split_tags(tags)) for title, tags in re.findall(ITEM_LINES, text)]
 
 
 def apart_in(text: str) -> int:
@@ -1295,7 +1299,7 @@ def counted_steps(count: int) -> str:
 
 
 def spelled_avoid(categories: set[str]) -> str:
-    """The warning that AVOID finds; "" for no category."""
+    """The warning that WARNING finds; "" for no category."""
     return f" Avoid {', '.join(sorted(categories))}." if categories else ""
 
 
@@ -1307,12 +1311,12 @@ def offline_planner(history: str, transcript: str, question: str, draw: int) -> 
     """
     apart = apart_in(question)
     # a warning does not count for a user who liked the category
-    warned = set(tags_in(question, AVOID)).difference(tags_in(history, LIKED))
+    warned = set(tags_listed_in(question, WARNING)).difference(tags_listed_in(history, LIKED_LINES))
     unwanted = set(warned)
-    newest_first = items_in(transcript)[::-1]
+    newest_first = item_lines_in(transcript)[::-1]
     for _, tags in newest_first[:apart - 1]:        # shown fewer than `apart` steps ago
         unwanted.update(tags)
-    other = tags_in(question, OTHER) or ["anything"]        # a word that is no category
+    other = tags_listed_in(question, OTHER) or ["anything"]        # a word that is no category
     options = [tag for tag in other if tag not in unwanted] or other
     if MOST_LIKED in question:      # a lesson says: begin with the most liked categories
         options = options[:1]       # the tool names the most liked first
@@ -1329,7 +1333,7 @@ def offline_actor(history: str, transcript: str, question: str, draw: int) -> st
     plan = re.search(PLAN, question)
     category, keep_away = plan.groups() if plan else ("", "")
     titles_of = {}                  # rank -> titles
-    for title, tags in items_in(question):
+    for title, tags in item_lines_in(question):
         rank = (set(tags).isdisjoint(split_tags(keep_away)), category in tags)
         titles_of.setdefault(rank, []).append(title)
     if not titles_of:
@@ -1385,8 +1389,8 @@ def offline_reflector(history: str, transcript: str, question: str, draw: int) -
     If the last gap is below `safe_gap`, it is taken for the cause: then at least one step more than
     the last gap is advised.
     """
-    liked = Counter(tags_in(history, LIKED))
-    titles, tags = zip(*items_in(transcript))
+    liked = Counter(tags_listed_in(history, LIKED_LINES))
+    titles, tags = zip(*item_lines_in(transcript))
     *earlier_gaps, last_gap = gaps_between(tags)
     safe_gap = min(earlier_gaps, default=9)
     advised = min(apart_in(transcript), safe_gap)
@@ -1446,7 +1450,7 @@ class Kind(NamedTuple):
     name: str
     tries: int                      # how often such a request is sent in all
     remedy: str                     # what the user can do after the last one
-    pattern: str                    # a regular expression for "LABEL ADVICE BODY", see `fault_in`
+    pattern: str                    # a regular expression for "LABEL ADVICE BODY", see KINDS
     # After `patience` asks in a row with this kind of fault the run ends. Each of them before the
     # last gets an empty reply. 1 is for faults that the user has to mend before the run goes on.
     patience: int = 1
@@ -1458,7 +1462,7 @@ OTHER_MODEL = "try another --model"
 # The first kind whose pattern fits counts, so special kinds stand before general ones. Patterns are
 # matched with texts such as
 #     '429 true {"error": {"message": "Rate limit"}}'        status, advice, body; the advice is
-#           true (ask again), false (do not) or nothing, see `fault_in`
+#           true (ask again), false (do not) or nothing, see `fault_of_response`
 #     'finish_reason length and no text'
 #     'finish_reason missing {"choices": []}'       status 200 without a choice, see `read_chat`
 #     'ReadTimeout timed out'
@@ -1576,7 +1580,7 @@ class Route:
     notice: Callable = warnings.warn                # takes a line for the user
     # "requests", "retries: KIND", "system_fingerprint"
     stats: dict = field(default_factory=dict)
-    has_spoken: bool = False        # a reply had a text, perhaps in an earlier run
+    has_answered: bool = False        # a reply had a text, perhaps in an earlier run
     refused: set = field(default_factory=set)       # names in INSTEAD
     topics: set = field(default_factory=set)        # those on which the user was told something
 
@@ -1606,7 +1610,7 @@ def count(stats: dict, name: str) -> None:
         stats[name] = stats.get(name, 0) + 1
 
 
-def fault(route: Route, label: str, shown: str, searched: str = "") -> Fault:
+def new_fault(route: Route, label: str, shown: str, searched: str = "") -> Fault:
     """The Fault with this label. `shown` is the message for the user.
 
     The first of KINDS that fits the label and `searched` is its kind. `searched` is the whole body,
@@ -1622,7 +1626,7 @@ def fault(route: Route, label: str, shown: str, searched: str = "") -> Fault:
     return Fault(kind, reason)
 
 
-def fatal(route: Route, got: Fault) -> EndpointError:
+def fatal_error(route: Route, got: Fault) -> EndpointError:
     """The error that ends a run because of this fault."""
     return EndpointError(f"{without_query(route.url)}: {got.reason}; {got.kind.remedy}")
 
@@ -1701,7 +1705,7 @@ def connect(base_url: str, path: str, key: str | None = None, *, timeout: float 
     """A client for one route of an endpoint; EndpointError where the user's settings cannot work.
 
     `timeout` is in seconds, for one request. `transport` replaces the network in tests. The other
-    options are extra, sleep, notice, stats and has_spoken of Route.
+    options are extra, sleep, notice, stats and has_answered of Route.
     """
     import httpx
     key = (key or "").strip()
@@ -1764,9 +1768,9 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
                 # httpx starts its clock again at each byte, even at blank lines that keep a
                 # connection alive. So there is a deadline of our own.
                 if time.monotonic() > deadline:
-                    return fault(route, "ReadTimeout", "the answer took longer than --timeout")
+                    return new_fault(route, "ReadTimeout", "the answer took longer than --timeout")
     except (httpx.HTTPError, UnicodeError) as error:
-        return fault(route, type(error).__name__, str(error))
+        return new_fault(route, type(error).__name__, str(error))
     if response.next_request:
         return redirected(route, response)
     # Texts are starred where they are used: a key of digits would spoil numbers in the JSON.
@@ -1776,9 +1780,9 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
         if response.is_success and not data.get("error"):
             return read(data)       # it raises one of MISSHAPEN if the shape is wrong
     except MISSHAPEN:
-        data = {}       # so `fault_in` keeps the HTTP status; 200 becomes the Kind "page"
+        data = {}       # so `fault_of_response` keeps the HTTP status; 200 becomes the Kind "page"
     # an error status, an error in the body, or a body that `read` cannot use
-    return fault_in(route, response, data, text)
+    return fault_of_response(route, response, data, text)
 
 
 def redirected(route: Route, response: Any) -> Fault:
@@ -1788,7 +1792,7 @@ def redirected(route: Route, response: Any) -> Fault:
     into a GET, so they are never followed.
     """
     there = response.next_request.url
-    got = fault(route, str(response.status_code), f"redirects to {without_query(there)}")
+    got = new_fault(route, str(response.status_code), f"redirects to {without_query(there)}")
     is_as_safe = there.scheme in (route.url.scheme, "https")
     if there.netloc == route.url.netloc and is_as_safe and response.status_code > 303:
         route.url = there
@@ -1796,7 +1800,7 @@ def redirected(route: Route, response: Any) -> Fault:
     return got
 
 
-def fault_in(route: Route, response: Any, data: dict, text: str) -> Fault:
+def fault_of_response(route: Route, response: Any, data: dict, text: str) -> Fault:
     """The Fault in a response that is not an answer.
 
     KINDS is matched with "STATUS ADVICE BODY". The advice tells whether to ask again: true, false,
@@ -1816,7 +1820,7 @@ def fault_in(route: Route, response: Any, data: dict, text: str) -> Fault:
     message = error.get("message") or text or "an empty body"
     # what the provider behind OpenRouter says; the name of a refused parameter; a gateway's cause
     more = error.get("metadata") or error.get("param") or error.get("cause") or ""
-    got = fault(route, status, f"{message} {more}", f"{advice} {text[:5000]}")
+    got = new_fault(route, status, f"{message} {more}", f"{advice} {text[:5000]}")
     return got._replace(wait=wait)
 
 
@@ -1968,7 +1972,7 @@ def read_chat(route: Route, ask: Ask, data: dict) -> Any:
     # for example "finish_reason length" "and no text"
     label = "refusal" if refusal else finish
     reason = refusal or choice.get("error") or ("and half a text" if text else "and no text")
-    return fault(route, f"finish_reason {label}", str(reason))._replace(usage=usage)
+    return new_fault(route, f"finish_reason {label}", str(reason))._replace(usage=usage)
 
 
 def chat_body(model: str, ask: Ask) -> dict:
@@ -1994,14 +1998,14 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
     def answer(ask: Ask) -> Reply:
         got = send(route, chat_body(model, ask), lambda data: read_chat(route, ask, data))
         if isinstance(got, Reply):
-            route.has_spoken = True
+            route.has_answered = True
             silent.clear()
             return got
         silent[got.kind] += 1
         is_suspect = got.kind.name == "request" or silent.total() >= 10
-        has_wrong_settings = is_suspect and not route.has_spoken
+        has_wrong_settings = is_suspect and not route.has_answered
         if has_wrong_settings or silent[got.kind] >= got.kind.patience:
-            raise fatal(route, got)
+            raise fatal_error(route, got)
         tell(route, "empty", f"an empty reply, because {got.reason}; {got.kind.remedy}")
         return Reply("", got.usage, got.reason)
     return answer
@@ -2031,7 +2035,7 @@ def embedded_rows(route: Route, expected: int, data: dict) -> Any:
             return matrix / norms
     except MISSHAPEN:
         pass                    # not all are numbers, or the rows differ in length
-    return fault(route, "embeddings",
+    return new_fault(route, "embeddings",
                  f"{len(rows)} for {expected} texts, or a row is zero, infinite or no numbers")
 
 
@@ -2052,7 +2056,7 @@ def embeddings(base_url: str, model: str, key: str | None = None, **options: Any
                 return got
             is_too_much = got.kind.name in ("request", "context") or "batch" in got.reason.lower()
             if len(texts) <= 1 or not is_too_much:
-                raise fatal(route, got)
+                raise fatal_error(route, got)
         half = len(texts) // 2
         first, second = answer(texts[:half]), answer(texts[half:])
         if first.shape[1] != second.shape[1]:
@@ -2069,7 +2073,7 @@ class Log(NamedTuple):
     model_id: Any                   # JSON: what shapes a reply besides the ask
     known: dict[str, Reply]
     path: Path
-    has_spoken: bool                # a reply of the chat model had a text
+    has_answered: bool                # a reply of the chat model had a text
 
 
 def open_log(path: str | Path, model_id: Any) -> Log:
@@ -2083,7 +2087,7 @@ def open_log(path: str | Path, model_id: Any) -> Log:
     content = path.read_bytes() if path.exists() else b""
     texts = {}                      # the hash of an ask -> its reply
     empty = {}                      # the same for replies without a text
-    has_spoken = False
+    has_answered = False
     for line in content.splitlines():
         try:
             record = json.loads(line)
@@ -2092,14 +2096,14 @@ def open_log(path: str | Path, model_id: Any) -> Log:
                 empty[record["ask"]] = reply
             elif isinstance(reply.text, str):
                 texts.setdefault(record["ask"], reply)
-                has_spoken = has_spoken or record.get("role") != "embed"
+                has_answered = has_answered or record.get("role") != "embed"
         except MISSHAPEN:
             continue                # an incomplete line: its ask is asked again
-    known = empty | texts if has_spoken else texts
+    known = empty | texts if has_answered else texts
     if content and not content.endswith(b"\n"):
         with path.open("ab") as file:
             file.write(b"\n")       # so that the next record begins a line of its own
-    return Log(model_id, known, path, has_spoken)
+    return Log(model_id, known, path, has_answered)
 
 
 def hash_of(log: Log, ask: Ask) -> str:

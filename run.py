@@ -681,7 +681,7 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
     llm = embed = prompts.unlogged
     if not args.replay:
         # if an earlier run got a text, an empty reply is no sign of wrong settings
-        llm = prompts.openai(url, run.model, extra=args.extra_body, has_spoken=log.has_spoken,
+        llm = prompts.openai(url, run.model, extra=args.extra_body, has_answered=log.has_answered,
                              **options)
         llm = prompts.limited(llm, args.max_calls)
         if run.embedding != "hashed_ngrams":

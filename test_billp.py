@@ -1587,8 +1587,9 @@ PARTS = [{"type": "thinking", "text": "so"}, {"type": "text", "text": "hel"},
 BASE64 = [base64.b64encode(np.array(row, "<f4")).decode().rstrip("=" * n)
           for n, row in enumerate(([3, 4], [4, 3]))]
 ACTS = [
-    completion(), completion(""), response("403", "flagged"), response("429", "", "Retry-After: 20"),
-    response("500"), response("200", "<html>"), response("ReadError"), response("ReadTimeout"),
+    completion(), completion(""), response("403", "flagged"),
+    response("429", "", "Retry-After: 20"), response("500"), response("200", "<html>"),
+    response("ReadError"), response("ReadTimeout"),
     response("307", "", "Location: /x"), without("seed"), without("max_tokens")]
 
 
@@ -1955,10 +1956,10 @@ def test_a_log_without_a_text_is_asked_again(tmp_path):
     silent = dict.fromkeys(LOGGED, Reply(""))
     prompts.recorded_embed(embedder().ask, prompts.open_log(path, "m"))(["a"])
     assert logged_answers(path, silent.get) == [Reply("")] * len(LOGGED)
-    assert not prompts.open_log(path, "m").has_spoken
+    assert not prompts.open_log(path, "m").has_answered
     assert logged_answers(path, LOGGED.get) == logged_answers(path) == list(LOGGED.values())
     log = prompts.open_log(path, "m")
-    assert log.has_spoken and len(prompts.recorded_embed(prompts.unlogged, log)(["a"])) == 1
+    assert log.has_answered and len(prompts.recorded_embed(prompts.unlogged, log)(["a"])) == 1
 
 
 def test_a_log_in_the_home_folder_replays_without_the_model(tmp_path, monkeypatch):
