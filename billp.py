@@ -18,12 +18,12 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
                    find the item that it names
     evidence       how often an item was encouraged in similar states, and how often discouraged
     ask            one question to the model (prompts.Ask); its key (prompts.Key) tells where in the
-                   run it is asked and determines the draw of the answer, so a run can be repeated
+                   run it is asked, and seeds the draw of the answer
     malformed      a reply that a parser cannot use; after the last retry a role gives its fallback
 
 A record (s_n, a_n, encouraged) makes a_n more likely to be listed and chosen in similar states
-(`prompts.chance`). A policy-gradient step also raises pi(a | s). It changes weights, in proportion
-to A.
+(`prompts.chance`). A policy-gradient step has the same aim. But it changes weights, and in
+proportion to A; a record keeps only the sign of A.
 We add two things. The actor chooses from a list of free items; `candidates=0` gives no list. The
 planner is told which categories were shown lately. The README lists all differences from the paper.
 
@@ -248,7 +248,7 @@ class Answer(NamedTuple):
     said: str                       # what was parsed, before grounding or clipping; "" if nothing
     recalled: tuple = ()            # reflections, candidates, or pairs (item line, target)
     malformed: int = 0              # replies that could not be parsed
-    fallback: bool = False          # no reply could be parsed
+    fallback: bool = False          # no usable reply came, or none was asked for
     exact: bool = True              # false if the actor named no free item of the catalogue
 
 
@@ -368,7 +368,7 @@ def ranked_lines(state: State, evidence: Evidence, catalog: Catalog, config: Con
         known = [line for line in bonus if line in in_catalog]
         # `evidence` begins with the nearest record, and `sorted` keeps the order of equals
         return sorted(known, key=bonus.get, reverse=True)
-    # such as "[War]", for what the thought asks for, and "[Comedy, Drama]"
+    # "[War]", what the thought asks for, and "[Comedy, Drama]", liked and not shown lately
     texts = prompts.query(state.thought, catalog.env.categories, state.tastes)
     items = prompts.closest(texts, catalog, bonus, config.line_weight)
     return [catalog.lines[item] for item in items]
@@ -410,11 +410,11 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
     question = prompts.render_actor(state.key.step + 1, state.thought, listed, form)
     answer = consult(llm, "actor", state, question, prompts.parse_actor, config, "")
     if not answer.fallback:
-        # `ground` takes the free item that the reply names. If there is none, the reply often names
-        # a recent item, and the nearest of all free items would be too similar to that. So these
-        # lines are preferred. With `candidates` 0 the actor may choose any free item.
-        preferred = {candidate.line for candidate in listed} if config.candidates else ()
-        item, exact = prompts.ground(answer.result, catalog, state.taken, preferred)
+        # A reply that names no free item often names a recent one. The nearest of all free items
+        # would be too similar to that, so `ground` then takes the nearest of the listed ones. With
+        # `candidates` 0 the actor may choose any free item.
+        listed_lines = {candidate.line for candidate in listed} if config.candidates else ()
+        item, exact = prompts.ground(answer.result, catalog, state.taken, listed_lines)
     elif listed:
         item, exact = catalog.lines.index(listed[0].line), False
     else:
@@ -538,11 +538,11 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
             left = trajectory.terminated and step is steps[-1]      # users leave at the last step
             adv = advantage(step.reward, config.gamma, value, next_value, left)
             advantages.append(adv)
-            m_a = remember(m_a, state.text, int(adv >= 0), state.vector, step.line)
+            m_a = remember(m_a, state.text, int(adv >= 0), state.vector, item=step.line)
             if config.baseline:
                 target = td_target(step.reward, config.gamma, next_value, left)
                 last_line = state.text.rpartition("\n")[2]      # of the last item liked or shown
-                m_c = remember(m_c, state.text, target, state.vector, last_line)
+                m_c = remember(m_c, state.text, target, state.vector, item=last_line)
     if config.thoughts and config.lessons != "none":
         reflection, m_p = reflector(trajectory, m_p, llm, config)
         answers += (reflection,)

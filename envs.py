@@ -36,8 +36,8 @@ Array = np.ndarray
 Rng = np.random.Generator
 Location = str | Path                   # of a folder of data files
 
-# Each purpose has a random stream of its own for a seed; the first three are for run.py. The
-# numbers must not change, so that a seed gives the same users in every version.
+# Each of these purposes has a random stream of its own for a seed; the first three are for run.py.
+# The numbers must not change, so that a seed gives the same users in every version.
 BRANCHES = {"learners": 0, "held-out users": 1, "policy": 2, "actor-critic": 3, "data": 5,
             "bandit": 6}
 
@@ -165,9 +165,10 @@ def leaves(env: Env, state: EnvState, item: Array, rating: Array) -> Array:
 
 
 def step(env: Env, state: EnvState, item: Array) -> tuple[EnvState, Array, Array, Array]:
-    """Recommend an item to each user: (next state, reward, left, cut), all shaped like the item.
+    """Recommend an item to each user: (next state, reward, left, cut).
 
-    The reward is the rating; the leaving step earns 0. A session of `max_steps` steps is cut.
+    The last three have the shape of `item`. The reward is the rating; the leaving step earns 0. A
+    session of `max_steps` steps is cut.
     """
     item = np.asarray(item)
     rating = env.rate(state.user, item)
@@ -467,7 +468,7 @@ class Weights(NamedTuple):
 
     It sees a session as x = [mean vector of the history, sum of the last W vectors, 1].
     """
-    match: Array                        # [2d + 1, d]: x @ match @ its vector: how an item suits x
+    match: Array                        # [2d + 1, d]: x @ match @ an item's vector is its fit to x
     appeal: Array                       # [m]: of each item, to anyone
     value: Array                        # [2d + 1]: V(s) = x @ value
 
@@ -483,7 +484,7 @@ def observe(env: Env, state: EnvState) -> Array:
 def log_chances(env: Env, weights: Weights, x: Array, items: Array, free: Array) -> Array:
     """float [B, k]: the logarithm of the chance that the actor takes each of k items.
 
-    free [B, k] tells which it may take. A user to whom none is free gets any.
+    free [B, k] tells which it may take. A user for whom none is free gets any.
     """
     fit = x @ weights.match @ env.vectors[items].T + weights.appeal[items]
     # not -inf, because 0 * -inf would make the entropy NaN
@@ -511,11 +512,11 @@ def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
     # First the derivatives by fit [B, k], see `log_chances`.
     # (a) The chances are a softmax:
     #     d chance_i / d fit_j = chance_i * ([i is j] - chance_j)
-    # (b) d log(x) is dx / x. So with i = pick in (a), divided by the chance of the pick:
+    # (b) d log(p) is dp / p. So with i = pick in (a), divided by the chance of the pick:
     #     d log_chance[pick] / d fit_j = [j is the pick] - chance_j
     of_pick = picked - chance
-    # (c) d entropy / d chance_i = -(log_chance_i + 1). With (a), the term i = j and the sum of the
-    #     others' parts:
+    # (c) d entropy / d chance_i = -(log_chance_i + 1). Multiply by (a) and sum over all i. The part
+    #     with [i is j] leaves i = j alone, the part with -chance_j is a total over all i:
     #     d entropy / d fit_j = -chance_j * (log_chance_j + 1) + chance_j * total
     #     total = sum over i of chance_i * (log_chance_i + 1) = 1 - entropy
     #     d entropy / d fit_j = -chance_j * (log_chance_j + entropy)
@@ -654,7 +655,7 @@ def intervals(statistic: Callable, *samples: Array) -> list[list[float]]:
         users = samples[0].shape[1]
         # more than 1000 draws would change the ends little
         drawn = np.random.default_rng(0).integers(users, size=(1000, users))
-        # [1000, N, k]: for the statistic each draw is one more seed
+        # [1000, N, k]: the draws stand where the statistic expects seeds
         resampled = [sample[0][drawn] for sample in samples]
         low, high = np.quantile(statistic(*resampled), [0.025, 0.975], axis=0)
     return np.stack([mean, low, high], -1).round(4).tolist()
@@ -787,8 +788,8 @@ def films(seed: int = 0) -> Env:
     the user likes the film's categories. A user's taste is that of one of six archetypes, changed
     at random. The film's general appeal counts less, and noise least. About one pair of films in 25
     is too similar: those that share at least half of their combined categories, and 17 pairs that
-    share one of three. A history is ten films, drawn without replacement with weights exp(rating).
-    The agent learns from half of the users.
+    share one of three. A history is ten films, drawn without replacement with weights exp(rating);
+    the order of the draw counts as the order of time. The agent learns from half of the users.
     """
     titles, years, letters = zip(*re.findall(r"(\S.*?) (\d{4}) ([A-Z]+)[;\n]", FILMS))
     tags = [[CODES[letter] for letter in word] for word in letters]
@@ -972,9 +973,9 @@ def timestamp(text: str) -> float:
     try:
         return float(text or 0)
     except ValueError:
-        # before Python 3.11 a date may not end in Z, and seconds need 3 or 6 decimals: six are
-        # written, behind their dot
-        text = re.sub(r"\.\d+", lambda decimals: decimals[0][:7].ljust(7, "0"), text)
+        # Before Python 3.11 a date may not end in Z, and seconds need 3 or 6 decimals. So decimals
+        # are cut, or filled with zeros, to a dot and six digits.
+        text = re.sub(r"\.\d+", lambda match: match[0][:7].ljust(7, "0"), text)
         date = datetime.fromisoformat(text.replace("Z", "+00:00"))
         # without a time zone it counts as UTC, so that it means the same everywhere
         return date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp()
@@ -988,7 +989,7 @@ def parse_vote(users: dict, items: dict, user: str, item: str, rating: str, time
                **others: str) -> tuple:
     """A rating as a record of VOTE. `users` and `items` map ids to numbers; new users are added."""
     demand(user, "a rating without user")
-    demand(rating, "a user and an item without rating")
+    demand(rating, "a line without rating")
     number = float(rating)
     demand(np.isfinite(number), f"the rating {rating} is not finite")
     demand(item in items, f"item {item} is not in the list of items")
@@ -1023,12 +1024,11 @@ def groups(keys: Array) -> list[Array]:
 
 
 def ridge(own: Array, other: Array, ratings: Array, fixed: Array, count: int) -> Array:
-    """float32 [count, k + 1]: the fitted rows of users, k factors and then a bias each.
+    """Fit the rows of one side, users or items, while the rows `fixed` of the other side stay.
 
-    The rows `fixed` of the items stay as they are. Or the other way round: the rows of items are
-    fitted, and those of users are fixed. ratings[i] belongs to row own[i] of the fitted side and to
-    row other[i] of the fixed side; the global offset is subtracted. The penalty on a bias is 3,
-    that on a factor 3 + a tenth of the row's number of ratings.
+    float32 [count, k + 1]: k factors and then a bias for each row. ratings[i] belongs to row own[i]
+    of the fitted side and to row other[i] of the fixed side. It comes without the global offset.
+    The penalty on a bias is 3, that on a factor 3 + a tenth of the row's number of ratings.
     """
     # rating - fixed bias = [fixed factors, 1] @ [fitted factors, fitted bias]
     targets = ratings - fixed[other, -1]
@@ -1220,7 +1220,7 @@ class ArraysOnly(pickle.Unpickler):
 
 
 def load(path: Location, world: str, name: str) -> Any:
-    """The content of a .json file; of a .npy file (memory-mapped) or a pickle a finite matrix."""
+    """The content of a .json file, or the matrix in a .npy file (memory-mapped) or a pickle."""
     file = find_file(path, name, world=world)
     with in_one_line(file, AUTHORS):
         if file.suffix == ".json":

@@ -55,7 +55,7 @@ class UserError(Exception):
     """A mistake that the user can correct: one line, exit code 2."""
 
 
-# errors that `main` tells in one line
+# errors that `main` reports in one line
 MENDABLE = (UserError, prompts.EndpointError, envs.BadData, OSError, MemoryError,
             futures.BrokenExecutor)
 STAND_IN = ("offline, a rule-based stand-in: it shows the mechanism at work "
@@ -93,8 +93,8 @@ FLAGS = {                               # group -> flag -> what it does
     },
     "look at a finished run": {
         "show": "print one episode of this run directory",
-        "pick": "which one: before, learn or after and its number from 0, such as after:3; with "
-                "--load, learn is numbered on from the loaded run",
+        "pick": "which one: before, learn or after, with its number from 0 as in after:3, or the "
+                "last of the phase; with --load, learn is numbered on from the loaded run",
         "prompts": "print the prompts of the episode and their replies",
     },
     "experiments": {
@@ -105,13 +105,13 @@ FLAGS = {                               # group -> flag -> what it does
         "cluster": "address of a dask.distributed scheduler for offline runs",
     },
     "a real model": {
-        "model": "model name, or offline (default: OPENAI_MODEL)",
+        "model": "model name, or offline (default: OPENAI_MODEL, or else offline)",
         "base_url": "endpoint (default: OPENAI_BASE_URL or OPENAI_API_BASE); the key is "
                     "OPENAI_API_KEY",
         "embed_model": "embedding model (default: OPENAI_EMBED_MODEL, or character trigrams)",
         "extra_body": "a JSON object: more fields for each chat request",
         "header": "one more request header, as NAME=VALUE",
-        "timeout": "seconds for one answer (default 300)",
+        "timeout": "seconds for one request (default 300)",
         "max_calls": "stop cleanly after this many chat requests to each model",
         "replay": "answer from the run's log alone",
     },
@@ -122,7 +122,7 @@ FLAGS = {                               # group -> flag -> what it does
         "baseline": "use the critic's V(s); without it every action is encouraged",
         "gamma": "discount of later rewards; the paper's gamma",
         "k_lessons": "reflections recalled; the paper's K",
-        "k_experience": "experiences recalled for the actor, counted for each item",
+        "k_experience": "experiences recalled for the actor in all; they are counted by item",
         "k_actions": "remembered items shown to the actor if --candidates is 0",
         "k_values": "values recalled for the critic",
         "candidates": "free items to choose from; 0: no list, the actor may name any item",
@@ -137,12 +137,12 @@ FLAGS = {                               # group -> flag -> what it does
         "temperature": "sampling temperature of every ask",
         "reply_tokens": "longest reply asked for; models that reason need thousands",
         "retries": "how often a malformed reply is asked for again",
-        "repeats": "allow an item to come twice in a session, or from the history; policies never "
-                   "repeat one",
+        "repeats": "allow an item to come twice in a session, or from the history; a policy does "
+                   "so only if no other item is left",
     },
     "rule of leaving": {
         "window": "items that a user remembers; the paper's W",
-        "beta": "an item nearer than this to one of them is too similar; the paper's beta",
+        "beta": "an item at a smaller distance to one of them is too similar; the paper's beta",
         "floor": "a rating below this disappoints",
         "grace": "first steps at which a low rating is forgiven",
         "max_steps": "the cap at which an episode is cut",
@@ -220,7 +220,7 @@ def make_parser() -> Parser:
     """
     parser = Parser("run.py", allow_abbrev=False, epilog=EXAMPLES,
                     formatter_class=RawDescriptionHelpFormatter,
-                    description=f"Learn, then evaluate. The default model is\n{STAND_IN}.")
+                    description=f"Learn, then evaluate. Without a model it runs\n{STAND_IN}.")
     defaults = {**envs.Env._field_defaults, **Config._field_defaults, **DEFAULTS}
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title, NOTES.get(title))
@@ -327,7 +327,9 @@ def models_of(args: Namespace) -> list[str]:
         if has_key:                 # many people have one in their environment
             say("OPENAI_API_KEY is set without a model: the stand-in answers")
         return ["offline"]
-    if "" in names or not (has_endpoint or has_key):
+    lacks_name = "" in names
+    lacks_server = not has_endpoint and not has_key
+    if lacks_name or lacks_server:
         raise UserError("an endpoint and a model are needed: set OPENAI_BASE_URL and OPENAI_MODEL, "
                         "or give --base-url and --model; --model offline is the stand-in; with "
                         "--replay, --model alone is enough")
@@ -365,7 +367,10 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 class Settings(NamedTuple):
-    """What determines the result of a run, and nothing else: written to config.json."""
+    """The configuration of a run, as written to config.json.
+
+    The endpoint's address, its headers and the content of data files are no part of it.
+    """
     world: str
     method: str
     model: str
@@ -515,7 +520,10 @@ def flattened(content: Json) -> Json:
 
 
 def default_directory(args: Namespace, config: Json) -> Path:
-    """runs/WORLD-METHOD-seedN-FLAGS-DIGEST. FLAGS are the given flags of Config and of the rule."""
+    """runs/WORLD-METHOD-seedN-FLAGS-DIGEST. FLAGS are the given flags of Config and of the rule.
+
+    In place of METHOD experiments have their names.
+    """
     label = "+".join(args.experiment) or args.method
     kind = args.world.partition(":")[0]
     given = given_of(args, [*Config._fields, *envs.RULE])
@@ -536,17 +544,19 @@ def run_directory(args: Namespace, config: Json) -> Path:
     names = {file.name for file in path.rglob("[!.]*") if file.is_file()}
     earlier = read_object(path / "config.json")
     is_run = set(Settings._fields) <= earlier.keys()
-    if not is_run and names - {"calls.jsonl"}:      # a log may have been copied there
+    foreign = names - {"calls.jsonl"}       # a log may have been copied there
+    if not is_run and foreign:
         raise UserError(f"{path} is not empty and holds no run; choose another --out")
     # an experiment has fields that a run lacks, so the fields of both are compared
     fields, earlier_fields = flattened(config), flattened(earlier)
     changed = [field for field in {**earlier_fields, **fields}
                if earlier_fields.get(field) != fields.get(field)]
-    # with config.json alone the earlier run got no answer
-    if is_run and changed and names != {"config.json"}:
+    has_results = names != {"config.json"}
+    if is_run and changed and has_results:
         raise UserError(f"{path} holds another configuration ({', '.join(changed)}); choose "
                         "another --out")
-    if args.replay and names <= {"config.json"}:
+    has_log = not names <= {"config.json"}
+    if args.replay and not has_log:
         raise UserError(f"{path} holds no log to replay: run without --replay, or give the "
                         "directory of the log as --out")
     path.mkdir(parents=True, exist_ok=True)
@@ -590,13 +600,13 @@ def read_memory(path: Path | None) -> Json:
 
 
 def learners_met(saved: Json, world: str, seed: int) -> int:
-    """How many learners of this world and seed a memory has met. The run learns from others.
+    """How many learners of this world and seed a memory has met. The run skips them.
 
     UserError if the memory may have learned from users that this seed holds out.
     """
     # In worlds of ratings the seed decides who is held out. Two folders may hold the same ratings,
     # so their names are not compared. In films each seed has users of its own, and in steam and
-    # amazon the files decide who is held out, so no memory can know them.
+    # amazon the files decide. There a memory cannot know a held-out user.
     for earlier_world, earlier_seed in saved["met"]:
         kinds = {name.partition(":")[0] for name in (world, earlier_world)}
         if kinds.issubset(OF_RATINGS) and seed != earlier_seed:
@@ -620,7 +630,8 @@ def agent_of(saved: Json, embed: Embed) -> Agent:
 
 class Live(NamedTuple):
     """The counts of a command, printed even if it fails. Threads share them."""
-    counts: dict[str, Counter]  # of each role: calls, and the tokens that the server counts
+    # of each role: calls, and the tokens that the server counts
+    counts: dict[str, Counter]
     # "asked": new answers of endpoints; "answers": these and those of logs; "empty: REASON":
     # replies without a text. A prompts.Route adds "requests", "retries: KIND" and
     # "system_fingerprint".
@@ -677,7 +688,7 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
                "notice": say, "sleep": live.stop.wait, "stats": live.stats}
     model_id = [run.model, run.embedding, run.extra]
     log = prompts.open_log(folder / "calls.jsonl", model_id)
-    live.stats.setdefault("asked", 0)   # from here on it is known that a log was opened
+    live.stats.setdefault("asked", 0)   # the sign for `ledger`, `watched` and `main`: a log is open
     llm = embed = prompts.unlogged
     if not args.replay:
         # if an earlier run got a text, an empty reply is no sign of wrong settings
@@ -751,7 +762,7 @@ def watched(pmap: Callable, run: Settings, live: Live) -> Callable:
             lengths.append(length)
             done = len(lengths)
             if done % 10 == 0 or done == total:
-                # the stand-in has no log, so its answers are not told as new
+                # the stand-in has no log, so there is no count of new answers
                 asked = live.stats.get("asked")
                 new = "" if asked is None else f", {asked} new answers"
                 mean = np.mean(lengths)
@@ -835,7 +846,7 @@ def summarise(run: Settings, outcome: Outcome, live: Live, began: float) -> Json
     content_of_run = run._asdict()
     rule = content_of_run.pop("rule")
     return content_of_run | {
-        "config": run.config | rule,            # all numbers that flags set, side by side
+        "config": run.config | rule,            # in one object
         "learning": means,
         "before": envs.metrics(before), "after": envs.metrics(after),
         "difference": envs.metrics(after, before) if run.episodes else None,
@@ -918,7 +929,7 @@ def report(summary: Json, about: str, agent: Agent, live: Live) -> Iterator[str]
     if not live.replies:                # a policy or billp-no-model: no reply was counted
         model = "none: this method asks no language model"
     heading = ("{method} on {world}, seed {seed}: {episodes} learning episodes, "
-               "then {users} held-out users")
+               "{users} held-out users")
     yield heading.format_map(summary)
     if about:
         yield f"world     {about}"
@@ -1052,9 +1063,10 @@ def prompts_of(args: Namespace, episode: Json) -> str:
     stand-in, and the asks of this episode are caught. UserError if the repeated episode differs.
     """
     run = Settings(**read_object(args.show / "config.json"))
-    if run.load or run.config["retries"] < 0:
-        raise UserError(f"{args.show} asked no model or was started with --load: it has no "
-                        "prompts that can be made again")
+    if run.config["retries"] < 0:
+        raise UserError(f"{args.show} asked no model: it has no prompts")
+    if run.load:
+        raise UserError(f"{args.show} was started with --load: its prompts cannot be made again")
     args.replay = True                  # no endpoint is asked
     llm, embed = open_model(args, run, args.show, new_live())
     lines = []
@@ -1071,11 +1083,15 @@ def prompts_of(args: Namespace, episode: Json) -> str:
     phases = phases_of(run)
     needed = phases[:phases.index(episode["phase"]) + 1]
     place = build_place(run)
-    outcome = perform(run, place, billp.NOVICE, caught, embed, map, needed)
+    try:
+        outcome = perform(run, place, billp.NOVICE, caught, embed, map, needed)
+    except prompts.EndpointError:
+        raise UserError(f"{args.show}: its log lacks answers, so its prompts cannot be made "
+                        "again") from None
     repeated = [dumps(describe(place.env, played)) for played in outcome.trajectories]
     if dumps(episode) not in repeated:
-        raise UserError(f"{args.show}: this episode does not come again. The data or the program "
-                        "have changed since, so its prompts cannot be made again")
+        raise UserError(f"{args.show}: the repeated run gives another episode. The data or the "
+                        "program have changed since, so its prompts cannot be made again")
     return "\n".join(lines)
 
 
@@ -1146,8 +1162,8 @@ def settings_of(base: Settings, varied: str, series: str, x: Any) -> Settings:
         run = run._replace(**{varied: x})
     if episodes:                    # no experiment that varies the episodes has such rows
         run = run._replace(episodes=int(episodes))
-    # Then the runs of a method that learns nothing are equal for all numbers of episodes, and
-    # `experiments` performs them once.
+    # Without learning episodes the cells of such a method are equal for all x, and `experiments`
+    # performs their runs once.
     return without_idle_learning(run)
 
 
@@ -1185,9 +1201,9 @@ def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Cal
                   repeats: int = 6, draws: int = 200) -> list[list[float]]:
     """[2, 6]: for each of two users bias, variance and MSE of one return, then the same of V.
 
-    One return and V estimate the value of the first state of the user's session. The mean of
-    `draws` further returns from that state counts as the truth. The agent learns `repeats` times,
-    each time with other draws. The errors are taken over these. The variance divides by `repeats`,
+    One return and V estimate the value of the first state of the user's session. The mean return of
+    `draws` more sessions counts as the truth. The agent learns `repeats` times, each time with
+    other draws. Bias and variance are taken over these agents. The variance divides by `repeats`,
     so that it and the squared bias add up to the mean squared error (MSE).
     """
     config = Config(**run.config)
@@ -1207,8 +1223,8 @@ def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Cal
         for agent, _ in billp.train(catalog, learners, llm, seed, config=config, pmap=pmap):
             pass                        # the last agent counts
         for i, user in enumerate(users):
-            # `evaluate` numbers the sessions. The number is part of the key, so each has its own
-            # draws.
+            # Each session begins anew. Its number is part of its key, so each has its own draws;
+            # "continue" separates them from those of other phases.
             played = billp.evaluate(catalog_to_play, [user] * (draws + 1), agent, llm, seed,
                                     "continue", config, pmap)
             # the first return is judged, the others tell what it should be

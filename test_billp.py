@@ -1498,7 +1498,7 @@ ratings.csv | id,user,sku,rating\n0,1,1,4 | no column for the item
 ratings.csv | user,item,rating\na,1,nan | ratings.csv: line 2: the rating nan
 ratings.csv | user,item,rating\na,1,good | line 2: .*'good'
 ratings.csv | user,item,rating\na,77,4 | line 2: item 77 is not
-ratings.csv | user,item,rating\na,1, | line 2: a user and an item without rating
+ratings.csv | user,item,rating\na,1, | line 2: a line without rating
 ratings.csv | user,item,rating\na,1,4 | fewer than two users
 ratings.csv | user,item,rating\na,1,9\nb,1,9 | every rating is 9
 """))
@@ -2107,7 +2107,7 @@ def test_show_refuses_an_unreadable_episode_in_one_line(finished, tmp_path):
     changed = content.replace('"thought": "', '"thought": "Not ')       # as with other data
     run.write(tmp_path / "episodes.jsonl", changed)
     run.write(tmp_path / "config.json", (finished / "config.json").read_text("utf-8"))
-    assert "does not come again" in refuse("--show", tmp_path, "--prompts")
+    assert "gives another episode" in refuse("--show", tmp_path, "--prompts")
 
 
 def test_a_loaded_run_goes_on_with_users_not_seen(tmp_path):
@@ -2348,7 +2348,7 @@ def test_a_run_over_http_is_the_offline_run_and_replays(workers, has_faults, fin
     log = (tmp_path / "calls.jsonl").read_bytes().splitlines(True)
     (tmp_path / "calls.jsonl").write_bytes(b"".join(log[:-1]))
     assert "--replay" in refuse(*flags, "--replay")
-    assert "the log lacks" in refuse("--show", tmp_path, "--prompts", "--pick", "after")
+    assert "its log lacks" in refuse("--show", tmp_path, "--prompts", "--pick", "after")
     refusals = iter([(400, "against our terms")])
     with endpoint(lambda body: next(refusals, None)) as server:
         succeed(*flags_of(server.url, tmp_path))        # a refused prompt must not end the run
