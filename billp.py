@@ -15,7 +15,7 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
     category tool  tells which categories were shown in the last `lately` steps, and which others
                    were liked before (prompts.category_tool)
     item line      an item as the model reads it, "Alien [Horror, Sci-Fi]"; to ground a reply is to
-                   find the item that it names
+                   find the item that it names, or else one near to it
     evidence       how often an item was encouraged in similar states, and how often discouraged
     ask            one question to the model (prompts.Ask); its key (prompts.Key) tells where in the
                    run it is asked, and seeds the draw of the answer
@@ -358,10 +358,12 @@ def ranked_lines(state: State, evidence: Evidence, catalog: Catalog, config: Con
 
     An item's bonus is the chance that it is encouraged minus the average chance, see
     `prompts.chance`. With `candidates` 0 only items with evidence come, ranked by the bonus.
-    Otherwise all items come, ranked by nearness plus bonus. The nearness is to what the thought
-    asks for (or else to all liked categories) and to the liked categories not shown lately.
+    Otherwise all items come, ranked by nearness plus bonus. The nearness is a sum: the nearness to
+    what the thought asks for (or else to all liked categories) and that to the liked categories not
+    shown lately.
     """
     average = prompts.average_chance(evidence)
+    # the keys of `evidence` are pairs (item line, verdict)
     bonus = {line: prompts.chance(line, evidence, average) - average for line, _ in evidence}
     if not config.candidates:
         in_catalog = set(catalog.lines)             # a loaded memory may come from another world
@@ -568,7 +570,7 @@ def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, see
 
     (seed, phase, i) determines the draws of users[i].
     """
-    # int, because a key with np.int64(0) would give other draws
+    # int, because the text of a key is hashed: np.int64(0) would give other draws
     keys = [Key(int(seed), phase, i) for i in range(len(users))]
     play = partial(episode, catalog, agent=agent, llm=llm, config=config)
     return tuple(pmap(play, users, keys))

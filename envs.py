@@ -223,7 +223,7 @@ def check(env: Env) -> None:
     demand(env.learners in range(n + 1), f"learners is {env.learners} for {n} histories")
     for title in env.titles:
         demand(isinstance(title, str), f"the title {title!r} is not a text")
-    demand(np.shape(env.years) == (m,), f"years are not {m} numbers, one for each title")
+    demand(np.shape(env.years) == (m,), f"years are not {m} numbers or None, one for each title")
     for name in ("belongs", "vectors"):
         demand(isinstance(getattr(env, name), np.ndarray), f"{name} is not an array")
     shape = env.belongs.shape
@@ -312,8 +312,8 @@ def greedy(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
 def oracle(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
     """The item that the user rates best among the free items that do not make the user leave.
 
-    It knows the rule but does not plan, so it is not proven to be an upper bound. In practice
-    nearly every user stays to the cap.
+    If there is none, it is the best of all free items. It knows the rule but does not plan, so it
+    is not proven to be an upper bound. In practice nearly every user stays to the cap.
     """
     sessions, every = with_every_item(env, state)
     ratings = env.rate(sessions.user, every)
@@ -339,7 +339,7 @@ def popular(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> 
 
 
 def one_list(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
-    """The free item of most appeal [m] that is not too similar. See `popular`."""
+    """The free item of most appeal [m] that is not too similar, or else of all. See `popular`."""
     sessions, every = with_every_item(env, state)
     different = ~too_similar(env, distance_to_recent(env, sessions, every))
     return best(appeal, preferred(different, free))
@@ -515,8 +515,8 @@ def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
     # (b) d log(p) is dp / p. So with i = pick in (a), divided by the chance of the pick:
     #     d log_chance[pick] / d fit_j = [j is the pick] - chance_j
     of_pick = picked - chance
-    # (c) d entropy / d chance_i = -(log_chance_i + 1). Multiply by (a) and sum over all i. The part
-    #     with [i is j] leaves i = j alone, the part with -chance_j is a total over all i:
+    # (c) d entropy / d chance_i = -(log_chance_i + 1). Multiply by (a) and sum over all i. In the
+    #     sum [i is j] keeps only the term i = j, and -chance_j is a factor of all terms:
     #     d entropy / d fit_j = -chance_j * (log_chance_j + 1) + chance_j * total
     #     total = sum over i of chance_i * (log_chance_i + 1) = 1 - entropy
     #     d entropy / d fit_j = -chance_j * (log_chance_j + entropy)
@@ -1027,7 +1027,8 @@ def ridge(own: Array, other: Array, ratings: Array, fixed: Array, count: int) ->
     """Fit the rows of one side, users or items, while the rows `fixed` of the other side stay.
 
     float32 [count, k + 1]: k factors and then a bias for each row. ratings[i] belongs to row own[i]
-    of the fitted side and to row other[i] of the fixed side. It comes without the global offset.
+    of the fitted side and to row other[i] of the fixed side. Ratings come without the global
+    offset.
     The penalty on a bias is 3, that on a factor 3 + a tenth of the row's number of ratings.
     """
     # rating - fixed bias = [fixed factors, 1] @ [fitted factors, fitted bias]
@@ -1139,7 +1140,8 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
     # a copy, sorted by user, then by time: the last key counts most
     votes = votes[np.lexsort((votes["time"], votes["user"]))]
     votes["rating"], note = rescaled(votes["rating"])
-    votes["user"] = rng.permutation(n)[votes["user"]]       # at random: the first half will learn
+    # in random order, because the agent learns from the first half
+    votes["user"] = rng.permutation(n)[votes["user"]]
     is_test = rng.permutation(size) < size // 10            # true for a random tenth
     train, test = votes[~is_test], votes[is_test]
     model = als(train, n, m, rank=12)

@@ -6,7 +6,8 @@ the four roles has three parts: its template, `render_*` (the question, from wha
 and `parse_*` (a value from any text, or `Malformed`).
 
     line        one item as the model reads it, "Alien [Horror, Sci-Fi]"
-    Catalog     a world as language; `ground` finds the item that a text names
+    Catalog     a world as language; `ground` finds the item that a text names,
+                or else one near to it
     history     the lines of the last items a user liked before the session, oldest first
     transcript  the session so far: Thought, Note, Action and Observation lines. Lines are
                 appended; if it gets very long, its oldest turns are dropped
@@ -299,8 +300,8 @@ def segment(text: str, labels: str) -> str:
     """The text after the earliest of these labels that has text behind it; "" if none has.
 
     Models often play several turns in one reply: only the first counts. So the text ends at the
-    next label of TURN_LABELS. It also ends where its own label comes again, except for labels that
-    only ITEM_LABELS hold: "Title: Up", "Title: Heat" may be a list.
+    next label of TURN_LABELS. It also ends where its own label comes again, but not when an item is
+    looked for: "Title: Up", "Title: Heat" may be a list.
 
     >>> segment("Thought 1: a comedy. Action 1: Up", THOUGHT_LABELS)
     'a comedy.'
@@ -312,8 +313,7 @@ def segment(text: str, labels: str) -> str:
         name = label["name"].lower()
         if not re.fullmatch(labels, name):
             continue
-        may_repeat = re.fullmatch(ITEM_LABELS, name)
-        ends = TURN_LABELS if may_repeat else f"{TURN_LABELS}|{name}"
+        ends = TURN_LABELS if labels == ITEM_LABELS else f"{TURN_LABELS}|{name}"
         end = len(text)
         for later in found[place + 1:]:
             if re.fullmatch(ends, later["name"].lower()):
@@ -370,14 +370,13 @@ def unmarked(line: str) -> str:
     >>> unmarked('- **"Up"** is fun'), unmarked('1. "Up" is fun'), unmarked("...")
     ('Up is fun', 'Up is fun', '')
     """
-    # `segment` has cut {"category": " from the front of {"category": "War", "reason": "new"}. Then
-    #     War", "reason": "new"}      becomes      War, reason: new"}
+    # In JSON the text after the label is
+    #     War", "reason": "new"}      which becomes      War, reason: new"}
     line = re.sub(r'",\s*"(\w+)":\s*"', r", \1: ", clean(line))
     content = re.sub(r"^\d{1,2}[.)]( |$)|[*`]|__", "", line).strip(' _#>-•"{}')
     if not re.search(r"\w", content):
         return ""
-    # A quote may have lost its partner, which was stripped just now or stood before the label. Then
-    # all quotes go.
+    # If their number is odd, one quote has lost its partner: all go.
     has_unpaired_quote = content.count('"') % 2 == 1
     if has_unpaired_quote:
         content = content.replace('"', "")
@@ -401,11 +400,11 @@ def first_line(text: str, preamble_ends: str = ":!") -> str:
 
 
 def labelled(text: str, labels: str) -> str:
-    """The first line after one of these labels, or else the first line before any other label.
+    """The first line after one of these labels.
 
-    So it is the first line of a reply without labels. It is "" if there is no such line, if the
-    reply is a refusal, or if the line is a copy of the form asked for: "Next category: CATEGORY,
-    because REASON", see PLANNER.
+    If there is none, it is the first line before the first label, or of a reply without labels. It
+    is "" if there is no such line, if the reply is a refusal, or if the line is a copy of the form
+    asked for: "Next category: CATEGORY, because REASON", see PLANNER.
 
     >>> labelled("Thought 3: a comedy\\nAction 3: Up", THOUGHT_LABELS)
     'a comedy'
@@ -473,9 +472,9 @@ def name_of(words: Sequence[str]) -> str:
 def spellings(title: str) -> list[str]:
     """The names of a title: as it is, with its article at the end, without it, and with "the".
 
-    The first two have all words of the title. The last puts "the" in front. So a reply "The
-    Terminator 2" finds Terminator 2, and no sequel of The Terminator. A title of one word lacks it,
-    because "the up side" does not name Up.
+    The first two have all words of the title. The last puts "the" in front. Without it "The
+    Terminator 2" would be read as The Terminator and the number of a sequel, see SEQUEL. A title of
+    one word has no such form, because "the up side" does not name Up.
 
     >>> spellings("The Matrix"), spellings("Blade Runner")[-1]
     (['the matrix', 'matrix the', 'matrix'], 'the blade runner')
@@ -552,7 +551,7 @@ def longest_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     for size in range(min(MOST_WORDS, len(words)), 0, -1):
         name = name_of(words[:size])
         items = catalog.names.get(name, [])
-        # with a second word after the title this does not match
+        # two words are joined, so that a year and one more word do not match
         only_year_follows = re.fullmatch(f"({YEAR})?", " ".join(words[size:size + 2]))
         if not items and only_year_follows:
             items = catalog.mains.get(name, [])
@@ -569,9 +568,9 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     the words of the title and of its year. Without a title it may skip one word.
         ["Hello"]                           [], 1
         ["Alien", "1979", "is", "old"]      [Alien], 2
-        ["Alien", "2009"]                   [], 1: a film of this year
-        ["Toy", "Story", "3"]               [], 2: a sequel
-        ["Alien", "Covenant", "2017"]       [], 1: a longer title, with the year of its film
+        ["Alien", "2009"]                   [], 1: means a film of 2009
+        ["Toy", "Story", "3"]               [], 2: means a sequel
+        ["Alien", "Covenant", "2017"]       [], 1: means a film of 2017 with a longer title
     """
     items, size = longest_title(words, catalog)
     if not items:
@@ -583,10 +582,10 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     if year:                            # "Alien 1979"
         items = of_year(items, int(year[0]), catalog)
         size += bool(items)             # its year is skipped, too
-    elif longer:                        # also "Star Wars Episode IV A New Hope 1977"
-        # If the words after Alien begin another title, as in "Alien Jaws 1975", Alien stands alone.
-        # Otherwise they belong to this title, as in "Léon The Professional 1994", and the year
-        # tells which film it is.
+    elif longer:
+        # A title, more words, a year. If the words begin another title, as in "Alien Jaws 1975",
+        # Alien is meant. Otherwise they belong to a longer title, and its year decides: "Léon The
+        # Professional 1994", "Star Wars Episode IV A New Hope 1977".
         next_items, _ = leading_title(behind, catalog)
         if not next_items:
             items = of_year(items, int(longer["year"]), catalog)
@@ -833,7 +832,7 @@ class Tastes(NamedTuple):
     """What the category tool reports."""
     recent: tuple[str, ...]         # shown lately: categories of the items recommended lately
     other: tuple[str, ...]          # liked before and not recommended lately, the most liked first
-    liked: tuple[str, ...]          # all liked before, the most liked first
+    liked: tuple[str, ...]          # those of the history in the prompt, the most liked first
 
 
 def category_tool(history: Sequence[str], shown: Sequence[str], lately: int) -> Tastes:
@@ -1067,10 +1066,10 @@ def plan_of(thought: str) -> str:
 def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     """The categories that a thought asks for, written as in item lines. Without any: its words.
 
-    What it wants to avoid does not count. If nothing else is left, this is "". Of the categories
-    that the thought names, these are taken:
+    What it wants to avoid does not count. If nothing else is left, the result is "". Of the
+    categories that the thought names, these are taken:
     1. those in its first sentence, before a reason, that were not shown lately
-    2. or else those in any sentence, before a reason
+    2. or else those anywhere before the first reason
     3. or else those anywhere
     2 and 3 leave out those shown lately if others remain.
 
@@ -1457,8 +1456,7 @@ class Kind(NamedTuple):
     remedy: str                     # what the user can do after the last one
     pattern: str                    # a regular expression for "LABEL ADVICE BODY", see KINDS
     # The run ends after this many asks with this kind of fault since the last text. Each of them
-    # but the last gets an empty reply. 1 is for faults that the user has to mend before the run goes
-    # on.
+    # but the last gets an empty reply. 1 is for faults that the user has to mend first.
     patience: int = 1
 
 
@@ -1542,7 +1540,8 @@ KINDS = (
     Kind("slow", 2, "raise --timeout", r"\w*Timeout"),
     Kind("failure", 7, RESUME, ""),             # 408, 409, 5xx, a lost connection
 )
-FOLLOWED = Kind("followed", 4, ELSEWHERE, "")       # a redirect that is followed: sent again there
+# a redirect that is followed: the request is sent again to the new address
+FOLLOWED = Kind("followed", 4, ELSEWHERE, "")
 # Parameters that a server may refuse, and what is sent instead; None: nothing.
 INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
            "temperature": None, "seed": None, "encoding_format": None}
@@ -1619,9 +1618,9 @@ def count(stats: dict, name: str) -> None:
 def new_fault(route: Route, label: str, shown: str, searched: str = "") -> Fault:
     """The Fault with this label. `shown` is the message for the user.
 
-    The first of KINDS that fits the label and `searched` is its kind. `searched` is advice and
-    body, because a code such as "insufficient_quota" stands outside the message. Without it the
-    label and `shown` count.
+    KINDS is matched with the label and `searched`, which holds advice and body: a code such as
+    "insufficient_quota" may stand outside the message. If `searched` is empty, KINDS is matched
+    with the label and `shown`.
     """
     reason = clean(starred(route, f"{label} {shown}"), 300)
     if len(route.key) > 3:          # in messages the key is starred even if it is an ordinary word
@@ -1786,8 +1785,7 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
         if response.is_success and not data.get("error"):
             return read(data)       # it raises one of MISSHAPEN if the shape is wrong
     except MISSHAPEN:
-        # Without data `fault_of_response` goes by the HTTP status: 200 is then of the Kind "page".
-        data = {}
+        data = {}       # a sign for `fault_of_response` that the body cannot be used
     # an error status, an error in the body, or a body that `read` cannot use
     return fault_of_response(route, response, data, text)
 
@@ -1815,8 +1813,9 @@ def fault_of_response(route: Route, response: Any, data: dict, text: str) -> Fau
     """
     error = as_object(data.get("error")) or data        # some servers put its fields at the top
     status = str(response.status_code)
-    # A status of success with an error in the body: the error's own code counts, or else 500. If
-    # the body could not be used, data and error are {}: then the status stays.
+    # A status of success with an error in the body: the error's own code counts, or else 500. For
+    # a body that it could not use `send_once` gives {}. Then the status stays, and 200 is of the
+    # Kind "page".
     if response.is_success and error:
         code = str(error.get("code"))
         status = code if re.fullmatch("[45][0-9][0-9]", code) else "500"
@@ -1853,11 +1852,11 @@ def limited(llm: LLM, max_calls: int) -> LLM:
 
     def answer(ask: Ask) -> Reply:
         charge()
-        token = CHARGE.set(charge)
+        before = CHARGE.set(charge)
         try:
             return llm(ask)
         finally:
-            CHARGE.reset(token)
+            CHARGE.reset(before)
     return answer
 
 
@@ -1955,8 +1954,8 @@ def read_chat(route: Route, ask: Ask, data: dict) -> Any:
     if "choices" not in data and "usage" not in data:
         raise LookupError("no chat completion")             # `send_once` takes it for a web page
     # A server may send no choice if it filters a prompt (Gemini) or has no text. Then `no_choice`
-    # is read instead. Its error is the body, so that KINDS finds the reason. What differs in each
-    # answer is left out, so that run.py counts equal reasons together.
+    # stands for it. Its error is the body, in which `new_fault` below finds the reason. What
+    # differs in each answer is left out, so that run.py counts equal reasons together.
     details = {name: data[name] for name in data if name not in ("id", "created", "usage")}
     no_choice = {"finish_reason": "missing", "error": json.dumps(details)}
     choice = (data.get("choices") or [no_choice])[0]
@@ -1976,7 +1975,7 @@ def read_chat(route: Route, ask: Ask, data: dict) -> Any:
         if finish == "length":
             tell(route, "length", "a reply was cut, because it is longer than --reply-tokens")
         return Reply(text, usage)
-    # for example "finish_reason length" "and no text"
+    # no text, or one that was broken off, for example "finish_reason length" "and no text"
     label = "refusal" if refusal else finish
     reason = refusal or choice.get("error") or ("and half a text" if text else "and no text")
     return new_fault(route, f"finish_reason {label}", str(reason))._replace(usage=usage)
@@ -2088,8 +2087,8 @@ def open_log(path: str | Path, model_id: Any) -> Log:
     """Read a log; there may be none yet. An incomplete last line is ended.
 
     If an ask has several replies, the first with a text counts. Empty replies count only if some
-    reply of the chat model had a text. Otherwise the settings were probably wrong, and it is asked
-    again.
+    reply of the chat model had a text. Otherwise the settings were probably wrong, and these asks
+    are sent again.
     """
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)

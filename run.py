@@ -93,8 +93,9 @@ FLAGS = {                               # group -> flag -> what it does
     },
     "look at a finished run": {
         "show": "print one episode of this run directory",
-        "pick": "which one: before, learn or after, with its number from 0 as in after:3, or the "
-                "last of the phase; with --load, learn is numbered on from the loaded run",
+        "pick": "before, learn or after: the last episode of this phase; after:3 is its number 3, "
+                "counted from 0 (default: the last of learn, or else of the run); with --load, "
+                "learn is numbered on from the loaded run",
         "prompts": "print the prompts of the episode and their replies",
     },
     "experiments": {
@@ -110,7 +111,7 @@ FLAGS = {                               # group -> flag -> what it does
                     "OPENAI_API_KEY",
         "embed_model": "embedding model (default: OPENAI_EMBED_MODEL, or character trigrams)",
         "extra_body": "a JSON object: more fields for each chat request",
-        "header": "one more request header, as NAME=VALUE",
+        "header": "one more request header, as NAME=VALUE; may be given several times",
         "timeout": "seconds for one request (default 300)",
         "max_calls": "stop cleanly after this many chat requests to each model",
         "replay": "answer from the run's log alone",
@@ -122,7 +123,7 @@ FLAGS = {                               # group -> flag -> what it does
         "baseline": "use the critic's V(s); without it every action is encouraged",
         "gamma": "discount of later rewards; the paper's gamma",
         "k_lessons": "reflections recalled; the paper's K",
-        "k_experience": "experiences recalled for the actor in all; they are counted by item",
+        "k_experience": "nearest records of M_A recalled for the actor, of all items together",
         "k_actions": "remembered items shown to the actor if --candidates is 0",
         "k_values": "values recalled for the critic",
         "candidates": "free items to choose from; 0: no list, the actor may name any item",
@@ -131,26 +132,25 @@ FLAGS = {                               # group -> flag -> what it does
         "lately": "how many steps back the category tool looks",
         "fresh_thoughts": "a thought is malformed if it names a category shown lately and none of "
                           "the other liked ones",
-        "titles": "items in a state's text and in a prompt's history",
+        "titles": "number of items in a state's text and in a prompt's history",
         "batch": "episodes between two updates of the memories",
         "transcript": "at most this many characters of a session in a prompt",
         "temperature": "sampling temperature of every ask",
         "reply_tokens": "longest reply asked for; models that reason need thousands",
         "retries": "how often a malformed reply is asked for again",
-        "repeats": "allow an item to come twice in a session, or from the history; a policy does "
-                   "so only if no other item is left",
+        "repeats": "let an item come twice in a session, and let items of the history come",
     },
     "rule of leaving": {
-        "window": "items that a user remembers; the paper's W",
-        "beta": "an item at a smaller distance to one of them is too similar; the paper's beta",
+        "window": "number of items that a user remembers; the paper's W",
+        "beta": "an item nearer than this to one of these items is too similar; the paper's beta",
         "floor": "a rating below this disappoints",
-        "grace": "first steps at which a low rating is forgiven",
+        "grace": "number of steps at the start at which a low rating is forgiven",
         "max_steps": "the cap at which an episode is cut",
     },
 }
 NOTES = {
     "roles and memories": "--method sets --thoughts, --lessons, --experience and --baseline;\n"
-                          "billp-no-model sets --retries; in one run flags override the method",
+                          "billp-no-model sets --retries to -1; in one run flags override this",
     "rule of leaving": "default: the world's own value; films has window 4, beta 0.9, floor 2, "
                        "grace 0 and 50 steps"}
 MANY = 10**9                            # more than anybody asks for
@@ -220,7 +220,7 @@ def make_parser() -> Parser:
     """
     parser = Parser("run.py", allow_abbrev=False, epilog=EXAMPLES,
                     formatter_class=RawDescriptionHelpFormatter,
-                    description=f"Learn, then evaluate. Without a model it runs\n{STAND_IN}.")
+                    description=f"Learn, then evaluate. The model is by default\n{STAND_IN}.")
     defaults = {**envs.Env._field_defaults, **Config._field_defaults, **DEFAULTS}
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title, NOTES.get(title))
@@ -254,7 +254,7 @@ def check_values(args: Namespace) -> None:
 
 
 def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
-    """Flags without effect here, each group with the reason. `parse` refuses them."""
+    """Flags that have no effect here, each group with the reason. `parse` refuses them."""
     of_show = FLAGS["look at a finished run"].keys()
     if args.show:
         yield args.given.keys() - of_show, "beside --show"
@@ -432,8 +432,8 @@ def settings(args: Namespace, saved: Json) -> Settings:
         extra=digest(extra) if args.extra_body else "",
         config=config | given_of(args, Config._fields), rule=given_of(args, envs.RULE))
     # A policy that learns nothing plays no learning episodes. act and react learn nothing either,
-    # but play them: they can be looked at, and after minus before shows what chance does.
-    # Experiments skip them, see `settings_of`.
+    # but play these episodes: one can look at them, and after minus before shows what chance does.
+    # In experiments `settings_of` drops the episodes.
     if args.method in envs.POLICIES:
         run = without_idle_learning(run)
     return run
@@ -470,13 +470,13 @@ def build_place(run: Settings) -> Place:
     for it they are never too few.
     """
     env = load_world(run.world, run.seed)._replace(**run.rule)
-    # The first env.learners users learn, the others are held out.
+    # The agent learns from the first env.learners users. The others are held out.
     order = envs.branch(run.seed, "learners").permutation(env.learners)
     others = len(env.histories) - env.learners
     held_out = envs.branch(run.seed, "held-out users").permutation(others) + env.learners
     needed = run.first + run.episodes
     if needed > env.learners and run.method in billp.METHODS:
-        raise UserError(f"{run.world} has {env.learners} learning users, too few for "
+        raise UserError(f"{run.world} has {env.learners} users to learn from, too few for "
                         f"{needed} episodes")
     if run.users > others:
         raise UserError(f"--users {run.users}: {run.world} has {others} held-out users")
@@ -555,8 +555,7 @@ def run_directory(args: Namespace, config: Json) -> Path:
     if is_run and changed and has_results:
         raise UserError(f"{path} holds another configuration ({', '.join(changed)}); choose "
                         "another --out")
-    has_log = not names <= {"config.json"}
-    if args.replay and not has_log:
+    if args.replay and "calls.jsonl" not in names:
         raise UserError(f"{path} holds no log to replay: run without --replay, or give the "
                         "directory of the log as --out")
     path.mkdir(parents=True, exist_ok=True)
@@ -606,7 +605,7 @@ def learners_met(saved: Json, world: str, seed: int) -> int:
     """
     # In worlds of ratings the seed decides who is held out. Two folders may hold the same ratings,
     # so their names are not compared. In films each seed has users of its own, and in steam and
-    # amazon the files decide. There a memory cannot know a held-out user.
+    # amazon the files decide. In these three a memory cannot know a held-out user.
     for earlier_world, earlier_seed in saved["met"]:
         kinds = {name.partition(":")[0] for name in (world, earlier_world)}
         if kinds.issubset(OF_RATINGS) and seed != earlier_seed:
@@ -629,7 +628,7 @@ def agent_of(saved: Json, embed: Embed) -> Agent:
 
 
 class Live(NamedTuple):
-    """The counts of a command, printed even if it fails. Threads share them."""
+    """The counts of a command, printed also after Ctrl-C. Threads share them."""
     # of each role: calls, and the tokens that the server counts
     counts: dict[str, Counter]
     # "asked": new answers of endpoints; "answers": these and those of logs; "empty: REASON":
@@ -747,7 +746,7 @@ def count_replies(trajectory: Trajectory, replies: Counter) -> None:
 
 
 def watched(pmap: Callable, run: Settings, live: Live) -> Callable:
-    """The same map. It also counts replies and reports every tenth episode of a phase."""
+    """The same map. It also counts replies and reports every tenth episode, and the last."""
     # phase -> the lengths of its episodes so far; learning calls the map once for each batch
     lengths_of = defaultdict(list)
 
@@ -1003,7 +1002,7 @@ def step_rows(episode: Json, n: int) -> Iterator[tuple[str, str]]:
     yield "said", step["said"]
     yield "item", step["item"]
     if not step["exact"]:
-        why = "recommended because what was said names no free item"
+        why = "taken in its place, because it names no free item"
         if not step["said"]:
             why = "by the fallback"
         yield "", why
@@ -1162,8 +1161,8 @@ def settings_of(base: Settings, varied: str, series: str, x: Any) -> Settings:
         run = run._replace(**{varied: x})
     if episodes:                    # no experiment that varies the episodes has such rows
         run = run._replace(episodes=int(episodes))
-    # Without learning episodes the cells of such a method are equal for all x, and `experiments`
-    # performs their runs once.
+    # A method that learns nothing plays no learning episodes. So if these vary, its cells are
+    # equal, and `experiments` performs their runs once.
     return without_idle_learning(run)
 
 
@@ -1199,12 +1198,12 @@ def shortened(env: envs.Env, gamma: float) -> envs.Env:
 
 def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Callable,
                   repeats: int = 6, draws: int = 200) -> list[list[float]]:
-    """[2, 6]: for each of two users bias, variance and MSE of one return, then the same of V.
+    """How well the return of one session and the critic's V estimate the value of a first state.
 
-    One return and V estimate the value of the first state of the user's session. The mean return of
-    `draws` more sessions counts as the truth. The agent learns `repeats` times, each time with
-    other draws. Bias and variance are taken over these agents. The variance divides by `repeats`,
-    so that it and the squared bias add up to the mean squared error (MSE).
+    [2, 6]: for each of two users bias, variance and mean squared error (MSE) of the return, then of
+    V. The mean return of `draws` more sessions counts as the truth. The agent learns `repeats`
+    times, each time with other draws. Bias and variance are taken over these agents. The variance
+    divides by `repeats`, so that it and the squared bias add up to the MSE.
     """
     config = Config(**run.config)
     # Only the returns are played in a shorter world, which takes half the time. The agent learns

@@ -2174,7 +2174,7 @@ FOLDER = {                                  # what lies in the folder of the tes
 --world mars | mars
 --method magic | billp-no-macro
 --episodes -1 ; --episodes x | --episodes
---episodes 501 ; --experiment fig3 --seeds 1 --episodes 501 --out new | 500 learning users
+--episodes 501 ; --experiment fig3 --seeds 1 --episodes 501 --out new | 500 users to learn from
 --users 501 ; --experiment table5,curve --users 501 --out new | 500 held-out
 --gamma nan ; --gamma 1.1 ; --line-weight 1.1 | takes a number from 0 to 1
 --users 0 ; --batch 0 | takes a number from 1 to
