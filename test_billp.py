@@ -518,26 +518,22 @@ def test_near_duplicates_of_a_lesson_are_shown_once():
 
 
 def test_candidates_fit_the_thought_and_are_ranked_by_evidence():
-    """Four equal verdicts move the chance from the average, 3/4, a third of the way to 0 or 1.
+    """Of 18 near verdicts 14 encourage: the average chance is 15 / 20, by Laplace's rule.
 
-    A third is 4 / (4 + ADDED_TRIALS).
+    Four equal verdicts move an item a third of the way to 0 or 1: 4 / (4 + ADDED_TRIALS).
     """
     state = STATE._replace(thought="Western next")
     plain = billp.shortlist(state, EMPTY, CATALOG, Config())
-    assert len(plain) == 10
-    assert all("Western" in item.line for item in plain)
+    assert len(plain) == 10 and all("Western" in item.line for item in plain)
     bad, good = plain[0].line, plain[-1].line
+    near = nearby(*4 * [(0, bad), (1, good)], *10 * [(1, "an item of another world")])
+    memory = merge(near, remember(EMPTY, "far", 0, np.roll(STATE.vector, 1), good))     # the 19th
     texts = prompts.query(state.thought, FILMS.categories, state.tastes)
     items = prompts.closest(texts, CATALOG, {bad: -0.75 / 3, good: 0.25 / 3}, 0.5)
-    free_lines = [CATALOG.lines[item] for item in items if item not in state.taken]
-    # they were the first and the last of the ten
-    assert free_lines.index(bad) > 1 and free_lines.index(good) < 9
-    foreign = "an item of another world"
-    # by Laplace's rule the average is (4 + 10 + 1) / (8 + 10 + 2)
-    near = nearby(*4 * [(0, bad), (1, good)], *10 * [(1, foreign)])
-    memory = merge(near, remember(EMPTY, "far", 0, np.roll(STATE.vector, 1), good))
+    lines = [CATALOG.lines[item] for item in items if item not in state.taken][:10]
+    assert lines.index(bad) > 1 and lines.index(good) < 9               # both have moved
     ranked = billp.shortlist(state, memory, CATALOG, Config(k_experience=18))
-    assert [item.line for item in ranked] == free_lines[:10]
+    assert [item.line for item in ranked] == lines
     assert {Candidate(good, 4, 0), Candidate(bad, 0, 4)} < set(ranked)
     assert Candidate(good, 4, 1) in billp.shortlist(state, memory, CATALOG, Config(k_experience=19))
     assert billp.shortlist(state, memory, CATALOG, Config(experience=False)) == plain
@@ -618,17 +614,19 @@ def test_a_malformed_reply_is_asked_again():
     replies = [None, "<think>War</think>", "Sorry, but\nI can't", "Thought: go on"]
     llm, asks = noting(scripted({"planner": replies}))
     config = Config(reply_tokens=77, temperature=0.3, transcript=1000, retries=3)
-    turn = prompts.turn(1, "", "a line", 5, False)
-    plan, _ = billp.planner(STATE._replace(turns=99 * (turn,)), EMPTY, llm, config)
+    turns = tuple(prompts.turn(n, "", "a line", 5, False) for n in range(10, 99))
+    newest = "".join(turns[-(1000 // len(turns[0])):])
+    plan, _ = billp.planner(STATE._replace(turns=turns), EMPTY, llm, config)
     assert (plan.result, plan.malformed, plan.fallback, len(asks)) == ("go on", 3, False, 4)
     for attempt, ask in enumerate(asks):
         prompt, complaints = ask.messages[:2], ask.messages[2:]
-        assert prompt == asks[0].messages and prompt[1][1].count(turn) == 1000 // len(turn)
+        assert prompt == asks[0].messages and f"so far:\n{newest}\nCategories" in prompt[1][1]
         assert [role for role, _ in complaints] == ["assistant", "user"] * attempt
         assert all(text.isprintable() and "War" not in text for _, text in complaints)
         assert all("no line" in text for role, text in complaints if role == "user")
         assert ask.key == STATE.key._replace(attempt=attempt)
         assert (ask.max_tokens, ask.temperature) == (77, 0.3)
+    assert prompts.bounded(turns, 9) == turns[-1]               # at least one turn
 
 
 @pytest.mark.parametrize("thought, is_usable", [
@@ -662,17 +660,14 @@ def test_after_unreadable_replies_the_first_that_is_offered_is_taken():
     assert [act.result] == prompts.free_by_nearness(STATE.text, CATALOG, STATE.taken)[:1]
 
 
-def test_items_are_listed_by_their_lines():
-    """Twins with one line are listed once, and not if one is taken.
-
-    A twin in title alone is listed, too.
-    """
+def test_twins_are_listed_once_and_not_if_one_is_taken():
+    """Twins have one line. An item with the same title and another line is listed, too."""
     catalog = prompts.catalog(hand_world(titles=("Ant", "Ant", "Bat", "Ant"), years=(None,) * 4))
     opening = billp.state_after(catalog, 0, Key(0, "learn", 0))
     for taken, lines in (((2,), ["Ant [Bug]", "Ant [Beast]"]), ((0, 2, 3), [])):
         state = opening._replace(taken=taken, thought="Bug", tastes=NO_TASTES)
-        candidates = billp.shortlist(state, EMPTY, catalog, Config(candidates=2))
-        assert [item.line for item in candidates] == lines
+        listed = billp.shortlist(state, EMPTY, catalog, Config(candidates=2))
+        assert [item.line for item in listed] == lines
 
 
 @pytest.mark.parametrize("reply, ratings, as_before, value", [
@@ -746,10 +741,8 @@ def test_an_episode_worked_by_hand():
 
 def test_only_leaving_zeroes_the_next_value():
     """The same episode cut after Bee: its advantages are 4 + 0.5 * 5 - 6.5 and 5 + 0.5 * 2 - 5."""
-    catalog = prompts.catalog(hand_world(max_steps=2))
-    [(_, [t])] = billp.train(catalog, [0], scripted(REPLIES))
-    assert not t.terminated and billp.score(t) == (2, 9)
-    assert (t.values, t.advantages) == ((6.5, 5, 2), (0, 1))
+    [(_, [t])] = billp.train(prompts.catalog(hand_world(max_steps=2)), [0], scripted(REPLIES))
+    assert (t.terminated, t.values, t.advantages) == (False, (6.5, 5, 2), (0, 1))
     assert t.last.top == 7.5                                # 5 + 0.5 * 5
 
 
@@ -760,21 +753,15 @@ def told(batches):
     return played, [records(memory) for memory in agent]
 
 
-def test_any_map_gives_the_same_run():
-    """Here one that does the last first, and sends results away as pools of processes do."""
+def test_a_map_in_any_order_and_a_second_call_change_nothing():
+    """This map does the last first. The second call goes on from the first batch."""
     def backwards(function, *lists):
-        rows = list(zip(*lists))
-        return [pickle.loads(pickle.dumps(function(*row))) for row in rows[::-1]][::-1]
-    assert told(learn(pmap=backwards)) == told(learn())
-
-
-def test_learning_goes_on_where_an_earlier_call_ended():
+        return [function(*row) for row in [*zip(*lists)][::-1]][::-1]
     first, second = learn()
+    assert told(learn(pmap=backwards)) == told([first, second])
     half, _ = first
     [again] = billp.train(CATALOG, range(10, 20), prompts.offline, agent=half, first=10)
     assert told([again]) == told([second])
-    for older, newer in zip(half, again[0]):            # what is learned comes last
-        assert records(newer)[:len(records(older))] == records(older)
 
 
 def test_the_run_of_seed_0_keeps_its_golden_numbers():
@@ -796,49 +783,22 @@ def test_the_stand_in_learns_and_planning_helps():
     assert returns["react"] > returns["act"]
 
 
-# calls that read or change the world; a generator with a seed is allowed
-EFFECTS = re.compile(
-    r"(print|open|input|exec|eval|globals|setattr|delattr|Path)\("
-    r"|(os|sys|time|datetime|threading|subprocess|socket|httpx|random)\."
-    r"|np\.random\.(?!default_rng\([^)]|SeedSequence\([^)])"
-    r"|.*\.(read|write)_(text|bytes)\(")
-# statements that no pure function holds
-STATEMENTS = (ast.Global, ast.Nonlocal, ast.Delete, ast.Import, ast.ImportFrom)
-# calls that change an object in place: group 1 is the object, or group 3 the argument of next()
-CHANGES = re.compile(
-    r"(\w+)[^(]*\.(append|extend|insert|remove|pop|popitem|clear|update|sort|reverse|add|discard"
-    r"|setdefault|fill|put|resize)\(|next\((\w+)")
-
-
-def is_impure(node, parameters):
-    """Whether a part of a function changes a parameter, or reads or changes the world."""
-    text = ast.unparse(node)
-    if isinstance(node, ast.Call):
-        change = CHANGES.match(text)
-        changed = change and (change[1] or change[3])
-        return bool(EFFECTS.match(text)) or changed in parameters
-    is_stored = isinstance(getattr(node, "ctx", None), ast.Store)
-    if isinstance(node, ast.Attribute):
-        return is_stored
-    if isinstance(node, ast.AugAssign) or (isinstance(node, ast.Subscript) and is_stored):
-        return re.match(r"\w*", text)[0] in parameters
-    return isinstance(node, STATEMENTS)
-
-
-@pytest.mark.parametrize("module, effects", [
-    ("billp", None), ("envs", "data files"), ("prompts", "the outside world")])
-def test_the_pure_modules_are_pure(module, effects):
+@pytest.mark.parametrize("module, end", [
+    ("billp", "nowhere"), ("envs", "data files"), ("prompts", "the outside world")])
+def test_the_pure_modules_touch_nothing_outside(module, end):
+    """Neither files, the clock, the network nor global names. Random generators have a seed."""
     source = Path(billp.__file__).with_name(f"{module}.py").read_text("utf-8")
-    pure, *rest = re.split(rf"(?m)^# -+ {effects}", source) if effects else [source]
-    assert bool(rest) == bool(effects)
-    for function in ast.walk(ast.parse(pure)):
-        if isinstance(function, ast.FunctionDef):
-            nodes = list(ast.walk(function))
-            parameters = {node.arg for node in nodes if isinstance(node, ast.arg)}
-            impure = [ast.unparse(node) for node in nodes if is_impure(node, parameters)]
-            assert impure == [], function.name
-            for default in function.args.defaults + function.args.kw_defaults:
-                assert not isinstance(default, (ast.List, ast.Dict, ast.Set, ast.Call))
+    pure, *rest = re.split(rf"(?m)^# -+ {end}", source)
+    assert bool(rest) == (end != "nowhere")
+    nodes = list(ast.walk(ast.parse(pure)))
+    called = {node.func.id for node in nodes
+              if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    owners = {node.value.id for node in nodes
+              if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
+    assert not called & {"print", "open", "input", "exec", "eval", "globals", "setattr", "Path"}
+    assert not owners & {"os", "sys", "time", "datetime", "random", "threading", "socket", "httpx"}
+    assert not any(isinstance(node, (ast.Global, ast.Nonlocal)) for node in nodes)
+    assert not re.search(r"np\.random\.(?!default_rng\(\w|SeedSequence\(|Generator)", pure)
 
 
 # ----------------------------------------------------------------------------------- language
@@ -972,6 +932,7 @@ planner | Category: Comedy next\nCategory: War ; War. Final Answer: Comedy next 
 planner | Action ; **Action** ; Next category:\n*Action*\nWhy not? | Action
 planner | Next category: Action: it was liked | Action: it was liked
 planner | Next category: War, because REASON: it is new | War, because REASON: it is new
+planner ; reflector | Answer: War\nAnswer: Comedy | War
 planner | NEXT CATEGORY IS WAR | NEXT CATEGORY IS WAR
 planner | Next category: Comedy!\nIt is fun. | Comedy!
 planner | Next category: "Comedy", because it was liked | Comedy, because it was liked
@@ -1060,27 +1021,28 @@ def test_grounding_never_returns_what_is_excluded(text, excluded):
     assert not exact
 
 
-@given(st.lists(queries, max_size=9), st.lists(queries, min_size=1, max_size=2),
-       st.dictionaries(queries, st.sampled_from([-0.5, 0.25, 1.0])), st.data(),
-       st.sampled_from([0.0, 0.5, 1.0]))
-def test_closest_is_a_sort(items, texts, bonus, data, weight):
+@given(seeds, st.sampled_from([0.0, 0.5, 1.0]))
+def test_closest_is_a_sort(seed, weight):
+    """By the cosines with line and categories, and a bonus. The first of equals comes first."""
+    rng, names = np.random.default_rng(seed), list(VECTORS)
+    lines, tags, asked = (rng.choice(names, size).tolist() for size in (9, 9, 2))
+    bonus = {"a": -0.5, "c": 0.25}
+
     def embed(texts):
-        return np.array([VECTORS[text] for text in texts], np.float32).reshape(-1, 3)
-    together = sum(VECTORS[text] for text in texts)
-    all_tags = list(VECTORS)
-    tag_rows = [data.draw(st.integers(0, len(all_tags) - 1)) for _ in items]
-    ranks = []
-    for item, text in enumerate(items):
-        of_line, of_tags = VECTORS[text] @ together, VECTORS[all_tags[tag_rows[item]]] @ together
-        near = round(float(weight * of_line + (1 - weight) * of_tags), 5)
-        ranks.append((-near - bonus.get(text, 0), item))
-    catalog = CATALOG._replace(lines=tuple(items), vectors=embed(items), embed=embed,
-                               tag_vectors=embed(all_tags), tag_rows=np.array(tag_rows, int))
-    found = prompts.closest(texts, catalog, bonus, weight)
-    assert found == [item for _, item in sorted(ranks)]
+        return np.array([VECTORS[text] for text in texts], np.float32)
+    catalog = CATALOG._replace(
+        lines=tuple(lines), vectors=embed(lines), embed=embed, tag_vectors=embed(names),
+        tag_rows=np.array([names.index(tag) for tag in tags]))
+    together = VECTORS[asked[0]] + VECTORS[asked[1]]
+    scores = []
+    for line, tag in zip(lines, tags):
+        near = weight * VECTORS[line] @ together + (1 - weight) * VECTORS[tag] @ together
+        scores.append(round(float(near), 5) + bonus.get(line, 0))
+    best_first = sorted(range(9), key=lambda item: -scores[item])
+    assert prompts.closest(asked, catalog, bonus, weight) == best_first
     # what no reply names is grounded by whole lines
-    nearest_first = prompts.closest(texts[:1], catalog, {}, 1.0)
-    assert prompts.free_by_nearness(texts[0], catalog, ()) == nearest_first
+    nearest_first = prompts.closest(asked[:1], catalog, {}, 1.0)
+    assert prompts.free_by_nearness(asked[0], catalog, ()) == nearest_first
 
 
 @given(junk, junk)
@@ -1149,15 +1111,6 @@ def test_each_prompt_of_an_episode_extends_the_one_before():
         shared[t.last.key.episode] = texts
     for ask in asks:
         assert ask.messages[1][1].startswith(shared[ask.key.episode][ask.key.step])
-
-
-@given(st.integers(1, 60), st.integers(1000, 4000))
-def test_a_bounded_session_is_its_newest_whole_turns(n, limit):
-    turns = [prompts.turn(i, "t" * 80, "X [A]", 5, False) for i in range(n)]
-    kept = prompts.bounded(turns, limit)
-    fitting = ["".join(turns[i:]) for i in range(n) if len("".join(turns[i:])) <= limit]
-    assert kept == fitting[0]
-    assert prompts.bounded(turns, 9) == turns[-1]               # at least one turn
 
 
 def rendered(title, category, reply):
@@ -1232,19 +1185,12 @@ def test_new_numbers_for_the_items_change_no_session(seed, new_number):
         assert outcome == renamed_outcome
 
 
-@pytest.mark.parametrize("place, rating, stays", [(10, 2, True), (9.99, 5, False), (20, 1, False)])
-def test_a_user_stays_at_exactly_beta_and_exactly_the_floor(place, rating, stays):
-    env = hand_world((9, place, 0), (5, rating, 5), max_steps=2)
-    state, *_ = envs.step(env, envs.reset(env, 0), 0)
-    _, reward, left, cut = envs.step(env, state, 1)
-    assert (left, cut, reward) == (not stays, stays, rating if stays else 0)
-
-
-def test_distances_that_are_equal_on_paper_are_treated_alike():
-    """Two films of two categories share one; a film of one category shares it with one of four."""
+def test_an_item_at_exactly_beta_is_not_too_similar():
+    """The first two distances are 1 on paper: one shared category of 2 and 2, and of 1 and 4."""
     belongs = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]], bool)
-    distances = envs.euclidean(envs.unit(belongs))(0, [0, 2], [1, 3])
-    assert not envs.too_similar(hand_world(beta=1), distances).any()
+    on_paper = envs.euclidean(envs.unit(belongs))(0, [0, 2], [1, 3])
+    alike = envs.too_similar(hand_world(beta=1), np.array([*on_paper, 1, 0.9999]))
+    assert alike.tolist() == [False, False, False, True]
 
 
 @pytest.mark.parametrize("field, value, words", [
@@ -1289,38 +1235,29 @@ def test_any_policy_obeys_the_rule_and_can_be_pickled(seed, kind):
 
 @settings(max_examples=30)
 @given(seeds, kinds)
-def test_policies_that_see_ratings_choose_by_the_rule(seed, kind):
+def test_policies_choose_by_their_rule(seed, kind):
+    """The best score among the free items that pass a filter, or else among all free ones."""
     env, ratings, apart = small_world(seed, kind)
-    rng = np.random.default_rng(seed)
+    rng, appeal = np.random.default_rng(seed), ratings[:3].mean(0)
     state = envs.EnvState(np.arange(6), rng.integers(9, size=(6, 3)), np.full(6, 3))
     free = rng.random((6, 9)) < 0.7
     free[:, 0] = True
-    mean = ratings[:3].mean(0)
     for user in range(6):
-        own, places = ratings[user], np.flatnonzero(free[user])
-        verdicts = {item: by_the_rule(env, ratings, apart, user, [*state.recent[user], item])
-                    for item in places}
-        different = [item for item in places if not verdicts[item][0]]
-        stays = [item for item in places if not verdicts[item][1]]
-        best = {"greedy": max(places, key=lambda item: own[item]),
-                "oracle": max(stays or places, key=lambda item: own[item]),
-                "popular": max(places, key=lambda item: mean[item]),
-                "one-list": max(different or places, key=lambda item: mean[item])}
-        for name, item in best.items():
-            policy = envs.policy_named(name, env)
-            assert policy(env, state, free, rng)[user] == item, name
-
-
-@pytest.mark.parametrize("name", ["varied", "common-sense"])
-def test_rules_by_categories_repeat_none_while_another_is_free(name):
-    played = roll(FILMS, range(500, 520), envs.policy_named(name, FILMS))
-    for user, row in zip(range(500, 520), played.items):
-        items = row[row >= 0]
-        for n, item in enumerate(items):
-            recent = FILMS.belongs[items[max(0, n - FILMS.window):n]].any(0)
-            free = set(range(200)) - {*items[:n], *FILMS.histories[user]}
-            others = [other for other in free if not (FILMS.belongs[other] & recent).any()]
-            assert item in others or not others
+        recent, places = state.recent[user], np.flatnonzero(free[user])
+        verdicts = [by_the_rule(env, ratings, apart, user, [*recent, item]) for item in places]
+        different = [item for item, (alike, _) in zip(places, verdicts) if not alike]
+        stays = [item for item, (_, left) in zip(places, verdicts) if not left]
+        shown = env.belongs[recent].any(0)
+        fresh = [item for item in places if not (env.belongs[item] & shown).any()]
+        share = env.belongs[env.histories[user]].mean(0)            # of each category
+        liking = env.belongs @ share / np.maximum(env.belongs.sum(1), 1)
+        for name, score, allowed in (
+                ("greedy", ratings[user], []), ("oracle", ratings[user], stays),
+                ("popular", appeal, []), ("one-list", appeal, different),
+                ("varied", np.zeros(9), fresh), ("common-sense", liking, fresh)):
+            allowed = allowed or places
+            item = envs.policy_named(name, env)(env, state, free, rng)[user]
+            assert item in allowed and score[item] >= max(score[allowed]) - 1e-5, name
 
 
 def test_films_are_200_and_a_seed_draws_its_own_users():
@@ -1342,28 +1279,30 @@ def test_policies_last_as_long_as_the_table_says(name):
 @settings(max_examples=30)
 @given(seeds)
 def test_the_actor_critic_climbs_its_gradient(seed):
-    """The slope of each weight of the actor against a difference quotient."""
+    """In a random direction the objective rises as the slopes say."""
     env, rng = small_world(seed, items=5)[0], np.random.default_rng(seed)
-    x, td_error, theta = rng.normal(size=(3, 5)), rng.normal(size=3), rng.normal(size=15)
-    items, pick = rng.permutation(5)[:4], rng.integers(3, size=3)
-    free = np.array([[True, True, True, False]] * 3)
+    x, td_error, pick = rng.normal(size=(3, 5)), rng.normal(size=3), rng.integers(3, size=3)
+    items, free = rng.permutation(5)[:4], np.array([[True, True, True, False]] * 3)
 
-    def log_at(theta):
-        weights = envs.Weights(theta[:10].reshape(5, 2), theta[10:], np.zeros(5))
+    def random_weights():
+        return envs.Weights(rng.normal(size=(5, 2)), rng.normal(size=5), rng.normal(size=5))
+
+    start, way = random_weights(), random_weights()
+
+    def log_at(step):
+        weights = envs.Weights(*[a + step * b for a, b in zip(start, way)])
         return envs.log_chances(env, weights, x, items, free)
 
-    def objective(theta):
-        log = log_at(theta)
-        entropy = -(np.exp(log) * log).sum()
-        return td_error @ log[range(3), pick] + envs.ENTROPY * entropy
+    def objective(step):
+        log = log_at(step)
+        return td_error @ log[range(3), pick] - envs.ENTROPY * (np.exp(log) * log).sum()
 
-    slopes = envs.gradient(env, x, items, log_at(theta), pick, td_error)
-    slope = np.append(slopes.match, slopes.appeal)
-    for place, nudge in enumerate(1e-5 * np.eye(15)):
-        rise = objective(theta + nudge) - objective(theta - nudge)
-        assert np.isclose(slope[place], rise / 2e-5, rtol=1e-3, atol=1e-5)
+    slopes = envs.gradient(env, x, items, log_at(0), pick, td_error)
+    slope = (slopes.match * way.match).sum() + slopes.appeal @ way.appeal
+    rise = objective(1e-5) - objective(-1e-5)
+    assert np.isclose(slope, rise / 2e-5, rtol=1e-3, atol=1e-4)
     assert np.allclose(slopes.value, td_error @ x)
-    chances = np.exp(log_at(theta))
+    chances = np.exp(log_at(0))
     assert np.allclose(chances.sum(1), 1) and not chances[:, 3].any()        # only free items
 
 
@@ -1377,26 +1316,25 @@ def test_the_error_of_a_fitted_model_by_hand():
     assert envs.rmse(envs.als(votes, 30, 30, rank=0), votes) < 0.2
 
 
-@given(seeds)
-def test_predicted_ratings_are_as_frequent_as_given_ones(seed):
-    rng = np.random.default_rng(seed)
-    votes = np.zeros(200, envs.VOTE)
-    votes["user"], votes["item"] = np.divmod(np.arange(200), 20)
-    votes["rating"] = rng.choice([*np.arange(0.5, 5.5, 0.5), 1, 5], 200)
+@given(seeds, st.sampled_from([(0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5), (2, 3, 4)]))
+def test_predicted_ratings_are_as_frequent_as_given_ones(seed, scale):
+    """Half stars count upwards. No prediction lies outside the scale, however far off it is."""
+    rng, votes = np.random.default_rng(seed), np.zeros(200, envs.VOTE)
+    users, items = np.divmod(np.arange(200), 20)
+    votes["user"], votes["item"] = users, items
+    votes["rating"] = rng.choice(scale, 200)
+    half_up = np.maximum(np.floor(votes["rating"] + 0.5), 1).astype(int)
     model = envs.Factorisation(rng.normal(size=(10, 3)), rng.normal(size=(20, 3)), 3.0)
     limits = envs.star_limits(model, votes)
-    predicted = envs.stars(model, limits, votes["user"], votes["item"])
-    half_up = np.maximum(np.floor(votes["rating"] + 0.5), 1)
-    assert np.abs(np.bincount(predicted.astype(int)) - np.bincount(half_up.astype(int))).max() <= 1
+    stars = envs.stars(model, limits, users, items).astype(int)
+    differences = np.bincount(stars, minlength=6) - np.bincount(half_up, minlength=6)
+    assert np.abs(differences).max() <= 1
     # a higher prediction never means fewer stars
-    order = np.argsort(envs.predict(model, votes["user"], votes["item"]))
-    assert (np.diff(predicted[order]) >= 0).all() and {*predicted} <= {1, 2, 3, 4, 5}
-    # on a shorter scale no rating lies outside it, whatever is predicted
-    votes["rating"] = rng.choice([2, 3, 4], 200)
-    limits = envs.star_limits(model, votes)
+    order = np.argsort(envs.predict(model, users, items))
+    assert (np.diff(stars[order]) >= 0).all()
     for offset in (-9.0, 9.0):
         far = model._replace(offset=offset)
-        assert {*envs.stars(far, limits, votes["user"], votes["item"])} <= {2, 3, 4}
+        assert {*envs.stars(far, limits, users, items)} <= {*half_up}
 
 
 def test_metrics_by_hand():
@@ -1593,13 +1531,6 @@ ACTS = [
     response("307", "", "Location: /x"), without("seed"), without("max_tokens")]
 
 
-@pytest.mark.parametrize("usage", [
-    None, {"prompt_tokens": None, "prompt_tokens_details": None},
-    {"prompt_tokens": True, "completion_tokens": "5"}, {"prompt_tokens": 5.5}])
-def test_a_token_count_that_is_no_number_is_unknown(usage):
-    assert client(completion(usage=usage)).ask(ASK).usage == Usage()
-
-
 @pytest.mark.parametrize("row", table("""
 408 ; 409 ; 423 ; 424 ; 425 ; 429 ; 498 ; 499 ; 500 ; 503 ; 529 | no
 400 | Model unloaded.
@@ -1683,12 +1614,15 @@ def test_a_fatal_fault_ends_in_one_line_that_helps(status, body, header, words, 
     assert len(seen.requests) == int(times)
 
 
-def test_parts_and_keep_alive_lines_are_read():
-    hidden = "<think>a</think>hello"
-    plain, parts, thinking = (completion(text).text for text in ("hello", PARTS, hidden))
-    for text in ("\n\n" + plain, "\ufeff" + plain, parts, thinking):
+def test_answers_in_odd_forms_are_read():
+    """A count that is no number is unknown."""
+    plain, *others = (completion(text).text for text in ("hello", PARTS, "<think>a</think>hello"))
+    for text in ("\n\n" + plain, "\ufeff" + plain, *others):
         seen = client(httpx.Response(200, content=text.encode()))
         assert seen.ask(ASK) == GOOD and len(seen.requests) == 1
+    for usage in (None, {"prompt_tokens": None, "prompt_tokens_details": None},
+                  {"prompt_tokens": True, "completion_tokens": "5"}, {"prompt_tokens": 5.5}):
+        assert client(completion(usage=usage)).ask(ASK) == Reply("hello")
 
 
 @pytest.mark.parametrize("prompt, act, words", [
@@ -1751,21 +1685,18 @@ def test_waits_are_what_the_server_asks_or_back_off(header, low, high):
     soon = email.utils.formatdate(time.time() + 100, usegmt=True)
     header = header.replace("SOON", soon)
     seen = client(*[response("429", "no", header)] * 2)
-    assert seen.ask(ASK) == GOOD and seen.waits[1] >= .75        # ours: 1 s less a quarter
+    assert seen.ask(ASK) == GOOD
     assert float(low) <= seen.waits[0] <= float(high)
     assert len(seen.notices) == (float(high) > 5)
 
 
-@pytest.mark.parametrize("status", ["429", "503"])
-def test_waits_double_and_outlast_a_minute(status):
-    seen = client(*[response(status)] * 16)
-    assert seen.ask(ASK) == GOOD and sum(seen.waits) > 75
-    assert len(seen.notices) == 1 and "waiting" in seen.notices[0]
-    for wait, longest in zip(seen.waits, [.5, 1, 2, 4] + [8] * 12, strict=True):
-        assert .75 <= wait / longest <= 1
-
-
-def test_a_wait_is_bounded_and_ends_with_the_run():
+def test_waits_double_are_bounded_and_end_with_the_run():
+    """The waits come to at least 0.75 * 103.5 s."""
+    for status in ("429", "503"):
+        seen = client(*[response(status)] * 16)
+        assert seen.ask(ASK) == GOOD and len(seen.notices) == 1 and "waiting" in seen.notices[0]
+        for wait, longest in zip(seen.waits, [.5, 1, 2, 4] + [8] * 12, strict=True):
+            assert .75 <= wait / longest <= 1
     seen = client(response("400", "tool_use_failed", "Retry-After: 99999"))
     assert seen.ask(ASK) == GOOD and seen.waits == [prompts.LONGEST_WAIT]
     seen = client(response("429"), sleep=lambda seconds: True)
@@ -2273,20 +2204,19 @@ def test_experiments_share_runs_and_are_the_same_for_any_workers(plot, tmp_path)
     assert "(experiment, seeds, rows)" in refuse(*SMALL, "--out", tmp_path / "1")
 
 
-def test_rows_are_compared_with_billp_at_the_same_x():
-    """Higher or lower only if the interval of the difference has a width and no 0.
-
-    Two users' returns minus billp's are -3, -1 for a; 3, 5 for b; 0, 2 for c; 4 for d; -2 for e.
-    """
-    returns = {("billp", 1): (3, 11), ("billp", 2): (5, 13), ("a", 1): (0, 10), ("b", 2): (8, 18),
-               ("c", 2): (5, 15), ("d", 2): (9, 17), ("e", 1): (1, 9)}
+@pytest.mark.parametrize("own, of_billp, gain, word", [
+    ((0, 10), (3, 11), [-2, -3, -1], "lower"), ((8, 18), (5, 13), [4, 3, 5], "higher"),
+    ((5, 15), (5, 13), [1, 0, 2], "not significant"),
+    ((9, 17), (5, 13), [4] * 3, "not significant"), ((1, 9), (3, 11), [-2] * 3, "not significant")])
+def test_a_row_is_compared_with_billp_at_the_same_x(own, of_billp, gain, word):
+    """Higher or lower only if the interval of the difference has a width and no 0."""
+    returns = {("billp", 1): (90, 99), ("billp", 2): of_billp, ("a", 2): own}
     samples = {cell: np.array([[[1, total] for total in totals]], float)
                for cell, totals in returns.items()}
-    rows = [row for cell in samples for row in run.rows_of(*cell, samples, "scores")]
-    assert [row.gain for row in rows] == [
-        None, None, [-2, -3, -1], [4, 3, 5], [1, 0, 2], [4] * 3, [-2] * 3]
-    words = [run.comparison(row.gain) for row in rows if row.gain]
-    assert words == ["lower", "higher"] + ["not significant"] * 3
+    [row] = run.rows_of("a", 2, samples, "scores")
+    assert (row.gain, run.comparison(row.gain)) == (gain, word)
+    [row] = run.rows_of("billp", 2, samples, "scores")
+    assert row.gain is None
 
 
 def test_shares_of_popularity_by_hand():
@@ -2299,21 +2229,18 @@ def test_shares_of_popularity_by_hand():
     assert run.share_of(np.array(shares)).tolist() == [0.5, 0, 0, 0.25, 0.25]
 
 
-def test_figures_of_fig4_are_means_over_states_and_seeds():
-    """Two seeds have two states each. Figure k of state n of seed s is 100 s + 10 n + k."""
-    samples = np.add.outer([[0, 10], [100, 110]], np.arange(6.0))
-    one_return, critic = run.rows_of("billp", 50, {("billp", 50): samples}, "errors")
-    means = [figure[0] for row in (one_return, critic) for figure in row.figures.values()]
-    assert means == [55, 56, 57, 58, 59, 60]
-    assert [row.series for row in (one_return, critic)] == ["one return", "critic"]
-
-
 def test_errors_of_the_critic_by_hand():
     """Every return is 4 + 0.5 * 5 = 6.5 and V = 8: the bias is 1.5, its square 2.25."""
     llm = scripted(REPLIES | {"critic": ["Value: 8"]})
     errors = run.critic_errors(settings_of(""), run.Place(hand_world(), [0], [0, 0]), llm,
                                prompts.hashed_ngrams, map, repeats=2, draws=3)
     assert errors == [[0, 0, 0, 1.5, 0, 2.25]] * 2          # of two users
+    # a figure is the mean over two seeds of two states
+    samples = np.array([errors, [[1, 2, 3, .5, 0, .25], [1, 2, 3, .5, 0, 1.25]]])
+    one_return, critic = run.rows_of("billp", 50, {("billp", 50): samples}, "errors")
+    assert [row.series for row in (one_return, critic)] == ["one return", "critic"]
+    means = [figure[0] for row in (one_return, critic) for figure in row.figures.values()]
+    assert means == [.5, 1, 1.5, 1, 0, 1.5]
     # 0.5 ** 9 is about 0.002, the weight of the tenth reward; the next is below a thousandth
     steps = [run.shortened(FILMS, gamma).max_steps for gamma in (0.0, 0.5, 1.0)]
     assert steps == [1, 10, FILMS.max_steps]
