@@ -756,7 +756,9 @@ def told(batches):
 def test_a_map_in_any_order_and_a_second_call_change_nothing():
     """This map does the last first. The second call goes on from the first batch."""
     def backwards(function, *lists):
-        return [function(*row) for row in [*zip(*lists)][::-1]][::-1]
+        rows = list(zip(*lists))
+        last_first = [function(*row) for row in rows[::-1]]
+        return last_first[::-1]
     first, second = learn()
     assert told(learn(pmap=backwards)) == told([first, second])
     half, _ = first
@@ -1698,9 +1700,11 @@ def test_waits_double_are_bounded_and_end_with_the_run():
         for wait, longest in zip(seen.waits, [.5, 1, 2, 4] + [8] * 12, strict=True):
             assert .75 <= wait / longest <= 1
     seen = client(response("400", "tool_use_failed", "Retry-After: 99999"))
-    assert seen.ask(ASK) == GOOD and seen.waits == [prompts.LONGEST_WAIT]
+    assert seen.ask(ASK) == GOOD
+    assert seen.waits == [prompts.LONGEST_WAIT]
     seen = client(response("429"), sleep=lambda seconds: True)
-    assert failure(seen.ask, ASK) == "stopped" and len(seen.requests) == 1
+    assert failure(seen.ask, ASK) == "stopped"
+    assert len(seen.requests) == 1
 
 
 # `acts` are the answers to the requests of one ask: "abort" is asked four times
@@ -1710,13 +1714,16 @@ def test_waits_double_are_bounded_and_end_with_the_run():
     ([completion("", refusal="No.")], "No.", 1000)])
 def test_empty_replies_in_a_row_end_the_run(acts, words, patience):
     """At the start ten in a row end it, later `patience`. A text starts the count again."""
-    for before, asks in (([], 10), ([completion()], patience)):
-        seen = client(*before, *acts * asks)
-        texts = [seen.ask(ASK).text for _ in range(len(before) + asks - 1)]
-        assert texts == ["hello"] * len(before) + [""] * (asks - 1)
-        assert words in failure(seen.ask, ASK) and len(seen.notices) == 1
-    seen = client(*[completion(), *acts * (patience - 1)] * 2)
-    assert sum(not seen.ask(ASK).text for _ in range(2 * patience)) == 2 * patience - 2
+    seen = client(*acts * 10)
+    assert [seen.ask(ASK).text for _ in range(9)] == [""] * 9
+    assert words in failure(seen.ask, ASK)
+    assert len(seen.notices) == 1
+    nearly = [completion(), *acts * (patience - 1)]
+    seen = client(*nearly, *nearly, *acts)
+    texts = [seen.ask(ASK).text for _ in range(2 * patience)]
+    assert texts == ["hello", *[""] * (patience - 1)] * 2
+    assert words in failure(seen.ask, ASK)
+    assert len(seen.notices) == 1
 
 
 @settings(max_examples=60)
@@ -2205,9 +2212,11 @@ def test_experiments_share_runs_and_are_the_same_for_any_workers(plot, tmp_path)
 
 
 @pytest.mark.parametrize("own, of_billp, gain, word", [
-    ((0, 10), (3, 11), [-2, -3, -1], "lower"), ((8, 18), (5, 13), [4, 3, 5], "higher"),
+    ((0, 10), (3, 11), [-2, -3, -1], "lower"),
+    ((8, 18), (5, 13), [4, 3, 5], "higher"),
     ((5, 15), (5, 13), [1, 0, 2], "not significant"),
-    ((9, 17), (5, 13), [4] * 3, "not significant"), ((1, 9), (3, 11), [-2] * 3, "not significant")])
+    ((9, 17), (5, 13), [4] * 3, "not significant"),
+    ((1, 9), (3, 11), [-2] * 3, "not significant")])
 def test_a_row_is_compared_with_billp_at_the_same_x(own, of_billp, gain, word):
     """Higher or lower only if the interval of the difference has a width and no 0."""
     returns = {("billp", 1): (90, 99), ("billp", 2): of_billp, ("a", 2): own}
