@@ -1461,7 +1461,6 @@ class Kind(NamedTuple):
 
 
 RESUME = "wait, then run the same command: it resumes"
-ELSEWHERE = "use the address it names as --base-url"
 OTHER_MODEL = "try another --model"
 # The first kind whose pattern fits counts, so special kinds stand before general ones. Patterns are
 # matched with texts such as
@@ -1522,7 +1521,7 @@ KINDS = (
     Kind("address", 1, "check --base-url, --model and --embed-model",
          "404|405|500 .*unexpected endpoint or method"
          r"|400 .*(model.{0,60}(not (found|exist)|does not exist)|not a valid model)"),
-    Kind("moved", 1, ELSEWHERE, "3.."),
+    Kind("moved", 1, "use the address it names as --base-url", "3.."),
     # a web page instead of JSON, or anything else that came with a status of success
     Kind("page", 2, "does --base-url lack its /v1?", "2.."),
     Kind("vectors", 2, "choose another --embed-model", "embeddings"),
@@ -1540,8 +1539,6 @@ KINDS = (
     Kind("slow", 2, "raise --timeout", r"\w*Timeout"),
     Kind("failure", 7, RESUME, ""),             # 408, 409, 5xx, a lost connection
 )
-# a redirect that is followed: the request is sent again to the new address
-FOLLOWED = Kind("followed", 4, ELSEWHERE, "")
 # Parameters that a server may refuse, and what is sent instead; None: nothing.
 INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
            "temperature": None, "seed": None, "encoding_format": None}
@@ -1777,7 +1774,9 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
     except (httpx.HTTPError, UnicodeError) as error:
         return new_fault(route, type(error).__name__, str(error))
     if response.next_request:
-        return redirected(route, response)
+        # it is not followed: another server must not get the key
+        there = without_query(response.next_request.url)
+        return new_fault(route, str(response.status_code), f"redirects to {there}")
     # Texts are starred where they are used: a key of digits would spoil numbers in the JSON.
     text = raw.decode("utf-8-sig", "replace")
     try:
@@ -1788,21 +1787,6 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
         data = {}       # a sign for `fault_of_response` that the body cannot be used
     # an error status, an error in the body, or a body that `read` cannot use
     return fault_of_response(route, response, data, text)
-
-
-def redirected(route: Route, response: Any) -> Fault:
-    """The Fault of a redirect. If the new address is as safe for the key, requests go there now.
-
-    As safe means: the same host, and not from https to http. Status 301 to 303 would turn the POST
-    into a GET, so they are never followed.
-    """
-    there = response.next_request.url
-    got = new_fault(route, str(response.status_code), f"redirects to {without_query(there)}")
-    is_as_safe = there.scheme in (route.url.scheme, "https")
-    if there.netloc == route.url.netloc and is_as_safe and response.status_code > 303:
-        route.url = there
-        return got._replace(kind=FOLLOWED)
-    return got
 
 
 def fault_of_response(route: Route, response: Any, data: dict, text: str) -> Fault:
