@@ -100,9 +100,9 @@ METHODS = {
     "billp-no-macro": {"lessons": "none"},
     "billp-no-micro": {"experience": False},
     "billp-no-critic": {"baseline": False},
-    # Nothing is asked: each role gives its fallback. The planner takes the first category that it
-    # would offer, the actor the first item that it would list. M_A and M_C are written, M_P is not.
-    # A useful model beats this.
+    # Nothing is asked: each role gives its fallback. The planner takes the first category that its
+    # question would offer, the actor the first item that its list would hold. M_A and M_C are
+    # written, M_P is not. A useful model beats this.
     "billp-no-model": {"retries": -1},
 }
 
@@ -307,10 +307,10 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
         key = state.key._replace(attempt=attempt)
         reply = llm(Ask(role, key, messages, config.reply_tokens, config.temperature))
         text = reply.text or ""         # a client's content may be None
-        value = parse(text)
-        if not isinstance(value, Malformed):
-            return Answer(value, str(value), malformed=attempt)
-        messages += prompts.complaint(text, value)
+        parsed = parse(text)
+        if not isinstance(parsed, Malformed):
+            return Answer(parsed, str(parsed), malformed=attempt)
+        messages += prompts.complaint(text, parsed)
     return Answer(fallback, "", malformed=config.retries + 1, fallback=True)
 
 
@@ -358,9 +358,9 @@ def ranked_lines(state: State, evidence: Evidence, catalog: Catalog, config: Con
 
     An item's bonus is the chance that it is encouraged minus the average chance, see
     `prompts.chance`. With `candidates` 0 only items with evidence come, ranked by the bonus.
-    Otherwise all items come, ranked by nearness plus bonus. The nearness is a sum: the nearness to
-    what the thought asks for (or else to all liked categories) and that to the liked categories not
-    shown lately.
+    Otherwise all items come, ranked by nearness plus bonus. The nearness is the sum of two: to what
+    the thought asks for (if it asks for nothing, to all liked categories), and to the liked
+    categories not shown lately, if there are any.
     """
     average = prompts.average_chance(evidence)
     # the keys of `evidence` are pairs (item line, verdict)
@@ -388,7 +388,7 @@ def shortlist(state: State, memory: Memory, catalog: Catalog,
         recalled = recall(memory, state.vector, config.k_experience)
         evidence = Counter((record.item, record.content) for record in recalled)
     # Two items may have the same line, and the model could not tell them apart. So each line comes
-    # once. The line of a taken item never comes.
+    # once. Lines of taken items are left out.
     taken_lines = {catalog.lines[item] for item in state.taken}
     lines = dict.fromkeys(ranked_lines(state, evidence, catalog, config))
     free_lines = [line for line in lines if line not in taken_lines]
@@ -581,8 +581,8 @@ def train(catalog: Catalog, users: Sequence[int], llm: LLM, seed: int = 0, agent
           first: int = 0) -> Iterator[tuple[Agent, tuple]]:
     """Learn from users in batches: yields (agent, trajectories) after each batch.
 
-    It is the paper's algorithm, apart from what the README lists. A batch plays with the agent that
-    the last batch produced.
+    It is the paper's algorithm, apart from what the README lists. Each batch plays with the agent
+    that the batch before it produced.
     `first` is the number of episodes learned before, so that learning can go on where it stopped.
     """
     for start in range(0, len(users), config.batch):

@@ -36,7 +36,7 @@ Array = np.ndarray
 Rng = np.random.Generator
 Location = str | Path                   # of a folder of data files
 
-# Each of these purposes has a random stream of its own for a seed; the first three are for run.py.
+# For each seed each of these purposes has its own random stream; the first three are for run.py.
 # The numbers must not change, so that a seed gives the same users in every version.
 BRANCHES = {"learners": 0, "held-out users": 1, "policy": 2, "actor-critic": 3, "data": 5,
             "bandit": 6}
@@ -137,9 +137,10 @@ def with_every_item(env: Env, state: EnvState) -> tuple[EnvState, Array]:
 
 
 def distance_to_recent(env: Env, state: EnvState, item: Array) -> Array:
-    """The distance of an item to the nearest of the last W recommended items; infinite without any.
+    """The distance of an item to the nearest of the last W recommended items.
 
-    It is [B] for B sessions with an item each, and [B, m] for what `with_every_item` returns.
+    It is infinite if there are none. Its shape is [B] for B sessions with an item each, and [B, m]
+    for what `with_every_item` returns.
     """
     smallest = np.full(np.broadcast(state.user, item).shape, np.inf)
     # one place after the other: all at once is slower with many items
@@ -283,7 +284,7 @@ def best(score: Array, allowed: Array) -> Array:
 def best_at_random(score: Array, allowed: Array, rng: Rng) -> Array:
     """int [B]: an allowed item with the highest score, ties broken at random.
 
-    The score is [B, m], or 0 if all items are equal. Of scores closer than 10^-6 either may win.
+    The score is [B, m], or 0 if all items are equal. Scores closer than 10^-6 count as a tie.
     """
     return best(score + 1e-6 * rng.random(allowed.shape), allowed)
 
@@ -339,7 +340,7 @@ def popular(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> 
 
 
 def one_list(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
-    """The free item of most appeal [m] that is not too similar, or else of all. See `popular`."""
+    """The item of most appeal [m] among the free ones not too similar, or else among all free."""
     sessions, every = with_every_item(env, state)
     different = ~too_similar(env, distance_to_recent(env, sessions, every))
     return best(appeal, preferred(different, free))
@@ -424,7 +425,7 @@ def features(env: Env, state: EnvState) -> Array:
     """float [B, m, 4]: distance to the nearest of the last W, overlap, affinity, 1."""
     sessions, every = with_every_item(env, state)
     # At the first step the distance is infinite, which a regression cannot use. So it has a cap.
-    # Worlds measure distance in different units. Beta is the unit of a world.
+    # Worlds measure distance in different units, so the cap is a multiple of the world's beta.
     distance = np.minimum(distance_to_recent(env, sessions, every), 2 * env.beta)
     one = np.ones_like(distance)
     return np.stack([distance, overlap(env, state), affinity(env, state), one], -1)
@@ -604,7 +605,7 @@ def scores(lengths: Sequence[int], returns: Sequence[float]) -> Array:
 
 
 def means(samples: Array) -> Array:
-    """Scores [S, N, 2] -> [S, 3]: mean length, reward of a step, mean return, of each seed.
+    """Scores [S, N, 2] -> [S, 3]: for each seed mean length, reward of a step and mean return.
 
     The reward of a step is all reward divided by all steps, or 0 without a step.
     """
@@ -1059,7 +1060,7 @@ def predict(model: Factorisation, users: Array, items: Array) -> Array:
     products = np.einsum("...k,...k->...", p[..., :-1], q[..., :-1])
     biases = p[..., -1] + q[..., -1]
     ratings = model.offset + biases + products
-    # The last digits depend on the shape of the arrays. Rounding makes a rating the same in all.
+    # The last digits depend on the shape of the arrays. Rounding makes them the same in any shape.
     return ratings.round(5)
 
 
@@ -1159,7 +1160,7 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
         beta = float(np.quantile(length_between(vectors, 0, one, other), 0.2))
     else:
         similarity, vectors, beta = "categories", unit(belongs), 0.9        # the beta of `films`
-    if not belongs.any():           # tell the reader: their column may have an unknown name
+    if not belongs.any():           # say so: their column may have an unknown name
         similarity += ", no item has a category"
     share = (length_between(vectors, 0, one, other) < beta).mean()
     about = (f"{size} ratings{note}; RMSE on a held-out tenth {rmse(model, test):.3f}, by "

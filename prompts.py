@@ -1,9 +1,9 @@
 """Language: what is asked of a model, how its reply is read, and the models themselves.
 
-An `Ask` is everything that a model is told. An `LLM` is a function from Ask to Reply. The
-method has only two effects: calls of an LLM, and calls of an Embed that asks an endpoint. Each of
-the four roles has three parts: its template, `render_*` (the question, from what the role recalls)
-and `parse_*` (a value from any text, or `Malformed`).
+An `Ask` is one question, with what determines its answer. An `LLM` is a function from Ask to Reply.
+The method has only two effects: calls of an LLM, and calls of an Embed that asks an endpoint. Each
+of the four roles has three parts: its template, `render_*` (the question, from what the role
+recalls) and `parse_*` (a value from any text, or `Malformed`).
 
     line        one item as the model reads it, "Alien [Horror, Sci-Fi]"
     Catalog     a world as language; `ground` finds the item that a text names,
@@ -370,13 +370,13 @@ def unmarked(line: str) -> str:
     >>> unmarked('- **"Up"** is fun'), unmarked('1. "Up" is fun'), unmarked("...")
     ('Up is fun', 'Up is fun', '')
     """
-    # In JSON the text after the label is
-    #     War", "reason": "new"}      which becomes      War, reason: new"}
+    # This stands after the label of a JSON reply:
+    #     War", "reason": "new"}      It becomes      War, reason: new"}
     line = re.sub(r'",\s*"(\w+)":\s*"', r", \1: ", clean(line))
     content = re.sub(r"^\d{1,2}[.)]( |$)|[*`]|__", "", line).strip(' _#>-•"{}')
     if not re.search(r"\w", content):
         return ""
-    # If their number is odd, one quote has lost its partner: all go.
+    # An odd number of quotes: one has lost its partner, so all are dropped.
     has_unpaired_quote = content.count('"') % 2 == 1
     if has_unpaired_quote:
         content = content.replace('"', "")
@@ -430,9 +430,9 @@ def labelled(text: str, labels: str) -> str:
 # ------------------------------------------------------------------ catalogue and grounding
 
 ARTICLES = "the a an le la les l un une il lo el los las der das".split()
-MOST_WORDS = 40                        # words of a title that are compared; few titles have more
+MOST_WORDS = 40                     # words of a title that are compared; few titles have more
 YEAR = "(1[89]|20)[0-9]{2}"
-# Words after a title that make it that of a sequel: "Frozen II", "Jaws 2 (1978)", "Dune: Part Two",
+# Words after a title that mean a sequel: "Frozen II", "Jaws 2 (1978)", "Dune: Part Two",
 # "Toy Story 3, because ...". It is matched with the words after the title, without punctuation.
 SEQUEL = (r"(II|III|IV|VI{0,3}|(Part|Episode) ([\dIV]+|Two|Three|Four|Five|Six)"
           rf"|[2-9]( {YEAR}| because| since| as|$))\b")
@@ -718,7 +718,7 @@ def closest(texts: Sequence[str], catalog: Catalog, bonus: Mapping[str, float] |
     items take half a second.
     """
     vector = catalog.embed(texts).sum(0)        # its product with a row is the sum of the cosines
-    # Double precision and rounding: processors differ in the last digits, and the order must not.
+    # In double precision and rounded, so that all processors give the same order.
     # For vectors in single precision `np.einsum` is faster here than `np.vecdot`.
     line_cosines = np.einsum("md,d->m", catalog.vectors, vector, dtype=float)
     set_cosines = np.einsum("sd,d->s", catalog.tag_vectors, vector, dtype=float)
@@ -743,10 +743,10 @@ def ground(text: str, catalog: Catalog, exclude: Collection[int] = (),
     `listed` holds the lines that the model was to choose from; it is empty if any free item was
     allowed. The possible items, the likeliest first:
     - The items named and not excluded.
-    - If all items named are excluded: the free ones, nearest first to the categories of the first
-      named item. So they are of its kind. Those near to its title would be spelled like it.
-    - If no item is named, or the first named one has no categories: the free ones, nearest first to
-      the text.
+    - If all items named are excluded: the free items; those nearest to the categories of the first
+      named item come first. They are of its kind. Those near to its title would be spelled like it.
+    - If no item is named, or the first named one has no categories: the free items; those nearest
+      to the text come first.
     The first of them that is listed is taken, or else the first.
     """
     items = mentioned(text, catalog)
@@ -922,7 +922,7 @@ def parse_reflector(text: str) -> str | Malformed:
     text = re.sub(rf"(?i){break_and_marks}(?={better})", " ", text)
     # Make the second colon of "Better next: Action: fun" a comma: it names the category Action.
     text = re.sub(rf"(?i)({better}\W*action)\W*:", r"\1,", text)
-    # Drop the colon of a turn that a line cites: "too similar to Action 2: Up".
+    # Drop the colon after a turn that is cited within a line: "too similar to Action 2: Up".
     text = re.sub(r"(?i)(?<=[^\n])\b((thought|action|observation) \d+):", r"\1", text)
     reflection = labelled(text, REFLECTION_LABELS)
     return reflection or Malformed("the reply held no line 'Reflection: ...'")
@@ -1004,7 +1004,7 @@ def render_evidence(candidates: Sequence[Candidate]) -> str:
     """How the listed items did in similar states, at most two lines; "" if nothing is known.
 
     An item with equal counts is left out. The counts do not stand in the list itself: with them a
-    small model took the first items less often, although these are the best.
+    small model took the first item less often, although the first items are the best.
     """
     lines = ""
     encouraged = [with_count(item) for item in candidates if item.encouraged > item.discouraged]
@@ -1029,7 +1029,7 @@ def tags_named_in(text: str, tags: Sequence[str]) -> list[str]:
         name = name_of(words_of(tag))                       # "comedy"; "" for symbols alone
         if not name:
             continue
-        # "comedies"; for a name without y it is no word and matches nothing
+        # "comedies"; for a name without y it is usually no word
         plural_of_y = name.removesuffix("y") + "ies"
         rest, times = re.subn(rf"\b({name}s?|{plural_of_y})\b", "", rest)
         if times:
@@ -1041,21 +1041,21 @@ def tags_named_in(text: str, tags: Sequence[str]) -> list[str]:
 # ", so " or ", I "; a comma does not end it. After "instead of", "don't" and the like: up to the
 # next comma. But "Why not War?", "Not only War" and "Without a doubt War" ask for War.
 UNWANTED = (r"(?i)\b(avoid(ing)?|keep away from|without(?! (a |any )?doubt)|(?<!why )not(?! only)"
-           r"|no(?! doubt)|never)\b"
-           r"((?! but |, so |, I\b)[^.;:])*"
-           r"|\b(instead of|(rather|other) than|anything but|nothing like"
-           r"|(do|does|should)n['’]?t)\b[^.;,]*")
+            r"|no(?! doubt)|never)\b"
+            r"((?! but |, so |, I\b)[^.;:])*"
+            r"|\b(instead of|(rather|other) than|anything but|nothing like"
+            r"|(do|does|should)n['’]?t)\b[^.;,]*")
 # A parenthesis or a dash begins a reason, too. After the colon of "reason:" there is no \b, hence
 # (?!\w).
 REASON_OF_PLAN = (r"(?i)\b(?:because|since|(?<!such )as|given|considering|which|due to|reason:"
-                 r"|explanation:)(?!\w)|\(| [–—-] ")
+                  r"|explanation:)(?!\w)|\(| [–—-] ")
 
 
 def plan_of(thought: str) -> str:
     """A thought without its reason and without what it wants to avoid.
 
-    >>> plan_of("After War, Comedy instead of Drama, because they like Animation")
-    ' Comedy  , '
+    >>> plan_of("After War, Comedy, not Drama. They like it, because it is fun")
+    ' Comedy,  . They like it, '
     """
     # "Since War was shown, Comedy comes next" begins with its reason
     opening = r"(?i)^\W*(since|because|as|given|after|to avoid)\b[^,]*,"
@@ -1269,7 +1269,7 @@ def parse_critic(text: str) -> float | Malformed:
 
 # Lines of prompts
 LIKED_LINES = r"(?m)^- .* \[(.*)\]$"
-ITEM_LINES = r"(?m)^(?:-|Action \d+: recommend) (.*) \[(.*)\]$"         # listed or shown
+ITEM_LINES = r"(?m)^(?:-|Action \d+: recommend) (.*) \[(.*)\]$"     # listed or shown
 EVIDENCE = r"(?m)^(Encouraged in similar situations|Discouraged): "
 OTHER = r"(?m)^Which one of the other categories should come next: (.*)\? "
 # How the stand-in's roles pass messages. The reflector writes "Keep similar items 3 steps apart ...
@@ -1384,7 +1384,7 @@ def gaps_between(shown: Sequence[Sequence[str]]) -> Iterator[int]:
 
 
 def offline_reflector(history: str, transcript: str, question: str, draw: int) -> str:
-    """Why the user left: similar items too close together, or a disappointment. And a rule.
+    """Why the user left (similar items too close together, or a disappointment), and a rule.
 
     A gap is the number of steps from an item back to the nearest similar one.
         safe_gap    the smallest gap of any item but the last. The user stayed at all of those, so
@@ -1523,7 +1523,7 @@ KINDS = (
          r"|400 .*(model.{0,60}(not (found|exist)|does not exist)|not a valid model)"),
     Kind("moved", 1, "use the address it names as --base-url", "3.."),
     # a web page instead of JSON, or anything else that came with a status of success
-    Kind("page", 2, "does --base-url lack its /v1?", "2.."),
+    Kind("page", 2, "does --base-url lack its /v1? does the server stream?", "2.."),
     Kind("vectors", 2, "choose another --embed-model", "embeddings"),
     Kind("too late", 1, RESUME, "(408|409|429|5..) false"),     # it is useless to ask again
     Kind("busy", 17, RESUME, "403|429|503"),    # the waits come to 75 s and more
@@ -1541,7 +1541,7 @@ KINDS = (
 )
 # Parameters that a server may refuse, and what is sent instead; None: nothing.
 INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
-           "temperature": None, "seed": None, "encoding_format": None}
+           "temperature": None, "seed": None, "stream": None, "encoding_format": None}
 # Headers whose values are secrets: Authorization, X-API-Key, Cookie, X-Auth-Token ...
 SECRET = "(?i)auth|key|cookie|token|secret|password"
 LONGEST_WAIT = 120.0                # seconds; after 408, 409, 429, 5xx a longer wait ends the run
@@ -1582,7 +1582,7 @@ class Route:
     notice: Callable = warnings.warn                # takes a line for the user
     # "requests", "retries: KIND", "system_fingerprint"
     stats: dict = field(default_factory=dict)
-    has_answered: bool = False        # a reply had a text, perhaps in an earlier run
+    has_answered: bool = False      # a reply had a text, perhaps in an earlier run
     refused: set = field(default_factory=set)       # names in INSTEAD
     topics: set = field(default_factory=set)        # those on which the user was told something
 
@@ -1774,7 +1774,7 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
     except (httpx.HTTPError, UnicodeError) as error:
         return new_fault(route, type(error).__name__, str(error))
     if response.next_request:
-        # it is not followed: another server must not get the key
+        # not followed, because the key must not go to an address that the user did not give
         there = without_query(response.next_request.url)
         return new_fault(route, str(response.status_code), f"redirects to {there}")
     # Texts are starred where they are used: a key of digits would spoil numbers in the JSON.
@@ -1797,9 +1797,9 @@ def fault_of_response(route: Route, response: Any, data: dict, text: str) -> Fau
     """
     error = as_object(data.get("error")) or data        # some servers put its fields at the top
     status = str(response.status_code)
-    # A status of success with an error in the body: the error's own code counts, or else 500. For
-    # a body that it could not use `send_once` gives {}. Then the status stays, and 200 is of the
-    # Kind "page".
+    # A status of success with an error in the body: the error's own code counts, or else 500.
+    # `send_once` gives {} for a body that it could not use. Then the status stays, and 200 is of
+    # the Kind "page".
     if response.is_success and error:
         code = str(error.get("code"))
         status = code if re.fullmatch("[45][0-9][0-9]", code) else "500"
@@ -1848,7 +1848,7 @@ def accepted(route: Route, body: dict) -> dict:
     """The body with refused parameters replaced or dropped, and with the user's own fields."""
     sent = {}
     for name, value in body.items():
-        while name in route.refused:        # max_tokens may have two steps to None
+        while name in route.refused:        # max_tokens may be renamed first, then dropped
             name = INSTEAD[name]
         if name:
             sent[name] = value
@@ -1856,7 +1856,7 @@ def accepted(route: Route, body: dict) -> dict:
 
 
 def adapt(route: Route, sent: dict, got: Fault) -> bool:
-    """From now on replace or drop the first parameter that a refusal names; False without one."""
+    """From now on replace or drop the first parameter that a refusal names; False for none."""
     if got.kind.name != "request":
         return False
     # The first one is the refused one; later ones may be suggestions.
@@ -2012,7 +2012,7 @@ def unpacked(text: str) -> np.ndarray:
 
 def embedded_rows(route: Route, expected: int, data: dict) -> Any:
     """Rows of length 1 in the order of the texts, float32 [expected, d], or a Fault."""
-    # Servers may leave out the index 0, or all of them. The sort is stable, so these keep their
+    # Servers may leave out an index of 0, or all indices. The sort is stable, so these keep their
     # order.
     entries = sorted(data["data"], key=lambda entry: int(entry.get("index") or 0))
     rows = [entry["embedding"] for entry in entries]
@@ -2033,8 +2033,7 @@ def embedded_rows(route: Route, expected: int, data: dict) -> Any:
 def embeddings(base_url: str, model: str, key: str | None = None, **options: Any) -> Embed:
     """An embedding behind an OpenAI-compatible endpoint. The options are those of `connect`.
 
-    A request holds at most 64 texts, which most servers take. One that is too large is sent in two
-    halves.
+    A request holds at most 64 texts, which most servers take. A refused one is sent in two halves.
     """
     route = connect(base_url, "embeddings", key, **options)
 
@@ -2064,11 +2063,11 @@ class Log(NamedTuple):
     model_id: Any                   # JSON: what shapes a reply besides the ask
     known: dict[str, Reply]
     path: Path
-    has_answered: bool                # a reply of the chat model had a text
+    has_answered: bool              # a reply of the chat model had a text
 
 
 def open_log(path: str | Path, model_id: Any) -> Log:
-    """Read a log; there may be none yet. An incomplete last line is ended.
+    """Read a log; there may be none yet. An incomplete last line gets a line break.
 
     If an ask has several replies, the first with a text counts. Empty replies count only if some
     reply of the chat model had a text. Otherwise the settings were probably wrong, and these asks

@@ -93,7 +93,7 @@ FLAGS = {                               # group -> flag -> what it does
     },
     "look at a finished run": {
         "show": "print one episode of this run directory",
-        "pick": "before, learn or after: the last episode of this phase; after:3 is its number 3, "
+        "pick": "before, learn or after: the last episode of this phase; after:3: number 3 of it, "
                 "counted from 0 (default: the last of learn, or else of the run); with --load, "
                 "learn is numbered on from the loaded run",
         "prompts": "print the prompts of the episode and their replies",
@@ -106,7 +106,7 @@ FLAGS = {                               # group -> flag -> what it does
         "cluster": "address of a dask.distributed scheduler for offline runs",
     },
     "a real model": {
-        "model": "model name, or offline (default: OPENAI_MODEL, or else offline)",
+        "model": "model name, or offline (default: OPENAI_MODEL; without an endpoint offline)",
         "base_url": "endpoint (default: OPENAI_BASE_URL or OPENAI_API_BASE); the key is "
                     "OPENAI_API_KEY",
         "embed_model": "embedding model (default: OPENAI_EMBED_MODEL, or character trigrams)",
@@ -131,18 +131,19 @@ FLAGS = {                               # group -> flag -> what it does
                        "alone have the weight 1 - N",
         "lately": "how many steps back the category tool looks",
         "fresh_thoughts": "a thought is malformed if it names a category shown lately and none of "
-                          "the other liked ones",
+                          "the other liked ones, as long as there are others",
         "titles": "number of items in a state's text and in a prompt's history",
         "batch": "episodes between two updates of the memories",
         "transcript": "at most this many characters of a session in a prompt",
         "temperature": "sampling temperature of every ask",
         "reply_tokens": "longest reply asked for; models that reason need thousands",
         "retries": "how often a malformed reply is asked for again",
-        "repeats": "let an item come twice in a session, and let items of the history come",
+        "repeats": "allow an item twice in a session, and items of the history; for methods with "
+                   "language only",
     },
     "rule of leaving": {
         "window": "number of items that a user remembers; the paper's W",
-        "beta": "an item nearer than this to one of these items is too similar; the paper's beta",
+        "beta": "an item nearer than this to a remembered one is too similar; the paper's beta",
         "floor": "a rating below this disappoints",
         "grace": "number of steps at the start at which a low rating is forgiven",
         "max_steps": "the cap at which an episode is cut",
@@ -220,7 +221,7 @@ def make_parser() -> Parser:
     """
     parser = Parser("run.py", allow_abbrev=False, epilog=EXAMPLES,
                     formatter_class=RawDescriptionHelpFormatter,
-                    description=f"Learn, then evaluate. The model is by default\n{STAND_IN}.")
+                    description=f"Learn, then evaluate. The default model is\n{STAND_IN}.")
     defaults = {**envs.Env._field_defaults, **Config._field_defaults, **DEFAULTS}
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title, NOTES.get(title))
@@ -536,23 +537,24 @@ def default_directory(args: Namespace, config: Json) -> Path:
 def run_directory(args: Namespace, config: Json) -> Path:
     """The directory of this run, made if need be.
 
-    UserError if it holds another run or the files of another program. A run that got no answer,
-    such as one with a mistyped model, may be replaced: it left nothing but its config.json.
+    UserError if it holds another run or the files of another program, or no log to replay. A run
+    that got no answer, such as one with a mistyped model, may be replaced: it left nothing but its
+    config.json.
     """
     path = args.out or default_directory(args, config)
     # names with a dot in front are drafts, or those of the file manager, such as .DS_Store
     names = {file.name for file in path.rglob("[!.]*") if file.is_file()}
     earlier = read_object(path / "config.json")
     is_run = set(Settings._fields) <= earlier.keys()
-    foreign = names - {"calls.jsonl"}       # a log may have been copied there
-    if not is_run and foreign:
+    others = names - {"calls.jsonl"}        # a log may have been copied there
+    if not is_run and others:
         raise UserError(f"{path} is not empty and holds no run; choose another --out")
     # an experiment has fields that a run lacks, so the fields of both are compared
     fields, earlier_fields = flattened(config), flattened(earlier)
     changed = [field for field in {**earlier_fields, **fields}
                if earlier_fields.get(field) != fields.get(field)]
-    has_results = names != {"config.json"}
-    if is_run and changed and has_results:
+    has_more = names != {"config.json"}
+    if is_run and changed and has_more:
         raise UserError(f"{path} holds another configuration ({', '.join(changed)}); choose "
                         "another --out")
     if args.replay and "calls.jsonl" not in names:
@@ -845,7 +847,7 @@ def summarise(run: Settings, outcome: Outcome, live: Live, began: float) -> Json
     content_of_run = run._asdict()
     rule = content_of_run.pop("rule")
     return content_of_run | {
-        "config": run.config | rule,            # in one object
+        "config": run.config | rule,            # all that flags set, in one object
         "learning": means,
         "before": envs.metrics(before), "after": envs.metrics(after),
         "difference": envs.metrics(after, before) if run.episodes else None,
@@ -1002,7 +1004,7 @@ def step_rows(episode: Json, n: int) -> Iterator[tuple[str, str]]:
     yield "said", step["said"]
     yield "item", step["item"]
     if not step["exact"]:
-        why = "taken in its place, because it names no free item"
+        why = "the reply names no free item; this one was taken in its place"
         if not step["said"]:
             why = "by the fallback"
         yield "", why
@@ -1030,7 +1032,7 @@ def story(episode: Json) -> Iterator[str]:
         yield f"\nreflection  {episode['reflection']}"
 
 
-def episode_of(folder: Path, pick: str) -> Json:
+def episode_of(folder: Path, pick: str | None) -> Json:
     """The episode of a finished run that --pick names.
 
     By default it is the last one learned from, or else the last one.
@@ -1085,8 +1087,8 @@ def prompts_of(args: Namespace, episode: Json) -> str:
     try:
         outcome = perform(run, place, billp.NOVICE, caught, embed, map, needed)
     except prompts.EndpointError:
-        raise UserError(f"{args.show}: its log lacks answers, so its prompts cannot be made "
-                        "again") from None
+        raise UserError(f"{args.show}: its log lacks answers, or the program has changed since. So "
+                        "its prompts cannot be made again") from None
     repeated = [dumps(describe(place.env, played)) for played in outcome.trajectories]
     if dumps(episode) not in repeated:
         raise UserError(f"{args.show}: the repeated run gives another episode. The data or the "
