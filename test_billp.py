@@ -1664,6 +1664,7 @@ def test_a_request_holds_the_ask_own_fields_and_the_key():
 
 @pytest.mark.parametrize("name, text", [
     ("max_tokens", "Unsupported parameter: '{}' is not supported"),
+    ("stream", "Unsupported parameter: '{}' is not supported"),
     ("temperature", '{{"error": {{"message": "Unsupported parameter", "param": "{}"}}}}'),
     ("seed", '{{"error": {{"message": "Unsupported parameter", "cause": "{}"}}}}')])
 def test_a_refused_parameter_is_replaced_or_dropped_and_reported(name, text):
