@@ -1141,8 +1141,7 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
     # a copy, sorted by user, then by time: the last key counts most
     votes = votes[np.lexsort((votes["time"], votes["user"]))]
     votes["rating"], note = rescaled(votes["rating"])
-    # in random order, because the agent learns from the first half
-    votes["user"] = rng.permutation(n)[votes["user"]]
+    votes["user"] = rng.permutation(n)[votes["user"]]   # random: the first half is learned from
     is_test = rng.permutation(size) < size // 10            # true for a random tenth
     train, test = votes[~is_test], votes[is_test]
     model = als(train, n, m, rank=12)
