@@ -1303,7 +1303,7 @@ def counted_steps(count: int) -> str:
 
 
 def spelled_avoid(categories: set[str]) -> str:
-    """The warning that WARNING finds; "" for no category."""
+    """A warning in the form of WARNING, " Avoid Drama, War."; "" for no category."""
     return f" Avoid {', '.join(sorted(categories))}." if categories else ""
 
 
@@ -2027,7 +2027,7 @@ def embedded_rows(route: Route, expected: int, data: dict) -> Any:
     except MISSHAPEN:
         pass                    # not all are numbers, or the rows differ in length
     return new_fault(route, "embeddings",
-                 f"{len(rows)} for {expected} texts, or a row is zero, infinite or no numbers")
+                     f"{len(rows)} for {expected} texts, or a row is zero, infinite or no numbers")
 
 
 def embeddings(base_url: str, model: str, key: str | None = None, **options: Any) -> Embed:

@@ -790,7 +790,10 @@ def test_the_stand_in_learns_and_planning_helps():
 @pytest.mark.parametrize("module, end", [
     ("billp", "nowhere"), ("envs", "data files"), ("prompts", "the outside world")])
 def test_the_pure_modules_touch_nothing_outside(module, end):
-    """Neither files, the clock, the network nor global names. Random generators have a seed."""
+    """No files, clock, network or global names. Random generators have a seed.
+
+    No function stores anything in its parameters.
+    """
     source = Path(billp.__file__).with_name(f"{module}.py").read_text("utf-8")
     pure, *rest = re.split(rf"(?m)^# -+ {end}", source)
     assert bool(rest) == (end != "nowhere")
@@ -806,6 +809,11 @@ def test_the_pure_modules_touch_nothing_outside(module, end):
         if isinstance(node, ast.FunctionDef):               # no default that can change
             defaults = node.args.defaults + node.args.kw_defaults
             assert not any(isinstance(value, (ast.List, ast.Dict, ast.Set)) for value in defaults)
+            parameters = {part.arg for part in ast.walk(node.args) if isinstance(part, ast.arg)}
+            for part in ast.walk(node):
+                if isinstance(getattr(part, "ctx", None), ast.Store):
+                    owner, *inside = re.split(r"[.\[]", ast.unparse(part))
+                    assert not inside or owner not in parameters, node.name
     assert not re.search(r"np\.random\.(?!default_rng\(\w|SeedSequence\(|Generator)", pure)
 
 
