@@ -358,9 +358,8 @@ def ranked_lines(state: State, evidence: Evidence, catalog: Catalog, config: Con
 
     An item's bonus is the chance that it is encouraged minus the average chance, see
     `prompts.chance`. With `candidates` 0 only items with evidence come, ranked by the bonus.
-    Otherwise all items come, ranked by nearness plus bonus. The nearness is the sum of two: to what
-    the thought asks for (if it asks for nothing, to all liked categories), and to the liked
-    categories not shown lately, if there are any.
+    Otherwise all items come, ranked by nearness plus bonus: near to what the thought asks for, and
+    to the liked categories not shown lately, see `prompts.query`.
     """
     average = prompts.average_chance(evidence)
     # the keys of `evidence` are pairs (item line, verdict)
@@ -427,13 +426,14 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
 def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> Output:
     """Micro level: V(s_n) in [0, state.top], given TD targets of similar states.
 
-    Fallback: their mean, or else the value if the user goes on as before.
+    Fallback: the mean of the targets, or else the value if the user goes on as before.
     """
     recalled = recall(memory, state.vector, config.k_values)
     targets = tuple((record.item, record.content) for record in recalled)
-    # `state.top` is the value of a whole session in which every step earns 5. `as_before` is that
-    # of one in which every step earns the mean reward so far, or 3 before the first step. Late in a
-    # session fewer steps are left, but with a small gamma this hardly matters.
+    # If every step of a session earns the same, its value is proportional to that reward, and
+    # `state.top` is the value at 5. The user is expected to go on with the mean reward so far, or 3
+    # before the first step. Late in a session fewer steps are left, but with a small gamma this
+    # hardly matters.
     mean_reward = fmean(state.rewards or [3.0])
     as_before = state.top * mean_reward / 5
     expected = fmean([target for _, target in targets] or [as_before])
@@ -527,14 +527,14 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
     answers, values, advantages = (), [], []
     m_p, m_a, m_c = EMPTY, EMPTY, EMPTY             # what this episode adds to the three memories
     if config.experience:
-        # V(s_1) .. V(s_{N+1}), one more than there are steps; 0 without the critic
         states = [step.state for step in steps] + [trajectory.last]
-        values = [0.0] * len(states)
         if config.baseline:
-            # if the user left, the last value stays 0, and the critic is not asked for it
+            # if the user left, the last state has no future, and the critic is not asked
             with_future = states[:-1] if trajectory.terminated else states
             answers = tuple(critic(state, agent.critic, llm, config)[0] for state in with_future)
-            values[:len(answers)] = [answer.result for answer in answers]
+        # V(s_1) .. V(s_{N+1}); 0 where the critic was not asked
+        not_asked = len(states) - len(answers)
+        values = [answer.result for answer in answers] + [0.0] * not_asked
         for step, value, next_value in zip(steps, values, values[1:]):
             state = step.state
             left = trajectory.terminated and step is steps[-1]      # users leave at the last step

@@ -154,7 +154,7 @@ def distance_to_recent(env: Env, state: EnvState, item: Array) -> Array:
 def too_similar(env: Env, distance: Array) -> Array:
     """bool [...]: whether distances are below beta.
 
-    They are rounded, so that a digit which a processor computes differently decides nothing.
+    They are rounded, because the last digits differ between processors.
     """
     return np.round(distance, 5) < env.beta
 
@@ -284,7 +284,7 @@ def best(score: Array, allowed: Array) -> Array:
 def best_at_random(score: Array, allowed: Array, rng: Rng) -> Array:
     """int [B]: an allowed item with the highest score, ties broken at random.
 
-    The score is [B, m], or 0 if all items are equal. Scores closer than 10^-6 count as a tie.
+    The score is [B, m], or 0 if all items are equal. Random numbers below 10^-6 decide ties.
     """
     return best(score + 1e-6 * rng.random(allowed.shape), allowed)
 
@@ -516,11 +516,10 @@ def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
     # (b) d log(p) is dp / p. So with i = pick in (a), divided by the chance of the pick:
     #     d log_chance[pick] / d fit_j = [j is the pick] - chance_j
     of_pick = picked - chance
-    # (c) d entropy / d chance_i = -(log_chance_i + 1). Multiply by (a) and sum over all i. In the
-    #     sum [i is j] keeps only the term i = j, and -chance_j is a factor of all terms:
-    #     d entropy / d fit_j = -chance_j * (log_chance_j + 1) + chance_j * total
-    #     total = sum over i of chance_i * (log_chance_i + 1) = 1 - entropy
-    #     d entropy / d fit_j = -chance_j * (log_chance_j + entropy)
+    # (c) entropy is -(sum over i of chance_i * log_chance_i). In its derivative the terms
+    #     chance_i * d log_chance_i are d chance_i, and these add up to 0. By (a) the others are
+    #     d entropy / d fit_j = -(sum over i of chance_i * ([i is j] - chance_j) * log_chance_i)
+    #     = -chance_j * log_chance_j - chance_j * entropy
     of_entropy = -chance * (log_chance + entropy)
     by_fit = td_error[:, None] * of_pick + ENTROPY * of_entropy
     # Then the derivatives by the weights.
@@ -788,9 +787,10 @@ def films(seed: int = 0) -> Env:
     Titles, years and categories are facts; ratings are made up. A rating is mostly taste: how much
     the user likes the film's categories. A user's taste is that of one of six archetypes, changed
     at random. The film's general appeal counts less, and noise least. About one pair of films in 25
-    is too similar: those that share at least half of their combined categories, and 17 pairs that
-    share one of three. A history is ten films, drawn without replacement with weights exp(rating);
-    the order of the draw counts as the order of time. The agent learns from half of the users.
+    is too similar: those that share at least half of their combined categories, and 17 pairs with
+    one common category out of three. A history is ten films, drawn without replacement with weights
+    exp(rating); the order of the draw counts as the order of time. The agent learns from half of
+    the users.
     """
     titles, years, letters = zip(*re.findall(r"(\S.*?) (\d{4}) ([A-Z]+)[;\n]", FILMS))
     tags = [[CODES[letter] for letter in word] for word in letters]
@@ -1129,6 +1129,23 @@ def liked_items(votes: Array) -> list[Array]:
     return histories
 
 
+def similarity(belongs: Array, factors: Array, fitted: bool, one: Array,
+               other: Array) -> tuple[str, Array, float]:
+    """What makes items similar, in words; the items' vectors [m, d] for it; and beta.
+
+    `factors` [m, k] are fitted to the ratings; `one` and `other` are random pairs of items.
+    """
+    if belongs.any() and not fitted:
+        return "categories", unit(belongs), 0.9         # the beta of `films`
+    # Fitted distances have no natural limit. Our choice: one pair in five is too similar.
+    vectors = unit(factors)
+    beta = float(np.quantile(length_between(vectors, 0, one, other), 0.2))
+    words = "fitted vectors"
+    if not belongs.any():               # say so: their column may have an unknown name
+        words += ", no item has a category"
+    return words, vectors, beta
+
+
 def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, fitted: bool) -> Env:
     """A world of n users whose ratings `als` predicts from votes, an array of VOTE.
 
@@ -1153,18 +1170,11 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
     demand(len(rated) > 1, "fewer than two items with ratings")
     one, other = rng.choice(rated, size=(2, 100_000))
     one, other = one[one != other], other[one != other]
-    if fitted or not belongs.any():
-        # Fitted distances have no natural limit. Our choice: one pair in five is too similar.
-        similarity, vectors = "fitted vectors", unit(model.q[:, :-1])
-        beta = float(np.quantile(length_between(vectors, 0, one, other), 0.2))
-    else:
-        similarity, vectors, beta = "categories", unit(belongs), 0.9        # the beta of `films`
-    if not belongs.any():           # say so: their column may have an unknown name
-        similarity += ", no item has a category"
+    words, vectors, beta = similarity(belongs, model.q[:, :-1], fitted, one, other)
     share = (length_between(vectors, 0, one, other) < beta).mean()
     about = (f"{size} ratings{note}; RMSE on a held-out tenth {rmse(model, test):.3f}, by "
              f"biases alone {rmse(biases, test):.3f}; "
-             f"{share:.0%} of pairs too similar by {similarity}; beta {beta:.2f}")
+             f"{share:.0%} of pairs too similar by {words}; beta {beta:.2f}")
     return Env(
         titles=titles, years=years, categories=categories, belongs=belongs, vectors=vectors,
         rate=partial(stars, model, star_limits(model, train)), distance=euclidean(vectors),
@@ -1271,7 +1281,7 @@ def released(path: Location, name: str) -> Env:
                 seen = map(html.unescape, person["pos_seq_name"])       # titles, oldest first
                 items = [item_called[title] for title in seen if title in item_called]
                 histories.append(last_distinct(items))
-        learners = len(ratings[0])
+        learners = len(ratings[0])          # the users of train.json
         return Env(
             titles=tuple(titles), years=(None,) * m,
             categories=categories, belongs=belongs, vectors=unit(belongs),

@@ -73,7 +73,7 @@ class Ask(NamedTuple):
     role: str                       # planner, actor, critic or reflector; "embed" in logs only
     key: Key                        # () for "embed"
     messages: tuple[tuple[str, str], ...]       # pairs (role, text), the system's first
-    # An embedding is logged as an Ask with these defaults. If they changed, it would not be found.
+    # The log finds an embedding by the hash of an Ask with these two defaults: do not change them.
     max_tokens: int = 256
     temperature: float = 0.5
 
@@ -404,7 +404,7 @@ def labelled(text: str, labels: str) -> str:
 
     If there is none, it is the first line before the first label, or of a reply without labels. It
     is "" if there is no such line, if the reply is a refusal, or if the line is a copy of the form
-    asked for: "Next category: CATEGORY, because REASON", see PLANNER.
+    asked for, such as "CATEGORY, because REASON".
 
     >>> labelled("Thought 3: a comedy\\nAction 3: Up", THOUGHT_LABELS)
     'a comedy'
@@ -412,15 +412,15 @@ def labelled(text: str, labels: str) -> str:
     ('', 'A comedy')
     """
     text = with_colons(text)
-    outer = segment(text, labels)
-    if re.match(REFUSAL, outer or text):
+    after_label = segment(text, labels)
+    if re.match(REFUSAL, after_label or text):
         return ""
     # "Thought: War was shown. Next category: Comedy": the text after the second label counts
-    inner = segment(outer, labels) or outer
+    answer = segment(after_label, labels) or after_label
     first_label = IN_LINE.search(text)
-    before_all = text[:first_label.start("name")] if first_label else text
+    before_labels = text[:first_label.start("name")] if first_label else text
     # After a label a line such as "Comedy!" is an answer and no preamble.
-    line = first_line(inner, preamble_ends=":") or first_line(before_all)
+    line = first_line(answer, preamble_ends=":") or first_line(before_labels)
     # A copy holds CATEGORY or "because REASON". (?<!X) and (?!X) leave out two answers: "NEXT
     # CATEGORY: WAR", and "because REASON: it is new", where the word is a heading.
     has_placeholder = re.search(r"((?<!NEXT )\bCATEGORY|(?i:because) REASON)\b(?!:)", line)
@@ -551,9 +551,8 @@ def longest_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     for size in range(min(MOST_WORDS, len(words)), 0, -1):
         name = name_of(words[:size])
         items = catalog.names.get(name, [])
-        # two words are joined, so that a year and one more word do not match
-        only_year_follows = re.fullmatch(f"({YEAR})?", " ".join(words[size:size + 2]))
-        if not items and only_year_follows:
+        behind = " ".join(words[size:size + 2])         # two words are never a year
+        if not items and re.fullmatch(f"({YEAR})?", behind):
             items = catalog.mains.get(name, [])
         if items:
             return items, size
@@ -581,16 +580,17 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     longer = re.match(LONGER_TITLE, rest)
     if year:                            # "Alien 1979"
         items = of_year(items, int(year[0]), catalog)
-        size += bool(items)             # its year is skipped, too
-    elif longer:
+        return items, size + bool(items)        # the year is skipped with the title
+    if longer:
         # A title, more words, a year. If the words begin another title, as in "Alien Jaws 1975",
         # Alien is meant. Otherwise they belong to a longer title, and its year decides: "Léon The
         # Professional 1994", "Star Wars Episode IV A New Hope 1977".
         next_items, _ = leading_title(behind, catalog)
         if not next_items:
             items = of_year(items, int(longer["year"]), catalog)
-    elif re.match(SEQUEL, rest):        # "Frozen II" means another film
-        items = []
+        return items, size
+    if re.match(SEQUEL, rest):          # "Frozen II" means another film
+        return [], size
     return items, size
 
 
@@ -960,8 +960,7 @@ Evidence = Counter
 
 # Evidence is shrunk to the average: this many trials with average success are added for each item.
 # Most verdicts come from users of another taste: a few must not move an item far. We tried 2, 4, 8,
-# 16 and 32. 8 was best in a simulation that takes each place of the list as often as a 1.5B
-# model does.
+# 16 and 32. 8 was best in a simulation that picks each place of the list as often as a 1.5B model.
 ADDED_TRIALS = 8
 
 
@@ -1085,13 +1084,11 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     plan = plan_of(thought)
     first_sentence = re.split(r"[.;!?]\s", plan)[0]
     plan_and_reason = re.sub(UNWANTED, " ", thought)
-    fresh = [tag for tag in tags_named_in(first_sentence, tags) if tag not in recent]
-    if fresh:
-        return in_brackets(fresh)                                           # 1
-    for part in (plan, plan_and_reason):                                    # 2, 3
+    # 1 does not take categories shown lately, 2 and 3 do
+    for part, may_repeat in ((first_sentence, False), (plan, True), (plan_and_reason, True)):
         named = tags_named_in(part, tags)
         fresh = [tag for tag in named if tag not in recent]
-        if named:
+        if fresh or (named and may_repeat):
             return in_brackets(fresh or named)
     # a sentence that was left out leaves its full stop
     return clean(plan_and_reason).strip(" .")
@@ -1158,8 +1155,8 @@ Value: NUMBER"""
 def render_critic(targets: Sequence[tuple[str, float]], expected: float, as_before: float) -> str:
     """The critic's question.
 
-    targets: pairs (last line of a similar state, its TD target); expected: the mean of the targets.
-    as_before: the value of a whole session at the mean rating so far.
+    targets: pairs (last line of a similar state, its TD target); expected: the mean of the targets,
+    not shown if there are none. as_before: the value of a whole session at the mean rating so far.
     """
     known = [f"{target:.2f} after {line}" for line, target in targets]
     average = f"Similar situations have {expected:.2f} on average. " if targets else ""
@@ -1388,7 +1385,7 @@ def offline_reflector(history: str, transcript: str, question: str, draw: int) -
 
     A gap is the number of steps from an item back to the nearest similar one.
         safe_gap    the smallest gap of any item but the last. The user stayed at all of those, so
-                    no larger gap is needed.
+                    no larger gap is needed. `gaps_between` gives 9 where it sees no similar item.
         advised     the gap that the session's thoughts asked for, but at most `safe_gap`. If the
                     last gap is below `safe_gap`, it is taken for the cause: then at least one step
                     more than the last gap is advised.
@@ -1401,7 +1398,7 @@ def offline_reflector(history: str, transcript: str, question: str, draw: int) -
     warned = set()
     if "the user left" not in question:
         why = f"The user stayed for all {counted_steps(len(titles))}"
-    elif last_gap < safe_gap:                       # too similar to an item shown lately
+    elif last_gap < safe_gap:                       # it came too soon after a similar item
         advised = max(advised, last_gap + 1)        # at most `safe_gap`, because last_gap is below
         why = (f"The user left because {titles[-1]} came {counted_steps(last_gap)} after "
                f"{titles[-1 - last_gap]}, which is similar")
@@ -1442,7 +1439,7 @@ def offline(ask: Ask) -> Reply:
 
 
 # ---------------------------------------------------------------------- the outside world
-# Endpoints over HTTP, the log of a run and its budget: the only effects of this module.
+# Endpoints over HTTP, the log of a run and its budget: all effects of this module.
 # A request without a usable answer gives a Fault and raises nothing. The label of a Fault is the
 # HTTP status, the name of an exception, the finish_reason or "embeddings". The label, a server's
 # advice and the body decide its Kind. The Kind says how often such a request is sent, and what the
@@ -1937,12 +1934,15 @@ def read_chat(route: Route, ask: Ask, data: dict) -> Any:
             route.stats["system_fingerprint"] = clean(starred(route, str(system)), 200)
     if "choices" not in data and "usage" not in data:
         raise LookupError("no chat completion")             # `send_once` takes it for a web page
-    # A server may send no choice if it filters a prompt (Gemini) or has no text. Then `no_choice`
-    # stands for it. Its error is the body, in which `new_fault` below finds the reason. What
-    # differs in each answer is left out, so that run.py counts equal reasons together.
-    details = {name: data[name] for name in data if name not in ("id", "created", "usage")}
-    no_choice = {"finish_reason": "missing", "error": json.dumps(details)}
-    choice = (data.get("choices") or [no_choice])[0]
+    usage = usage_of(route, ask, data)
+    choices = data.get("choices")
+    if not choices:
+        # A server may send no choice if it filters a prompt (Gemini) or has no text. The body tells
+        # why. What differs in each answer is left out, so that run.py can count equal reasons.
+        details = {name: data[name] for name in data if name not in ("id", "created", "usage")}
+        fault = new_fault(route, "finish_reason missing", json.dumps(details))
+        return fault._replace(usage=usage)
+    choice = choices[0]
     finish = choice.get("finish_reason")
     message = as_object(choice.get("message"))
     refusal = message.get("refusal")
@@ -1952,7 +1952,6 @@ def read_chat(route: Route, ask: Ask, data: dict) -> Any:
                  if part.get("type") not in ("thinking", "reasoning")]
         content = "".join(texts)
     text = spoken(starred(route, content))
-    usage = usage_of(route, ask, data)
     broken_off = re.match("(?i)(network_)?error|abort|insufficient|content_filter|sensitive|safety",
                           str(finish))
     if text and not broken_off and not choice.get("error"):

@@ -1389,7 +1389,7 @@ def pictured(rows: Sequence[Row]) -> Array:
 
 
 def limit_of(rows: Sequence[Row]) -> float:
-    """Where an axis ends: just above all intervals, but at most at 1.6 times the largest mean.
+    """Where an axis ends: just above all intervals, but not beyond 1.6 times the largest mean.
 
     So one wide interval does not flatten the others.
     """

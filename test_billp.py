@@ -4,8 +4,6 @@ Expected values come from naive code or from a calculation by hand. Servers are 
 loopback. Each test was seen to fail after the line that it guards had been broken.
 """
 import ast
-import base64
-import email.utils
 import json
 import math
 import os
@@ -43,18 +41,6 @@ from prompts import Ask, BudgetSpent, Candidate, EndpointError, Key, Malformed, 
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
 
-# ------------------------------------------------------------------------- golden numbers
-# They change with the films and the rule of leaving: the first two also with the prompts, the
-# stand-in, the roles and Config, the lengths also with the policies.
-
-GOLDEN_SCORES = [                       # length and return of the learning episodes 10 to 19
-    (6, 26), (4, 15), (33, 141), (2, 8), (15, 66), (29, 123), (4, 18), (23, 98), (3, 13),
-    (22, 94)]
-GOLDEN_EXPERIENCES = 263                      # experiences after 20 episodes
-GOLDEN_LENGTHS = {                      # steps that policies last in films: lowest, highest
-    "random": (3, 5), "popular": (2, 5), "greedy": (4, 7), "varied": (5, 9), "a2c": (11, 16),
-    "common-sense": (17, 30), "bandit": (17, 22), "one-list": (20, 33), "oracle": (48, 50)}
-
 # -------------------------------------------------------------------- builders: worlds
 
 
@@ -86,11 +72,6 @@ def small_world(seed, kind="table", items=9, **rule):
         histories=[rng.permutation(items)[:2] for _ in range(6)], learners=3,
         **{"window": 3, "max_steps": 6} | rule)
     return env, ratings, apart
-
-
-def roll(env, users, policy, seed=0):
-    """An episode for each user."""
-    return envs.rollout(env, np.asarray(users), policy, np.random.default_rng(seed))
 
 
 FILMS = envs.films(0)
@@ -132,7 +113,7 @@ def learn(episodes=20, llm=prompts.offline, **options):
 
 
 def scripted(replies):
-    """A model with a list of texts for each role: it says number step + attempt, or the last."""
+    """A model with texts for each role. It says text number step + attempt, or the last one."""
     def answer(ask):
         texts = replies[ask.role]
         place = min(ask.key.step + ask.key.attempt, len(texts) - 1)
@@ -148,12 +129,6 @@ def noting(llm):
         asks.append(ask)
         return llm(ask)
     return noted, asks
-
-
-def play(catalog, replies, **options):
-    """An episode with the first user of a catalogue, in which a model says these replies."""
-    llm, key = scripted(replies), Key(0, "after", 0)
-    return billp.episode(catalog, 0, key, NOVICE, llm, Config(**options))
 
 
 # ------------------------------------------------------------------------- strategies
@@ -230,15 +205,14 @@ def client(*script, base="http://localhost:8080", make=prompts.openai, **options
     The server acts out the script (responses, exceptions, or functions of the request's body), and
     then always says hello.
     """
-    acts, lock = iter(script), threading.Lock()
+    acts = iter(script)
     seen = SimpleNamespace(requests=[], bodies=[], notices=[], waits=[], stats={})
 
     def handle(request):
         body = json.loads(request.content)
-        with lock:
-            seen.requests.append(request)
-            seen.bodies.append(body)
-            act = next(acts, completion())
+        seen.requests.append(request)
+        seen.bodies.append(body)
+        act = next(acts, completion())
         if callable(act):
             act = act(body)
         if isinstance(act, Exception):
@@ -250,9 +224,9 @@ def client(*script, base="http://localhost:8080", make=prompts.openai, **options
     return seen
 
 
-def failure(act, *arguments):
+def failure(act, *arguments, kind=EndpointError):
     """The one line of an error, checked to hold no key anywhere."""
-    with pytest.raises(EndpointError) as caught:
+    with pytest.raises(kind) as caught:
         act(*arguments)
     line = str(caught.value)
     assert line.isprintable() and len(line) < 700
@@ -280,12 +254,11 @@ def lay(path, files):
 SMALL = ("--episodes", 4, "--users", 3, "--batch", 2, "--max-steps", 4)
 ROLE = {"Next category": "planner", "Free item": "actor", "Value": "critic",
         "Reflection": "reflector"}
-posix = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_endpoint():
-    """No test sees anybody's endpoint."""
+    """No test asks a real endpoint."""
     kept = {name: text for name, text in os.environ.items() if not name.startswith("OPENAI_")}
     with mock.patch.dict(os.environ, kept, clear=True):
         yield
@@ -345,20 +318,14 @@ def settings_of(text):
     return run.settings(run.parse(text.split()), run.read_memory(None))
 
 
-def prompt_and_role(body):
-    """The prompt in a request and the role that asks: the last line begins with its label."""
-    prompt = body["messages"][0]["content"].removeprefix(prompts.SYSTEM + "\n\n")
-    label, _, _ = prompt.rpartition("\n")[2].partition(":")
-    return prompt, ROLE[label]
-
-
 def stand_in(body):
     """The stand-in's answer to a request."""
     if "input" in body:
         rows = prompts.hashed_ngrams(body["input"]).tolist()
         return 200, json.dumps({"data": [{"embedding": row} for row in rows]})
-    prompt, role = prompt_and_role(body)
-    text = prompts.offline_text(role, prompt, body["seed"])
+    prompt = body["messages"][0]["content"].removeprefix(prompts.SYSTEM + "\n\n")
+    label, _, _ = prompt.rpartition("\n")[2].partition(":")         # the last line begins with it
+    text = prompts.offline_text(ROLE[label], prompt, body["seed"])
     answer = {"choices": [{"message": {"content": text}}], "system_fingerprint": "fp_1"}
     return 200, json.dumps(answer)
 
@@ -367,13 +334,12 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
-    def log_message(self, *arguments):
-        pass
+    log_message = mock.Mock()               # it would print each request
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if "seed" in body:
-            self.server.asked.append((prompt_and_role(body)[1], body["seed"]))
+            self.server.asked.append((body["messages"][0]["content"], body["seed"]))
         self.server.headers.append(self.headers)
         status, text = self.server.act(body) or stand_in(body)
         self.send_response(status)
@@ -384,9 +350,7 @@ class Handler(BaseHTTPRequestHandler):
 
 class Server(ThreadingHTTPServer):
     request_queue_size = 128
-
-    def handle_error(self, request, client_address):
-        pass                                # a client that was killed
+    handle_error = mock.Mock()              # it would print that a client was killed
 
 
 @contextmanager
@@ -405,11 +369,9 @@ def flags_of(url, folder, *more):
     return (*SMALL, "--base-url", url, "--model", "m", "--out", folder, *more)
 
 
-def logged(folder):
-    """Role and seed, which name an ask, of each answer in the log."""
-    lines = (folder / "calls.jsonl").read_bytes().split(b"\n")[:-1]
-    calls = [json.loads(line) for line in lines]
-    return [(call["role"], prompts.seed_of(Key(*call["key"]))) for call in calls]
+def answers_in(folder):
+    """The number of answers in the log."""
+    return (folder / "calls.jsonl").read_bytes().count(b"\n")
 
 
 # -------------------------------------------------------------------------- memory and credit
@@ -497,12 +459,9 @@ def nearby(*pairs):
     (billp.planner, {}, "BA"), (billp.planner, {"lessons": "latest"}, "CB"),
     (billp.planner, {"lessons": "none"}, ""), (billp.critic, {"k_values": 1}, "B")])
 def test_a_reader_recalls_by_its_own_numbers_and_changes_nothing(role, changes, recalled):
-    memory = EMPTY
-    far = np.roll(STATE.vector, 1)
-    # A and B lie here, B is newer; C lies far and is the newest
-    for item, vector in (("A", STATE.vector), ("B", STATE.vector), ("C", far)):
-        content = item if role == billp.planner else 1
-        memory = remember(memory, item, content, vector, item)
+    a, b, c = "ABC" if role == billp.planner else (1, 1, 1)
+    memory = nearby((a, "A"), (b, "B"))                                 # B is the newer
+    memory = remember(memory, "C", c, np.roll(STATE.vector, 1), "C")    # far, and the newest
     answer, after = role(STATE, memory, llm=prompts.offline, config=Config(**changes))
     assert [entry[0] for entry in answer.recalled] == list(recalled)
     assert after is memory
@@ -702,18 +661,20 @@ def test_a_state_holds_the_last_titles_and_all_taken_items(user, titles):
     assert len(set(taken)) == len(taken)                    # no item comes twice
 
 
-def test_an_item_comes_again_if_repeats_are_allowed():
-    t = play(prompts.catalog(hand_world()), {"planner": ["t"], "actor": ["Cow"]}, repeats=True)
-    assert t.steps[0].line == "Cow [Beast]"                 # it was liked before
-    t = play(prompts.catalog(hand_world()), {"planner": ["t"], "actor": ["Bee"]}, repeats=True)
-    assert [step.line for step in t.steps] == ["Bee [Bug]", "Bee [Bug]"]
+@pytest.mark.parametrize("name, lines", [("Cow", ["Cow [Beast]"]), ("Bee", ["Bee [Bug]"] * 2)])
+def test_an_item_comes_again_if_repeats_are_allowed(name, lines):
+    """Cow was liked before. Bee comes twice."""
+    llm = scripted({"planner": ["t"], "actor": [name]})
+    catalog, config = prompts.catalog(hand_world()), Config(repeats=True)
+    [t] = billp.evaluate(catalog, [0], NOVICE, llm, 0, "after", config)
+    assert [step.line for step in t.steps] == lines
 
 
 def test_a_replaced_action_is_told_in_one_line():
     """Nobody knows Dog. The second reply names a free item, and the third cannot be read."""
     replies = {"planner": ["t"], "actor": ["Dog", "Ant, Bee or Bat", ""]}
     catalog = prompts.catalog(hand_world(beta=0.0, floor=0.0, max_steps=3))
-    t = play(catalog, replies, retries=0)
+    [t] = billp.evaluate(catalog, [0], NOVICE, scripted(replies), 0, "after", Config(retries=0))
     heads = [line.partition(":")[0] for line in "".join(t.last.turns).splitlines()]
     assert heads == ["Thought 1", "Note 1", "Action 1", "Observation 1", "Thought 2", "Action 2",
                      "Observation 2", "Thought 3", "Action 3", "Observation 3"]
@@ -737,10 +698,7 @@ def test_an_episode_worked_by_hand():
     assert records(agent.planner) == ((first, "", "Bat is like Bee."),)
     assert records(agent.actor) == ((first, ant, 1), (second, bee, 1), (third, bat, 0))
     assert records(agent.critic) == ((first, cow, 6.5), (second, ant, 6), (third, bee, 0))
-
-
-def test_only_leaving_zeroes_the_next_value():
-    """The same episode cut after Bee: its advantages are 4 + 0.5 * 5 - 6.5 and 5 + 0.5 * 2 - 5."""
+    # cut after Bee, where V still counts: the advantages are 6.5 - 6.5 and 6 - 5
     [(_, [t])] = billp.train(prompts.catalog(hand_world(max_steps=2)), [0], scripted(REPLIES))
     assert (t.terminated, t.values, t.advantages) == (False, (6.5, 5, 2), (0, 1))
     assert t.last.top == 7.5                                # 5 + 0.5 * 5
@@ -753,7 +711,7 @@ def told(batches):
     return played, [records(memory) for memory in agent]
 
 
-def test_a_map_in_any_order_and_a_second_call_change_nothing():
+def test_any_map_and_a_second_call_change_nothing():
     """This map does the last first and pickles results. The second call goes on from a batch."""
     def backwards(function, *lists):
         rows = list(zip(*lists))
@@ -769,9 +727,10 @@ def test_a_map_in_any_order_and_a_second_call_change_nothing():
 
 
 def test_the_run_of_seed_0_keeps_its_golden_numbers():
+    """They change with films, rule of leaving, prompts, stand-in, roles and Config."""
     agent, trajectories = learn()[-1]
-    assert [billp.score(t) for t in trajectories] == GOLDEN_SCORES
-    assert len(records(agent.actor)) == GOLDEN_EXPERIENCES
+    lengths, returns = zip(*map(billp.score, trajectories))         # of the episodes 10 to 19
+    assert (sum(lengths), sum(returns), len(records(agent.actor))) == (141, 602, 263)
 
 
 def test_the_stand_in_learns_and_planning_helps():
@@ -798,22 +757,17 @@ def test_the_pure_modules_touch_nothing_outside(module, end):
     pure, *rest = re.split(rf"(?m)^# -+ {end}", source)
     assert bool(rest) == (end != "nowhere")
     nodes = list(ast.walk(ast.parse(pure)))
-    called = {node.func.id for node in nodes
-              if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-    owners = {node.value.id for node in nodes
-              if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
+    called = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+    owners = {ast.unparse(node.value) for node in nodes if isinstance(node, ast.Attribute)}
     assert not called & {"print", "open", "input", "exec", "eval", "globals", "setattr", "Path"}
     assert not owners & {"os", "sys", "time", "datetime", "random", "threading", "socket", "httpx"}
     assert not any(isinstance(node, (ast.Global, ast.Nonlocal)) for node in nodes)
-    for node in nodes:
-        if isinstance(node, ast.FunctionDef):               # no default that can change
-            defaults = node.args.defaults + node.args.kw_defaults
-            assert not any(isinstance(value, (ast.List, ast.Dict, ast.Set)) for value in defaults)
-            parameters = {part.arg for part in ast.walk(node.args) if isinstance(part, ast.arg)}
-            for part in ast.walk(node):
-                if isinstance(getattr(part, "ctx", None), ast.Store):
-                    owner, *inside = re.split(r"[.\[]", ast.unparse(part))
-                    assert not inside or owner not in parameters, node.name
+    for function in [node for node in nodes if isinstance(node, ast.FunctionDef)]:
+        parameters = {part.arg for part in ast.walk(function.args) if isinstance(part, ast.arg)}
+        for part in ast.walk(function):
+            if isinstance(getattr(part, "ctx", None), ast.Store):
+                owner, *inside = re.split(r"[.\[]", ast.unparse(part))
+                assert not inside or owner not in parameters, function.name
     assert not re.search(r"np\.random\.(?!default_rng\(\w|SeedSequence\(|Generator)", pure)
 
 
@@ -873,8 +827,7 @@ def test_a_listed_title_beats_words_that_happen_to_name_one():
 @pytest.mark.parametrize("name, reply, taken", table(r"""
 Alien | Here is a tense one for you!\n\n**Alien (1979)** ; Alien, 1979 ; 1. Alien (1979)\n2. Jaws |
 Alien | They liked tense films, so a classic.\nFinal Answer: Alien (1979) ; Alien (1980) |
-Alien | ```json\n{"item": "Alien (1979)"}\n``` ; Action 1: recommend "Alien" (1979) |
-Alien | Thought 1: something tense. Action 1: recommend Alien (1979) ; Title: Alien\nTitle: Jaws |
+Alien | Action 1: recommend "Alien" (1979) ; Title: Alien\nTitle: Jaws |
 Alien | I can't help but recommend Alien ; I like **Alien** best.\nThe Matrix is old. |
 Alien | Action 1: recommend Alien (1979) because it is tense and unlike Jaws. ; Alien, Jaws (1975) |
 Alien | Action 1: recommend Alien\nObservation 1: rated 5 of 5\nAction 2: recommend Jaws |
@@ -905,9 +858,8 @@ L’Été & Co | L'Ete and Co |
 Sabrina (1953) | Sabrina ; Sabrina (1953) ; Sabrina (1952) ; **Sabrina** (1953) |
 SABRINA (1954) | Sabrina (1955) ; **Sabrina** (1954) ; Action 1: recommend "Sabrina" (1954) |
 SABRINA (1954) | Sabrina | Sabrina (1953)
-nothing | Alien (2009) ; Fargo (2001) ; The up side ; Frozen II ; Dune: Part Two ; Scream VI |
-nothing | Jaws 2 (1978) ; Toy Story 3 ; Alien: Covenant (2017) ; The Matrix Reloaded (2003) |
-nothing | Jaws 2, as it is fun ; 2001 ideas for tonight |
+nothing | Alien (2009) ; Fargo (2001) ; The up side ; Frozen II ; Dune: Part Two ; Toy Story 3 |
+nothing | Jaws 2 (1978) ; Alien: Covenant (2017) ; Jaws 2, as it is fun ; 2001 ideas for tonight |
 """))
 def test_a_reply_names_what_a_person_reads(name, reply, taken):
     """Nothing: another film of this name, by its year, a sequel, or ordinary words."""
@@ -1223,9 +1175,7 @@ def test_an_item_at_exactly_beta_is_not_too_similar():
 def test_check_refuses_a_world_that_does_not_fit(field, value, words):
     env = hand_world((0, 9, 20), (5, 5, 5))
     envs.check(env)
-    with pytest.raises(ValueError, match=words) as error:
-        envs.check(env._replace(**{field: value}))
-    assert "\n" not in str(error.value)
+    assert re.search(words, failure(envs.check, env._replace(**{field: value}), kind=ValueError))
 
 
 @settings(max_examples=15)
@@ -1236,7 +1186,7 @@ def test_any_policy_obeys_the_rule_and_can_be_pickled(seed, kind):
     ends = []
     for name in envs.POLICIES:
         policy = pickle.loads(pickle.dumps(envs.policy_named(name, env, 9, seed)))
-        played = roll(env, range(6), policy)
+        played = envs.rollout(env, np.arange(6), policy, np.random.default_rng(0))
         for user, (row, rewards) in enumerate(zip(*played)):
             items = row[row >= 0]
             assert len({*items, *env.histories[user]}) == len(items) + 2, name
@@ -1286,12 +1236,19 @@ def test_films_are_200_and_a_seed_draws_its_own_users():
     assert 0.03 < (alike.sum() - 200) / (200 * 199) < 0.05
 
 
-@pytest.mark.parametrize("name", GOLDEN_LENGTHS)
-def test_policies_last_as_long_as_the_table_says(name):
-    """Bandit and actor-critic have learned from 400 episodes."""
-    low, high = GOLDEN_LENGTHS[name]
-    played = roll(FILMS, range(500, 600), envs.policy_named(name, FILMS, 400))
-    assert low <= (played.items >= 0).sum(1).mean() <= high
+# lowest and highest mean number of steps
+@pytest.mark.parametrize("name, low, high", [
+    ("random", 3, 5), ("popular", 2, 5), ("greedy", 4, 7), ("varied", 5, 9), ("a2c", 11, 16),
+    ("common-sense", 17, 30), ("bandit", 17, 22), ("one-list", 20, 33), ("oracle", 48, 50)])
+def test_policies_last_as_long_as_the_table_says(name, low, high):
+    """Bandit and actor-critic have learned from 400 episodes. The leaving item does not count."""
+    asked = settings_of(f"--method {name} --episodes 400 --users 100")
+    place = run.build_place(asked)
+    sessions = run.policy_sessions(asked, place, "after")
+    assert low <= np.mean([len(session.items) for session in sessions]) <= high
+    for user, session in zip(place.held_out, sessions):
+        ratings = place.env.rate(user, np.array(session.items, int))
+        assert session.reward == ratings.sum() and (ratings >= 2).all()
 
 
 @settings(max_examples=30)
@@ -1301,11 +1258,7 @@ def test_the_actor_critic_climbs_its_gradient(seed):
     env, rng = small_world(seed, items=5)[0], np.random.default_rng(seed)
     x, td_error, pick = rng.normal(size=(3, 5)), rng.normal(size=3), rng.integers(3, size=3)
     items, free = rng.permutation(5)[:4], np.array([[True, True, True, False]] * 3)
-
-    def random_weights():
-        return envs.Weights(rng.normal(size=(5, 2)), rng.normal(size=5), rng.normal(size=5))
-
-    start, way = random_weights(), random_weights()
+    start, way = [envs.Weights(*map(rng.standard_normal, ((5, 2), 5, 5))) for _ in range(2)]
 
     def log_at(step):
         weights = envs.Weights(*[a + step * b for a, b in zip(start, way)])
@@ -1392,20 +1345,20 @@ REORDERED = "ISBN,Year,Genre,NAME,ID\n" + "".join(
     f'x,,{tags},"{title}",{i}\n\n' for i, title, tags in MOVIES)
 
 
-def dat(rows, code):
+def dat(rows):
     """Rows as a .dat file: no header, no quotes, :: between the fields."""
-    return "".join("::".join(map(str, row)) + "\n" for row in rows).encode(code)
+    return "".join("::".join(map(str, row)) + "\n" for row in rows)
 
 
-@pytest.mark.parametrize("files", [
+@pytest.mark.parametrize("layout", [
     {"deep/movies.csv": ITEMS, "deep/ratings.csv": RATINGS, "deep/er/items.csv": "an old copy"},
     {"movies.csv": ITEMS.encode("utf-8-sig"), "ratings.csv": RATINGS.replace("\n", "\r\n")},
     {"movie.csv": ITEMS.encode("cp1252"), "rating.csv": RATINGS},
     {"items.csv": REORDERED, "ratings.csv": NUMBERED},
-    {"movies.dat": dat(MOVIES, "cp1252"), "ratings.dat": dat(VOTES, "utf-8")},
-    {"movies.dat": dat(MOVIES, "utf-8"), "ratings.dat": dat(VOTES, "utf-8")}])
-def test_every_layout_of_files_gives_the_same_world(tmp_path, monkeypatch, files):
-    monkeypatch.setenv("HOME", str(lay(tmp_path, files)))
+    {"movies.dat": dat(MOVIES).encode("cp1252"), "ratings.dat": dat(VOTES)},
+    {"movies.dat": dat(MOVIES), "ratings.dat": dat(VOTES)}])
+def test_every_layout_of_files_gives_the_same_world(tmp_path, monkeypatch, layout):
+    monkeypatch.setenv("HOME", str(lay(tmp_path, layout)))
     env = envs.movielens("~")
     envs.check(env)
     assert env.titles == ("The Matrix", "Say (now’s", "Amélie", "Les Misérables")
@@ -1460,9 +1413,8 @@ ratings.csv | user,item,rating\na,1,9\nb,1,9 | every rating is 9
 """))
 def test_bad_ratings_are_refused_in_one_line(tmp_path, name, text, words):
     lay(tmp_path, {"items.csv": ITEMS, "ratings.csv": RATINGS} | {name: text})
-    with pytest.raises(envs.BadData, match=words) as error:
-        envs.ratings_folder(tmp_path)
-    assert "\n" not in str(error.value) and "README" in str(error.value)
+    line = failure(envs.ratings_folder, tmp_path, kind=envs.BadData)
+    assert re.search(words, line) and "README" in line
 
 
 def test_another_scale_is_mapped_and_reported(tmp_path):
@@ -1510,17 +1462,14 @@ def test_the_released_layout_loads(tmp_path):
     assert envs.released(tmp_path, "amazon").beta == 15
 
 
-class Evil:
-    """What makes a folder when it is unpickled."""
-    def __reduce__(self):
-        return os.mkdir, ("evidence",)
+MKDIR = b"cos\nmkdir\n(S'evidence'\ntR."      # a pickle that makes a folder when it is loaded
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("test_distance_mat.pickle", Evil(), "mkdir, which is refused"),
-    ("test_distance_mat.pickle", np.array([[Evil()]], object), "mkdir, which is refused"),
+    ("test_distance_mat.pickle", MKDIR, "os.mkdir, which is refused"),
+    ("test_distance_mat.pickle", np.array([[print]], object), "print, which is refused"),
     ("test_distance_mat.pickle", b"\x80\x04\x8c\x04os\nx\x8c\x06system\x93.", "it names os"),
-    ("steam_test.npy", Evil(), "pickle"),
+    ("steam_test.npy", MKDIR, "pickle"),
     ("train_distance_mat.pickle", np.full((5, 5), np.nan), "one matrix of finite"),
     ("train_distance_mat.pickle", np.ones((4, 4)), "do not fit"),
     ("datamaps.json", b"{}", "no key 'id2item_dict'"),
@@ -1529,9 +1478,8 @@ def test_bad_or_malicious_files_are_refused(tmp_path, monkeypatch, name, content
     monkeypatch.chdir(tmp_path)
     file = release(tmp_path) / name
     file.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
-    with pytest.raises(envs.BadData, match=words) as error:
-        envs.released(tmp_path, "steam")
-    assert "\n" not in str(error.value) and str(error.value).count("authors") == 1
+    line = failure(envs.released, tmp_path, "steam", kind=envs.BadData)
+    assert re.search(words, line) and line.count("authors") == 1
     assert not os.path.exists("evidence")
 
 
@@ -1539,31 +1487,11 @@ def test_bad_or_malicious_files_are_refused(tmp_path, monkeypatch, name, content
 
 PARTS = [{"type": "thinking", "text": "so"}, {"type": "text", "text": "hel"},
          {"type": "output_text", "text": "lo"}]
-# one without the = at its end
-BASE64 = [base64.b64encode(np.array(row, "<f4")).decode().rstrip("=" * n)
-          for n, row in enumerate(([3, 4], [4, 3]))]
 ACTS = [
     completion(), completion(""), response("403", "flagged"),
     response("429", "", "Retry-After: 20"), response("500"), response("200", "<html>"),
     response("ReadError"), response("ReadTimeout"),
     response("307", "", "Location: /x"), without("seed"), without("max_tokens")]
-
-
-@pytest.mark.parametrize("row", table("""
-408 ; 409 ; 423 ; 424 ; 425 ; 429 ; 498 ; 499 ; 500 ; 503 ; 529 | no
-400 | Model unloaded.
-403 | You are being rate limited
-429 | Allocated quota exceeded: insufficient_quota ; Rate limit: content policy, API key, max_tokens
-400 | odd | x-should-retry: true
-422 | {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs"}]}
-200 | {"error": {"message": "busy", "code": 503}} ; {"error": {"code": "rate_limit"}} ; <html> ;
-200 | {"choices": [{"message": {"content": null}}]}
-ReadError ; ReadTimeout ; ConnectError ; RemoteProtocolError | no
-"""))
-def test_a_single_fault_is_survived(row):
-    seen = client(response(*row))
-    assert seen.ask(ASK) == GOOD and len(seen.requests) == 2
-    assert [seen.stats[name] for name in seen.stats if name.startswith("retries: ")] == [1]
 
 
 @pytest.mark.parametrize("status, body, reason, times", table("""
@@ -1580,10 +1508,15 @@ def test_a_single_fault_is_survived(row):
 200 | {"choices": [{"message": {"content": "Act"}, "finish_reason": "content_filter"}]} | filter | 1
 200 | {"choices": [{"message": {"content": "<think>so"}, "finish_reason": "length"}]} | length | 1
 200 | {"choices": [{"message": {"content": "<think>so</think>"}}]} | no text | 2
+200 | {"choices": [{"message": {"content": null}}]} | no text | 2
 200 | {"choices": [{"message": {"content": "a"}, "finish_reason": "error"}]} | error | 4
 400 | {"error": {"code": "tool_use_failed"}} ; output_parse_failed | failed | 4
+400 | Model unloaded. | unloaded | 4
 """))
 def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times):
+    """After a fault less there is an answer."""
+    seen = client(*[response(status, body)] * (int(times) - 1))
+    assert seen.ask(ASK) == GOOD
     seen = client(*[response(status, body)] * int(times))
     reply = seen.ask(ASK)
     assert reply.text == "" and reason in reply.reason
@@ -1598,13 +1531,11 @@ def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times
 402 ; 429 ; 500 | {"error": {"code": "insufficient_quota"}} | | top up | 1
 400 ; 403 ; 412 ; 429 | credit balance is too low ; not enough credits ; spend limit | | top up | 1
 404 | model 'm' not found | | 404 /v1/chat/completions --model | 1
-400 | unknown: seed. context size is 9 ; The input token count (9) exceeds 8 | | --transcript | 1
+400 ; 413 ; 422 ; 500 | unknown: seed. context size is 9 ; Prompt exceeds 8 | | --transcript | 1
 400 | {"error": {"message": "max_tokens limit", "code": "context_length_exceeded"}} | | --titles | 1
-413 ; 422 ; 500 | The prompt exceeds the maximum ; exceeds the context size | | --transcript | 1
 400 | Unknown name "safety_settings" | | --extra-body | 1
 200 | {"error": "Unexpected endpoint or method. (POST /chat/completions)"} | | --base-url | 1
-400 | max_tokens is too large | | --reply-tokens | 1
-422 | max_new_tokens must be <= 512 ; max_tokens is larger than allowed | | --reply-tokens | 1
+400 ; 422 | max_tokens is too large ; max_new_tokens must be <= 512 | | --reply-tokens | 1
 400 | Model Not Exist ; m is not a valid model ID | | --model --base-url | 1
 200 | {"error": {"message": "who?", "code": "401"}} | | 401 who? OPENAI_API_KEY | 1
 503 | down | x-should-retry: false | 503 down resumes | 1
@@ -1615,14 +1546,25 @@ def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times
 429 | Please try again in 7h12m0s | Retry-After: 25920 | 7h12m0s resumes | 1
 301 ; 307 | | Location: https://b.example/x?k=1 | https://b.example/x; --base-url | 1
 308 | | Location: /again | https://a.example/again; --base-url | 1
-429 | later and | | 429 later resumes | 17
-500 ; ReadError | sk-Quite5ecretKey42 | | *** resumes | 7
+403 ; 429 ; 503 | You are being rate limited | | limited resumes | 17
+429 | Allocated quota: insufficient_quota ; Rate limit: content policy, API key, max_tokens | | | 17
+200 | {"error": {"message": "busy", "code": 503}} | | 503 busy resumes | 17
+200 | {"error": {"code": "rate_limit"}} | | resumes | 7
+408 ; 409 ; 423 ; 424 ; 425 ; 498 ; 499 ; 529 | no | | no resumes | 7
+400 | odd | x-should-retry: true | odd resumes | 7
+500 ; ReadError ; RemoteProtocolError | sk-Quite5ecretKey42 | | *** resumes | 7
 ReadTimeout | slow | | ReadTimeout --timeout | 2
 ConnectError ; UnicodeError | refused | | start the server --base-url | 3
 LocalProtocolError | odd | | LocalProtocolError --extra-body | 1
 """))
 def test_a_fatal_fault_ends_in_one_line_that_helps(status, body, header, words, times):
-    seen = client(*[response(status, body, header)] * 20, base="https://a.example")
+    """A fault less is survived."""
+    act = response(status, body, header)
+    seen = client(*[act] * (int(times) - 1))
+    assert seen.ask(ASK) == GOOD and len(seen.requests) == int(times)
+    retries = [seen.stats[name] for name in seen.stats if name.startswith("retries: ")]
+    assert sum(retries) == int(times) - 1
+    seen = client(*[act] * 20, base="https://a.example")
     line = failure(seen.ask, ASK)
     assert line.startswith("https://a.example/")
     assert all(word in line for word in words.split()), line
@@ -1653,9 +1595,10 @@ def test_cut_texts_and_a_loading_server_are_reported(prompt, act, words):
     assert len(seen.notices) == 1 and words in seen.notices[0]
 
 
-def test_a_request_holds_the_ask_own_fields_and_the_key():
+def test_a_request_holds_ask_extra_fields_and_key():
     """Half of a split character is sent as a question mark."""
-    seen = client(extra={"enable_thinking": False}, headers={"X-Team": "a b"})
+    key = f" {SECRET}\r\n"
+    seen = client(key=key, extra={"enable_thinking": False}, headers={"X-Team": "a b"})
     seen.ask(ASK._replace(messages=(("system", "Be brief."), ("user", "Am\ud800lie"))))
     assert seen.bodies[0] == {
         "model": "m", "messages": [{"role": "user", "content": "Be brief.\n\nAm?lie"}],
@@ -1674,7 +1617,8 @@ def test_a_request_holds_the_ask_own_fields_and_the_key():
     ("max_tokens", "Unsupported parameter: '{}' is not supported"),
     ("stream", "Unsupported parameter: '{}' is not supported"),
     ("temperature", '{{"error": {{"message": "Unsupported parameter", "param": "{}"}}}}'),
-    ("seed", '{{"error": {{"message": "Unsupported parameter", "cause": "{}"}}}}')])
+    ("seed", '{{"error": {{"message": "Unsupported parameter", "cause": "{}"}}}}'),
+    ("seed", '{{"detail": [{{"type": "extra_forbidden", "loc": ["body", "{}"]}}]}}')])
 def test_a_refused_parameter_is_replaced_or_dropped_and_reported(name, text):
     seen = client(*[without(name, text)] * 3)
     assert seen.ask(ASK) == seen.ask(ASK) == GOOD
@@ -1683,7 +1627,7 @@ def test_a_refused_parameter_is_replaced_or_dropped_and_reported(name, text):
     assert ("max_completion_tokens" in seen.bodies[1]) == (name == "max_tokens")
 
 
-def test_only_what_is_refused_goes_never_a_users_own():
+def test_a_field_that_is_not_refused_or_the_users_own_stays():
     seen = client(without("max_tokens"), without("max_completion_tokens"))
     assert seen.ask(ASK) == GOOD
     assert not seen.bodies[2].keys() & {"max_tokens", "max_completion_tokens"}
@@ -1696,14 +1640,12 @@ def test_only_what_is_refused_goes_never_a_users_own():
 @pytest.mark.parametrize("header, low, high", table("""
 Retry-After: 7 | 7 | 7
 Retry-After: soon ; Retry-After: 0 ; Retry-After: Mon, 01 Jan 2001 00:00:00 GMT | .37 | .5
-Retry-After: SOON | 50 | 100
+Retry-After: 99999 ; Retry-After: Fri, 31 Dec 9999 23:59:59 GMT | 120 | 120
 retry-after-ms: 1500 | 1.5 | 1.5
 """))
-def test_waits_are_what_the_server_asks_or_back_off(header, low, high):
-    soon = email.utils.formatdate(time.time() + 100, usegmt=True)
-    header = header.replace("SOON", soon)
-    # a wait in the message does not count
-    seen = client(*[response("429", "Please try again in 99 s", header)] * 2)
+def test_a_wait_is_what_the_server_asks_or_a_backoff(header, low, high):
+    """At most LONGEST_WAIT. A wait in the message does not count."""
+    seen = client(*[response("400", "tool_use_failed: try again in 99 s", header)] * 2)
     assert seen.ask(ASK) == GOOD
     assert float(low) <= seen.waits[0] <= float(high)
     assert len(seen.notices) == (float(high) > 5)
@@ -1716,9 +1658,6 @@ def test_waits_double_are_bounded_and_end_with_the_run():
         assert seen.ask(ASK) == GOOD and len(seen.notices) == 1 and "waiting" in seen.notices[0]
         for wait, longest in zip(seen.waits, [.5, 1, 2, 4] + [8] * 12, strict=True):
             assert .75 <= wait / longest <= 1
-    seen = client(response("400", "tool_use_failed", "Retry-After: 99999"))
-    assert seen.ask(ASK) == GOOD
-    assert seen.waits == [prompts.LONGEST_WAIT]
     seen = client(response("429"), sleep=lambda seconds: True)
     assert failure(seen.ask, ASK) == "stopped"
     assert len(seen.requests) == 1
@@ -1731,16 +1670,13 @@ def test_waits_double_are_bounded_and_end_with_the_run():
     ([completion("", refusal="No.")], "No.", 1000)])
 def test_empty_replies_in_a_row_end_the_run(acts, words, patience):
     """At the start ten in a row end it, later `patience`. A text starts the count again."""
-    seen = client(*acts * 10)
-    assert [seen.ask(ASK).text for _ in range(9)] == [""] * 9
-    assert words in failure(seen.ask, ASK)
-    assert len(seen.notices) == 1
     nearly = [completion(), *acts * (patience - 1)]
-    seen = client(*nearly, *nearly, *acts)
-    texts = [seen.ask(ASK).text for _ in range(2 * patience)]
-    assert texts == ["hello", *[""] * (patience - 1)] * 2
-    assert words in failure(seen.ask, ASK)
-    assert len(seen.notices) == 1
+    for script, texts in ((acts * 10, [""] * 9),
+                          ([*nearly, *nearly, *acts], ["hello", *[""] * (patience - 1)] * 2)):
+        seen = client(*script)
+        assert [seen.ask(ASK).text for _ in texts] == texts
+        assert words in failure(seen.ask, ASK)
+        assert len(seen.notices) == 1
 
 
 @settings(max_examples=60)
@@ -1783,19 +1719,17 @@ def test_a_base_url_of_any_form_leads_to_its_route(base, root):
     assert seen.requests[0].headers.get("api-key") == (SECRET if query else None)
 
 
-@pytest.mark.parametrize("base", f"""htp://x http:///v1 http://x:999999 http://[::1 http://[1:2]
-http://u:{SECRET}@x //{SECRET}@x?{SECRET} http://u:{SECRET}/b@x/v1
-http://{SECRET}?x@127.0.0.1 http://xn--""".split())
-def test_bad_base_urls_get_one_line_without_secrets(base):
-    assert "base URL" in failure(lambda: client(base=base))
+BAD_BASES = f"""htp://x http:///v1 http://x:999999 http://[::1 http://[1:2] http://u:{SECRET}@x
+//{SECRET}@x?{SECRET} http://u:{SECRET}/b@x/v1 http://{SECRET}?x@127.0.0.1 http://xn--""".split()
+DAMAGED = [SECRET + mark + SECRET for mark in ("\n", "\u201d", "\x00", "\u00e9", "\ud800")]
 
 
-@pytest.mark.parametrize("mark", "\n \u201d \x00 \u00e9 \ud800".split(" "))
-def test_a_damaged_key_or_header_is_refused_without_being_shown(mark):
-    damaged = SECRET + mark + SECRET
-    assert "key" in failure(lambda: client(key=damaged))
-    assert "header" in failure(lambda: client(headers={"x": damaged}))
-    assert client(key=f" {SECRET}\r\n").ask(ASK) == GOOD
+@pytest.mark.parametrize("words, options", [
+    *[("base URL", {"base": base}) for base in BAD_BASES],
+    *[("key or a header", {"key": key}) for key in DAMAGED],
+    *[("key or a header", {"headers": {"x": value}}) for value in DAMAGED]])
+def test_a_bad_address_key_or_header_is_not_shown(words, options):
+    assert words in failure(lambda: client(**options))
 
 
 @pytest.mark.parametrize("secret", [SECRET, f"{SECRET}-more", f"Bearer {SECRET}", "sk-abc",
@@ -1822,46 +1756,32 @@ def test_no_key_is_logged_or_kept(tmp_path):
     assert seen.stats["system_fingerprint"] == "fp ***"
 
 
-@pytest.mark.parametrize("proxy", [f"socks5://u:{SECRET}@127.0.0.1:9", f"http://u:{SECRET}/x@[::1"])
-def test_proxies_are_ignored_on_loopback_only(proxy, monkeypatch):
-    monkeypatch.setenv("ALL_PROXY", proxy)
+@pytest.mark.parametrize("name, value, base", [
+    ("ALL_PROXY", f"socks5://u:{SECRET}@127.0.0.1:9", "http://example.invalid"),
+    ("ALL_PROXY", f"http://u:{SECRET}/x@[::1", "http://example.invalid"),
+    ("SSL_CERT_FILE", "none.pem", "https://127.0.0.1:9")])
+def test_proxies_and_certificates_are_read_where_needed(name, value, base, monkeypatch):
+    monkeypatch.setenv(name, value)
     assert "start the server" in failure(client(base="http://127.0.0.1:9", transport=None).ask, ASK)
-    assert "ALL_PROXY" in failure(lambda: client(base="http://example.invalid", transport=None))
-
-
-def test_certificates_are_read_from_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
-    assert client(base="http://localhost").ask(ASK) == GOOD
-    assert "SSL_CERT_FILE" in failure(lambda: client(base="https://localhost"))
+    assert name in failure(lambda: client(base=base, transport=None))
 
 
 def test_one_deadline_covers_the_whole_answer():
-    def drip():
-        while True:
-            time.sleep(.01)
-            yield b"\n"
-    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=drip()))
+    drops = (time.sleep(.01) or b"\n" for _ in count())
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=drops))
     start = time.monotonic()
     assert "--timeout" in failure(client(timeout=.1, transport=transport).ask, ASK)
     assert time.monotonic() - start < 9
 
 
 def rowed(body):
-    """Embeddings of texts: their length and ones, told out of order."""
+    """Embeddings of texts: their length and ones, in reverse order."""
     rows = [{"index": i, "embedding": [len(text), 1, 1]} for i, text in enumerate(body["input"])]
     return httpx.Response(200, json={"data": rows[::-1]})
 
 
 def embedder(*script):
     return client(*script, *[rowed] * 99, make=prompts.embeddings)
-
-
-def given_rows(*rows, index=()):
-    """A response with these embeddings. Without an index the order counts."""
-    data = [{"embedding": row} for row in rows]
-    for entry, i in zip(data, index):
-        entry["index"] = i
-    return httpx.Response(200, json={"data": data})
 
 
 def test_embeddings_are_unit_rows_in_order():
@@ -1875,19 +1795,24 @@ def test_embeddings_are_unit_rows_in_order():
     assert seen.bodies[-1]["input"] == [" "]
 
 
-@pytest.mark.parametrize("act", [
-    given_rows([3, 4], [4, 3]), given_rows([3, 4], [4, 3], index=[0, 0]), given_rows(*BASE64),
-    given_rows([4, 3], [3, 4], index=["10", "9"]),
-    given_rows([4, 3], [3, 4], index=[1])])
-def test_embeddings_are_read_by_index_order_or_from_base64(act):
-    assert np.allclose(embedder(act).ask(["a", "b"]), [[.6, .8], [.8, .6]])
-
-
-@pytest.mark.parametrize("act", [
-    given_rows([1, 1]), given_rows([1, 1], [0, 0]), given_rows([1, 1], ["x", 1]),
-    given_rows([1], [1, 1]), given_rows(1, 1)])
-def test_bad_embeddings_end_in_one_line(act):
-    assert "--embed-model" in failure(embedder(act, act).ask, ["a", "b"])
+# the embeddings of two texts, the first two perhaps with an index; base64 may lack its =
+@pytest.mark.parametrize("first, second, is_sound", table("""
+[3, 4] | [4, 3] | yes
+[3, 4], "index": 0 | [4, 3], "index": 0 | yes
+[4, 3], "index": "10" | [3, 4], "index": "9" | yes
+[4, 3], "index": 1 | [3, 4] | yes
+"AABAQAAAgEA=" | "AACAQAAAQEA" | yes
+[1, 1] | [0, 0] ; ["x", 1] ; [1] |
+1 | 1 |
+"""))
+def test_embeddings_are_read_by_index_order_or_from_base64(first, second, is_sound):
+    """If they are no rows of numbers, or not one for each text, one line tells."""
+    act = response("200", f'{{"data": [{{"embedding": {first}}}, {{"embedding": {second}}}]}}')
+    if is_sound:
+        assert np.allclose(embedder(act).ask(["a", "b"]), [[.6, .8], [.8, .6]])
+        assert "2 for 1 texts" in failure(embedder(act, act).ask, ["a"])
+    else:
+        assert "--embed-model" in failure(embedder(act, act).ask, ["a", "b"])
 
 
 @pytest.mark.parametrize("most, status, text", [
@@ -1905,7 +1830,7 @@ def test_a_batch_is_halved_until_it_is_taken(most, status, text):
     assert text in failure(embedder(*[refusal] * 99).ask, ["a", "b"])
 
 
-def test_a_log_without_a_text_is_asked_again(tmp_path):
+def test_asks_of_a_log_without_texts_are_sent_again(tmp_path):
     """Embeddings are no texts, and are kept. Once a text has come, it is kept, too."""
     path = tmp_path / "log"
     silent = dict.fromkeys(LOGGED, Reply(""))
@@ -1917,30 +1842,22 @@ def test_a_log_without_a_text_is_asked_again(tmp_path):
     assert log.has_answered and len(prompts.recorded_embed(prompts.unlogged, log)(["a"])) == 1
 
 
-def test_a_log_in_the_home_folder_replays_without_the_model(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    path = "~/a new folder/log"
-    assert logged_answers(path, LOGGED.get) == logged_answers(path) == list(LOGGED.values())
-    replay = prompts.recorded(prompts.unlogged, prompts.open_log(path, "m"))
-    line = failure(replay, ASK._replace(role="critic"))
-    assert "('critic', Key(seed=0, phase='learn'" in line
-    other = prompts.recorded(prompts.unlogged, prompts.open_log(path, "another model"))
-    assert "lacks" in failure(other, ASK)
-
-
 @pytest.mark.parametrize("damage", [
-    lambda log: log[:-1], lambda log: log[:-30],
+    bytes, lambda log: log[:-1], lambda log: log[:-30],
     lambda log: log.replace(b'"text": "hello"', b'"text": 5'),
     lambda log: log + log.splitlines(True)[0].replace(b"hello", b"other")])
-def test_an_unreadable_line_is_asked_again(tmp_path, damage):
-    """Of two replies to one ask the first counts."""
-    path = tmp_path / "log"
-    logged_answers(path, LOGGED.get)
+def test_a_damaged_log_loses_only_what_cannot_be_read(tmp_path, monkeypatch, damage):
+    """It lies below the home folder. Of two replies to one ask the first counts."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name, path = "~/a new folder/log", tmp_path / "a new folder" / "log"
+    logged_answers(name, LOGGED.get)
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
-    assert logged_answers(path, LOGGED.get) == list(LOGGED.values())
-    assert logged_answers(path) == list(LOGGED.values())
+    assert logged_answers(name, LOGGED.get) == logged_answers(name) == list(LOGGED.values())
     assert set(whole.splitlines()) <= set(path.read_bytes().splitlines())
+    for model_id, role in (("m", "critic"), ("another model", "actor")):
+        replay = prompts.recorded(prompts.unlogged, prompts.open_log(name, model_id))
+        assert f"lacks an answer to ('{role}', Key(" in failure(replay, ASK._replace(role=role))
 
 
 def test_of_two_answers_at_once_the_first_counts(tmp_path):
@@ -1985,14 +1902,6 @@ def test_workers_a_second_run_and_a_draft_change_nothing(workers, finished, tmp_
     for _ in range(2):
         succeed(*SMALL, "--workers", workers, "--out", tmp_path)
         assert files(tmp_path) == files(finished)
-
-
-def test_the_leaving_item_is_no_recommendation():
-    asked = settings_of("--method greedy --users 20")
-    place = run.build_place(asked)
-    for user, session in zip(place.held_out, run.policy_sessions(asked, place, "before")):
-        ratings = place.env.rate(user, np.array(session.items, int))
-        assert session.reward == ratings.sum() and (ratings >= 2).all()
 
 
 def test_the_summary_tells_what_the_episodes_hold(finished):
@@ -2065,7 +1974,7 @@ def test_show_refuses_an_unreadable_episode_in_one_line(finished, tmp_path):
     assert "gives another episode" in refuse("--show", tmp_path, "--prompts")
 
 
-def test_a_loaded_run_goes_on_with_users_not_seen(tmp_path):
+def test_a_loaded_run_goes_on_with_unseen_users(tmp_path):
     learners, load = [], ()
     for name in "abc":
         folder = tmp_path / name
@@ -2084,8 +1993,8 @@ def test_a_memory_knows_every_world_it_has_met():
     assert json.loads(text)["met"] == [["csv:a", 0, 7], ["films", 0, 9]]
     saved = {"met": {("csv:a", 0): 7, ("films", 0): 9}}
     assert run.learners_met(saved, "csv:a", 0) == 7 and run.learners_met(saved, "films", 1) == 0
-    with pytest.raises(run.UserError, match="own --seed 0"):
-        run.learners_met(saved, "movielens:b", 1)
+    line = failure(run.learners_met, saved, "movielens:b", 1, kind=run.UserError)
+    assert "own --seed 0" in line
 
 
 def test_a_loaded_memory_is_the_agent_that_was_saved(tmp_path):
@@ -2115,18 +2024,17 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "a").read_text() == "old"
 
 
-# a memory.json that loads
-NOTHING = {"met": [["films", 0, 9]], "planner": [], "actor": [], "critic": []}
-FOLDER = {                                  # what lies in the folder of the tests of bad input
+FOLDER = {                                  # what is there when bad input is tried
     "full/thesis.txt": "years of work",
     "foreign/config.json": '{"port": 80}',
-    "sound.json": json.dumps(NOTHING),
     "foreign.json": '{"billp": 1, "planner": [[1]]}',
-}
+    "half/items.csv": "id,title\n1,Heat\n"}
 
 
 @pytest.mark.parametrize("argv, words", table(f"""
 --world mars | mars
+--world csv:half | no ratings.csv
+--world csv:none | it is no folder
 --method magic | billp-no-macro
 --episodes -1 ; --episodes x | --episodes
 --episodes 501 ; --experiment fig3 --seeds 1 --episodes 501 --out new | 500 users to learn from
@@ -2153,20 +2061,12 @@ FOLDER = {                                  # what lies in the folder of the tes
 """))
 def test_bad_input_gets_one_line_and_changes_nothing(argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(lay(tmp_path, FOLDER))
-    assert run.read_memory(Path("sound.json"))
     code, out, err = command(*argv.split())
-    assert code == 2 and out == "" and err.count("\n") == 1
-    assert words in err and SECRET not in err
-    left = [path for path in Path().rglob("*") if path.name not in ("full", "foreign")]
+    *announced, line = err.splitlines()
+    assert code == 2 and out == "" and words in line and SECRET not in err
+    assert announced == [f"reading {folder}" for folder in re.findall("csv:(.*)", argv)]
+    left = [path for path in Path().rglob("*") if path.is_file()]
     assert {str(path): path.read_text() for path in left} == FOLDER
-
-
-def test_a_folder_is_announced_before_it_is_read(tmp_path):
-    lay(tmp_path, {"items.csv": ITEMS})
-    code, _, err = command("--world", f"csv:{tmp_path}")
-    announced, fault = err.splitlines()
-    assert code == 2 and announced.startswith("reading ") and "no ratings.csv" in fault
-    assert "none: it is no folder" in refuse("--world", f"csv:{tmp_path / 'none'}")
 
 
 def test_flags_reach_what_they_name():
@@ -2283,9 +2183,8 @@ def test_a_run_over_http_is_the_offline_run_and_replays(workers, has_faults, fin
         flags = flags_of(server.url, tmp_path, "--workers", workers)
         succeed(*flags)
     assert files(tmp_path) == files(finished)
-    answers = logged(tmp_path)
-    assert sorted(answers) == sorted(set(server.asked))
-    assert (len(server.asked) > len(answers)) == has_faults
+    assert answers_in(tmp_path) == len(set(server.asked))
+    assert (len(server.asked) > answers_in(tmp_path)) == has_faults
     assert read(tmp_path / "summary.json")["endpoint"]["system_fingerprint"] == "fp_1"
     for name in ("config.json", "episodes.jsonl", "memory.json", "summary.json"):
         (tmp_path / name).unlink()
@@ -2331,7 +2230,7 @@ def test_rows_that_ask_the_model_are_played_first(tmp_path):
     assert code == 3 and "1 of 2 runs" not in err
 
 
-def test_a_spent_budget_ends_with_3_and_can_go_on(finished, tmp_path):
+def test_a_spent_budget_exits_with_3_and_can_go_on(finished, tmp_path):
     with endpoint() as server:
         for budget in (0, 9, 20):
             start = len(server.asked)
@@ -2360,7 +2259,6 @@ def test_a_failure_among_many_threads_is_one_line(finished, tmp_path):
     assert len(server.asked) < 5                # no other call begins; a session has 2 or more
 
 
-@posix
 @pytest.mark.parametrize("name, code", [("SIGKILL", -9), ("SIGINT", 130)])
 def test_a_run_that_is_ended_loses_nothing_and_resumes(name, code, finished, tmp_path):
     """No answer in the log is asked for again. Ctrl-C waits for none that is on its way."""
@@ -2370,7 +2268,7 @@ def test_a_run_that_is_ended_loses_nothing_and_resumes(name, code, finished, tmp
         child = subprocess.Popen(list(map(str, argv)), stdout=subprocess.DEVNULL,
                                  stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 20
-        while len(server.asked) <= 10 or len(logged(tmp_path)) < 9:
+        while len(server.asked) <= 10 or answers_in(tmp_path) < 9:
             assert time.monotonic() < deadline
             time.sleep(0.001)
         began = time.monotonic()
@@ -2378,14 +2276,14 @@ def test_a_run_that_is_ended_loses_nothing_and_resumes(name, code, finished, tmp
         _, err = child.communicate()
         assert child.returncode == code and time.monotonic() - began < 4     # an answer takes 5
         assert name == "SIGKILL" or err.splitlines()[-1].startswith("run.py: interrupted")
-        before, start = logged(tmp_path), len(server.asked)
+        answered, start = answers_in(tmp_path), len(server.asked)
         server.act = lambda body: None
         succeed(*flags_of(server.url, tmp_path))
     assert files(tmp_path) == files(finished)
-    assert len(before) == 9 and not set(before) & set(server.asked[start:])
+    asked_later = set(server.asked[start:])
+    assert answered == 9 and len(asked_later) == answers_in(tmp_path) - answered
 
 
-@posix
 def test_ctrl_c_during_the_imports_leaves_no_traceback(tmp_path):
     """The first library that is imported sends the signal."""
     lay(tmp_path, {"numpy.py": "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"})
@@ -2395,7 +2293,6 @@ def test_ctrl_c_during_the_imports_leaves_no_traceback(tmp_path):
 
 
 def test_models_are_compared_each_with_a_log_of_its_own(tmp_path):
-    pytest.importorskip("matplotlib")
     with endpoint() as server:
         flags = ("--experiment", "table6", "--models", "m/1,n,offline", "--seeds", 1, *SMALL,
                  "--base-url", server.url, "--out", tmp_path)
@@ -2403,9 +2300,10 @@ def test_models_are_compared_each_with_a_log_of_its_own(tmp_path):
     table6 = read(tmp_path / "table6.json")
     out = succeed(*flags, "--replay")
     assert read(tmp_path / "table6.json") == table6
-    answers = sum(len(logged(tmp_path / name)) for name in ("m%2F1", "n"))
+    answers = answers_in(tmp_path / "m%2F1") + answers_in(tmp_path / "n")
     assert f"answers   {answers} from the log, 0 new" in out       # the stand-in has none
     first, second, offline = table6["rows"]
     assert [first["x"], second["x"], offline["x"]] == ["m/1", "n", "offline"]
     assert first["figures"] == second["figures"] == offline["figures"]
+    pytest.importorskip("matplotlib")
     assert (tmp_path / "table6.png").stat().st_size > 5000

@@ -13,7 +13,7 @@ import pytest
 
 import prompts
 import run
-from test_billp import no_endpoint      # a fixture: no test sees anybody's endpoint
+from test_billp import no_endpoint      # a fixture: no test asks a real endpoint
 
 
 def test_a_real_server_is_asked_recorded_and_replayed(tmp_path):
