@@ -446,7 +446,7 @@ def learn_bandit(env: Env, episodes: int, seed: int = 0) -> Policy:
     # The weights solve square @ weights = product. Here square is the penalty times the identity
     # plus the sum of outer(x, x), and product is the sum of reward * x, over recommended items.
     square, product = np.eye(4), np.zeros(4)
-    for state, free in new_sessions(env, episodes, 100, rng):
+    for state, free in new_sessions(env, episodes, rounds=100, rng=rng):
         while len(free) > 0:
             x = features(env, state)
             predicted = x @ np.linalg.solve(square, product)
@@ -462,6 +462,7 @@ def learn_bandit(env: Env, episodes: int, seed: int = 0) -> Policy:
 
 
 ENTROPY = 0.05      # weight of the entropy of the actor's choices
+RATE = 0.3          # size of a learning step
 
 
 class Weights(NamedTuple):
@@ -516,8 +517,9 @@ def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
     # (b) d log(p) is dp / p. So with i = pick in (a), divided by the chance of the pick:
     #     d log_chance[pick] / d fit_j = [j is the pick] - chance_j
     of_pick = picked - chance
-    # (c) entropy is -(sum over i of chance_i * log_chance_i). In its derivative the terms
-    #     chance_i * d log_chance_i are d chance_i, and these add up to 0. By (a) the others are
+    # (c) entropy is -(sum over i of chance_i * log_chance_i). By the product rule d entropy is
+    #     -(sum over i of d chance_i * log_chance_i + chance_i * d log_chance_i).
+    #     The second terms are d chance_i and add up to 0. By (a) the first give
     #     d entropy / d fit_j = -(sum over i of chance_i * ([i is j] - chance_j) * log_chance_i)
     #     = -chance_j * log_chance_j - chance_j * entropy
     of_entropy = -chance * (log_chance + entropy)
@@ -548,7 +550,7 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5) -> Pol
     squares = [np.full_like(weight, 1e-6) for weight in weights]
     # while it learns it chooses among a few items, which is quicker
     few = min(m, max(64, m // 16))
-    for state, free in new_sessions(env, episodes, 200, rng):
+    for state, free in new_sessions(env, episodes, rounds=200, rng=rng):
         while len(free) > 0:
             x = observe(env, state)
             # the same for all sessions of this step
@@ -565,7 +567,7 @@ def learn_a2c(env: Env, episodes: int, seed: int = 0, gamma: float = 0.5) -> Pol
             # changes the arrays of `weights` and `squares` in place.
             for weight, square, slope in zip(weights, squares, slopes):
                 square += slope ** 2
-                weight += 0.3 * slope / np.sqrt(square)
+                weight += RATE * slope / np.sqrt(square)
             state, free = remaining(state, free, item, left | cut)
     return partial(a2c, weights)
 
@@ -879,7 +881,8 @@ def encoding(file: Path) -> str:
 def columns(header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
     """The places of the columns in a header; ValueError if a needed one is missing.
 
-    A column may have any of its ALIASES. Case and punctuation do not matter.
+    A column may have any of its ALIASES; if there are several, the first in ALIASES counts. Case
+    and punctuation do not matter.
 
     >>> columns(["Title", "Movie_ID"], ["item"])
     {'item': 1, 'title': 0}
@@ -1155,7 +1158,8 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
     """
     rng = branch(seed, "data")
     m, size = len(entries), len(votes)
-    # a copy, sorted by user, then by time: the last key counts most
+    # A copy, sorted by user, then by time: the last key counts most. Below users get new numbers,
+    # but the votes of each stay in the order of time.
     votes = votes[np.lexsort((votes["time"], votes["user"]))]
     votes["rating"], note = rescaled(votes["rating"])
     votes["user"] = rng.permutation(n)[votes["user"]]   # random: the first half is learned from

@@ -403,8 +403,8 @@ def labelled(text: str, labels: str) -> str:
     """The first line after one of these labels.
 
     If there is none, it is the first line before the first label, or of a reply without labels. It
-    is "" if there is no such line, if the reply is a refusal, or if the line is a copy of the form
-    asked for, such as "CATEGORY, because REASON".
+    is "" if there is no such line, if the text after the label (or a reply without one) is a
+    refusal, or if the line is a copy of the form asked for, such as "CATEGORY, because REASON".
 
     >>> labelled("Thought 3: a comedy\\nAction 3: Up", THOUGHT_LABELS)
     'a comedy'
@@ -472,9 +472,9 @@ def name_of(words: Sequence[str]) -> str:
 def spellings(title: str) -> list[str]:
     """The names of a title: as it is, with its article at the end, without it, and with "the".
 
-    The first two have all words of the title. The last puts "the" in front. Without it "The
-    Terminator 2" would be read as The Terminator and the number of a sequel, see SEQUEL. A title of
-    one word has no such form, because "the up side" does not name Up.
+    The first two have all words of the title. The last puts "the" in front. So "The Terminator 2"
+    names Terminator 2. Otherwise it would be read as The Terminator and the number of a sequel, see
+    SEQUEL. A title of one word has no such form, because "the up side" does not name Up.
 
     >>> spellings("The Matrix"), spellings("Blade Runner")[-1]
     (['the matrix', 'matrix the', 'matrix'], 'the blade runner')
@@ -508,11 +508,11 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
     check(env)
     titles = [clean(title, TITLE_CHARACTERS) for title in env.titles]
     all_names = [spellings(title) for title in titles]
-    items_with = Counter(forms[0] for forms in all_names)
+    times_named = Counter(forms[0] for forms in all_names)
     lines = []
     for title, forms, year, belongs in zip(titles, all_names, env.years, env.belongs):
         # A year costs a model about six tokens. It stands only where titles alone are not enough.
-        year_shown = year if items_with[forms[0]] > 1 else None
+        year_shown = year if times_named[forms[0]] > 1 else None
         lines.append(item_line(title, year_shown, compress(env.categories, belongs)))
     whole_names = [forms[:2] for forms in all_names]        # these two have all words of the title
     # The second dict wins: "heat" is Heat. Without a film Heat it is The Heat.
@@ -544,15 +544,17 @@ def of_year(items: Sequence[int], year: int, catalog: Catalog) -> list[int]:
 
 
 def longest_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], int]:
-    """The longest title that the words begin with: its items, and its number of words; or [], 1.
+    """The longest title that the words begin with: its items, and its number of words.
 
-    Its subtitle may be left out if nothing follows, or only a year.
+    Without a title the answer is [] and 1, the number of words that the caller may skip. A subtitle
+    may be left out if nothing follows, or only a year.
     """
     for size in range(min(MOST_WORDS, len(words)), 0, -1):
         name = name_of(words[:size])
         items = catalog.names.get(name, [])
-        behind = " ".join(words[size:size + 2])         # two words are never a year
-        if not items and re.fullmatch(f"({YEAR})?", behind):
+        rest = words[size:]
+        only_year_follows = len(rest) == 1 and re.fullmatch(YEAR, rest[0])
+        if not items and (not rest or only_year_follows):
             items = catalog.mains.get(name, [])
         if items:
             return items, size
@@ -654,8 +656,9 @@ def items_alone(text: str, catalog: Catalog) -> list[int]:
             titled, words_used = leading_title(words, catalog)
             if not titled or words_used < len(words):
                 continue
-            # A part counts only if the whole line names this item, too. The back of "My pick: The
-            # Lost World: Jurassic Park" is "Jurassic Park", but the line names another film.
+            # A part counts only if `items_within` finds this item in the line, too. The back of "My
+            # pick: The Lost World: Jurassic Park" is "Jurassic Park", but the line names another
+            # film. A whole line always counts: "up" is Up here, but an ordinary word there.
             if part == line or titled[0] in items_of_line:
                 items += titled
                 break
@@ -873,7 +876,8 @@ def parse_planner(text: str, tastes: Tastes | None = None) -> str | Malformed:
     """The thought, one line.
 
     With `tastes` it is malformed if it names a category shown lately and none of the other liked
-    ones. Categories in a reason or after words such as "avoid" do not count.
+    ones, as long as there are others. Categories in a reason or after words such as "avoid" do not
+    count.
 
     >>> parse_planner("War, because I like it", Tastes(("War",), ("Comedy", "Drama"), ()))
     Malformed(reason='War came lately, the choice is Comedy, Drama')
@@ -1084,11 +1088,11 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     plan = plan_of(thought)
     first_sentence = re.split(r"[.;!?]\s", plan)[0]
     plan_and_reason = re.sub(UNWANTED, " ", thought)
-    # 1 does not take categories shown lately, 2 and 3 do
-    for part, may_repeat in ((first_sentence, False), (plan, True), (plan_and_reason, True)):
+    # 1 never takes categories shown lately; 2 and 3 take them if they name nothing else
+    for part, recent_if_alone in ((first_sentence, False), (plan, True), (plan_and_reason, True)):
         named = tags_named_in(part, tags)
         fresh = [tag for tag in named if tag not in recent]
-        if fresh or (named and may_repeat):
+        if fresh or (named and recent_if_alone):
             return in_brackets(fresh or named)
     # a sentence that was left out leaves its full stop
     return clean(plan_and_reason).strip(" .")
@@ -1166,11 +1170,11 @@ def render_critic(targets: Sequence[tuple[str, float]], expected: float, as_befo
 # In the patterns with (?ix) or (?imx), and in SUMS, spaces and comments do not count.
 # "7", "7.5", "7,5", "-1", ".5"
 NUMBER = r"(?P<number>[-−]?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
-# SUMS skips a calculation. It takes one "... =" after the other, so it ends after the last "=":
+# SUMS skips a calculation: up to nine times words, a formula and "=". So it ends after the last "=":
 #     "V = 4 + 0.5 * 5 = 6.5"        skips "V =", then "4 + 0.5 * 5 ="
 #     "7.5 = 4 + 3.5"                skips nothing: a number alone before "=" is the value
 SUMS = r"""(?:
-    # in each round: not if a number stands alone before "="
+    # not if a number stands alone before "="
     (?! [\s*_$]* [-−]?[\d.,]+ [\s*_$%]* [=≈] )
     [^\d\n=≈\\]{0,60}            # words: "Average ="
     # digits, operators, words of LaTeX such as \gamma, and the names of a formula; then "="
@@ -1449,7 +1453,7 @@ def offline(ask: Ask) -> Reply:
 class Kind(NamedTuple):
     """What is done about one kind of fault."""
     name: str
-    tries: int                      # how often such a request is sent in all
+    tries: int                      # a request is given up after this many faults of the kind
     remedy: str                     # what the user can do after the last one
     pattern: str                    # a regular expression for "LABEL ADVICE BODY", see KINDS
     # The run ends after this many asks with this kind of fault since the last text. Each of them
@@ -1625,9 +1629,9 @@ def new_fault(route: Route, label: str, shown: str, searched: str = "") -> Fault
     return Fault(kind, reason)
 
 
-def fatal_error(route: Route, got: Fault) -> EndpointError:
+def fatal_error(route: Route, fault: Fault) -> EndpointError:
     """The error that ends a run because of this fault."""
-    return EndpointError(f"{without_query(route.url)}: {got.reason}; {got.kind.remedy}")
+    return EndpointError(f"{without_query(route.url)}: {fault.reason}; {fault.kind.remedy}")
 
 
 # - the connection
@@ -1807,8 +1811,8 @@ def fault_of_response(route: Route, response: Any, data: dict, text: str) -> Fau
     message = error.get("message") or text or "an empty body"
     # what the provider behind OpenRouter says; the name of a refused parameter; a gateway's cause
     more = error.get("metadata") or error.get("param") or error.get("cause") or ""
-    got = new_fault(route, status, f"{message} {more}", f"{advice} {text[:5000]}")
-    return got._replace(wait=wait)
+    fault = new_fault(route, status, f"{message} {more}", f"{advice} {text[:5000]}")
+    return fault._replace(wait=wait)
 
 
 # - requests until there is an answer
@@ -1852,12 +1856,12 @@ def accepted(route: Route, body: dict) -> dict:
     return sent | route.extra
 
 
-def adapt(route: Route, sent: dict, got: Fault) -> bool:
+def adapt(route: Route, sent: dict, fault: Fault) -> bool:
     """From now on replace or drop the first parameter that a refusal names; False for none."""
-    if got.kind.name != "request":
+    if fault.kind.name != "request":
         return False
     # The first one is the refused one; later ones may be suggestions.
-    for name in re.findall(r"\w+", got.reason):
+    for name in re.findall(r"\w+", fault.reason):
         if name in INSTEAD and name in sent and name not in route.extra:
             route.refused.add(name)
             tell(route, name, f"{name} is refused: {INSTEAD[name] or 'nothing'} is sent instead")
@@ -1865,17 +1869,17 @@ def adapt(route: Route, sent: dict, got: Fault) -> bool:
     return False
 
 
-def pause(route: Route, got: Fault, faults: int) -> None:
+def pause(route: Route, fault: Fault, faults: int) -> None:
     """Wait as long as the server asks, at most LONGEST_WAIT, and never less than our own wait.
 
     Ours is 0.5 s after the first fault. It doubles with each fault, up to 8 s. Up to a quarter of
     it is taken off at random, so that threads do not all come back at once.
     """
     backoff = min(0.5 * 2 ** (faults - 1), 8.0) * random.uniform(0.75, 1.0)
-    wait = max(min(got.wait, LONGEST_WAIT), backoff)
-    is_loading = "loading" in got.reason.casefold()         # a server still reads its model
+    wait = max(min(fault.wait, LONGEST_WAIT), backoff)
+    is_loading = "loading" in fault.reason.casefold()       # a server still reads its model
     if wait > 5 or is_loading:
-        tell(route, "wait", f"{got.reason}; waiting {wait:.0f} s")
+        tell(route, "wait", f"{fault.reason}; waiting {wait:.0f} s")
     if route.sleep(wait) is True:       # run.py passes Event.wait: True if the Event is set
         raise EndpointError("stopped")
 
@@ -1977,9 +1981,9 @@ def chat_body(model: str, ask: Ask) -> dict:
 def openai(base_url: str, model: str, key: str | None = None, **options: Any) -> LLM:
     """A model behind any OpenAI-compatible endpoint. The options are those of `connect`.
 
-    The run ends after `patience` asks with one kind of fault since the last text. As long as there
-    was no text at all, a wrong setting is the likely cause. Then the run ends at the first refused
-    request, or at the tenth ask without a text.
+    The run ends after `Kind.patience` asks with one kind of fault since the last text. As long as
+    there was no text at all, a wrong setting is the likely cause. Then the run ends at the first
+    refused request, or at the tenth ask without a text.
     The seed is a hint: only a recorded log repeats a run. No stop sequences are sent.
     """
     route = connect(base_url, "chat/completions", key, **options)
@@ -2089,7 +2093,9 @@ def open_log(path: str | Path, model_id: Any) -> Log:
                 has_answered = has_answered or record.get("role") != "embed"
         except MISSHAPEN:
             continue                # an incomplete line: its ask is asked again
-    known = empty | texts if has_answered else texts
+    known = texts
+    if has_answered:
+        known = empty | texts           # the second dict wins
     if content and not content.endswith(b"\n"):
         with path.open("ab") as file:
             file.write(b"\n")       # so that the next record begins a line of its own

@@ -1202,10 +1202,10 @@ def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Cal
                   repeats: int = 6, draws: int = 200) -> list[list[float]]:
     """How well the return of one session and the critic's V estimate the value of a first state.
 
-    [2, 6]: for each of two users bias, variance and mean squared error (MSE) of the return, then of
-    V. The mean return of `draws` more sessions counts as the truth. The agent learns `repeats`
-    times, each time with other draws. Bias and variance are taken over these agents. The variance
-    divides by `repeats`, so that it and the squared bias add up to the MSE.
+    [2, 6]: for each of the first two users bias, variance and mean squared error (MSE) of the
+    return, then of V. The mean return of `draws` more sessions counts as the truth. The agent
+    learns `repeats` times, each time with other draws. Bias and variance are taken over these
+    agents. The variance divides by `repeats`, so that it and the squared bias add up to the MSE.
     """
     config = Config(**run.config)
     # Only the returns are played in a shorter world, which takes half the time. The agent learns
@@ -1224,8 +1224,8 @@ def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Cal
         for agent, _ in billp.train(catalog, learners, llm, seed, config=config, pmap=pmap):
             pass                        # the last agent counts
         for i, user in enumerate(users):
-            # Each session begins anew. Its number is part of its key, so each has its own draws;
-            # "continue" separates them from those of other phases.
+            # All are new sessions. The number of each is part of its key, so each has its own
+            # draws; the phase "continue" separates them from those of other phases.
             played = billp.evaluate(catalog_to_play, [user] * (draws + 1), agent, llm, seed,
                                     "continue", config, pmap)
             # the first return is judged, the others tell what it should be
