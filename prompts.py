@@ -1346,7 +1346,7 @@ def offline_actor(history: str, transcript: str, question: str, draw: int) -> st
     # True counts more than False, and the first part of a rank more than the second
     best_rank = max(titles_of)
     best = titles_of[best_rank]
-    # With evidence the list begins with the best known.
+    # With evidence the list is also ranked by it, so its order counts.
     title = best[0] if re.search(EVIDENCE, question) else best[draw % len(best)]
     return f"Free item: {title}"
 

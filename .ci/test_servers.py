@@ -1,4 +1,4 @@
-"""Tests against a real llama.cpp server and a real cluster, which .ci/run installs."""
+"""Tests with a real llama.cpp server, a real cluster and matplotlib, which .ci/run installs."""
 import importlib.util
 import json
 import os
@@ -47,6 +47,13 @@ def test_a_real_server_is_asked_recorded_and_replayed(tmp_path):
         socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 1)
     assert run.main([*command, "--replay"]) == 0
     assert files == [(tmp_path / "run" / name).read_bytes() for name in names]
+
+
+def test_bars_and_lines_are_drawn(tmp_path):
+    command = ["--experiment", "table5,fig5", "--rows", "billp", "--seeds", "1", "--episodes", "2"]
+    assert run.main([*command, "--users", "2", "--out", str(tmp_path)]) == 0
+    for name in ("table5.png", "fig5.png"):
+        assert (tmp_path / name).stat().st_size > 5000
 
 
 def test_a_cluster_gives_the_same_bytes_though_a_worker_dies(tmp_path):
