@@ -564,6 +564,16 @@ def absorb(agent: Agent, trajectory: Trajectory) -> Agent:
     return Agent(*map(merge, agent, trajectory.gained))
 
 
+def play_all(play: Callable, users: Sequence[int], keys: Sequence[Key],
+             pmap: Callable) -> tuple[Trajectory, ...]:
+    """A session with each user. ValueError if some are missing."""
+    trajectories = tuple(pmap(play, users, keys))
+    is_complete = len(trajectories) == len(users)
+    envs.demand(is_complete, "sessions are missing: did the model raise StopIteration, which ends "
+                             "a map, or did `pmap` lose them?")
+    return trajectories
+
+
 def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, seed: int, phase: str,
              config: Config = DEFAULT, pmap: Callable = map) -> tuple[Trajectory, ...]:
     """One episode with each user while the agent stays as it is.
@@ -573,7 +583,7 @@ def evaluate(catalog: Catalog, users: Sequence[int], agent: Agent, llm: LLM, see
     # int, because the text of a key is hashed: np.int64(0) would give other draws
     keys = [Key(int(seed), phase, i) for i in range(len(users))]
     play = partial(episode, catalog, agent=agent, llm=llm, config=config)
-    return tuple(pmap(play, users, keys))
+    return play_all(play, users, keys, pmap)
 
 
 def train(catalog: Catalog, users: Sequence[int], llm: LLM, seed: int = 0, agent: Agent = NOVICE,
@@ -589,6 +599,6 @@ def train(catalog: Catalog, users: Sequence[int], llm: LLM, seed: int = 0, agent
         batch = users[start:start + config.batch]
         keys = [Key(int(seed), "learn", first + start + i) for i in range(len(batch))]
         play = partial(session, catalog, agent=agent, llm=llm, config=config)
-        trajectories = tuple(pmap(play, batch, keys))
+        trajectories = play_all(play, batch, keys, pmap)
         agent = reduce(absorb, trajectories, agent)
         yield agent, trajectories

@@ -547,14 +547,13 @@ def longest_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     """The longest title that the words begin with: its items, and its number of words.
 
     Without a title the answer is [] and 1, the number of words that the caller may skip. A subtitle
-    may be left out if nothing follows, or only a year.
+    may be left out if nothing or a year follows.
     """
     for size in range(min(MOST_WORDS, len(words)), 0, -1):
         name = name_of(words[:size])
         items = catalog.names.get(name, [])
         rest = words[size:]
-        only_year_follows = len(rest) == 1 and re.fullmatch(YEAR, rest[0])
-        if not items and (not rest or only_year_follows):
+        if not items and (not rest or re.fullmatch(YEAR, rest[0])):
             items = catalog.mains.get(name, [])
         if items:
             return items, size
@@ -1170,7 +1169,7 @@ def render_critic(targets: Sequence[tuple[str, float]], expected: float, as_befo
 # In the patterns with (?ix) or (?imx), and in SUMS, spaces and comments do not count.
 # "7", "7.5", "7,5", "-1", ".5"
 NUMBER = r"(?P<number>[-−]?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
-# SUMS skips a calculation: up to nine times words, a formula and "=". So it ends after the last "=":
+# SUMS skips a calculation: up to nine times words, a formula and "=". It ends after the last "=":
 #     "V = 4 + 0.5 * 5 = 6.5"        skips "V =", then "4 + 0.5 * 5 ="
 #     "7.5 = 4 + 3.5"                skips nothing: a number alone before "=" is the value
 SUMS = r"""(?:
@@ -1785,6 +1784,10 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
         if response.is_success and not data.get("error"):
             return read(data)       # it raises one of MISSHAPEN if the shape is wrong
     except MISSHAPEN:
+        is_cut = text.startswith("{") and not text.rstrip().endswith("}")
+        if response.is_success and is_cut:
+            # a lost connection: httpx cannot see it without Content-Length
+            return new_fault(route, "RemoteProtocolError", f"the answer breaks off: {text}")
         data = {}       # a sign for `fault_of_response` that the body cannot be used
     # an error status, an error in the body, or a body that `read` cannot use
     return fault_of_response(route, response, data, text)

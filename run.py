@@ -160,7 +160,7 @@ LOWEST = {                              # the lowest number that a flag takes, i
     "transcript": 1000, "reply_tokens": 1, "window": 1, "max_steps": 1}
 HIGHEST = {                             # the highest, if it is not MANY
     "seed": 10**18, "workers": 1000, "gamma": 1, "line_weight": 1, "temperature": 2,
-    "retries": 100}
+    "retries": 100, "window": 1000, "max_steps": 10_000}
 # A flag that is missing here, such as --out, --model or --gamma, is None if it is not given. Config
 # and Env then use their own defaults.
 DEFAULTS = {
@@ -546,15 +546,15 @@ def run_directory(args: Namespace, config: Json) -> Path:
     names = {file.name for file in path.rglob("[!.]*") if file.is_file()}
     earlier = read_object(path / "config.json")
     is_run = set(Settings._fields) <= earlier.keys()
-    others = names - {"calls.jsonl"}        # a log may have been copied there
-    if not is_run and others:
+    is_empty = names <= {"calls.jsonl"}     # a log may have been copied there
+    if not is_run and not is_empty:
         raise UserError(f"{path} is not empty and holds no run; choose another --out")
     # an experiment has fields that a run lacks, so the fields of both are compared
     fields, earlier_fields = flattened(config), flattened(earlier)
     changed = [field for field in {**earlier_fields, **fields}
                if earlier_fields.get(field) != fields.get(field)]
-    has_more = names != {"config.json"}
-    if is_run and changed and has_more:
+    has_answers = names != {"config.json"}
+    if is_run and changed and has_answers:
         raise UserError(f"{path} holds another configuration ({', '.join(changed)}); choose "
                         "another --out")
     if args.replay and "calls.jsonl" not in names:
@@ -980,6 +980,7 @@ def one_run(args: Namespace, live: Live) -> None:
                           watched(pmap, run, live), phases_of(run))
     summary = summarise(run, outcome, live, began)
     episodes = [dumps(describe(place.env, played)) + "\n" for played in outcome.trajectories]
+    run_directory(args, run._asdict())      # refused if another run has finished there meanwhile
     write(folder / "episodes.jsonl", "".join(episodes))
     write(folder / "memory.json", memory_text(run, outcome.agent, saved["met"]))
     write(folder / "summary.json", dumps(summary, indent=1) + "\n")
@@ -1198,20 +1199,38 @@ def shortened(env: envs.Env, gamma: float) -> envs.Env:
     return env._replace(max_steps=int(np.sum(discounts >= 0.001)))
 
 
+def errors_at(catalog: prompts.Catalog, user: int, key: Key, agent: Agent, llm: LLM,
+              config: Config, pmap: Callable, draws: int) -> tuple[float, float]:
+    """The error of one return, and that of the critic's V, at the first state of a user's session.
+
+    The mean return of `draws` more sessions counts as the truth. `key` is that of the critic's ask.
+    """
+    # The returns are played in a shorter world, which takes half the time.
+    catalog_to_play = catalog._replace(env=shortened(catalog.env, config.gamma))
+    # The number of a session is part of its key, so each has its own draws; the phase "continue"
+    # separates them from those of other phases.
+    played = billp.evaluate(catalog_to_play, [user] * (draws + 1), agent, llm, key.seed,
+                            "continue", config, pmap)
+    # the first return is judged, the others tell what it should be
+    one_return, *others = [billp.discounted_return(trajectory.last.rewards, config.gamma)
+                           for trajectory in played]
+    truth = np.mean(others)
+    answer, _ = billp.critic(billp.state_after(catalog, user, key, config), agent.critic, llm,
+                             config)
+    return one_return - truth, answer.result - truth
+
+
 def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Callable,
                   repeats: int = 6, draws: int = 200) -> list[list[float]]:
     """How well the return of one session and the critic's V estimate the value of a first state.
 
     [2, 6]: for each of the first two users bias, variance and mean squared error (MSE) of the
-    return, then of V. The mean return of `draws` more sessions counts as the truth. The agent
-    learns `repeats` times, each time with other draws. Bias and variance are taken over these
-    agents. The variance divides by `repeats`, so that it and the squared bias add up to the MSE.
+    return, then of V. The agent learns `repeats` times, each time with other draws. Bias and
+    variance are taken over these agents. The variance divides by `repeats`, so that it and the
+    squared bias add up to the MSE.
     """
     config = Config(**run.config)
-    # Only the returns are played in a shorter world, which takes half the time. The agent learns
-    # and the critic is asked in the full one.
     catalog = prompts.catalog(place.env, embed)
-    catalog_to_play = catalog._replace(env=shortened(place.env, config.gamma))
     users = place.held_out[:2]
     errors = np.zeros((repeats, len(users), 2))
     for repeat in range(repeats):
@@ -1224,17 +1243,8 @@ def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Cal
         for agent, _ in billp.train(catalog, learners, llm, seed, config=config, pmap=pmap):
             pass                        # the last agent counts
         for i, user in enumerate(users):
-            # All are new sessions. The number of each is part of its key, so each has its own
-            # draws; the phase "continue" separates them from those of other phases.
-            played = billp.evaluate(catalog_to_play, [user] * (draws + 1), agent, llm, seed,
-                                    "continue", config, pmap)
-            # the first return is judged, the others tell what it should be
-            one_return, *others = [billp.discounted_return(trajectory.last.rewards, config.gamma)
-                                   for trajectory in played]
-            reference = np.mean(others)
-            state = billp.state_after(catalog, user, Key(seed, "value", i), config)
-            answer, _ = billp.critic(state, agent.critic, llm, config)
-            errors[repeat, i] = one_return - reference, answer.result - reference
+            key = Key(seed, "value", i)
+            errors[repeat, i] = errors_at(catalog, user, key, agent, llm, config, pmap, draws)
     bias, variance = errors.mean(0), errors.var(0)      # [users, 2]: of the return, of the critic
     figures = np.stack([bias, variance, bias ** 2 + variance], -1)      # [users, 2, 3]
     return figures.reshape(len(users), 6).tolist()
@@ -1498,6 +1508,7 @@ def experiments(args: Namespace, live: Live) -> None:
     flags = {name: getattr(args, name) for name in ("experiment", "seeds", "models", "rows")}
     folder = run_directory(args, base._asdict() | flags)
     samples_of = do_jobs(args, jobs, folder, live)
+    run_directory(args, base._asdict() | flags)     # see `one_run`
     for name, cells in tables.items():
         samples = {}
         for cell, needed in cells.items():

@@ -726,6 +726,13 @@ def test_any_map_and_a_second_call_change_nothing():
         assert records(newer)[:len(records(older))] == records(older)
 
 
+def test_a_model_that_ends_a_map_is_reported():
+    """StopIteration would end the built-in map as if there were no more users."""
+    few = iter([Reply("Action: Ant")])
+    assert "sessions are missing" in failure(billp.evaluate, CATALOG, [0, 1], NOVICE,
+                                             lambda ask: next(few), 0, "after", kind=ValueError)
+
+
 def test_the_run_of_seed_0_keeps_its_golden_numbers():
     """They change with films, rule of leaving, prompts, stand-in, roles and Config."""
     agent, trajectories = learn()[-1]
@@ -848,7 +855,7 @@ The Matrix | Action 1: recommend Matrix, The (1999) ; matrix, the (1999) ; THE M
 Up | **Thought 3:** fun **Action 3:** recommend **Up (2009)** ; - Up (2009)\n- Jaws (1975) |
 Up | Alien-like tension: Up ; Free item: Up, because it is like the best of them: Alien |
 Up | - Action: Alien\n- War: Jaws\n\nFree item: Up ; Title: Jaws\nTitle: Alien\nFree item: Up |
-Terminator 2: Judgment Day | Terminator 2 (1991) ; The Terminator 2 |
+Terminator 2: Judgment Day | Terminator 2 (1991) ; The Terminator 2 ; Terminator 2 (1991) is fun |
 Star Wars | Star Wars: Episode IV - A New Hope (1977) |
 2001: A Space Odyssey | Since Ali (2001) was liked, now 2001: A Space Odyssey comes |
 BioShock™ | Action 1: recommend BioShock |
@@ -1520,6 +1527,7 @@ def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times
     seen = client(*[response(status, body)] * int(times))
     reply = seen.ask(ASK)
     assert reply.text == "" and reason in reply.reason
+    assert (reply.usage.prompt == 9) == ('"prompt_tokens": 9' in body)
     assert reply.reason in seen.notices[-1]
     assert seen.stats["requests"] == len(seen.requests) == int(times)
     assert seen.ask(ASK) == GOOD
@@ -1543,6 +1551,7 @@ def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times
 400 | {"error": {"message": "error", "metadata": {"raw": "bad tea"}}} | | bad tea | 1
 200 | <html> sk-Quite5ecretKey42 | | 200 <html> *** /v1? | 2
 200 | [] ; | | 200 /v1? | 2
+200 | {"choices": [{"mess | | breaks off resumes | 7
 429 | Please try again in 7h12m0s | Retry-After: 25920 | 7h12m0s resumes | 1
 301 ; 307 | | Location: https://b.example/x?k=1 | https://b.example/x; --base-url | 1
 308 | | Location: /again | https://a.example/again; --base-url | 1
@@ -2017,6 +2026,16 @@ def test_a_run_directory_is_never_touched_by_another_run(finished):
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
+def test_a_run_that_finished_meanwhile_is_not_touched(finished, tmp_path, monkeypatch):
+    def late(*arguments):
+        lay(tmp_path, {path.name: path.read_bytes() for path in finished.iterdir()})
+        return summarise(*arguments)
+    summarise = run.summarise
+    monkeypatch.setattr(run, "summarise", late)
+    assert "(seed)" in refuse(*SMALL, "--seed", 1, "--out", tmp_path)
+    assert files(tmp_path) == files(finished)
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     run.write(tmp_path / "a", "old")
     with mock.patch.object(os, "replace", side_effect=OSError), pytest.raises(OSError):
@@ -2040,7 +2059,7 @@ FOLDER = {                                  # what is there when bad input is tr
 --episodes 501 ; --experiment fig3 --seeds 1 --episodes 501 --out new | 500 users to learn from
 --users 501 ; --experiment table5,curve --users 501 --out new | 500 held-out
 --gamma nan ; --gamma 1.1 ; --line-weight 1.1 | takes a number from 0 to 1
---users 0 ; --batch 0 | takes a number from 1 to
+--users 0 ; --batch 0 ; --window 1001 ; --max-steps 10001 | takes a number from 1 to
 --load nowhere.json ; --load foreign.json | is no memory.json
 --show nowhere | nowhere
 --pick after:3 ; --seeds 3 ; --rows react ; --show full --seed 1 ; --max-calls 9 | has no effect
