@@ -284,7 +284,7 @@ def best(score: Array, allowed: Array) -> Array:
 def best_at_random(score: Array, allowed: Array, rng: Rng) -> Array:
     """int [B]: an allowed item with the highest score, ties broken at random.
 
-    The score is [B, m], or 0 if all items are equal. Random numbers below 10^-6 decide ties.
+    The score is [B, m], or 0 if all items are equal. Random numbers below 10^-6 are added.
     """
     return best(score + 1e-6 * rng.random(allowed.shape), allowed)
 

@@ -552,8 +552,8 @@ def longest_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     for size in range(min(MOST_WORDS, len(words)), 0, -1):
         name = name_of(words[:size])
         items = catalog.names.get(name, [])
-        rest = words[size:]
-        if not items and (not rest or re.fullmatch(YEAR, rest[0])):
+        behind = words[size:size + 1]           # the next word, if there is one
+        if not items and (not behind or re.fullmatch(YEAR, behind[0])):
             items = catalog.mains.get(name, [])
         if items:
             return items, size
@@ -874,9 +874,8 @@ def render_planner(lessons: Sequence[str], tastes: Tastes, lately: int) -> str:
 def parse_planner(text: str, tastes: Tastes | None = None) -> str | Malformed:
     """The thought, one line.
 
-    With `tastes` it is malformed if it names a category shown lately and none of the other liked
-    ones, as long as there are others. Categories in a reason or after words such as "avoid" do not
-    count.
+    With `tastes` it is malformed if it names one of `tastes.recent` and none of `tastes.other`,
+    unless that is empty. Categories in a reason or after words such as "avoid" do not count.
 
     >>> parse_planner("War, because I like it", Tastes(("War",), ("Comedy", "Drama"), ()))
     Malformed(reason='War came lately, the choice is Comedy, Drama')
