@@ -1066,7 +1066,7 @@ def test_the_category_tool_by_hand():
 [Comedy] | Avoiding War, I'd take Comedy ; Since Drama was shown, Comedy. They like Drama
 [Comedy] | War was shown. Comedies next ; After Drama, Comedy ; Other than Drama, Comedy
 [Comedy] | Why not Comedy? It was liked ; I have no doubt that Comedy fits best
-[War] | War again ; Something new, because War was liked
+[War] | War again ; War again, because Comedy was liked ; Something new, because War was liked
 [Drama] | Drama next, not Sci-Fi. Keep away from: War, Sci-Fi.
 [Drama] | Film, Noir [old] or Drama
 warm beasts | warm beasts ; warm beasts. Keep away from War.
