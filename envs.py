@@ -519,8 +519,10 @@ def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
     of_pick = picked - chance
     # (c) entropy is -(sum over i of chance_i * log_chance_i). By the product rule d entropy is
     #     -(sum over i of d chance_i * log_chance_i + chance_i * d log_chance_i).
-    #     The second terms are d chance_i and add up to 0. By (a) the first give
+    #     By (b) the second terms are d chance_i. They add up to 0, because the chances add up to 1.
+    #     By (a) the first give
     #     d entropy / d fit_j = -(sum over i of chance_i * ([i is j] - chance_j) * log_chance_i)
+    #     = -chance_j * log_chance_j + chance_j * (sum over i of chance_i * log_chance_i)
     #     = -chance_j * log_chance_j - chance_j * entropy
     of_entropy = -chance * (log_chance + entropy)
     by_fit = td_error[:, None] * of_pick + ENTROPY * of_entropy

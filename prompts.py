@@ -402,9 +402,10 @@ def first_line(text: str, preamble_ends: str = ":!") -> str:
 def labelled(text: str, labels: str) -> str:
     """The first line after one of these labels.
 
-    If there is none, it is the first line before the first label, or of a reply without labels. It
-    is "" if there is no such line, if the text after the label (or a reply without one) is a
-    refusal, or if the line is a copy of the form asked for, such as "CATEGORY, because REASON".
+    If there is none, it is the first line of what stands before the first label (of the whole reply
+    if it has no label). It is "" if there is no such line, if the text after the label (or the
+    reply, if there is none) is a refusal, or if the line is a copy of the form asked for, such as
+    "CATEGORY, because REASON".
 
     >>> labelled("Thought 3: a comedy\\nAction 3: Up", THOUGHT_LABELS)
     'a comedy'
@@ -621,10 +622,12 @@ def before_reason(text: str) -> str:
 def items_within(text: str, catalog: Catalog) -> list[int]:
     """The items whose titles stand anywhere in a text, in order.
 
-    A title of one word needs a capital or a digit: "Try Up", "Try 9", not "it is set up well".
+    A title of one word needs a capital, a digit or its year: "Try Up", "Try 9", "try up (2009)",
+    not "it is set up well".
     """
     words = words_of(text)
-    years = re.findall(r"\S ?\((\d{4})\)", text)       # "Ali (2001)" does not name the film 2001
+    # if the catalogue lacks Ali, "Ali (2001)" must not name the film 2001
+    years = re.findall(r"\S ?\((\d{4})\)", text)
     items = []
     while words:
         titled, words_used = leading_title(words, catalog)
@@ -1182,6 +1185,7 @@ SUMS = r"""(?:
     [=≈]
     ){0,9}"""
 # "Value 4: about 7,5" · "**Value:**", then "7.5"
+# "Value: 4 + 0.5 * 5 = about 6.5": SUMS takes "4 + 0.5 * 5 =", then come words and the number
 VALUE_LINE = rf"""(?imx)
     ^ ([^\w\n] | _)* ((final|estimated)[ ])? value\b
     # words, among them "at t=4"
@@ -1398,7 +1402,7 @@ def offline_reflector(history: str, transcript: str, question: str, draw: int) -
     safe_gap = min(earlier_gaps, default=9)
     advised = min(apart_in(transcript), safe_gap)
     warned = set()
-    if "the user left" not in question:
+    if "the user left" not in question:             # the last observation is in `question`
         why = f"The user stayed for all {counted_steps(len(titles))}"
     elif last_gap < safe_gap:                       # it came too soon after a similar item
         advised = max(advised, last_gap + 1)        # at most `safe_gap`, because last_gap is below
@@ -1550,7 +1554,7 @@ PRIVATE = (rf"{LOOPBACK}|[\w-]+(:|/|$)|(10|192\.168|172\.(1[6-9]|2\d|3[01]))\."
            r"|host\.docker\.internal")
 # what Python raises if data from outside does not have the shape that the code expects
 MISSHAPEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
-LOCK = Lock()                       # guards what threads share: counts and the log
+LOCK = Lock()                       # guards the log and the stats, which threads share
 
 
 class EndpointError(Exception):
@@ -1793,7 +1797,7 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
 
 
 def fault_of_response(route: Route, response: Any, data: dict, text: str) -> Fault:
-    """The Fault in a response that is not an answer.
+    """The Fault in a response that is not an answer. `data` is {} if the body cannot be used.
 
     KINDS is matched with "STATUS ADVICE BODY". The advice tells whether to ask again: true, false,
     or nothing if it is not known, as in "429  {...}".

@@ -308,7 +308,7 @@ def models_of(args: Namespace) -> list[str]:
     """The models that the flags or the environment name, the main one first.
 
     - A policy asks no model and counts as offline, the stand-in.
-    - No name and no endpoint: the stand-in.
+    - The name offline, or no name and no endpoint: the stand-in.
     - A name and an endpoint: the model there.
     - A name and a key alone: OpenAI's model.
     - Anything else is a UserError.
@@ -553,8 +553,8 @@ def run_directory(args: Namespace, config: Json) -> Path:
     fields, earlier_fields = flattened(config), flattened(earlier)
     changed = [field for field in {**earlier_fields, **fields}
                if earlier_fields.get(field) != fields.get(field)]
-    has_answers = names != {"config.json"}
-    if is_run and changed and has_answers:
+    holds_more = names != {"config.json"}       # a log or results
+    if is_run and changed and holds_more:
         raise UserError(f"{path} holds another configuration ({', '.join(changed)}); choose "
                         "another --out")
     if args.replay and "calls.jsonl" not in names:
@@ -980,7 +980,7 @@ def one_run(args: Namespace, live: Live) -> None:
                           watched(pmap, run, live), phases_of(run))
     summary = summarise(run, outcome, live, began)
     episodes = [dumps(describe(place.env, played)) + "\n" for played in outcome.trajectories]
-    run_directory(args, run._asdict())      # refused if another run has finished there meanwhile
+    run_directory(args, run._asdict())      # refused if it meanwhile belongs to another run
     write(folder / "episodes.jsonl", "".join(episodes))
     write(folder / "memory.json", memory_text(run, outcome.agent, saved["met"]))
     write(folder / "summary.json", dumps(summary, indent=1) + "\n")
