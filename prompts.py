@@ -1787,10 +1787,11 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
         if response.is_success and not data.get("error"):
             return read(data)       # it raises one of MISSHAPEN if the shape is wrong
     except MISSHAPEN:
-        is_cut = text.startswith("{") and not text.rstrip().endswith("}")
+        stripped = text.strip()
+        is_cut = stripped.startswith("{") and not stripped.endswith("}")
         if response.is_success and is_cut:
             # a lost connection: httpx cannot see it without Content-Length
-            return new_fault(route, "RemoteProtocolError", f"the answer breaks off: {text}")
+            return new_fault(route, "RemoteProtocolError", f"the answer breaks off: {stripped}")
         data = {}       # a sign for `fault_of_response` that the body cannot be used
     # an error status, an error in the body, or a body that `read` cannot use
     return fault_of_response(route, response, data, text)
