@@ -1178,8 +1178,9 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
     one, other = one[one != other], other[one != other]
     words, vectors, beta = similarity(belongs, model.q[:, :-1], fitted, one, other)
     share = (length_between(vectors, 0, one, other) < beta).mean()
-    about = (f"{size} ratings{note}; RMSE on a held-out tenth {rmse(model, test):.3f}, by "
-             f"biases alone {rmse(biases, test):.3f}; "
+    about = (f"{size} ratings{note}; {len(categories)} categories; "
+             f"RMSE on a held-out tenth {rmse(model, test):.3f}, "
+             f"by biases alone {rmse(biases, test):.3f}; "
              f"{share:.0%} of pairs too similar by {words}; beta {beta:.2f}")
     return Env(
         titles=titles, years=years, categories=categories, belongs=belongs, vectors=vectors,

@@ -1376,7 +1376,8 @@ def test_every_layout_of_files_gives_the_same_world(tmp_path, monkeypatch, layou
     assert env.titles == ("The Matrix", "Say (now’s", "Amélie", "Les Misérables")
     assert env.years == (1999, None, 2001, 1995) and env.learners == 11
     assert env.categories == ("Action", "Comedy", "Drama", "Sci-Fi")
-    assert env.belongs.sum(1).tolist() == [2, 0, 1, 1] and "85 ratings; RMSE" in env.about
+    assert env.belongs.sum(1).tolist() == [2, 0, 1, 1]
+    assert "85 ratings; 4 categories; RMSE" in env.about
     fitted = envs.movielens("~", fitted=True)
     # A quarter of the pairs drawn are an item with itself. If they counted, beta would be 0.
     assert fitted.beta > 0
