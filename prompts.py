@@ -2126,11 +2126,21 @@ def keep(log: Log, ask: Ask, reply: Reply) -> Reply:
         return log.known.setdefault(name, reply)
 
 
-def recorded(llm: LLM, log: Log) -> LLM:
-    """The same model, answering from the log where it can: cache, resume and replay in one."""
+def recorded(llm: LLM, log: Log, stats: dict | None = None) -> LLM:
+    """The same model, answering from the log where it can: cache, resume and replay in one.
+
+    `stats` counts the answers that are "asked" for and those "known" from the log.
+    """
+    counts = {} if stats is None else stats
+
     def answer(ask: Ask) -> Reply:
         known = log.known.get(hash_of(log, ask))
-        return keep(log, ask, llm(ask)) if known is None else known
+        if known is not None:
+            count(counts, "known")
+            return known
+        reply = llm(ask)
+        count(counts, "asked")
+        return keep(log, ask, reply)
     return answer
 
 

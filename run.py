@@ -633,9 +633,8 @@ class Live(NamedTuple):
     """The counts of a command, printed also after Ctrl-C. Threads share them."""
     # of each role: calls, and the tokens that the server counts
     counts: dict[str, Counter]
-    # "asked": new answers of endpoints; "answers": these and those of logs; "empty: REASON":
-    # replies without a text. A prompts.Route adds "requests", "retries: KIND" and
-    # "system_fingerprint".
+    # "asked": new answers of endpoints; "known": answers of logs; "empty: REASON": replies without
+    # a text. A prompts.Route adds "requests", "retries: KIND" and "system_fingerprint".
     stats: Json
     # of the episodes finished so far: malformed, fallbacks, actions, and unnamed, which are actions
     # that named no free item
@@ -672,13 +671,6 @@ def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
     return reply
 
 
-def counted_as(name: str, llm: LLM, stats: Json, ask: Ask) -> Reply:
-    """The model's reply. It adds 1 to `stats[name]`."""
-    reply = llm(ask)
-    prompts.count(stats, name)
-    return reply
-
-
 def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tuple[LLM, Embed]:
     """The model and the embedding of a run. Those of an endpoint are recorded in the folder."""
     if run.model == "offline":
@@ -690,6 +682,7 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
     model_id = [run.model, run.embedding, run.extra]
     log = prompts.open_log(folder / "calls.jsonl", model_id)
     live.stats.setdefault("asked", 0)   # the sign for `ledger`, `watched` and `main`: a log is open
+    live.stats.setdefault("known", 0)
     llm = embed = prompts.unlogged
     if not args.replay:
         # if an earlier run got a text, an empty reply is no sign of wrong settings
@@ -698,9 +691,7 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
         llm = prompts.limited(llm, args.max_calls)
         if run.embedding != "hashed_ngrams":
             embed = prompts.embeddings(url, run.embedding, **options)
-    # `recorded` asks only what the log lacks. So "asked" counts new answers, and "answers" all.
-    llm = prompts.recorded(partial(counted_as, "asked", llm, live.stats), log)
-    llm = partial(counted_as, "answers", llm, live.stats)
+    llm = prompts.recorded(llm, log, live.stats)
     if run.embedding == "hashed_ngrams":
         return llm, prompts.hashed_ngrams
     return llm, prompts.recorded_embed(embed, log)
@@ -909,9 +900,7 @@ def ledger(live: Live) -> Iterator[str]:
     if table:
         yield from grid(table)
     if "asked" in stats:                # an endpoint or its log was opened
-        asked = stats.pop("asked")
-        answers = stats.pop("answers", 0)
-        known = max(answers - asked, 0)     # Ctrl-C may come between the two counts
+        asked, known = stats.pop("asked"), stats.pop("known")
         yield f"answers   {known} from the log, {asked} new"
         for name, value in stats.items():
             yield f"endpoint  {name}: {value}"
