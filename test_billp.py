@@ -1377,7 +1377,7 @@ def test_every_layout_of_files_gives_the_same_world(tmp_path, monkeypatch, layou
     assert env.years == (1999, None, 2001, 1995) and env.learners == 11
     assert env.categories == ("Action", "Comedy", "Drama", "Sci-Fi")
     assert env.belongs.sum(1).tolist() == [2, 0, 1, 1]
-    assert "85 ratings; 4 categories; RMSE" in env.about
+    assert "85 ratings; 4 categories" in env.about
     fitted = envs.movielens("~", fitted=True)
     # A quarter of the pairs drawn are an item with itself. If they counted, beta would be 0.
     assert fitted.beta > 0
@@ -1405,6 +1405,7 @@ def test_similarity_is_by_categories_or_fitted_vectors(tmp_path, world, tags, pa
     env = run.load_world(f"{world}:{tmp_path}", 0)
     found = {(a, b) for b in range(5) for a in range(b) if env.distance(0, a, b) < env.beta}
     assert pairs <= found and len(found) <= most and words in env.about
+    assert f"; {len(env.categories)} categories; " in env.about
     # Rounded predictions would lie between 1 and 5.
     assert {*env.rate(np.arange(40)[:, None], np.arange(5)).ravel()} == {1, 2, 3, 4, 5}
     assert run.load_world(f"{world}:{tmp_path}", 0) is env      # a process fits it once
@@ -2217,9 +2218,10 @@ def test_a_run_over_http_is_the_offline_run_and_replays(workers, has_faults, fin
         return (503, "busy") if has_faults and next(turns) % 30 == 0 else None
     with endpoint(act) as server:
         flags = flags_of(server.url, tmp_path, "--workers", workers)
-        succeed(*flags)
+        out = succeed(*flags)
     assert files(tmp_path) == files(finished)
     assert answers_in(tmp_path) == len(set(server.asked))
+    assert f"answers   0 from the log, {answers_in(tmp_path)} new" in out
     assert (len(server.asked) > answers_in(tmp_path)) == has_faults
     assert read(tmp_path / "summary.json")["endpoint"]["system_fingerprint"] == "fp_1"
     for name in ("config.json", "episodes.jsonl", "memory.json", "summary.json"):
