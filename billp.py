@@ -566,7 +566,7 @@ def absorb(agent: Agent, trajectory: Trajectory) -> Agent:
 
 def play_all(play: Callable, users: Sequence[int], keys: Sequence[Key],
              pmap: Callable) -> tuple[Trajectory, ...]:
-    """A session with each user. ValueError if some are missing."""
+    """The trajectory of each user, in order. ValueError if some are missing."""
     trajectories = tuple(pmap(play, users, keys))
     is_complete = len(trajectories) == len(users)
     envs.demand(is_complete, "sessions are missing: did the model raise StopIteration, which ends "

@@ -462,7 +462,9 @@ def learn_bandit(env: Env, episodes: int, seed: int = 0) -> Policy:
 
 
 ENTROPY = 0.05      # weight of the entropy of the actor's choices
-RATE = 0.3          # size of a learning step
+# Size of a learning step. Of 0.03, 0.1, 0.3, 1 and 3 it is the best with 100 and 1,000 episodes of
+# `films`, seeds 0 to 4.
+RATE = 0.3
 
 
 class Weights(NamedTuple):
@@ -1138,7 +1140,8 @@ def similarity(belongs: Array, factors: Array, fitted: bool, one: Array,
                other: Array) -> tuple[str, Array, float]:
     """What makes items similar, in words; the items' vectors [m, d] for it; and beta.
 
-    `factors` [m, k] are fitted to the ratings; `one` and `other` are random pairs of items.
+    `belongs` is that of `Env`; `factors` [m, k] are fitted to the ratings. `one` and `other`, both
+    [n], are random pairs of items.
     """
     if belongs.any() and not fitted:
         return "categories", unit(belongs), 0.9         # the beta of `films`

@@ -158,7 +158,8 @@ MANY = 10**9                            # more than anybody asks for
 LOWEST = {                              # the lowest number that a flag takes, if it is not 0
     "users": 1, "workers": 1, "seeds": 1, "timeout": 0.001, "lately": 1, "titles": 1, "batch": 1,
     "transcript": 1000, "reply_tokens": 1, "window": 1, "max_steps": 1}
-HIGHEST = {                             # the highest, if it is not MANY
+# The highest, if it is not MANY. A window or a session far longer than any world's is only slow.
+HIGHEST = {
     "seed": 10**18, "workers": 1000, "gamma": 1, "line_weight": 1, "temperature": 2,
     "retries": 100, "window": 1000, "max_steps": 10_000}
 # A flag that is missing here, such as --out, --model or --gamma, is None if it is not given. Config
@@ -1204,8 +1205,8 @@ def errors_at(catalog: prompts.Catalog, user: int, key: Key, agent: Agent, llm: 
     one_return, *others = [billp.discounted_return(trajectory.last.rewards, config.gamma)
                            for trajectory in played]
     truth = np.mean(others)
-    answer, _ = billp.critic(billp.state_after(catalog, user, key, config), agent.critic, llm,
-                             config)
+    state = billp.state_after(catalog, user, key, config)
+    answer, _ = billp.critic(state, agent.critic, llm, config)
     return one_return - truth, answer.result - truth
 
 
@@ -1216,7 +1217,7 @@ def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Cal
     [2, 6]: for each of the first two users bias, variance and mean squared error (MSE) of the
     return, then of V. The agent learns `repeats` times, each time with other draws. Bias and
     variance are taken over these agents. The variance divides by `repeats`, so that it and the
-    squared bias add up to the MSE.
+    squared bias add up to the MSE. `draws` is that of `errors_at`.
     """
     config = Config(**run.config)
     catalog = prompts.catalog(place.env, embed)
@@ -1497,7 +1498,7 @@ def experiments(args: Namespace, live: Live) -> None:
     flags = {name: getattr(args, name) for name in ("experiment", "seeds", "models", "rows")}
     folder = run_directory(args, base._asdict() | flags)
     samples_of = do_jobs(args, jobs, folder, live)
-    run_directory(args, base._asdict() | flags)     # see `one_run`
+    run_directory(args, base._asdict() | flags)     # as in `one_run`
     for name, cells in tables.items():
         samples = {}
         for cell, needed in cells.items():

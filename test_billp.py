@@ -1528,7 +1528,7 @@ ACTS = [
 400 | Model unloaded. | unloaded | 4
 """))
 def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times):
-    """After a fault less there is an answer."""
+    """After one fault fewer there is an answer."""
     seen = client(*[response(status, body)] * (int(times) - 1))
     assert seen.ask(ASK) == GOOD
     seen = client(*[response(status, body)] * int(times))
@@ -1576,7 +1576,7 @@ ConnectError ; UnicodeError | refused | | start the server --base-url | 3
 LocalProtocolError | odd | | LocalProtocolError --extra-body | 1
 """))
 def test_a_fatal_fault_ends_in_one_line_that_helps(status, body, header, words, times):
-    """A fault less is survived."""
+    """One fault fewer is survived."""
     act = response(status, body, header)
     seen = client(*[act] * (int(times) - 1))
     assert seen.ask(ASK) == GOOD and len(seen.requests) == int(times)
@@ -1644,7 +1644,7 @@ def test_a_refused_parameter_is_replaced_or_dropped_and_reported(name, text):
     assert ("max_completion_tokens" in seen.bodies[1]) == (name == "max_tokens")
 
 
-def test_a_field_that_is_not_refused_or_the_users_own_stays():
+def test_a_field_goes_only_if_refused_and_not_the_users():
     seen = client(without("max_tokens"), without("max_completion_tokens"))
     assert seen.ask(ASK) == GOOD
     assert not seen.bodies[2].keys() & {"max_tokens", "max_completion_tokens"}
@@ -2043,13 +2043,18 @@ def test_a_run_directory_is_never_touched_by_another_run(finished):
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
-def test_a_run_that_finished_meanwhile_is_not_touched(finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, flags", [
+    ("summarise", ["--seed", 1]),
+    ("do_jobs", ["--experiment", "table5", "--rows", "billp", "--seeds", 1, "--workers", 1])])
+def test_a_run_that_finished_meanwhile_is_not_touched(name, flags, finished, tmp_path, monkeypatch):
+    """It finishes while another run or experiment is at work in its directory."""
+    original = getattr(run, name)
+
     def late(*arguments):
         lay(tmp_path, {path.name: path.read_bytes() for path in finished.iterdir()})
-        return summarise(*arguments)
-    summarise = run.summarise
-    monkeypatch.setattr(run, "summarise", late)
-    assert "(seed)" in refuse(*SMALL, "--seed", 1, "--out", tmp_path)
+        return original(*arguments)
+    monkeypatch.setattr(run, name, late)
+    assert "holds another configuration" in refuse(*SMALL, *flags, "--out", tmp_path)
     assert files(tmp_path) == files(finished)
 
 
