@@ -1811,11 +1811,12 @@ def fault_of_response(route: Route, response: Any, data: dict, text: str) -> Fau
     if response.is_success and error:
         code = str(error.get("code"))
         status = code if re.fullmatch("[45][0-9][0-9]", code) else "500"
-    wait = asked_wait(response.headers)
+    message = error.get("message") or text or "an empty body"
     advice = response.headers.get("x-should-retry", "")
+    wait = asked_wait(response.headers)
     if wait > LONGEST_WAIT:             # it would be useless to ask again
         advice = "false"
-    message = error.get("message") or text or "an empty body"
+        message = f"{message} (it asks to wait {wait:.0f} s)"
     # what the provider behind OpenRouter says; the name of a refused parameter; a gateway's cause
     more = error.get("metadata") or error.get("param") or error.get("cause") or ""
     fault = new_fault(route, status, f"{message} {more}", f"{advice} {text[:5000]}")

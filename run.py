@@ -288,6 +288,8 @@ def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
         yield ["window"], "here: the experiment varies it"
     if asked <= {"fig4", "curve"}:      # these two set the episodes; the others use --episodes
         yield ["episodes"], "here: the experiment varies it"
+    if asked == {"fig4"}:
+        yield ["users"], "here: the experiment takes two users"
 
 
 def variable(name: str) -> str:
@@ -1167,7 +1169,7 @@ def cells_of(args: Namespace, base: Settings, name: str) -> dict[Cell, list[Job]
     cells = {}
     for series in parts(args.rows) if args.rows else known:
         if series not in known:
-            raise UserError(f"--rows {series}: {name} has no such row, only {' '.join(known)}")
+            raise UserError(f"--rows: {name} has no row {series!r}, only {' '.join(known)}")
         for x in x_values:
             run = settings_of(base, experiment.varied, series, x)
             seeds = range(base.seed, base.seed + args.seeds)

@@ -1561,7 +1561,7 @@ def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times
 200 | <html> sk-Quite5ecretKey42 | | 200 <html> *** /v1? | 2
 200 | [] ; | | 200 /v1? | 2
 200 | {"choices": [{"mess | | breaks off resumes | 7
-429 | Please try again in 7h12m0s | Retry-After: 25920 | 7h12m0s resumes | 1
+429 | Please try again in 7h12m0s | Retry-After: 25920 | 7h12m0s 25920 resumes | 1
 301 ; 307 | | Location: https://b.example/x?k=1 | https://b.example/x; --base-url | 1
 308 | | Location: /again | https://a.example/again; --base-url | 1
 403 ; 429 ; 503 | You are being rate limited | | limited resumes | 17
@@ -2087,10 +2087,11 @@ FOLDER = {                                  # what is there when bad input is tr
 --pick after:3 ; --seeds 3 ; --rows react ; --show full --seed 1 ; --max-calls 9 | has no effect
 --model offline --replay ; --method greedy --lately 3 ; --method a2c --load full | has no effect
 --experiment fig5 --window 2 ; --experiment curve --episodes 9 | has no effect
---experiment table5 --cluster a --workers 2 ; --experiment table5 --method act | has no effect
+--experiment fig4 --users 3 ; --experiment table5 --method act | has no effect
+--experiment table5 --cluster a --workers 2 | has no effect
 --out full ; --out foreign | choose another --out
 --experiment table9 | table9
---experiment table5 --rows act | only billp-no-macro
+--experiment table5 --rows act ; --experiment table5 --rows billp, | only billp-no-macro
 --experiment table6 --models m,n | --base-url
 --base-url x | --model
 --replay --model m | --replay
