@@ -64,9 +64,10 @@ class Config(NamedTuple):
     k_lessons: int = 2              # reflections recalled; the paper's K
     # nearest records of M_A that are counted by item; films has 200 items, so about five for each
     k_experience: int = 1000
-    k_actions: int = 10             # remembered items shown to the actor if candidates is 0
+    k_actions: int = 10             # remembered items shown if candidates is 0, as many as there
     k_values: int = 8               # values recalled for the critic, enough to average
-    # free items to choose from; 0: no list, the actor sees remembered items and may name any
+    # Free items to choose from. With ten a 1.5B model names a free item in 97 % of its actions. 0: no
+    # list, the actor sees remembered items and may name any.
     candidates: int = 10
     # weight of an item's whole line in its nearness to a query; its categories alone have the
     # weight 1 - line_weight. At 1 the letters of titles would often outweigh the evidence. At 0
@@ -83,8 +84,10 @@ class Config(NamedTuple):
     batch: int = 10                 # episodes between two updates of the memories; as in the paper
     transcript: int = 24000         # characters of a session in a prompt: about 6,000 tokens
     temperature: float = 0.5        # of every ask; as in the paper
-    reply_tokens: int = 256         # longest reply asked for; models that reason need thousands
-    # how often a malformed reply is asked for again; with -1 the model is not asked at all
+    # longest reply asked for: enough for a chatty one; models that reason need thousands
+    reply_tokens: int = 256
+    # How often a malformed reply is asked for again; with -1 the model is not asked at all. Of 59
+    # malformed replies of a 1.5B model the first retry mended 46, the second one more.
     retries: int = 2
     repeats: bool = False           # whether an item may come twice or come from the history
 

@@ -1201,6 +1201,7 @@ def ratings_folder(path: Location, seed: int = 0, fitted: bool = False) -> Env:
     0.9), or if neither has a category. With `fitted`, or if no item of the world has a category,
     vectors fitted to the ratings decide instead.
     MovieLens as GroupLens ships it is such a folder, also with .dat files (ml-1m and ml-10M).
+    BadData if a file is missing or malformed.
     """
     items, users = {}, {}               # the number of each id; the parsers add to them
     with in_one_line(path, ADVICE):
@@ -1267,7 +1268,8 @@ def released(path: Location, name: str) -> Env:
     """The authors' world "steam" or "amazon", from their files anywhere under path.
 
     The agent learns from the users of train.json; those of test.json are held out. Only `a2c` sees
-    the vectors, which are the genres as rows of length 1.
+    the vectors, which are the genres as rows of length 1. BadData if a file is missing or
+    malformed.
     """
     halves = ("train", "test")
     with in_one_line(path, AUTHORS):

@@ -389,8 +389,8 @@ CHATTER = r"(?i)(ok(ay)?|sure|of course|certainly|absolutely|all ?right|let['’
 def first_line(text: str, preamble_ends: str = ":!") -> str:
     """The first line that says something, without marks; "" if there is none.
 
-    A line of CHATTER is returned only if there is no other line. So is one that ends in a character
-    of `preamble_ends`, such as "Here is my thought:" or "I can help!".
+    A line of CHATTER is returned only if there is no other line. The same holds for a line that
+    ends in a character of `preamble_ends`, such as "Here is my thought:" or "I can help!".
     """
     lines = [content for content in map(unmarked, text.splitlines()) if content]
     for line in lines:
@@ -647,7 +647,7 @@ def items_alone(text: str, catalog: Catalog) -> list[int]:
     """
     items = []
     for line in text.splitlines():
-        items_of_line = items_within(line, catalog)
+        items_of_line = items_within(before_reason(line), catalog)
         unnumbered = re.sub(r"^\W*\d{1,2}\b", "", line)
         without_remark = re.split(r" [-–—] | \((?!\d)", unnumbered)[0]
         front = before_reason(without_remark)                   # "1. Up - a balloon" gives "Up"
@@ -658,10 +658,10 @@ def items_alone(text: str, catalog: Catalog) -> list[int]:
             titled, words_used = leading_title(words, catalog)
             if not titled or words_used < len(words):
                 continue
-            # A part counts only if `items_within` finds this item in the line, too. The back of "My
-            # pick: The Lost World: Jurassic Park" is "Jurassic Park", but the line names another
-            # film. A whole line always counts: "up" is Up here, but an ordinary word there.
-            if part == line or titled[0] in items_of_line:
+            # The back of "My pick: The Lost World: Jurassic Park" is "Jurassic Park", but the line
+            # names another film. A line such as "My pick: up" names none, because "up" may be an
+            # ordinary word.
+            if part == line or not items_of_line or titled[0] in items_of_line:
                 items += titled
                 break
     return items
@@ -1834,6 +1834,7 @@ CHARGE = ContextVar("CHARGE", default=lambda: None)
 def limited(llm: LLM, max_calls: int) -> LLM:
     """The same model, which sends at most `max_calls` chat requests, repeats included.
 
+    The next request raises BudgetSpent.
     `recorded` wraps this model, so a reply from the log costs nothing: see `open_model` in run.py.
     """
     budget = Semaphore(max_calls)
@@ -1989,9 +1990,9 @@ def chat_body(model: str, ask: Ask) -> dict:
 def openai(base_url: str, model: str, key: str | None = None, **options: Any) -> LLM:
     """A model behind any OpenAI-compatible endpoint. The options are those of `connect`.
 
-    The run ends after `Kind.patience` asks with one kind of fault since the last text. As long as
-    there was no text at all, a wrong setting is the likely cause. Then the run ends at the first
-    refused request, or at the tenth ask without a text.
+    An EndpointError ends the run after `Kind.patience` asks with one kind of fault since the last
+    text. As long as there was no text at all, a wrong setting is the likely cause. Then the run
+    ends at the first refused request, or at the tenth ask without a text.
     The seed is a hint: only a recorded log repeats a run. No stop sequences are sent.
     """
     route = connect(base_url, "chat/completions", key, **options)
@@ -2045,6 +2046,7 @@ def embeddings(base_url: str, model: str, key: str | None = None, **options: Any
     """An embedding behind an OpenAI-compatible endpoint. The options are those of `connect`.
 
     A request holds at most 64 texts, which most servers take. A refused one is sent in two halves.
+    EndpointError if there is no usable answer.
     """
     route = connect(base_url, "embeddings", key, **options)
 
@@ -2155,7 +2157,10 @@ def unlogged(asked: Any) -> Any:
 
 
 def recorded_embed(embed: Embed, log: Log) -> Embed:
-    """The same embedding, asked once for each text. The log holds its rows exactly."""
+    """The same embedding, asked once for each text. The log holds its rows exactly.
+
+    EndpointError if rows differ in size.
+    """
     sizes = set()                       # of all rows so far
 
     def answer(texts: Sequence[str]) -> np.ndarray:

@@ -281,14 +281,13 @@ def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
     yield ["method", "load", "thoughts", "lessons", "experience", "baseline"], "beside --experiment"
     if args.cluster:
         yield ["workers"], "beside --cluster"
-    asked = set(args.experiment)
-    if "table6" not in asked:
+    varied = {EXPERIMENTS[name].varied for name in args.experiment}
+    if "model" not in varied:
         yield ["models"], "without --experiment table6"
-    if asked == {"fig5"}:
-        yield ["window"], "here: the experiment varies it"
-    if asked <= {"fig4", "curve"}:      # these two set the episodes; the others use --episodes
-        yield ["episodes"], "here: the experiment varies it"
-    if asked == {"fig4"}:
+    if len(varied) == 1:                # with more experiments some do use the flag
+        # --model is the one model of table6 if --models is missing
+        yield varied - {"model"}, "here: the experiment varies it"
+    if args.experiment == ["fig4"]:
         yield ["users"], "here: the experiment takes two users"
 
 

@@ -810,13 +810,15 @@ def test_parse_inverts_what_a_well_behaved_model_writes(text, n, value):
     "{}", '"{}".', "*{}*", "**{}**", "1. {}\n2. {}", '```json\n{{"item": "{}"}}\n```',
     "Of course, here is one:\n\n{}", "Free item: {}", "Final Answer: {}", "I'd recommend {}.",
     'Action: recommend "{}"', "Action 1: recommend {} because it is unlike the last items",
-    "Thought 1: new. Action 1: recommend {}", "My pick: {}", "Free item: {}\n\nUp next."])
+    "Thought 1: new. Action 1: recommend {}", "My pick: {}", "Free item: {}\n\nUp next.",
+    "Free item: {}, because it is new", "Free item: {} - a remark", "**{}** (new)"])
 def test_every_item_is_found_in_any_wrapping(form):
     """By its title in any case, with its year or with its categories."""
     titles, years = ODDLY_TITLED.env.titles, ODDLY_TITLED.env.years
     for item, title in enumerate(titles):
         first_of_twins = [name.casefold() for name in titles].index(title.casefold())
         for text, found in ((title, first_of_twins), (title.upper(), first_of_twins),
+                            (title.lower(), first_of_twins),
                             (f"{title.lower()} ({years[item] or 2018})", item),
                             (ODDLY_TITLED.lines[item], item)):
             part = prompts.parse_actor(prompts.spoken(form.format(text, text)))
@@ -1757,7 +1759,7 @@ def test_a_bad_address_key_or_header_is_not_shown(words, options):
                                     "id=1234", "url/key-42", "url%2Fkey-42"])
 @pytest.mark.parametrize("status", ["200", "400", "401", "500", "ConnectError", "302"])
 def test_no_secret_is_in_errors_and_notices(secret, status):
-    """Nor a part of one: "***-more" would show how the longer one ends."""
+    """No part of one is there, too: "***-more" would show how the longer one ends."""
     act = response(status, f"<p>{secret}", f"Location: http://b/{secret.split()[-1]}")
     headers = {"X-Token": f"{SECRET}-more", "Authorization": "Bearer sk-abc", "Cookie": "id=1234"}
     seen = client(*[act] * 9, base="localhost?k=url%2Fkey-42", headers=headers)
@@ -1920,7 +1922,7 @@ def test_keys_that_are_words_are_starred_only_in_errors(key):
 
 @pytest.mark.parametrize("workers", [1, 8])
 def test_workers_a_second_run_and_a_draft_change_nothing(workers, finished, tmp_path):
-    """Nor does the config.json of a run that got no answer, as when its model was mistyped."""
+    """The config.json of a run without answers, as of a mistyped model, changes nothing, too."""
     (tmp_path / ".config.json.1.part").write_text("{")      # left by a kill
     mistyped = settings_of("")._replace(model="mistyped")
     run.write(tmp_path / "config.json", run.dumps(mistyped._asdict()))
