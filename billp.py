@@ -66,8 +66,8 @@ class Config(NamedTuple):
     k_experience: int = 1000
     k_actions: int = 10             # remembered items shown if candidates is 0, as many as there
     k_values: int = 8               # values recalled for the critic, enough to average
-    # Free items to choose from. With ten a 1.5B model names a free item in 97 % of its actions. 0: no
-    # list, the actor sees remembered items and may name any.
+    # Free items to choose from. With ten a 1.5B model names a free item in 97 % of its actions.
+    # 0: no list, the actor sees remembered items and may name any.
     candidates: int = 10
     # weight of an item's whole line in its nearness to a query; its categories alone have the
     # weight 1 - line_weight. At 1 the letters of titles would often outweigh the evidence. At 0
