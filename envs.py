@@ -222,8 +222,8 @@ def check(env: Env) -> None:
     n, m, c = len(env.histories), len(env.titles), len(env.categories)
     demand(n > 0 and m > 0, f"a world of {n} users (histories) and {m} items (titles)")
     demand(env.learners in range(n + 1), f"learners is {env.learners} for {n} histories")
-    for title in env.titles:
-        demand(isinstance(title, str), f"the title {title!r} is not a text")
+    for name in (*env.titles, *env.categories):
+        demand(isinstance(name, str), f"the title or category {name!r} is not a text")
     demand(np.shape(env.years) == (m,), f"years are not {m} numbers or None, one for each title")
     for name in ("belongs", "vectors"):
         demand(isinstance(getattr(env, name), np.ndarray), f"{name} is not an array")

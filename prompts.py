@@ -1478,14 +1478,16 @@ KINDS = (
     Kind("credit", 1, "top up the account, then run the same command: it resumes",
          r"402|(500|finish_reason missing) .*insufficient[_ ](quota|balance)"
          # except for DashScope's "allocated quota", which is a limit of a minute
-         r"|(400|403|412|429) (?!.*allocated quota).*("
+         r"|(400|401|403|412|429) (?!.*allocated quota).*("
          r"insufficient[\w ]*(quota|balance|funds|credit)|balance is insufficient|billing_"
          r"|(enough|out of|no|any|available) credits|credit balance"
          r"|arrearage|overdue|freetieronly|budget.{0,20}exceeded|exceeded.{0,10}budget"
          r"|spend(ing)? limit|api usage limits|exceeded_current_quota)"),
-    # finish_reason or code "content_filter"; "Prompt blocked", "flagged by moderation"
+    # finish_reason or code "content_filter"; "Prompt blocked", "flagged by moderation"; a firewall's
+    # web page with status 403
     Kind("blocked", 1, "look at the prompt, or try another --model",
-         r"finish_reason (content_filter|refusal|sensitive|safety|missing .*(block|filter))"
+         r"finish_reason (content_filter|refusal|sensitive|safety|guardrail"
+         r"|missing .*(block|filter))|403 \w* \s*<"
          r"|(400|403|422|424) .*(prompt blocked|sensitive.?content|risk.?detect"
          r"|content.?(filter|policy|exists.risk)|moderation|flagged"
          r"|safety(?!_settings)|inappropriate|guardrail|guideline"
@@ -1508,7 +1510,7 @@ KINDS = (
          r"413|429 .*(request too large|too many tokens per request)"
          r"|(400|422|500) (?!.*(deadline|time exceeded|time limit)).*("
          r"context.{0,20}(length|size|window|limit)|too many tokens"
-         r"|(prompt|input|request).{0,40}too (long|large)|(prompt|input).{0,40}exceed"
+         r"|(prompt|input|request).{0,40}too (long|large|big)|(prompt|input).{0,40}exceed"
          r"|reduce the length|less than \d+ tokens|longer than the maximum)"
          # a 500 on a "request" that exceeds something often means a time or a number
          r"|(400|422) .*(request.{0,40}exceed|input_too_large|prompt length"
@@ -1526,10 +1528,12 @@ KINDS = (
          r"|400 .*(model.{0,60}(not (found|exist)|does not exist)|not a valid model)"),
     Kind("moved", 1, "use the address it names as --base-url", "3.."),
     # a web page instead of JSON, or anything else that came with a status of success
-    Kind("page", 2, "does --base-url lack its /v1? does the server stream?", "2.."),
+    Kind("page", 2, "does --base-url lack its /v1?", "2.."),
     Kind("vectors", 2, "choose another --embed-model", "embeddings"),
     Kind("too late", 1, RESUME, "(408|409|429|5..) false"),     # it is useless to ask again
-    Kind("busy", 17, RESUME, "403|429|503"),    # the waits come to 75 s and more
+    # the waits come to 75 s and more
+    Kind("busy", 17, "wait or give fewer --workers, then run the same command: it resumes",
+         "403|429|503"),
     Kind("request", 1, "correct the request: --model, --embed-model, --extra-body or --header",
          # Not these, which are failures, see below: 408 and 409 (timeout, conflict), 423 to 425
          # (locked, a failed generation, no capacity), 498 and 499 (cancelled), and any status with
@@ -1539,8 +1543,9 @@ KINDS = (
     # nobody listens, an unknown host, a certificate that is not trusted
     Kind("no server", 3, "start the server, or check --base-url, the proxy and SSL_CERT_FILE",
          r"ConnectError|ConnectTimeout|ProxyError|Unicode\w*Error"),
-    Kind("slow", 2, "raise --timeout", r"\w*Timeout"),
-    Kind("failure", 7, RESUME, ""),             # 408, 409, 5xx, a lost connection
+    # These two may come from one prompt alone. Without patience a run could not get past it.
+    Kind("slow", 2, "raise --timeout", r"\w*Timeout", patience=5),
+    Kind("failure", 7, RESUME, "", patience=5),         # 408, 409, 5xx, a lost connection
 )
 # Parameters that a server may refuse, and what is sent instead; None: nothing.
 INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
@@ -1548,6 +1553,8 @@ INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
 # Headers whose values are secrets: Authorization, X-API-Key, Cookie, X-Auth-Token ...
 SECRET = "(?i)auth|key|cookie|token|secret|password"
 LONGEST_WAIT = 120.0                # seconds; after 408, 409, 429, 5xx a longer wait ends the run
+# "retryDelay": "36s", "Please try again in 2.5s"
+DELAY = r"(?i)(retryDelay|(try again|retry) in)\W*(?P<seconds>\d+(\.\d+)?) ?s"
 LOOPBACK = r"(([\w-]+\.)*localhost|127\.[\d.]+|0\.0\.0\.0|\[?::1)(?![\w.-])"
 # servers without https: on this machine, names without a dot, and private addresses
 PRIVATE = (rf"{LOOPBACK}|[\w-]+(:|/|$)|(10|192\.168|172\.(1[6-9]|2\d|3[01]))\."
@@ -1571,6 +1578,7 @@ class Fault(NamedTuple):
     reason: str                     # the label and what the server said, on one line
     wait: float = 0.0               # seconds the server asks us to wait
     usage: Usage = Usage()
+    moved_to: Any = None            # httpx.URL: the address to be used, see `redirected`
 
 
 @dataclass(repr=False)              # a repr would show secrets
@@ -1586,6 +1594,7 @@ class Route:
     # "requests", "retries: KIND", "system_fingerprint"
     stats: dict = field(default_factory=dict)
     has_answered: bool = False      # a reply had a text, perhaps in an earlier run
+    answers: int = 0                # how many requests got an answer
     refused: set = field(default_factory=set)       # names in INSTEAD
     topics: set = field(default_factory=set)        # those on which the user was told something
 
@@ -1739,13 +1748,15 @@ def as_object(value: Any) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def asked_wait(headers: Any) -> float:
-    """Seconds that a server asks us to wait; 0 if it asks for none.
+def asked_wait(headers: Any, text: str) -> float:
+    """Seconds that a server asks us to wait, in its headers or else in the body; 0 for none.
 
     A date in the past gives a negative number.
 
-    >>> asked_wait({"retry-after": "20"}), asked_wait({"retry-after-ms": "1500"})
+    >>> asked_wait({"retry-after": "20"}, ""), asked_wait({"retry-after-ms": "1500"}, "")
     (20.0, 1.5)
+    >>> asked_wait({}, "Rate limit. Please try again in 2.5s."), asked_wait({}, "busy")
+    (2.5, 0.0)
     """
     milliseconds = headers.get("retry-after-ms", "")
     after = headers.get("retry-after", "")
@@ -1755,7 +1766,31 @@ def asked_wait(headers: Any) -> float:
     try:                        # a date such as "Wed, 21 Oct 2026 07:28:00 GMT"
         return parsedate_to_datetime(after).timestamp() - time.time()
     except MISSHAPEN:
-        return 0.0
+        in_body = re.search(DELAY, text)
+        return float(in_body["seconds"]) if in_body else 0.0
+
+
+def decoded(text: str) -> dict:
+    """The JSON object in a body. Some servers stream unasked: the pieces are joined to one answer.
+
+    A stream has lines such as
+        data: {"choices": [{"delta": {"content": "Al"}}]}
+        data: {"choices": [{"delta": {"content": "ien"}, "finish_reason": "stop"}]}
+        data: {"choices": [], "usage": {...}}
+    """
+    pieces = [json.loads(line) for line in re.findall(r"(?m)^data:\s*({.*)", text)]
+    if not pieces:
+        data = json.loads(text)
+        if isinstance(data, list) and data:     # Gemini puts an error into a list
+            data = data[0]
+        return as_object(data)
+    content, finish = "", None
+    for piece in pieces:
+        for choice in piece.get("choices") or ():
+            content += as_object(choice.get("delta")).get("content") or ""
+            finish = choice.get("finish_reason")
+    joined = {"message": {"content": content}, "finish_reason": finish}
+    return pieces[-1] | {"choices": [joined]}       # the last piece holds the usage or an error
 
 
 def send_once(route: Route, body: dict, read: Callable) -> Any:
@@ -1777,13 +1812,11 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
     except (httpx.HTTPError, UnicodeError) as error:
         return new_fault(route, type(error).__name__, str(error))
     if response.next_request:
-        # not followed, because the key must not go to an address that the user did not give
-        there = without_query(response.next_request.url)
-        return new_fault(route, str(response.status_code), f"redirects to {there}")
+        return redirected(route, response)
     # Texts are starred where they are used: a key of digits would spoil numbers in the JSON.
     text = raw.decode("utf-8-sig", "replace")
     try:
-        data = as_object(json.loads(text))
+        data = decoded(text)
         if response.is_success and not data.get("error"):
             return read(data)       # it raises one of MISSHAPEN if the shape is wrong
     except MISSHAPEN:
@@ -1795,6 +1828,21 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
         data = {}       # a sign for `fault_of_response` that the body cannot be used
     # an error status, an error in the body, or a body that `read` cannot use
     return fault_of_response(route, response, data, text)
+
+
+def redirected(route: Route, response: Any) -> Fault:
+    """The Fault in a redirect.
+
+    It is followed to another path of the same server: the key must not go to a server that the user
+    did not give. Some redirects turn POST into GET, which is of no use.
+    """
+    request, old = response.next_request, response.request.url
+    new = request.url
+    fault = new_fault(route, str(response.status_code), f"redirects to {without_query(new)}")
+    is_same_server = (new.scheme, new.netloc) == (old.scheme, old.netloc)
+    if request.method == "POST" and is_same_server and new != old:
+        fault = fault._replace(moved_to=new)
+    return fault
 
 
 def fault_of_response(route: Route, response: Any, data: dict, text: str) -> Fault:
@@ -1813,7 +1861,7 @@ def fault_of_response(route: Route, response: Any, data: dict, text: str) -> Fau
         status = code if re.fullmatch("[45][0-9][0-9]", code) else "500"
     message = error.get("message") or text or "an empty body"
     advice = response.headers.get("x-should-retry", "")
-    wait = asked_wait(response.headers)
+    wait = asked_wait(response.headers, text)
     if wait > LONGEST_WAIT:             # it would be useless to ask again
         advice = "false"
         message = f"{message} (it asks to wait {wait:.0f} s)"
@@ -1866,7 +1914,16 @@ def accepted(route: Route, body: dict) -> dict:
 
 
 def adapt(route: Route, sent: dict, fault: Fault) -> bool:
-    """From now on replace or drop the first parameter that a refusal names; False for none."""
+    """From now on use another address, or replace or drop the first parameter that a refusal names.
+
+    False if there is nothing to adapt. The address changes only once, because a server may send us
+    in a circle.
+    """
+    if fault.moved_to:
+        if "moved" not in route.topics:
+            tell(route, "moved", fault.reason)
+            route.url = fault.moved_to
+        return route.url == fault.moved_to      # also if another thread has changed it
     if fault.kind.name != "request":
         return False
     # The first one is the refused one; later ones may be suggestions.
@@ -1886,8 +1943,7 @@ def pause(route: Route, fault: Fault, faults: int) -> None:
     """
     backoff = min(0.5 * 2 ** (faults - 1), 8.0) * random.uniform(0.75, 1.0)
     wait = max(min(fault.wait, LONGEST_WAIT), backoff)
-    is_loading = "loading" in fault.reason.casefold()       # a server still reads its model
-    if wait > 5 or is_loading:
+    if wait > 5:
         tell(route, "wait", f"{fault.reason}; waiting {wait:.0f} s")
     if route.sleep(wait) is True:       # run.py passes Event.wait: True if the Event is set
         raise EndpointError("stopped")
@@ -1897,13 +1953,21 @@ def send(route: Route, body: dict, read: Callable) -> Any:
     """Send the request until `read` can use the answer. After the last try return the Fault."""
     charge = CHARGE.get()
     tried = Counter()
+    faults = 0
+    answers = route.answers
     while True:
         sent = accepted(route, body)
         got = send_once(route, sent, read)
         if not isinstance(got, Fault):
+            route.answers += 1
             return got
-        is_adapted = adapt(route, sent, got)        # at most once for each name in INSTEAD
+        is_adapted = adapt(route, sent, got)    # at most once for each name, and for the address
         if not is_adapted:
+            faults += 1
+            # A busy server that answers other requests gets to this one, too.
+            if got.kind.name == "busy" and route.answers > answers:
+                answers = route.answers
+                tried.clear()
             tried[got.kind] += 1
             if tried[got.kind] == got.kind.tries:
                 return got
@@ -1911,7 +1975,7 @@ def send(route: Route, body: dict, read: Callable) -> Any:
         charge()
         count(route.stats, f"retries: {got.kind.name}")
         if not is_adapted:
-            pause(route, got, tried.total())
+            pause(route, got, faults)
 
 
 # - chat
@@ -1962,11 +2026,11 @@ def read_chat(route: Route, ask: Ask, data: dict) -> Any:
     content = message.get("content") or ""
     if isinstance(content, list):               # of parts: texts, and perhaps hidden thinking
         texts = [part.get("text") or "" for part in content
-                 if part.get("type") not in ("thinking", "reasoning")]
+                 if not re.match("think|reason", str(part.get("type")))]
         content = "".join(texts)
     text = spoken(starred(route, content))
-    broken_off = re.match("(?i)(network_)?error|abort|insufficient|content_filter|sensitive|safety",
-                          str(finish))
+    broken_off = re.match("(?i)(network_)?error|abort|insufficient|content_filter|sensitive|safety"
+                          "|guardrail", str(finish))
     if text and not broken_off and not choice.get("error"):
         if finish == "length":
             tell(route, "length", "a reply was cut, because it is longer than --reply-tokens")
@@ -1992,7 +2056,7 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
 
     An EndpointError ends the run after `Kind.patience` asks with one kind of fault since the last
     text. As long as there was no text at all, a wrong setting is the likely cause. Then the run
-    ends at the first refused request, or at the tenth ask without a text.
+    ends at the first ask that was refused or failed, or at the tenth ask without a text.
     The seed is a hint: only a recorded log repeats a run. No stop sequences are sent.
     """
     route = connect(base_url, "chat/completions", key, **options)
@@ -2005,7 +2069,7 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
             silent.clear()
             return got
         silent[got.kind] += 1
-        is_suspect = got.kind.name == "request" or silent.total() >= 10
+        is_suspect = got.kind.name in ("request", "failure", "slow") or silent.total() >= 10
         has_wrong_settings = is_suspect and not route.has_answered
         if has_wrong_settings or silent[got.kind] >= got.kind.patience:
             raise fatal_error(route, got)

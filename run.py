@@ -343,11 +343,13 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     """The flags, checked, with DEFAULTS filled in. UserError for a mistake."""
     parser = make_parser()
     args, unknown = parser.parse_known_args(argv)
-    if unknown:                         # a word without a dash is not shown: it may be a key
+    if unknown:
         word = unknown[0].partition("=")[0]
-        what = "every value needs its flag, as in --seed 1"
-        if word.startswith("-"):
-            what = f"unknown flag {word}"
+        what = f"unknown flag {word}"
+        if not word.startswith("-"):
+            if len(word) > 12:          # it may be a key
+                word = "a word"
+            what = f"{word} stands alone: every value needs its flag, as in --seed 1"
         parser.error(what)
     given = {name: value for name, value in vars(args).items() if value is not None}
     values = dict.fromkeys(vars(args)) | DEFAULTS | given
@@ -663,7 +665,8 @@ def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
         live.stop.set()
         raise
     if reply.reason:
-        prompts.count(live.stats, f"empty: {reply.reason}")
+        # cut, because some providers quote the prompt in their reason
+        prompts.count(live.stats, f"empty: {reply.reason:.80}")
     with prompts.LOCK:
         counts = live.counts[ask.role]
         counts["calls"] += 1
@@ -957,6 +960,8 @@ def one_run(args: Namespace, live: Live) -> None:
     began = time.perf_counter()
     saved = read_memory(args.load)
     run = settings(args, saved)
+    if args.load and not learns(run):
+        raise UserError(f"--load has no effect: {run.method} reads no memories")
     if run.episodes and not learns(run):
         say(f"{run.method} learns nothing: --episodes 0 skips its learning episodes")
     place = build_place(run)
@@ -1536,12 +1541,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MENDABLE as error:
         # another thread's error may be raised first, but the first failure is the cause
         cause = (live.failures or [error])[0]
-        spent = isinstance(cause, prompts.BudgetSpent)
-        if spent:
-            say(*ledger(live))
         reason = str(cause) or type(cause).__name__         # a MemoryError has no text
-        say(f"run.py: {prompts.clean(reason, 999)}")
-        return 3 if spent else 2
+        say(*ledger(live), f"run.py: {prompts.clean(reason, 999)}")
+        return 3 if isinstance(cause, prompts.BudgetSpent) else 2
 
 
 if __name__ == "__main__":

@@ -1181,6 +1181,7 @@ def test_an_item_at_exactly_beta_is_not_too_similar():
     ("rate", envs.table(np.array([[0, 2, 5]])), r"between 1 and 5: \[0, 5\]"),
     ("rate", envs.table(np.array([[1, 2, 6]])), r"between 1 and 5: \[1, 6\]"),
     ("titles", (), "0 items"), ("titles", ("a", "b", 2.5), "2.5 is not a text"),
+    ("categories", ("A", 3), "3 is not a text"),
     ("years", (1999,), "years"), ("learners", 2, "learners"),
     ("histories", [[0.5]], "0.5"), ("histories", [[3]], r"\[3\]"),
     ("vectors", np.ones((2, 2)), "vectors"), ("vectors", np.full((3, 1), np.inf), "finite"),
@@ -1512,6 +1513,8 @@ ACTS = [
 
 @pytest.mark.parametrize("status, body, reason, times", table("""
 400 | {"error": {"message": "API key policy", "code": "content_filter"}} | API key policy | 1
+403 | <html>Attention Required! | Attention | 1
+200 | {"choices": [{"message": {"content": "A"}, "finish_reason": "guardrail_hit"}]} | guardrail | 1
 403 | Your input was flagged ; Content violates usage guidelines. SAFETY_CHECK | 403 | 1
 200 | {"choices": []} ; {"choices": null, "base_resp": "out of tea"} | missing | 4
 200 | {"choices": [], "promptFeedback": {"blockReason": "SAFETY"}} | blockReason | 1
@@ -1545,10 +1548,11 @@ def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times
 @pytest.mark.parametrize("status, body, header, words, times", table("""
 401 ; 403 | no | | OPENAI_API_KEY | 1
 400 | [{"error": {"code": 400, "message": "API key not valid."}}] | | OPENAI_API_KEY valid | 1
-402 ; 429 ; 500 | {"error": {"code": "insufficient_quota"}} | | top up | 1
+401 ; 402 ; 500 | {"error": {"code": "insufficient_quota"}} | | top up | 1
 400 ; 403 ; 412 ; 429 | credit balance is too low ; not enough credits ; spend limit | | top up | 1
 404 | model 'm' not found | | 404 /v1/chat/completions --model | 1
 400 ; 500 | unknown: seed. context size is 9 ; The input token count (9) exceeds 8 | | --titles | 1
+500 | Input prompt is too big compared to KV size | | --titles | 1
 413 ; 422 | Prompt exceeds 8 | | --transcript | 1
 400 | {"error": {"message": "max_tokens limit", "code": "context_length_exceeded"}} | | --titles | 1
 400 | Unknown name "safety_settings" | | --extra-body | 1
@@ -1562,10 +1566,14 @@ def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times
 400 | {"error": {"message": "error", "metadata": {"raw": "bad tea"}}} | | bad tea | 1
 200 | <html> sk-Quite5ecretKey42 | | 200 <html> *** /v1? | 2
 200 | [] ; | | 200 /v1? | 2
+200 | [{"error": {"message": "who?", "code": 401}}] | | 401 who? OPENAI_API_KEY | 1
+429 | {"error": {"details": [{"retryDelay": "25862s"}]}} | | 25862 resumes | 1
 200 | {"choices": [{"mess | | breaks off resumes | 7
 429 | Please try again in 7h12m0s | Retry-After: 25920 | 7h12m0s 25920 resumes | 1
 301 ; 307 | | Location: https://b.example/x?k=1 | https://b.example/x; --base-url | 1
-308 | | Location: /again | https://a.example/again; --base-url | 1
+302 | | Location: /again | https://a.example/again; --base-url | 1
+308 | | Location: http://a.example/x | http://a.example/x; --base-url | 1
+308 | | Location: /again | https://a.example/again; --base-url | 2
 403 ; 429 ; 503 | You are being rate limited | | limited resumes | 17
 429 | Allocated quota: insufficient_quota ; Rate limit: content policy, API key, max_tokens | | | 17
 200 | {"error": {"message": "busy", "code": 503}} | | 503 busy resumes | 17
@@ -1592,7 +1600,7 @@ def test_a_fatal_fault_ends_in_one_line_that_helps(status, body, header, words, 
 
 
 def test_answers_in_odd_forms_are_read():
-    """A count that is no number is unknown. A stream is refused."""
+    """A count that is no number is unknown. The pieces of a stream are joined."""
     plain, *others = (completion(text).text for text in ("hello", PARTS, "<think>a</think>hello"))
     for text in ("\n\n" + plain, "\ufeff" + plain, *others):
         seen = client(httpx.Response(200, content=text.encode()))
@@ -1600,15 +1608,22 @@ def test_answers_in_odd_forms_are_read():
     for usage in (None, {"prompt_tokens": None, "prompt_tokens_details": None},
                   {"prompt_tokens": True, "completion_tokens": "5"}, {"prompt_tokens": 5.5}):
         assert client(completion(usage=usage)).ask(ASK) == Reply("hello")
-    stream = httpx.Response(200, text='data: {"choices": [{"delta": {"content": "hello"}}]}')
-    assert "does the server stream?" in failure(client(stream, stream).ask, ASK)
+    pieces = [{"choices": [{"delta": {"role": "assistant"}}]},
+              {"choices": [{"delta": {"content": "hel"}}]},
+              {"choices": [{"delta": {"content": "lo"}, "finish_reason": "length"}]},
+              {"choices": [], "usage": json.loads(plain)["usage"]}]
+    lines = [f"data: {json.dumps(piece)}\n\n" for piece in pieces]
+    for text in ("".join(lines), ": comment\n\n" + "".join(lines) + "data: [DONE]\n\n"):
+        seen = client(httpx.Response(200, text=text))
+        assert seen.ask(ASK) == GOOD and "--reply-tokens" in seen.notices[0]
+    error = httpx.Response(200, text='data: {"choices": []}\ndata: {"error": {"code": 401}}')
+    assert "OPENAI_API_KEY" in failure(client(error).ask, ASK)
 
 
 @pytest.mark.parametrize("prompt, act, words", [
     ("word " * 999, completion(), "num_ctx"),
-    ("Hi", completion(finish="length"), "--reply-tokens"),
-    ("Hi", response("503", "Loading model"), "Loading model; waiting")])
-def test_cut_texts_and_a_loading_server_are_reported(prompt, act, words):
+    ("Hi", completion(finish="length"), "--reply-tokens")])
+def test_cut_prompts_and_cut_texts_are_reported_once(prompt, act, words):
     seen = client(act, act)
     ask = ASK._replace(messages=(("user", prompt),))
     assert [seen.ask(ask), seen.ask(ask)] == [GOOD, GOOD]
@@ -1660,13 +1675,14 @@ def test_a_field_goes_only_if_refused_and_not_the_users():
 
 @pytest.mark.parametrize("header, low, high", table("""
 Retry-After: 7 | 7 | 7
-Retry-After: soon ; Retry-After: 0 ; Retry-After: Mon, 01 Jan 2001 00:00:00 GMT | .37 | .5
+Retry-After: 0 ; Retry-After: Mon, 01 Jan 2001 00:00:00 GMT | .37 | .5
+Retry-After: soon ; | 99 | 99
 Retry-After: 99999 ; Retry-After: Fri, 31 Dec 9999 23:59:59 GMT | 120 | 120
 Retry-After: SOON | 50 | 100
 retry-after-ms: 1500 | 1.5 | 1.5
 """))
 def test_a_wait_is_what_the_server_asks_or_a_backoff(header, low, high):
-    """At most LONGEST_WAIT. A wait in the message does not count."""
+    """At most LONGEST_WAIT. A wait in the body counts if no header tells one."""
     header = header.replace("SOON", email.utils.formatdate(time.time() + 100, usegmt=True))
     seen = client(*[response("400", "tool_use_failed: try again in 99 s", header)] * 2)
     assert seen.ask(ASK) == GOOD
@@ -1686,20 +1702,49 @@ def test_waits_double_are_bounded_and_end_with_the_run():
     assert len(seen.requests) == 1
 
 
+def test_a_redirect_to_a_path_of_the_server_is_followed():
+    """It is remembered and told once. A circle ends."""
+    seen = client(response("307", "", "Location: /x/?k=1"), base="http://a:1")
+    assert seen.ask(ASK) == seen.ask(ASK) == GOOD
+    assert [request.url.raw_path for request in seen.requests[1:]] == [b"/x/?k=1"] * 2
+    assert seen.requests[1].content == seen.requests[0].content
+    assert len(seen.notices) == 1 and "http://a:1/x/" in seen.notices[0]
+    circle = [response("308", "", f"Location: /{path}") for path in "xyx"]
+    assert "redirects to" in failure(client(*circle).ask, ASK)
+
+
+def test_a_busy_server_is_outlasted_while_it_answers_others():
+    """40 refusals in a row, in which another ask is answered after every tenth."""
+    refusals, waits = [], []
+
+    def answer(request):
+        if b"other" in request.content or len(refusals) == 40:
+            return completion()
+        refusals.append(request)
+        if len(refusals) % 10 == 0:
+            model(ASK._replace(messages=(("user", "other"),)))
+        return response("429")
+    model = prompts.openai("http://a", "m", sleep=waits.append, notice=print,
+                           transport=httpx.MockTransport(answer))
+    assert model(ASK) == GOOD and min(waits[5:]) > 5
+
+
 # `acts` are the answers to the requests of one ask: "abort" is asked four times
-@pytest.mark.parametrize("acts, words, patience", [
-    ([completion("", "length")], "--reply-tokens", 20),
-    ([completion("", "abort")] * 4, "abort", 100),
-    ([completion("", refusal="No.")], "No.", 1000)])
-def test_empty_replies_in_a_row_end_the_run(acts, words, patience):
-    """At the start ten in a row end it, later `patience`. A text starts the count again."""
+@pytest.mark.parametrize("acts, words, at_start, patience", [
+    ([response("500")] * 7, "resumes", 1, 5),
+    ([response("ReadTimeout")] * 2, "--timeout", 1, 5),
+    ([completion("", "length")], "--reply-tokens", 10, 20),
+    ([completion("", "abort")] * 4, "abort", 10, 100),
+    ([completion("", refusal="No.")], "No.", 10, 1000)])
+def test_empty_replies_in_a_row_end_the_run(acts, words, at_start, patience):
+    """Fewer do at the start than later. A text starts the count again."""
     nearly = [completion(), *acts * (patience - 1)]
-    for script, texts in ((acts * 10, [""] * 9),
+    for script, texts in ((acts * 10, [""] * (at_start - 1)),
                           ([*nearly, *nearly, *acts], ["hello", *[""] * (patience - 1)] * 2)):
         seen = client(*script)
         assert [seen.ask(ASK).text for _ in texts] == texts
         assert words in failure(seen.ask, ASK)
-        assert len(seen.notices) == 1
+        assert sum("an empty reply" in notice for notice in seen.notices) == ("" in texts)
 
 
 @settings(max_examples=60)
@@ -2101,7 +2146,9 @@ FOLDER = {                                  # what is there when bad input is tr
 --base-url x --model m --header a ; --base-url x --model m --header api-key:{SECRET}= | --header
 --model= ; --experiment table5 --rows= ; --out= ; --load= | without a value
 --api-key={SECRET} | --api-key
-{SECRET} | every value needs its flag
+billp ; --experiment table3, table5 | alone: every value needs its flag
+{SECRET} | a word stands alone
+--method react --load nowhere.json | is no memory.json
 """))
 def test_bad_input_gets_one_line_and_changes_nothing(argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(lay(tmp_path, FOLDER))
