@@ -251,7 +251,9 @@ def spoken(text: str) -> str:
 
 
 # the labels after which a thought, an item or a reflection may stand
-ANSWER_LABELS = "final[ ]answer|answer|choice|pick"       # before any of the three
+# before any of the three: "Answer:", "Final choice:", "Best fit:", "My recommendation:"
+ANSWER_LABELS = (r"((final|best|my|selected|recommended|chosen)[ ]\w+|answer|choice|pick"
+                 "|selection|decision|conclusion)")
 THOUGHT_LABELS = f"thought|next[ ]category|category|{ANSWER_LABELS}"
 ITEM_LABELS = f"action|free[ ]item|item|title|recommendation|film|movie|{ANSWER_LABELS}"
 REFLECTION_LABELS = f"reflection|lesson|{ANSWER_LABELS}"
@@ -327,7 +329,8 @@ def segment(text: str, labels: str) -> str:
 
 # Words before a choice. A reply that holds them is not a refusal.
 CHOSEN = (r"\b(?:I|we|let me|let['’]s)(?:['’]d| would| will|['’]ll| should)?"
-          r" (?:recommend|suggest|choose|pick|go with|lean towards?)\b"
+          r" (?:recommend|suggest|choose|pick|select|opt for|settle on|go (?:with|for)"
+          r"|lean towards?)\b"
           r"|\b(?:answer|choice|best(?: \w+)?|closest(?: \w+)?) (?:is|would be)\b"
           r"|\bbest:|\bof these,|\\boxed")
 # More words before a choice, but a refusal may hold these: "Rocky is old, so Jaws", "..., but Jaws
@@ -336,7 +339,7 @@ CONCLUDED = (r"(?m:^|[,;.] )(?:so|therefore|thus|hence),? "
              r"|[,;] but (?=[^.;\n]*\b(?:better|best)\b)")
 # Words behind a choice: "Jaws fits the thought best", "Jaws is old. Up is tense. It is the best."
 IS_BEST = (r"(?i)\b(?:(?:fits?|suits?|matches)\b[^,.;:!?\n]*\b(?:best|most closely)"
-           r"|(?:is|would be|seems) the (?:best|closest))\b")
+           r"|(?:is|be|seems) (?:the (?:\w+ )?(?:best|closest)|my (?:\w+ )?(?:pick|choice)))\b")
 # A title may begin like a refusal, "Sorry, Wrong Number": so more of the sentence is needed.
 I_AM = "(i am|i ?['’]?m)"
 I_CANNOT = f"({I_AM} afraid (that )?)?({I_AM} not|i (can(not|['’]?t| not)|won['’]?t))"
@@ -354,8 +357,9 @@ REFUSAL = (
     r"|(n/?a|null|none( of (the above|these|them))?)\W*$"
     # "As an AI", "I'm just a language model"
     rf"|(as|{I_AM}( just| only)?) an? (\w+ )?(ai|language model|assistant)\b"
-    rf"|({I_AM} )?unable to\b"
-    r"|i (do not|don['’]?t) (feel comfortable|have (enough|access|any)|know\W*$)"
+    rf"|({I_AM} )?unable to\b|(cannot|i['’]d rather not)\b"
+    r"|it (is|would be) (not possible|impossible|inappropriate) for me\b"
+    r"|i (do not|don['’]?t) (feel comfortable|have (enough|access|any)|know\W*$|think i can\b)"
     rf"|{I_CANNOT}(\W*$"
     r"| (be )?(able|assist|answer|choose|comfortable|comply|determine|fulfill?"
     r"|programmed|provide|recommend|suggest)\b"
@@ -697,7 +701,7 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
         return items_alone(text, catalog)
     items = []
     # "Jaws is old, I recommend Alien, because ...": the choice is "Alien"
-    choice = re.search(f"(?i){CHOSEN}|{CONCLUDED}", text)
+    choice = re.search(f"(?i){CHOSEN}", text) or re.search(f"(?i){CONCLUDED}", text)
     if choice:
         behind = before_reason(text[choice.end():])
         items += items_within(behind, catalog)                             # 1
@@ -893,6 +897,11 @@ def parse_planner(text: str, tastes: Tastes | None = None) -> str | Malformed:
         plan = plan_of(thought)
         shown_lately = tags_named_in(plan, tastes.recent)
         if shown_lately and not tags_named_in(plan, tastes.other):
+            # a chatty reply without labels may tell in a later line what should come
+            lines = [] if IN_LINE.search(text) else text.splitlines()
+            for line in map(unmarked, lines):
+                if tags_named_in(plan_of(line), tastes.other):
+                    return line
             names = " and ".join(shown_lately)
             return Malformed(f"{names} came lately, the choice is {offered(tastes)}")
     return thought
@@ -918,7 +927,8 @@ def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
 
 def parse_reflector(text: str) -> str | Malformed:
     """The reflection, one line."""
-    better = r'"?(better[ _](next|category)|next category)\b'     # with the quote of a JSON key
+    # "Better next", "A better category", "Better:", and with the quote of a JSON key
+    better = r'"?((an?|the) )?(better([ _]\w+|(?=\W*:))|next category)\b'
     # Join a label to the category below it: "Better next:\nComedy" becomes "Better next: Comedy".
     text = re.sub(rf"(?i)({better})[^\w\n]*\n\W*", r"\1: ", spoken(text))
     # Join the line of the label to the line before: "... because War.\n- Better next: Comedy"
@@ -1043,9 +1053,10 @@ def tags_named_in(text: str, tags: Sequence[str]) -> list[str]:
 
 # What to avoid. After "avoid", "not" and the like: up to the end of the sentence, a colon, " but ",
 # ", so " or ", I "; a comma does not end it. After "instead of", "don't" and the like: up to the
-# next comma. But "Why not War?", "Not only War" and "Without a doubt War" ask for War.
-UNWANTED = (r"(?i)\b(avoid(ing)?|keep away from|without(?! (a |any )?doubt)|(?<!why )not(?! only)"
-            r"|no(?! doubt)|never)\b"
+# next comma. But "Why not War?", "Not only War", "Of those not shown War" and "Without a doubt War"
+# ask for War.
+UNWANTED = (r"(?i)\b(avoid(ing)?|keep away from|without(?! (a |any )?doubt)"
+            r"|(?<!why )not(?! only| shown| seen)|no(?! doubt)|never)\b"
             r"((?! but |, so |, I\b)[^.;:])*"
             r"|\b(instead of|(rather|other) than|anything but|nothing like"
             r"|(do|does|should)n['’]?t)\b[^.;,]*")
@@ -1062,7 +1073,7 @@ def plan_of(thought: str) -> str:
     ' Comedy,  . They like it, '
     """
     # "Since War was shown, Comedy comes next" begins with its reason
-    opening = r"(?i)^\W*(since|because|as|given|after|to avoid)\b[^,]*,"
+    opening = r"(?i)^\W*(since|because|as|given|after|to|based on|considering|looking at)\b[^,]*,"
     without_opening = re.sub(opening, "", thought)
     return re.split(REASON_OF_PLAN, re.sub(UNWANTED, " ", without_opening))[0]
 
@@ -1072,12 +1083,13 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
 
     What it wants to avoid does not count. If nothing else is left, the result is "". Of the
     categories that the thought names, these are taken:
-    1. those in its first sentence, before a reason, that were not shown lately
+    1. those that its first sentence begins with, or else those in this sentence, before a reason,
+       that were not shown lately
     2. or else those anywhere before the first reason
     3. or else those anywhere
     2 and 3 leave out those shown lately if others remain.
 
-    >>> wish_of("Comedy, because War was liked", ["Comedy", "War"], [])
+    >>> wish_of("Comedy to balance War", ["Comedy", "War"], [])
     '[Comedy]'
     >>> wish_of("Something new, because War was liked", ["Comedy", "War"], [])
     '[War]'
@@ -1088,6 +1100,10 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     """
     plan = plan_of(thought)
     first_sentence = re.split(r"[.;!?]\s", plan)[0]
+    names = "|".join(map(re.escape, tags))
+    begun = re.match(rf"(?i)([^\w.;!?]*(and |or )?({names})s?\b)+", first_sentence)
+    if begun:                       # "Comedy, Drama" of "Comedy, Drama to balance War"
+        first_sentence = begun[0]
     plan_and_reason = re.sub(UNWANTED, " ", thought)
     # 1 never takes categories shown lately; 2 and 3 take them if they name nothing else
     for part, recent_if_alone in ((first_sentence, False), (plan, True), (plan_and_reason, True)):
@@ -1204,7 +1220,7 @@ VALUE_IS = rf"""(?ix)
     # words without another "value", without an if-clause and without the end of a sentence; at most
     # 300 characters, so that a reply that repeats itself is read in time
     (?: (?! \b(?:value|if)\b | [.!?;]\s ) [^:=：\n] ){{0,300}}?
-    (?: [:=：] | \b(?:is|be)\b )
+    (?: [:=：] | \b(?:is|be)\b | \b(?:at|around)(?=[ ]\d) )
     # a calculation or a few words, then the number
     {SUMS} (?: (?! value\b | [.!?;]\s ) [^\d\n] )*? {NUMBER}
     (?! [\d.,]*[ ]if\b )            # not "is 10.00 if the user stays, but"
@@ -1212,7 +1228,7 @@ VALUE_IS = rf"""(?ix)
 # "So I'd say 7.5", "..., so 7.5", "\boxed{7.5}"
 GUESS = rf"""(?ix)
     (?: \b (?: answer | estimate | score | say | think | guess | predict | go[ ]with | put[ ]it
-             | a[ ]value[ ]of | so | thus | hence | therefore ) \b
+             | value[ ]of | so | thus | hence | therefore ) \b
       | \\boxed\{{ )
     (?: is | it | it['’]s | at | about | around | would[ ]be | the[ ]value | [\s:=*_$] )* {NUMBER}
     """
@@ -1220,11 +1236,13 @@ GUESS = rf"""(?ix)
 NUMBER_AT_END = rf"(?imx) (^ | [:=≈：] | \b(value|it)\b) [\s*_$`]* {NUMBER} [ *_$`.]* \Z"
 # a number that is not the answer; NUMBER has a name, so a pattern can hold it only once
 AMOUNT = r"\d+([.,]\d+)?"
-# What is left out: "7.5 out of 10", "7.5 because we are at step 4", "between 0 and 10, 7.5".
+# What is left out: "7.5 out of 10", "7.5 because we are at step 4", "between 7 and 8, 7.5", and the
+# numbers of a list, "1. The mean is 8".
 # A reason with a colon stays: "because the user likes it: 7.5". (?!.*[:=：]): no colon follows.
 LEFT_OUT = (rf"(?i)(?<=\d),? ((out of|of a maximum of|at most) {AMOUNT}"
             r"|(because|since|given|as)\b[^,.;:=：\n]*(?!.*[:=：]))"
-            rf"|\bbetween 0 and {AMOUNT}")
+            r"|(?m:^)\W*(step )?[1-5][.:)] (?=[^\d\n]\D*\d)"
+            rf"|\bbetween {AMOUNT} and {AMOUNT}(?=[^\n]*\d)")
 # Numbers of the prompt, which some replies repeat before they answer
 REPEATED = rf"""(?ix)
     # its sentence on the value: "If the user stays and goes on as before, the value is 10.00"
@@ -1233,10 +1251,11 @@ REPEATED = rf"""(?ix)
     # or one of these three
   | ( \b {AMOUNT} [ ] if [ ] the [ ] user [ ] leaves \b
     | \b {AMOUNT} [ ] (similar | (on[ ])? average) \b   # "8 similar situations", "8.12 on average"
-    | \b average [ ] of [ ] {AMOUNT}                    # "an average of 8.12"
+    # "an average of 8.12", "slightly above 8.12"
+    | \b (average[ ]of | above | below | under | than | close[ ]to) [ ] {AMOUNT}
     )
     # but these only if the value follows: ", 7.5", ", so 7.5", ", I estimate 7.5"
-    (?= [^\n]* ,[ ] ((so|say|else|I)\b [^\n]*)? \d )
+    (?= [^\n]* ,[ ] ((so|say|else|I|about|around|at|perhaps)\b [^\n]*)? \d )
   """
 
 
@@ -1483,8 +1502,8 @@ KINDS = (
          r"|(enough|out of|no|any|available) credits|credit balance"
          r"|arrearage|overdue|freetieronly|budget.{0,20}exceeded|exceeded.{0,10}budget"
          r"|spend(ing)? limit|api usage limits|exceeded_current_quota)"),
-    # finish_reason or code "content_filter"; "Prompt blocked", "flagged by moderation"; a firewall's
-    # web page with status 403
+    # finish_reason or code "content_filter"; "Prompt blocked", "flagged by moderation"; the page of
+    # a firewall with status 403
     Kind("blocked", 1, "look at the prompt, or try another --model",
          r"finish_reason (content_filter|refusal|sensitive|safety|guardrail"
          r"|missing .*(block|filter))|403 \w* \s*<"

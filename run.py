@@ -525,16 +525,19 @@ def flattened(content: Json) -> Json:
 
 
 def default_directory(args: Namespace, config: Json) -> Path:
-    """runs/WORLD-METHOD-seedN-FLAGS-DIGEST. FLAGS are the given flags of Config and of the rule.
+    """runs/WORLD-METHOD-MODEL-seedN-FLAGS-DIGEST, without MODEL for the stand-in.
 
-    In place of METHOD experiments have their names.
+    In place of METHOD experiments have their names. FLAGS are given flags that shape the result.
     """
-    label = "+".join(args.experiment) or args.method
-    kind = args.world.partition(":")[0]
-    given = given_of(args, [*Config._fields, *envs.RULE])
-    suffix = "".join(f"-{field}{value}" for field, value in given.items())
-    # a file system takes names of at most 255 bytes
-    name = f"{kind}-{label}-seed{args.seed}{suffix}"[:200]
+    name = args.world.partition(":")[0] + "-" + ("+".join(args.experiment) or args.method)
+    if config["model"] != "offline":
+        name += "-" + quote(config["model"], safe="")
+    name += f"-seed{args.seed}"
+    given = given_of(args, ["episodes", "users", *Config._fields, *envs.RULE])
+    for field, value in given.items():
+        if value != DEFAULTS.get(field):
+            name += f"-{field}{value}"
+    name = name[:200]                   # a file system takes names of at most 255 bytes
     return Path("runs", f"{name}-{digest(dumps(config))[:6]}")
 
 

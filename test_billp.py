@@ -606,6 +606,13 @@ def test_a_planner_that_repeats_a_category_is_asked_again(thought, is_usable):
         assert (plan.result, plan.malformed) == (thought, 0)
 
 
+def test_a_later_line_may_tell_what_should_come_next():
+    tastes = prompts.Tastes(("War",), ("Comedy",), ())
+    chatty = "War was shown lately.\n\n**Comedy** should come next."
+    assert prompts.parse_planner(chatty, tastes) == "Comedy should come next."
+    assert isinstance(prompts.parse_planner(f"Thought: {chatty}", tastes), Malformed)
+
+
 def test_after_unreadable_replies_the_first_that_is_offered_is_taken():
     llm, asks = noting(scripted({"planner": [""], "actor": [""]}))
     plan, _ = billp.planner(STATE, EMPTY, llm, Config(retries=0))
@@ -853,6 +860,8 @@ Jaws | I thought of Alien and Heat.\n\nJaws ; They saw Alien and Heat.\n\nNow: J
 Jaws | I considered Alien, but it is too similar. I recommend Jaws. ; Not Alien, but Jaws. |
 Jaws | I'm sorry, I can't find a perfect match, but Jaws is the closest. |
 Jaws | 1. **Alien**\n2. **Jaws**\n\nOf these, Jaws fits best. ; Alien was rated low. Jaws is fine. |
+Jaws | - Alien [Horror]\n- Heat [Crime]\n\nBest fit: Jaws ; Alien or Heat is good. I'd opt for Jaws. |
+Jaws | They liked Heat, so Alien may do. But the answer is Jaws. ; Alien is old. Jaws is my pick. |
 Jaws | Sorry, but there is no War. The closest is Jaws. ; Since you liked Alien, watch Jaws |
 Jaws | 1. Alien (1979)\n2. Jaws (1975)\n3. Up (2009) ; After Alien the user will like Jaws. | Alien
 Jaws | Alien was shown. A film like Jaws would be a change. | Alien
@@ -923,6 +932,8 @@ reflector | **Lesson:** He left.\n\n**Better next time:** Up | He left. Better n
 reflector | - Lesson: He left.\n- Better next: Up | He left. Better next: Up
 reflector | Sad.\n### Better next\nUp ; Sad.\n**Better next:**\nUp | Sad. Better next: Up
 reflector | Reflection: Sad.\nNext category: Up | Sad. Next category: Up
+reflector | Sad.\nBetter choice: Up | Sad. Better choice: Up
+reflector | Sad.\n\nA better category: Up | Sad. A better category: Up
 reflector | Lesson: Sad.\n\n**Better next:** Action: fun | Sad. Better next: Action, fun
 reflector | Lesson: Like Up (Action 2: Up). Next: War | Like Up (Action 2 Up). Next: War
 critic | Value after step 3: 7.5 ; Value (at most 10): 7.5 ; 7,5 ; Value: about 7.5 of 10 | 7.5
@@ -940,6 +951,9 @@ critic | - Value if he stays: 8\n- Value if he leaves: 0\n\nValue: 7.5 | 7.5
 critic | Value: Based on 8 similar situations, 7.5 ; Value: With an average of 8.12, I say 7.5 | 7.5
 critic | Value: 7.5 on average ; Value: 7.5 if the user leaves ; Value: 7.5 average at step 4 | 7.5
 critic | 3 films rated 5. Value 7.5 ; 2 more steps, value 7.5. ; Of 3 I'd give it 7.5 | 7.5
+critic | Value: between 6.95 and 10.00, say 7.5 ; Value: slightly above 7.25, about 7.5 | 7.5
+critic | 1. The mean is 7.25.\n2. He rated 5.\n\nI set the value at 7.5. ; It lies around 7.5 | 7.5
+critic | The average is 7.25, the present value lies around 7.5 ; I see a value of 7.5, not 7. | 7.5
 critic | Value: −3 ; Value: -3 = 4 - 7 | -3.0
 """))
 def test_an_answer_is_read_without_its_wrapping(role, reply, value):
@@ -956,6 +970,8 @@ any | Free item: TITLE ; I'm sorry, but I can't help with that. ; \n ; ```\n``` 
 any | Unfortunately, I cannot determine the next category. ; I do not have enough information.
 any | My apologies, I am no expert. ; Unable to comply. ; I'm just a language model.
 any | I cannot discuss such films. ; I'm afraid I can't. ; I must respectfully decline.
+any | Cannot comply. ; I'd rather not say. ; It is not possible for me to recommend anything.
+any | I don't think I can help with this request. ; It would be inappropriate for me to choose.
 any | I cannot help with that. ; None of the above. ; The content was blocked. ; I won’t comply.
 """))
 def test_a_refusal_or_unfilled_form_is_malformed(role, reply):
@@ -1067,6 +1083,9 @@ def test_the_category_tool_by_hand():
 [Comedy] | Comedies next, because Drama was liked ; Comedy, explanation: Drama was liked
 [Comedy] | Avoiding War, I'd take Comedy ; Since Drama was shown, Comedy. They like Drama
 [Comedy] | War was shown. Comedies next ; After Drama, Comedy ; Other than Drama, Comedy
+[Comedy] | Comedy to balance the Drama and Sci-Fi films ; Comedy, as a break between Drama films
+[Comedy] | Based on the history of Drama, Comedy ; Of those not shown recently, Comedy fits
+[Comedy, Drama] | Comedy and Drama, to balance Sci-Fi
 [Comedy] | Why not Comedy? It was liked ; I have no doubt that Comedy fits best
 [War] | War again ; War again, because Comedy was liked ; Something new, because War was liked
 [Drama] | Drama next, not Sci-Fi. Keep away from: War, Sci-Fi.
@@ -2057,6 +2076,7 @@ def test_a_loaded_run_goes_on_with_unseen_users(tmp_path):
         load = ("--load", folder)
     assert len(set(learners)) == 12
     assert "--load" in refuse("--show", folder, "--prompts")
+    assert "reads no memories" in refuse(*SMALL, *load, "--method", "react", "--out", folder)
 
 
 def test_a_memory_knows_every_world_it_has_met(tmp_path):
