@@ -665,7 +665,7 @@ def items_alone(text: str, catalog: Catalog) -> list[int]:
             # The back of "My pick: The Lost World: Jurassic Park" is "Jurassic Park", but the line
             # names another film. A line such as "My pick: up" names none, because "up" may be an
             # ordinary word.
-            if part == line or not items_of_line or titled[0] in items_of_line:
+            if not items_of_line or titled[0] in items_of_line:
                 items += titled
                 break
     return items

@@ -860,7 +860,8 @@ Jaws | I thought of Alien and Heat.\n\nJaws ; They saw Alien and Heat.\n\nNow: J
 Jaws | I considered Alien, but it is too similar. I recommend Jaws. ; Not Alien, but Jaws. |
 Jaws | I'm sorry, I can't find a perfect match, but Jaws is the closest. |
 Jaws | 1. **Alien**\n2. **Jaws**\n\nOf these, Jaws fits best. ; Alien was rated low. Jaws is fine. |
-Jaws | - Alien [Horror]\n- Heat [Crime]\n\nBest fit: Jaws ; Alien or Heat is good. I'd opt for Jaws. |
+Jaws | jaws, because Alien was liked ; My pick: jaws, because Alien was liked |
+Jaws | - Alien [Horror]\n- Heat [Crime]\n\nBest fit: Jaws ; Alien is good. I'd opt for Jaws. |
 Jaws | They liked Heat, so Alien may do. But the answer is Jaws. ; Alien is old. Jaws is my pick. |
 Jaws | Sorry, but there is no War. The closest is Jaws. ; Since you liked Alien, watch Jaws |
 Jaws | 1. Alien (1979)\n2. Jaws (1975)\n3. Up (2009) ; After Alien the user will like Jaws. | Alien
@@ -920,6 +921,7 @@ planner | Thought #3: Comedy next ; Thought 3 (planning): Comedy next | Comedy n
 planner | Thought 3 - Comedy next ; Thought 3.\nComedy next ; Okay.\nComedy next | Comedy next
 planner | Sure, here is my thought:\nComedy next ; Answer: Next category: Comedy next | Comedy next
 planner | Category: Comedy next\nCategory: War ; War. Final Answer: Comedy next | Comedy next
+planner | Decision: Comedy next ; Recommended category: Comedy next | Comedy next
 planner | Action ; **Action** ; Next category:\n*Action*\nWhy not? | Action
 planner | Next category: Action: it was liked | Action: it was liked
 planner | Next category: War, because REASON: it is new | War, because REASON: it is new
@@ -953,7 +955,8 @@ critic | Value: 7.5 on average ; Value: 7.5 if the user leaves ; Value: 7.5 aver
 critic | 3 films rated 5. Value 7.5 ; 2 more steps, value 7.5. ; Of 3 I'd give it 7.5 | 7.5
 critic | Value: between 6.95 and 10.00, say 7.5 ; Value: slightly above 7.25, about 7.5 | 7.5
 critic | 1. The mean is 7.25.\n2. He rated 5.\n\nI set the value at 7.5. ; It lies around 7.5 | 7.5
-critic | The average is 7.25, the present value lies around 7.5 ; I see a value of 7.5, not 7. | 7.5
+critic | The average is 7.25, the value lies around 7.5 ; 1. He stays.\n\n7.5 fits | 7.5
+critic | Considering the average of 7.25, a slightly higher value of 7.5 seems right. | 7.5
 critic | Value: −3 ; Value: -3 = 4 - 7 | -3.0
 """))
 def test_an_answer_is_read_without_its_wrapping(role, reply, value):
@@ -1521,7 +1524,8 @@ def test_bad_or_malicious_files_are_refused(tmp_path, monkeypatch, name, content
 
 # ---------------------------------------------------------------------------------- endpoints
 
-PARTS = [{"type": "thinking", "text": "so"}, {"type": "text", "text": "hel"},
+PARTS = [{"type": "thinking", "text": "so"}, {"type": "reasoning_text", "text": "so"},
+         {"type": "text", "text": "hel"},
          {"type": "output_text", "text": "lo"}]
 ACTS = [
     completion(), completion(""), response("403", "flagged"),
@@ -1722,30 +1726,34 @@ def test_waits_double_are_bounded_and_end_with_the_run():
 
 
 def test_a_redirect_to_a_path_of_the_server_is_followed():
-    """It is remembered and told once. A circle ends."""
+    """It is remembered and told once. A second redirect is not followed."""
     seen = client(response("307", "", "Location: /x/?k=1"), base="http://a:1")
     assert seen.ask(ASK) == seen.ask(ASK) == GOOD
     assert [request.url.raw_path for request in seen.requests[1:]] == [b"/x/?k=1"] * 2
     assert seen.requests[1].content == seen.requests[0].content
     assert len(seen.notices) == 1 and "http://a:1/x/" in seen.notices[0]
-    circle = [response("308", "", f"Location: /{path}") for path in "xyx"]
-    assert "redirects to" in failure(client(*circle).ask, ASK)
+    chain = [response("308", "", f"Location: /{path}") for path in "xyy"]
+    assert "redirects to" in failure(client(*chain).ask, ASK)
 
 
 def test_a_busy_server_is_outlasted_while_it_answers_others():
-    """40 refusals in a row, in which another ask is answered after every tenth."""
+    """Of 40 refusals each tenth is followed by the answer to another ask. Then 17 more end it."""
     refusals, waits = [], []
 
     def answer(request):
-        if b"other" in request.content or len(refusals) == 40:
+        if b"other" in request.content or len(refusals) == most:
             return completion()
         refusals.append(request)
-        if len(refusals) % 10 == 0:
+        if len(refusals) in (10, 20, 30, 40):
             model(ASK._replace(messages=(("user", "other"),)))
         return response("429")
     model = prompts.openai("http://a", "m", sleep=waits.append, notice=print,
                            transport=httpx.MockTransport(answer))
+    most = 40
     assert model(ASK) == GOOD and min(waits[5:]) > 5
+    refusals.clear()
+    most = 999
+    assert "--workers" in failure(model, ASK) and len(refusals) == 40 + 17 - 1
 
 
 # `acts` are the answers to the requests of one ask: "abort" is asked four times
@@ -2011,6 +2019,13 @@ def test_the_summary_tells_what_the_episodes_hold(finished):
     assert summary["reflections"] == summary["calls"]["reflector"]["calls"] == 4
 
 
+def test_empty_replies_are_counted_by_the_start_of_their_reason():
+    live = run.new_live()
+    for end in "ab":
+        run.counted(lambda ask: Reply("", reason=80 * "x" + end), live, ASK)
+    assert live.stats == {f"empty: {80 * 'x'}": 2}
+
+
 def test_useless_replies_are_counted(tmp_path, monkeypatch):
     """Each reply is malformed 3 times. Then the fallback answers, which names no item."""
     monkeypatch.setattr(prompts, "offline", scripted(dict.fromkeys(REPLIES, [""])))
@@ -2188,6 +2203,11 @@ def test_flags_reach_what_they_name():
     place = run.build_place(run_settings)
     assert [getattr(place.env, name) for name in envs.RULE] == [2, 0.3, 0, 3, 7]
     assert len(place.held_out) == 9
+    args = run.parse("--base-url x --model a/b --users 9 --episodes 50 --beta 0.5".split())
+    assert args.models_asked == ["a/b"]
+    name = run.default_directory(args, {"model": "a/b"}).name
+    assert name.startswith("films-billp-a%2Fb-seed0-users9-beta0.5-")
+    assert run.parse("--experiment table6 --base-url x --model m".split()).models_asked == ["m"]
     config = settings_of("--method act --thoughts --lessons latest").config
     assert config == billp.Config(lessons="latest", experience=False)._asdict()
 
@@ -2366,9 +2386,11 @@ def test_a_failure_among_many_threads_is_one_line(finished, tmp_path):
         time.sleep(0.2)
     with endpoint(act) as server:
         flags = (*SMALL, "--workers", 2, "--out", tmp_path)
-        line = refuse(*flags, OPENAI_API_KEY=SECRET, OPENAI_MODEL="m", OPENAI_BASE_URL=server.url,
-                      OPENAI_API_BASE="http://127.0.0.1:9")
-    assert line.startswith(f"run.py: {server.url}") and "OPENAI_API_KEY" in line
+        code, _, err = command(*flags, OPENAI_API_KEY=SECRET, OPENAI_MODEL="m",
+                               OPENAI_BASE_URL=server.url, OPENAI_API_BASE="http://127.0.0.1:9")
+    *_, line = err.splitlines()
+    assert code == 2 and line.startswith(f"run.py: {server.url}") and "OPENAI_API_KEY" in line
+    assert f"endpoint  requests: {len(server.asked)}\n" in err and SECRET not in err
     assert len(server.asked) < 5                # no other call begins; a session has 2 or more
 
 
