@@ -73,7 +73,8 @@ class Ask(NamedTuple):
     role: str                       # planner, actor, critic or reflector; "embed" in logs only
     key: Key                        # () for "embed"
     messages: tuple[tuple[str, str], ...]       # pairs (role, text), the system's first
-    # The log finds an embedding by the hash of an Ask with these two defaults: do not change them.
+    # `recorded_embed` makes an Ask with these defaults for each text, and the log knows it by its
+    # hash. With other defaults old logs would be useless.
     max_tokens: int = 256
     temperature: float = 0.5
 
@@ -250,8 +251,8 @@ def spoken(text: str) -> str:
     return "\n".join(line for line in lines if line and not re.fullmatch(FENCE, line))
 
 
-# the labels after which a thought, an item or a reflection may stand
-# before any of the three: "Answer:", "Final choice:", "Best fit:", "My recommendation:"
+# The labels after which a thought, an item or a reflection may stand. ANSWER_LABELS are labels of
+# all three: "Answer:", "Final choice:", "Best fit:", "My recommendation:".
 ANSWER_LABELS = (r"((final|best|my|selected|recommended|chosen)[ ]\w+|answer|choice|pick"
                  "|selection|decision|conclusion)")
 THOUGHT_LABELS = f"thought|next[ ]category|category|{ANSWER_LABELS}"
@@ -290,7 +291,7 @@ HEADING = rf"""(?imx)
 
 
 def with_colons(text: str) -> str:
-    """The text in which each heading became its label and a colon, without marks and number.
+    """The text with each heading written as its label and a colon, without marks and number.
 
     >>> with_colons("**Action 3**\\nUp")
     'Action:\\nUp'
@@ -302,8 +303,8 @@ def segment(text: str, labels: str) -> str:
     """The text after the earliest of these labels that has text behind it; "" if none has.
 
     Models often play several turns in one reply: only the first counts. So the text ends at the
-    next label of TURN_LABELS. It also ends where its own label comes again, but not when an item is
-    looked for: "Title: Up", "Title: Heat" may be a list.
+    next label of TURN_LABELS. A thought or a reflection also ends where its own label comes again.
+    An item does not: "Title: Up", "Title: Heat" may be a list.
 
     >>> segment("Thought 1: a comedy. Action 1: Up", THOUGHT_LABELS)
     'a comedy.'
@@ -374,13 +375,13 @@ def unmarked(line: str) -> str:
     >>> unmarked('- **"Up"** is fun'), unmarked('1. "Up" is fun'), unmarked("...")
     ('Up is fun', 'Up is fun', '')
     """
-    # This stands after the label of a JSON reply:
-    #     War", "reason": "new"}      It becomes      War, reason: new"}
+    # In a JSON reply the text after the label looks like      War", "reason": "new"}
+    # and is rewritten to      War, reason: new"}
     line = re.sub(r'",\s*"(\w+)":\s*"', r", \1: ", clean(line))
     content = re.sub(r"^\d{1,2}[.)]( |$)|[*`]|__", "", line).strip(' _#>-•"{}')
     if not re.search(r"\w", content):
         return ""
-    # An odd number of quotes: one has lost its partner, so all are dropped.
+    # The strip above may have taken one quote of a pair. Then all quotes are dropped.
     has_unpaired_quote = content.count('"') % 2 == 1
     if has_unpaired_quote:
         content = content.replace('"', "")
@@ -406,10 +407,11 @@ def first_line(text: str, preamble_ends: str = ":!") -> str:
 def labelled(text: str, labels: str) -> str:
     """The first line after one of these labels.
 
-    If there is none, it is the first line of what stands before the first label (of the whole reply
-    if it has no label). It is "" if there is no such line, if the text after the label (or the
-    reply, if there is none) is a refusal, or if the line is a copy of the form asked for, such as
-    "CATEGORY, because REASON".
+    Without such a label it is the first line before any other label. A reply without labels is read
+    from its start. The result is ""
+    - if there is no such line
+    - if the text that is read is a refusal
+    - if the line is a copy of the form asked for, such as "CATEGORY, because REASON"
 
     >>> labelled("Thought 3: a comedy\\nAction 3: Up", THOUGHT_LABELS)
     'a comedy'
@@ -426,8 +428,8 @@ def labelled(text: str, labels: str) -> str:
     before_labels = text[:first_label.start("name")] if first_label else text
     # After a label a line such as "Comedy!" is an answer and no preamble.
     line = first_line(answer, preamble_ends=":") or first_line(before_labels)
-    # A copy holds CATEGORY or "because REASON". (?<!X) and (?!X) leave out two answers: "NEXT
-    # CATEGORY: WAR", and "because REASON: it is new", where the word is a heading.
+    # A copy holds CATEGORY or "because REASON". Two answers are no copies: "NEXT CATEGORY IS WAR",
+    # hence (?<!NEXT ), and "because REASON: it is new", hence (?!:).
     has_placeholder = re.search(r"((?<!NEXT )\bCATEGORY|(?i:because) REASON)\b(?!:)", line)
     return "" if has_placeholder else line
 
@@ -586,9 +588,11 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     longer = re.match(LONGER_TITLE, rest)
     if year:                            # "Alien 1979"
         items = of_year(items, int(year[0]), catalog)
-        return items, size + bool(items)        # the year is skipped with the title
+        if items:
+            size += 1                   # the year is skipped with the title
+        return items, size
     if longer:
-        # A title, more words, a year. If the words begin another title, as in "Alien Jaws 1975",
+        # A title, more words, a year. If these words begin another title, as in "Alien Jaws 1975",
         # Alien is meant. Otherwise they belong to a longer title, and its year decides: "Léon The
         # Professional 1994", "Star Wars Episode IV A New Hope 1977".
         next_items, _ = leading_title(behind, catalog)
@@ -601,11 +605,12 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
 
 
 # "like" compares, but not in "I'd like Up", "you would, might, may or will like Up" or "they also
-# like Up", nor in "a film like Up would be new". (?<!X) means "not after X". Each word needs one of
-# its own, because X must have a fixed length.
+# like Up", nor in "a film like Up would be new". (?<!X) means "not after X". Each word has its own,
+# because Python allows no words of different lengths in one.
 COMPARING_LIKE = (r"(?<!['’]d )(?<!['’]ll )(?<!would )(?<!might )(?<!may )(?<!will )(?<!also )"
                   r"like(?![^.,;\n]* would\b)")
-# Words that begin a reason or a comparison. "as" needs a pronoun or "the" behind it: "Life as a
+# Words that begin a reason or a comparison. Case counts: "Than" and "Like" are usually part of a
+# title. "as" needs a pronoun or "the" behind it: "Life as a
 # House" is a title.
 REASON_OR_COMPARISON = (
     r'(?<![\w-])(?:[Bb]ecause|[Rr]eason["\s*_]*:|[Ee]xplanation["\s*_]*:|unlike|than|since'
@@ -662,9 +667,9 @@ def items_alone(text: str, catalog: Catalog) -> list[int]:
             titled, words_used = leading_title(words, catalog)
             if not titled or words_used < len(words):
                 continue
-            # The back of "My pick: The Lost World: Jurassic Park" is "Jurassic Park", but the line
-            # names another film. A line such as "My pick: up" names none, because "up" may be an
-            # ordinary word.
+            # A part does not count if the whole line names other films: the back of "My pick: The
+            # Lost World: Jurassic Park" is "Jurassic Park". It counts if the line names none: in
+            # "My pick: up" `items_within` skips the ordinary word.
             if not items_of_line or titled[0] in items_of_line:
                 items += titled
                 break
@@ -673,7 +678,7 @@ def items_alone(text: str, catalog: Catalog) -> list[int]:
 
 # Clauses about items that are not recommended
 ASIDES = r"""(?ix)
-    # from such a word to the next punctuation mark, "but" or "and":
+    # from one of the words below to the next punctuation mark, "but" or "and":
     #     "Not Jaws, ..." · "Neither Jaws nor Up," · "I'd skip Jaws and ..."; but "Why not Up?"
     \b ( (?<!why[ ])not | do(n['’]?t|[ ]not)[ ]recommend | neither | instead[ ]of | rather[ ]than
        | skip | avoid | unlike )\b ( (?![ ](but|and)[ ]) [^,.;:!?\n] )*
@@ -749,8 +754,8 @@ def ground(text: str, catalog: Catalog, exclude: Collection[int] = (),
            listed: Collection[str] = ()) -> tuple[int, bool]:
     """The item that a text stands for, and whether the text names it.
 
-    `listed` holds the lines that the model was to choose from; it is empty if any free item was
-    allowed. The possible items, the likeliest first:
+    `exclude` holds the items that are taken. `listed` holds the lines that the model was to choose
+    from; it is empty if any free item was allowed. The possible items, the likeliest first:
     - The items named and not excluded.
     - If all items named are excluded: the free items; those nearest to the categories of the first
       named item come first. They are of its kind. Those near to its title would be spelled like it.
@@ -881,8 +886,9 @@ def render_planner(lessons: Sequence[str], tastes: Tastes, lately: int) -> str:
 def parse_planner(text: str, tastes: Tastes | None = None) -> str | Malformed:
     """The thought, one line.
 
-    With `tastes` it is malformed if it names one of `tastes.recent` and none of `tastes.other`,
-    unless that is empty. Categories in a reason or after words such as "avoid" do not count.
+    With `tastes` it is malformed if it names one of `tastes.recent` and none of `tastes.other`, as
+    long as there are others. Categories in a reason or after words such as "avoid" do not count. In
+    a reply without labels a later line that names one of `tastes.other` is then taken instead.
 
     >>> parse_planner("War, because I like it", Tastes(("War",), ("Comedy", "Drama"), ()))
     Malformed(reason='War came lately, the choice is Comedy, Drama')
@@ -897,7 +903,6 @@ def parse_planner(text: str, tastes: Tastes | None = None) -> str | Malformed:
         plan = plan_of(thought)
         shown_lately = tags_named_in(plan, tastes.recent)
         if shown_lately and not tags_named_in(plan, tastes.other):
-            # a chatty reply without labels may tell in a later line what should come
             lines = [] if IN_LINE.search(text) else text.splitlines()
             for line in map(unmarked, lines):
                 if tags_named_in(plan_of(line), tastes.other):
@@ -975,7 +980,8 @@ Evidence = Counter
 
 # Evidence is shrunk to the average: this many trials with average success are added for each item.
 # Most verdicts come from users of another taste: a few must not move an item far. We tried 2, 4, 8,
-# 16 and 32. 8 was best in a simulation that picks each place of the list as often as a 1.5B model.
+# 16 and 32. 8 was best in a simulation that picks the first, second, ... item as often as a 1.5B
+# model did.
 ADDED_TRIALS = 8
 
 
@@ -987,7 +993,7 @@ def average_chance(evidence: Evidence) -> float:
     >>> average_chance(Counter({("Up", 1): 2, ("Big", 0): 1}))
     0.6
     """
-    encouraged = sum(verdict * times for (_, verdict), times in evidence.items())
+    encouraged = sum(times for (_, verdict), times in evidence.items() if verdict)
     return (encouraged + 1) / (evidence.total() + 2)
 
 
@@ -1060,8 +1066,8 @@ UNWANTED = (r"(?i)\b(avoid(ing)?|keep away from|without(?! (a |any )?doubt)"
             r"((?! but |, so |, I\b)[^.;:])*"
             r"|\b(instead of|(rather|other) than|anything but|nothing like"
             r"|(do|does|should)n['’]?t)\b[^.;,]*")
-# A parenthesis or a dash begins a reason, too. After the colon of "reason:" there is no \b, hence
-# (?!\w).
+# A parenthesis or a dash begins a reason, too. After the colon of "reason:" there is no \b, so
+# (?!\w) is used.
 REASON_OF_PLAN = (r"(?i)\b(?:because|since|(?<!such )as|given|considering|which|due to|reason:"
                   r"|explanation:)(?!\w)|\(| [–—-] ")
 
@@ -1081,13 +1087,13 @@ def plan_of(thought: str) -> str:
 def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     """The categories that a thought asks for, written as in item lines. Without any: its words.
 
-    What it wants to avoid does not count. If nothing else is left, the result is "". Of the
-    categories that the thought names, these are taken:
-    1. those that its first sentence begins with, or else those in this sentence, before a reason,
-       that were not shown lately
-    2. or else those anywhere before the first reason
-    3. or else those anywhere
-    2 and 3 leave out those shown lately if others remain.
+    What it wants to avoid does not count. If nothing else is left, the result is "". The first of
+    these that names a category counts:
+    1. The first sentence before a reason. If it begins with categories, only these count. Those
+       shown lately never count here.
+    2. All before the first reason.
+    3. The whole thought.
+    In 2 and 3 categories shown lately count only if no others are named.
 
     >>> wish_of("Comedy to balance War", ["Comedy", "War"], [])
     '[Comedy]'
@@ -1104,12 +1110,14 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     begun = re.match(rf"(?i)([^\w.;!?]*(and |or )?({names})s?\b)+", first_sentence)
     if begun:                       # "Comedy, Drama" of "Comedy, Drama to balance War"
         first_sentence = begun[0]
+    fresh = [tag for tag in tags_named_in(first_sentence, tags) if tag not in recent]
+    if fresh:
+        return in_brackets(fresh)
     plan_and_reason = re.sub(UNWANTED, " ", thought)
-    # 1 never takes categories shown lately; 2 and 3 take them if they name nothing else
-    for part, recent_if_alone in ((first_sentence, False), (plan, True), (plan_and_reason, True)):
+    for part in (plan, plan_and_reason):
         named = tags_named_in(part, tags)
         fresh = [tag for tag in named if tag not in recent]
-        if fresh or (named and recent_if_alone):
+        if named:
             return in_brackets(fresh or named)
     # a sentence that was left out leaves its full stop
     return clean(plan_and_reason).strip(" .")
@@ -1187,7 +1195,8 @@ def render_critic(targets: Sequence[tuple[str, float]], expected: float, as_befo
 # In the patterns with (?ix) or (?imx), and in SUMS, spaces and comments do not count.
 # "7", "7.5", "7,5", "-1", ".5"
 NUMBER = r"(?P<number>[-−]?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
-# SUMS skips a calculation: up to nine times words, a formula and "=". It ends after the last "=":
+# SUMS skips a calculation: words, a formula and "=", all this up to nine times. It ends after the
+# last "=":
 #     "V = 4 + 0.5 * 5 = 6.5"        skips "V =", then "4 + 0.5 * 5 ="
 #     "7.5 = 4 + 3.5"                skips nothing: a number alone before "=" is the value
 SUMS = r"""(?:
@@ -1236,8 +1245,8 @@ GUESS = rf"""(?ix)
 NUMBER_AT_END = rf"(?imx) (^ | [:=≈：] | \b(value|it)\b) [\s*_$`]* {NUMBER} [ *_$`.]* \Z"
 # a number that is not the answer; NUMBER has a name, so a pattern can hold it only once
 AMOUNT = r"\d+([.,]\d+)?"
-# What is left out: "7.5 out of 10", "7.5 because we are at step 4", "between 7 and 8, 7.5", and the
-# numbers of a list, "1. The mean is 8".
+# What is left out: "7.5 out of 10" becomes "7.5", "7.5 because we are at step 4" becomes "7.5",
+# "between 7 and 8, 7.5" becomes ", 7.5", and "1. The mean is 8" loses the number of the list.
 # A reason with a colon stays: "because the user likes it: 7.5". (?!.*[:=：]): no colon follows.
 LEFT_OUT = (rf"(?i)(?<=\d),? ((out of|of a maximum of|at most) {AMOUNT}"
             r"|(because|since|given|as)\b[^,.;:=：\n]*(?!.*[:=：]))"
@@ -1409,8 +1418,9 @@ def offline_reflector(history: str, transcript: str, question: str, draw: int) -
     """Why the user left (similar items too close together, or a disappointment), and a rule.
 
     A gap is the number of steps from an item back to the nearest similar one.
-        safe_gap    the smallest gap of any item but the last. The user stayed at all of those, so
-                    no larger gap is needed. `gaps_between` gives 9 where it sees no similar item.
+        safe_gap    the smallest gap of all items except the last. The user stayed at all of
+                    those, so no larger gap is needed. `gaps_between` gives 9 where it sees no
+                    similar item.
         advised     the gap that the session's thoughts asked for, but at most `safe_gap`. If the
                     last gap is below `safe_gap`, it is taken for the cause: then at least one step
                     more than the last gap is advised.
@@ -1477,8 +1487,8 @@ class Kind(NamedTuple):
     tries: int                      # a request is given up after this many faults of the kind
     remedy: str                     # what the user can do after the last one
     pattern: str                    # a regular expression for "LABEL ADVICE BODY", see KINDS
-    # The run ends after this many asks with this kind of fault since the last text. Each of them
-    # but the last gets an empty reply. 1 is for faults that the user has to mend first.
+    # The run ends after this many asks with this kind of fault since the last text. All of them
+    # except the last get an empty reply. 1 is for faults that the user must correct first.
     patience: int = 1
 
 
@@ -1531,7 +1541,7 @@ KINDS = (
          r"context.{0,20}(length|size|window|limit)|too many tokens"
          r"|(prompt|input|request).{0,40}too (long|large|big)|(prompt|input).{0,40}exceed"
          r"|reduce the length|less than \d+ tokens|longer than the maximum)"
-         # a 500 on a "request" that exceeds something often means a time or a number
+         # without 500: there "request ... exceeds" often means a time or a number
          r"|(400|422) .*(request.{0,40}exceed|input_too_large|prompt length"
          r"|\+ \W?max_new_tokens|input length should)"),
     # "max_tokens must be at most 4096"
@@ -1651,7 +1661,9 @@ def new_fault(route: Route, label: str, shown: str, searched: str = "") -> Fault
     with the label and `shown`.
     """
     reason = clean(starred(route, f"{label} {shown}"), 300)
-    if len(route.key) > 3:          # in messages the key is starred even if it is an ordinary word
+    # In messages the key is starred even if it is an ordinary word. A key of up to three characters
+    # would star parts of words, and an empty one would star everything.
+    if len(route.key) > 3:
         reason = reason.replace(route.key, "***")
     text = f"{label} {searched or shown}"
     # the last kind fits all
@@ -1728,7 +1740,11 @@ def secrets_of(url: Any, headers: dict) -> list[str]:
         escaped = json.dumps(secret)[1:-1]              # as it stands in a JSON body
         secrets += [escaped, escaped.replace("/", r"\/")]
     # Shorter ones are ordinary words, such as "none", EMPTY or "message", and may stand in answers.
-    long_enough = [text for text in secrets if len(text) >= (16 if text.isalpha() else 6)]
+    long_enough = []
+    for secret in secrets:
+        shortest = 16 if secret.isalpha() else 6        # letters alone may be a word
+        if len(secret) >= shortest:
+            long_enough.append(secret)
     # One may be part of another: the longest is starred first.
     return sorted(long_enough, key=len, reverse=True)
 
@@ -1785,12 +1801,13 @@ def asked_wait(headers: Any, text: str) -> float:
     try:                        # a date such as "Wed, 21 Oct 2026 07:28:00 GMT"
         return parsedate_to_datetime(after).timestamp() - time.time()
     except MISSHAPEN:
-        in_body = re.search(DELAY, text)
-        return float(in_body["seconds"]) if in_body else 0.0
+        pass                    # no header, or no date in it
+    in_body = re.search(DELAY, text)
+    return float(in_body["seconds"]) if in_body else 0.0
 
 
 def decoded(text: str) -> dict:
-    """The JSON object in a body. Some servers stream unasked: the pieces are joined to one answer.
+    """The JSON object in a body. If a server streams all the same, the pieces are joined.
 
     A stream has lines such as
         data: {"choices": [{"delta": {"content": "Al"}}]}
@@ -1852,8 +1869,9 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
 def redirected(route: Route, response: Any) -> Fault:
     """The Fault in a redirect.
 
-    It is followed to another path of the same server: the key must not go to a server that the user
-    did not give. Some redirects turn POST into GET, which is of no use.
+    `moved_to` is set if `adapt` may follow it: to another path of the same server, because the key
+    must not go to a server that the user did not give. Some redirects turn POST into GET, which is
+    of no use.
     """
     request, old = response.next_request, response.request.url
     new = request.url
@@ -1957,6 +1975,7 @@ def adapt(route: Route, sent: dict, fault: Fault) -> bool:
 def pause(route: Route, fault: Fault, faults: int) -> None:
     """Wait as long as the server asks, at most LONGEST_WAIT, and never less than our own wait.
 
+    After 408, 409, 429 and 5xx a longer wait has ended the run before.
     Ours is 0.5 s after the first fault. It doubles with each fault, up to 8 s. Up to a quarter of
     it is taken off at random, so that threads do not all come back at once.
     """
@@ -1973,7 +1992,7 @@ def send(route: Route, body: dict, read: Callable) -> Any:
     charge = CHARGE.get()
     tried = Counter()
     faults = 0
-    answers = route.answers
+    answers_seen = route.answers
     while True:
         sent = accepted(route, body)
         got = send_once(route, sent, read)
@@ -1983,9 +2002,10 @@ def send(route: Route, body: dict, read: Callable) -> Any:
         is_adapted = adapt(route, sent, got)    # at most once for each name, and for the address
         if not is_adapted:
             faults += 1
-            # A busy server that answers other requests gets to this one, too.
-            if got.kind.name == "busy" and route.answers > answers:
-                answers = route.answers
+            # The server has answered other requests since the last fault. So it will get to this
+            # one, too, and its tries start again.
+            if got.kind.name == "busy" and route.answers > answers_seen:
+                answers_seen = route.answers
                 tried.clear()
             tried[got.kind] += 1
             if tried[got.kind] == got.kind.tries:
@@ -2022,7 +2042,7 @@ def read_chat(route: Route, ask: Ask, data: dict) -> Any:
     """The reply in a chat completion, or the Fault that tells why there is none.
 
     A text counts, even if max_tokens cut it. It does not count if an error or a filter broke it
-    off. A refusal counts only without a text.
+    off. A refusal counts only without a usable text.
     """
     system = data.get("system_fingerprint")
     if system:
@@ -2054,9 +2074,11 @@ def read_chat(route: Route, ask: Ask, data: dict) -> Any:
         if finish == "length":
             tell(route, "length", "a reply was cut, because it is longer than --reply-tokens")
         return Reply(text, usage)
-    # no text, or one that was broken off, for example "finish_reason length" "and no text"
+    # no text, or one that was broken off: "finish_reason length and no text"
     label = "refusal" if refusal else finish
-    reason = refusal or choice.get("error") or ("and half a text" if text else "and no text")
+    reason = refusal or choice.get("error")
+    if not reason:
+        reason = "and half a text" if text else "and no text"
     return new_fault(route, f"finish_reason {label}", str(reason))._replace(usage=usage)
 
 
@@ -2122,7 +2144,8 @@ def embedded_rows(route: Route, expected: int, data: dict) -> Any:
     except MISSHAPEN:
         pass                    # not all are numbers, or the rows differ in length
     return new_fault(route, "embeddings",
-                     f"{len(rows)} for {expected} texts, or a row is zero, infinite or no numbers")
+                     f"{len(rows)} for {expected} texts, or a row is all zeros, infinite or not "
+                     "numbers")
 
 
 def embeddings(base_url: str, model: str, key: str | None = None, **options: Any) -> Embed:
@@ -2235,6 +2258,7 @@ def unlogged(asked: Any) -> Any:
 
     It is reached only if the log lacks an answer, and raises an EndpointError.
     """
+    # the first two: role and key of an Ask, or two texts
     raise EndpointError(f"the log lacks an answer to {clean(str(asked[:2]), 99)}: run without "
                         "--replay, or with the flags it was recorded with")
 

@@ -56,8 +56,8 @@ class UserError(Exception):
 
 
 # errors that `main` reports in one line
-MENDABLE = (UserError, prompts.EndpointError, envs.BadData, OSError, MemoryError,
-            futures.BrokenExecutor)
+ONE_LINE_ERRORS = (UserError, prompts.EndpointError, envs.BadData, OSError, MemoryError,
+                   futures.BrokenExecutor)
 STAND_IN = ("offline, a rule-based stand-in: it shows the mechanism at work "
             "and is no evidence about real models")
 WORLDS = "films, csv:DIR, movielens:DIR, fitted:DIR, steam:DIR, amazon:DIR"
@@ -93,9 +93,9 @@ FLAGS = {                               # group -> flag -> what it does
     },
     "look at a finished run": {
         "show": "print one episode of this run directory",
-        "pick": "before, learn or after: the last episode of this phase; after:3: number 3 of it, "
+        "pick": "PHASE (before, learn or after) takes its last episode, PHASE:N its episode N, "
                 "counted from 0 (default: the last of learn, or else of the run); with --load, "
-                "learn is numbered on from the loaded run",
+                "learn continues the numbers of the loaded run",
         "prompts": "print the prompts of the episode and their replies",
     },
     "experiments": {
@@ -166,6 +166,7 @@ HIGHEST = {
 # and Env then use their own defaults.
 DEFAULTS = {
     "episodes": 50, "users": 50, "method": "billp", "world": "films", "seed": 0, "seeds": 5,
+    # workers: 0 stands for the number that the help names
     "workers": 0, "timeout": 300.0, "header": (), "extra_body": {}, "max_calls": MANY,
     "replay": False, "prompts": False}
 EXAMPLES = """\
@@ -259,7 +260,7 @@ def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
     """Flags that have no effect here, each group with the reason. `parse` refuses them."""
     of_show = FLAGS["look at a finished run"].keys()
     if args.show:
-        yield args.given.keys() - of_show, "beside --show"
+        yield args.given.keys() - of_show, "with --show"
         return
     yield of_show, "without --show"
     if args.models_asked == ["offline"]:
@@ -267,25 +268,26 @@ def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
     else:
         yield ["cluster"], "with a real model"
     if args.models:
-        yield ["model"], "beside --models"
+        yield ["model"], "with --models"
     if args.method in envs.POLICIES:
         # Policies ask no model and keep no memory. Of these flags only gamma is used, by a2c.
         unused = {"model", "load", "workers", *FLAGS["roles and memories"]}
         if args.method == "a2c":
             unused.remove("gamma")
-        yield unused, f"beside {args.method}"
+        yield unused, f"with {args.method}"
     if not args.experiment:
         yield FLAGS["experiments"], "without --experiment"
         return
     # each row sets its method and these switches, and starts without memories
-    yield ["method", "load", "thoughts", "lessons", "experience", "baseline"], "beside --experiment"
+    yield ["method", "load", "thoughts", "lessons", "experience", "baseline"], "with --experiment"
     if args.cluster:
-        yield ["workers"], "beside --cluster"
+        yield ["workers"], "with --cluster"
     varied = {EXPERIMENTS[name].varied for name in args.experiment}
     if "model" not in varied:
         yield ["models"], "without --experiment table6"
-    if len(varied) == 1:                # with more experiments some do use the flag
-        # --model is the one model of table6 if --models is missing
+    # If all experiments vary the same flag, its value is never used. --model is an exception: it is
+    # the one model of table6 if --models is missing.
+    if len(varied) == 1:
         yield varied - {"model"}, "here: the experiment varies it"
     if args.experiment == ["fig4"]:
         yield ["users"], "here: the experiment takes two users"
@@ -401,7 +403,7 @@ def given_of(args: Namespace, names: Iterable[str]) -> Json:
 
 
 def embedding_of(args: Namespace) -> str:
-    """The embedding that the flags or the environment name."""
+    """The embedding that flags or environment name. UserError if the model cannot use it."""
     # The models of table6 share one embedding. If the stand-in is among them, it is the trigrams.
     if "offline" in args.models_asked:
         if args.embed_model:
@@ -449,7 +451,7 @@ def settings(args: Namespace, saved: Json) -> Settings:
 
 @cache                  # fitting ratings is slow: runs of one world and seed do it once
 def load_world(name: str, seed: int) -> envs.Env:
-    """A world by its name on the command line."""
+    """A world by its name on the command line. UserError if there is none of this name."""
     kind, _, folder = name.partition(":")
     if name == "films":
         return envs.films(seed)
@@ -471,8 +473,8 @@ class Place(NamedTuple):
 def build_place(run: Settings) -> Place:
     """The world of a run under its rule of leaving, with its users.
 
-    UserError if they are too few. A policy draws its learners itself, each as often as needed, so
-    for it they are never too few.
+    UserError if learners or held-out users are too few. A policy never has too few learners: it may
+    draw one several times.
     """
     env = load_world(run.world, run.seed)._replace(**run.rule)
     # The agent learns from the first env.learners users. The others are held out.
@@ -507,7 +509,7 @@ def write(path: Path, content: str) -> None:
 
 
 def read_object(path: Path) -> Json:
-    """The JSON object in a file; an empty one where there is no file."""
+    """The JSON object in a file, empty without a file. UserError for other content."""
     if not path.exists():
         return {}
     try:
@@ -545,7 +547,7 @@ def run_directory(args: Namespace, config: Json) -> Path:
     """The directory of this run, made if need be.
 
     UserError if it holds another run or the files of another program, or no log to replay. A run
-    that got no answer, such as one with a mistyped model, may be replaced: it left nothing but its
+    that got no answer, such as one with a mistyped model, may be replaced: it left only its
     config.json.
     """
     path = args.out or default_directory(args, config)
@@ -553,8 +555,8 @@ def run_directory(args: Namespace, config: Json) -> Path:
     names = {file.name for file in path.rglob("[!.]*") if file.is_file()}
     earlier = read_object(path / "config.json")
     is_run = set(Settings._fields) <= earlier.keys()
-    is_empty = names <= {"calls.jsonl"}     # a log may have been copied there
-    if not is_run and not is_empty:
+    holds_log_at_most = names <= {"calls.jsonl"}        # a log may have been copied there
+    if not is_run and not holds_log_at_most:
         raise UserError(f"{path} is not empty and holds no run; choose another --out")
     # an experiment has fields that a run lacks, so the fields of both are compared
     fields, earlier_fields = flattened(config), flattened(earlier)
@@ -612,9 +614,10 @@ def learners_met(saved: Json, world: str, seed: int) -> int:
 
     UserError if the memory may have learned from users that this seed holds out.
     """
-    # In worlds of ratings the seed decides who is held out. Two folders may hold the same ratings,
-    # so their names are not compared. In films each seed has users of its own, and in steam and
-    # amazon the files decide. In these three a memory cannot know a held-out user.
+    # In worlds of ratings the seed decides who is held out, so a memory of another seed may know
+    # them. The names of the folders do not matter, because two may hold the same ratings.
+    # In films each seed has users of its own. In steam and amazon the files decide who is held out.
+    # So in these three a memory cannot know a held-out user.
     for earlier_world, earlier_seed in saved["met"]:
         kinds = {name.partition(":")[0] for name in (world, earlier_world)}
         if kinds.issubset(OF_RATINGS) and seed != earlier_seed:
@@ -643,8 +646,8 @@ class Live(NamedTuple):
     # "asked": new answers of endpoints; "known": answers of logs; "empty: REASON": replies without
     # a text. A prompts.Route adds "requests", "retries: KIND" and "system_fingerprint".
     stats: Json
-    # of the episodes finished so far: malformed, fallbacks, actions, and unnamed, which are actions
-    # that named no free item
+    # of the episodes finished so far: malformed, fallbacks, actions, and ungrounded, which are
+    # actions that named no free item
     replies: Counter
     failures: list[Exception]   # the first error of a model's call, if there was one
     stop: Event                 # set when no further call shall begin
@@ -743,7 +746,7 @@ def count_replies(trajectory: Trajectory, replies: Counter) -> None:
     for answer in answers:
         replies["malformed"] += answer.malformed
         replies["fallbacks"] += answer.fallback
-        replies["unnamed"] += not answer.exact      # only an actor's answer can be inexact
+        replies["ungrounded"] += not answer.exact      # only an actor's answer can be inexact
 
 
 def watched(pmap: Callable, run: Settings, live: Live) -> Callable:
@@ -808,7 +811,8 @@ def perform(run: Settings, place: Place, agent: Agent, llm: LLM, embed: Embed, p
             played = ()
             batches = billp.train(catalog, place.learners, llm, run.seed, agent, config, pmap,
                                   run.first)
-            for agent, batch in batches:        # the next phase plays with the last agent
+            for learned, batch in batches:
+                agent = learned                 # the next phase plays with the last one
                 played += batch
         else:
             played = billp.evaluate(catalog, place.held_out, agent, llm, run.seed, phase, config,
@@ -846,13 +850,13 @@ def summarise(run: Settings, outcome: Outcome, live: Live, began: float) -> Json
     content_of_run = run._asdict()
     rule = content_of_run.pop("rule")
     return content_of_run | {
-        "config": run.config | rule,            # all that flags set, in one object
+        "config": run.config | rule,            # the fields of Config and those of the rule
         "learning": means,
         "before": envs.metrics(before), "after": envs.metrics(after),
         "difference": envs.metrics(after, before) if run.episodes else None,
         "reflections": len(billp.records(outcome.agent.planner)),
         "malformed": replies["malformed"], "fallbacks": replies["fallbacks"],
-        "ungrounded": round(replies["unnamed"] / (replies["actions"] or 1), 4),
+        "ungrounded": round(replies["ungrounded"] / (replies["actions"] or 1), 4),
         "calls": live.counts, "endpoint": live.stats,
         "seconds": round(time.perf_counter() - began, 2)}
 
@@ -914,7 +918,7 @@ def ledger(live: Live) -> Iterator[str]:
             yield f"endpoint  {name}: {value}"
     replies = live.replies
     if replies:
-        share = replies["unnamed"] / replies["actions"]
+        share = replies["ungrounded"] / replies["actions"]
         yield (f"replies   malformed {replies['malformed']}, fallbacks {replies['fallbacks']}, "
                f"actions that named no free item {share:.0%}")
 
@@ -1169,7 +1173,7 @@ def settings_of(base: Settings, varied: str, series: str, x: Any) -> Settings:
 
 
 def cells_of(args: Namespace, base: Settings, name: str) -> dict[Cell, list[Job]]:
-    """Each cell with its jobs, one for each seed."""
+    """Each cell with its jobs, one for each seed. UserError if --rows names an unknown row."""
     experiment = EXPERIMENTS[name]
     known = experiment.series.split()
     x_values = args.models_asked if experiment.varied == "model" else experiment.x_values
@@ -1220,22 +1224,22 @@ def errors_at(catalog: prompts.Catalog, user: int, key: Key, agent: Agent, llm: 
 
 
 def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Callable,
-                  repeats: int = 6, draws: int = 200) -> list[list[float]]:
+                  agents: int = 6, draws: int = 200) -> list[list[float]]:
     """How well the return of one session and the critic's V estimate the value of a first state.
 
     [2, 6]: for each of the first two users bias, variance and mean squared error (MSE) of the
-    return, then of V. The agent learns `repeats` times, each time with other draws. Bias and
-    variance are taken over these agents. The variance divides by `repeats`, so that it and the
-    squared bias add up to the MSE. `draws` is that of `errors_at`.
+    return, then of V. Several agents learn, each with other draws. Bias and variance are taken over
+    these agents. The variance divides by their number, so that it and the squared bias add up to
+    the MSE. `draws` is that of `errors_at`.
     """
     config = Config(**run.config)
     catalog = prompts.catalog(place.env, embed)
     users = place.held_out[:2]
-    errors = np.zeros((repeats, len(users), 2))
-    for repeat in range(repeats):
+    errors = np.zeros((agents, len(users), 2))
+    for number in range(agents):
         # No two seeds of a table share a learning run: seed 0 uses 1000, 2000, ..., seed 1 uses
         # 1001, 2001, ...
-        seed = run.seed + 1000 * (repeat + 1)
+        seed = run.seed + 1000 * (number + 1)
         # the same world and users, but the learners in another order
         learners = envs.branch(seed, "learners").permutation(place.learners).tolist()
         agent = billp.NOVICE
@@ -1243,7 +1247,7 @@ def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Cal
             pass                        # the last agent counts
         for i, user in enumerate(users):
             key = Key(seed, "value", i)
-            errors[repeat, i] = errors_at(catalog, user, key, agent, llm, config, pmap, draws)
+            errors[number, i] = errors_at(catalog, user, key, agent, llm, config, pmap, draws)
     bias, variance = errors.mean(0), errors.var(0)      # [users, 2]: of the return, of the critic
     figures = np.stack([bias, variance, bias ** 2 + variance], -1)      # [users, 2, 3]
     return figures.reshape(len(users), 6).tolist()
@@ -1281,7 +1285,7 @@ def end_with_parent() -> None:
 def offline_pool(args: Namespace) -> Iterator[futures.Executor]:
     """The pool for offline runs: a cluster, or processes of this machine.
 
-    `parallel` shuts the pool down.
+    `parallel` shuts the pool down. UserError if there is no such cluster.
     """
     if not args.cluster:
         yield futures.ProcessPoolExecutor(args.workers or None, initializer=end_with_parent)
@@ -1301,7 +1305,7 @@ def offline_pool(args: Namespace) -> Iterator[futures.Executor]:
 
 
 def do_jobs(args: Namespace, jobs: Sequence[Job], folder: Path, live: Live) -> dict[str, list]:
-    """The samples of each job, by the text of the job: it holds dicts and cannot itself be a key.
+    """The samples of each job. The keys are texts of jobs: a Job holds dicts and cannot be a key.
 
     Offline jobs run side by side. Jobs with a real model run one after the other.
     """
@@ -1541,7 +1545,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             then = "; the same command goes on and asks nothing that the log answers"
         say(*ledger(live), f"run.py: interrupted{then}")
         return 130
-    except MENDABLE as error:
+    except ONE_LINE_ERRORS as error:
         # another thread's error may be raised first, but the first failure is the cause
         cause = (live.failures or [error])[0]
         reason = str(cause) or type(cause).__name__         # a MemoryError has no text

@@ -2291,7 +2291,7 @@ def test_errors_of_the_critic_by_hand():
     """Every return is 4 + 0.5 * 5 = 6.5 and V = 8: the bias is 1.5, its square 2.25."""
     llm = scripted(REPLIES | {"critic": ["Value: 8"]})
     errors = run.critic_errors(settings_of(""), run.Place(hand_world(), [0], [0, 0]), llm,
-                               prompts.hashed_ngrams, map, repeats=2, draws=3)
+                               prompts.hashed_ngrams, map, agents=2, draws=3)
     assert errors == [[0, 0, 0, 1.5, 0, 2.25]] * 2          # of two users
     # a figure is the mean over two seeds of two states
     samples = np.array([errors, [[1, 2, 3, .5, 0, .25], [1, 2, 3, .5, 0, 1.25]]])
