@@ -1572,9 +1572,10 @@ KINDS = (
     # nobody listens, an unknown host, a certificate that is not trusted
     Kind("no server", 3, "start the server, or check --base-url, the proxy and SSL_CERT_FILE",
          r"ConnectError|ConnectTimeout|ProxyError|Unicode\w*Error"),
-    # These two may come from one prompt alone. Without patience a run could not get past it.
-    Kind("slow", 2, "raise --timeout", r"\w*Timeout", patience=5),
-    Kind("failure", 7, RESUME, "", patience=5),         # 408, 409, 5xx, a lost connection
+    # These two may come from one prompt alone. With patience 4 the run gets past it: the ask and its
+    # two retries may fail.
+    Kind("slow", 2, "raise --timeout", r"\w*Timeout", patience=4),
+    Kind("failure", 7, RESUME, "", patience=4),         # 408, 409, 5xx, a lost connection
 )
 # Parameters that a server may refuse, and what is sent instead; None: nothing.
 INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
@@ -2114,8 +2115,9 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
         has_wrong_settings = is_suspect and not route.has_answered
         if has_wrong_settings or silent[got.kind] >= got.kind.patience:
             raise fatal_error(route, got)
-        tell(route, "empty", f"an empty reply, because {got.reason}; {got.kind.remedy}")
-        return Reply("", got.usage, got.reason)
+        reason = f"{got.kind.name}: {got.reason}"
+        tell(route, "empty", f"an empty reply, {reason}; {got.kind.remedy}")
+        return Reply("", got.usage, reason)
     return answer
 
 
@@ -2190,23 +2192,30 @@ def open_log(path: str | Path, model_id: Any) -> Log:
 
     If an ask has several replies, the first with a text counts. Empty replies count only if some
     reply of the chat model had a text. Otherwise the settings were probably wrong, and these asks
-    are sent again.
+    are sent again. Asks that failed or were too slow are sent again, too, unless a text came later:
+    without one the server was probably down.
     """
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.exists() else b""
     texts = {}                      # the hash of an ask -> its reply
     empty = {}                      # the same for replies without a text
+    doubtful = {}                   # the same for failures since the last text
     has_answered = False
     for line in content.splitlines():
         try:
             record = json.loads(line)
             reply = Reply(record["text"], Usage(*record["usage"]), record.get("reason", ""))
             if reply.text == "":
-                empty[record["ask"]] = reply
+                is_failure = reply.reason.startswith(("failure:", "slow:"))     # a Kind's name
+                group = doubtful if is_failure else empty
+                group[record["ask"]] = reply
             elif isinstance(reply.text, str):
                 texts.setdefault(record["ask"], reply)
-                has_answered = has_answered or record.get("role") != "embed"
+                if record.get("role") != "embed":
+                    has_answered = True
+                    empty |= doubtful
+                    doubtful = {}
         except MISSHAPEN:
             continue                # an incomplete line: its ask is asked again
     known = texts

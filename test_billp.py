@@ -1758,8 +1758,8 @@ def test_a_busy_server_is_outlasted_while_it_answers_others():
 
 # `acts` are the answers to the requests of one ask: "abort" is asked four times
 @pytest.mark.parametrize("acts, words, at_start, patience", [
-    ([response("500")] * 7, "resumes", 1, 5),
-    ([response("ReadTimeout")] * 2, "--timeout", 1, 5),
+    ([response("500")] * 7, "resumes", 1, 4),
+    ([response("ReadTimeout")] * 2, "--timeout", 1, 4),
     ([completion("", "length")], "--reply-tokens", 10, 20),
     ([completion("", "abort")] * 4, "abort", 10, 100),
     ([completion("", refusal="No.")], "No.", 10, 1000)])
@@ -1936,6 +1936,24 @@ def test_asks_of_a_log_without_texts_are_sent_again(tmp_path):
     assert logged_answers(path, LOGGED.get) == logged_answers(path) == list(LOGGED.values())
     log = prompts.open_log(path, "m")
     assert log.has_answered and len(prompts.recorded_embed(prompts.unlogged, log)(["a"])) == 1
+
+
+@pytest.mark.parametrize("reason, is_known", [
+    ("failure: 500", False), ("slow: ReadTimeout", False), ("blocked: 403", True)])
+def test_failures_at_the_end_of_a_log_are_sent_again(tmp_path, reason, is_known):
+    """After a later text they count as empty replies."""
+    hello, lost, later = ASKS
+    replies = {hello: GOOD, lost: Reply("", reason=reason), later: GOOD}
+
+    def known_after(*asks):
+        llm = prompts.recorded(replies.get, prompts.open_log(tmp_path / "log", "m"))
+        assert [llm(ask) for ask in asks] == [replies[ask] for ask in asks]
+        stats = {}
+        log = prompts.open_log(tmp_path / "log", "m")
+        prompts.recorded(replies.get, log, stats)(lost)
+        return "known" in stats
+    assert known_after(hello, lost) == is_known
+    assert known_after(hello, lost, later)
 
 
 @pytest.mark.parametrize("damage", [
