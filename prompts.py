@@ -253,8 +253,9 @@ def spoken(text: str) -> str:
 
 # The labels after which a thought, an item or a reflection may stand. ANSWER_LABELS are labels of
 # all three: "Answer:", "Final choice:", "Best fit:", "My recommendation:".
-ANSWER_LABELS = (r"((final|best|my|selected|recommended|chosen)[ ]\w+|answer|choice|pick"
-                 "|selection|decision|conclusion)")
+ANSWER_LABELS = ("((final|best|my|selected|recommended|chosen)[ ](answer|choice|pick|fit|match|option"
+                 "|item|film|title|category|recommendation|selection|decision)"
+                 "|answer|choice|pick|selection|decision|conclusion)")
 THOUGHT_LABELS = f"thought|next[ ]category|category|{ANSWER_LABELS}"
 ITEM_LABELS = f"action|free[ ]item|item|title|recommendation|film|movie|{ANSWER_LABELS}"
 REFLECTION_LABELS = f"reflection|lesson|{ANSWER_LABELS}"
@@ -1959,8 +1960,8 @@ def adapt(route: Route, sent: dict, fault: Fault) -> bool:
     """
     if fault.moved_to:
         if "moved" not in route.topics:
+            route.url = fault.moved_to          # before the topic is noted, which other threads read
             tell(route, "moved", fault.reason)
-            route.url = fault.moved_to
         return route.url == fault.moved_to      # also if another thread has changed it
     if fault.kind.name != "request":
         return False

@@ -934,6 +934,7 @@ reflector | **Lesson:** He left.\n\n**Better next time:** Up | He left. Better n
 reflector | - Lesson: He left.\n- Better next: Up | He left. Better next: Up
 reflector | Sad.\n### Better next\nUp ; Sad.\n**Better next:**\nUp | Sad. Better next: Up
 reflector | Reflection: Sad.\nNext category: Up | Sad. Next category: Up
+planner | Next category: Comedy\nMy reasoning: War was shown | Comedy
 reflector | Sad.\nBetter choice: Up | Sad. Better choice: Up
 reflector | Sad.\n\nA better category: Up | Sad. A better category: Up
 reflector | Lesson: Sad.\n\n**Better next:** Action: fun | Sad. Better next: Action, fun
