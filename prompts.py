@@ -252,12 +252,14 @@ def spoken(text: str) -> str:
 
 
 # The labels after which a thought, an item or a reflection may stand. ANSWER_LABELS are labels of
-# all three: "Answer:", "Final choice:", "Best fit:", "My recommendation:".
-ANSWER_LABELS = ("((final|best|my|selected|recommended|chosen)[ ](answer|choice|pick|fit|match|option"
-                 "|item|film|title|category|recommendation|selection|decision)"
-                 "|answer|choice|pick|selection|decision|conclusion)")
-THOUGHT_LABELS = f"thought|next[ ]category|category|{ANSWER_LABELS}"
-ITEM_LABELS = f"action|free[ ]item|item|title|recommendation|film|movie|{ANSWER_LABELS}"
+# all three.
+ANSWER_LABELS = "final[ ]answer|answer|choice|pick"
+# "Best fit:", "My recommendation:"; not for a reflection, which may go on with "Best category: War"
+CHOICE_LABELS = (f"{ANSWER_LABELS}|selection|decision|conclusion"
+                 "|(final|best|my|selected|recommended|chosen)[ ](choice|pick|fit|match|option|item"
+                 "|film|title|category|recommendation|selection|decision)")
+THOUGHT_LABELS = f"thought|next[ ]category|category|{CHOICE_LABELS}"
+ITEM_LABELS = f"action|free[ ]item|item|title|recommendation|film|movie|{CHOICE_LABELS}"
 REFLECTION_LABELS = f"reflection|lesson|{ANSWER_LABELS}"
 # those that begin a turn; they end the text before them
 TURN_LABELS = "thought|action|free[ ]item|final[ ]answer|observation"
@@ -341,7 +343,7 @@ CONCLUDED = (r"(?m:^|[,;.] )(?:so|therefore|thus|hence),? "
              r"|[,;] but (?=[^.;\n]*\b(?:better|best)\b)")
 # Words behind a choice: "Jaws fits the thought best", "Jaws is old. Up is tense. It is the best."
 IS_BEST = (r"(?i)\b(?:(?:fits?|suits?|matches)\b[^,.;:!?\n]*\b(?:best|most closely)"
-           r"|(?:is|be|seems) (?:the (?:\w+ )?(?:best|closest)|my (?:\w+ )?(?:pick|choice)))\b")
+           r"|(?:is|be|seems) (?:the (?:best|closest)|my (?:\w+ )?(?:pick|choice)))\b")
 # A title may begin like a refusal, "Sorry, Wrong Number": so more of the sentence is needed.
 I_AM = "(i am|i ?['’]?m)"
 I_CANNOT = f"({I_AM} afraid (that )?)?({I_AM} not|i (can(not|['’]?t| not)|won['’]?t))"
@@ -707,10 +709,11 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
         return items_alone(text, catalog)
     items = []
     # "Jaws is old, I recommend Alien, because ...": the choice is "Alien"
-    choice = re.search(f"(?i){CHOSEN}", text) or re.search(f"(?i){CONCLUDED}", text)
-    if choice:
-        behind = before_reason(text[choice.end():])
-        items += items_within(behind, catalog)                             # 1
+    for pattern in (CHOSEN, CONCLUDED):
+        choice = re.search(f"(?i){pattern}", text)
+        if choice:
+            behind = before_reason(text[choice.end():])
+            items += items_within(behind, catalog)                         # 1
     conclusion = re.search(IS_BEST, text)
     if conclusion:
         before = re.sub(ASIDES, "", text[:conclusion.start()])
@@ -904,8 +907,9 @@ def parse_planner(text: str, tastes: Tastes | None = None) -> str | Malformed:
         plan = plan_of(thought)
         shown_lately = tags_named_in(plan, tastes.recent)
         if shown_lately and not tags_named_in(plan, tastes.other):
+            # the last one: "The others are Comedy and Drama.\nDrama fits."
             lines = [] if IN_LINE.search(text) else text.splitlines()
-            for line in map(unmarked, lines):
+            for line in map(unmarked, reversed(lines)):
                 if tags_named_in(plan_of(line), tastes.other):
                     return line
             names = " and ".join(shown_lately)
@@ -934,7 +938,7 @@ def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
 def parse_reflector(text: str) -> str | Malformed:
     """The reflection, one line."""
     # "Better next", "A better category", "Better:", and with the quote of a JSON key
-    better = r'"?((an?|the) )?(better([ _]\w+|(?=\W*:))|next category)\b'
+    better = r'"?((an?|the) )?(better([ _](next|category|choice|option)|(?=\W*:))|next category)\b'
     # Join a label to the category below it: "Better next:\nComedy" becomes "Better next: Comedy".
     text = re.sub(rf"(?i)({better})[^\w\n]*\n\W*", r"\1: ", spoken(text))
     # Join the line of the label to the line before: "... because War.\n- Better next: Comedy"
@@ -1080,7 +1084,8 @@ def plan_of(thought: str) -> str:
     ' Comedy,  . They like it, '
     """
     # "Since War was shown, Comedy comes next" begins with its reason
-    opening = r"(?i)^\W*(since|because|as|given|after|to|based on|considering|looking at)\b[^,]*,"
+    opening = (r"(?i)^\W*(since|because|as|given|after|to (avoid|keep|balance)|based on|considering"
+               r"|looking at)\b[^,]*,")
     without_opening = re.sub(opening, "", thought)
     return re.split(REASON_OF_PLAN, re.sub(UNWANTED, " ", without_opening))[0]
 
@@ -1230,7 +1235,8 @@ VALUE_IS = rf"""(?ix)
     # words without another "value", without an if-clause and without the end of a sentence; at most
     # 300 characters, so that a reply that repeats itself is read in time
     (?: (?! \b(?:value|if)\b | [.!?;]\s ) [^:=：\n] ){{0,300}}?
-    (?: [:=：] | \b(?:is|be)\b | \b(?:at|around)(?=[ ]\d) )
+    # ":", "is", "be", or "at 7.5." and "around 7.5" at the end of a sentence
+    (?: [:=：] | \b(?:is|be)\b | \b(?:at|around)(?= [ ] [\d.,]*\d ( \.?\s*$ | \.?\n | \.[ ] ) ) )
     # a calculation or a few words, then the number
     {SUMS} (?: (?! value\b | [.!?;]\s ) [^\d\n] )*? {NUMBER}
     (?! [\d.,]*[ ]if\b )            # not "is 10.00 if the user stays, but"
@@ -1247,12 +1253,11 @@ NUMBER_AT_END = rf"(?imx) (^ | [:=≈：] | \b(value|it)\b) [\s*_$`]* {NUMBER} [
 # a number that is not the answer; NUMBER has a name, so a pattern can hold it only once
 AMOUNT = r"\d+([.,]\d+)?"
 # What is left out: "7.5 out of 10" becomes "7.5", "7.5 because we are at step 4" becomes "7.5",
-# "between 7 and 8, 7.5" becomes ", 7.5", and "1. The mean is 8" loses the number of the list.
+# "between 7 and 8, 7.5" becomes ", 7.5".
 # A reason with a colon stays: "because the user likes it: 7.5". (?!.*[:=：]): no colon follows.
 LEFT_OUT = (rf"(?i)(?<=\d),? ((out of|of a maximum of|at most) {AMOUNT}"
             r"|(because|since|given|as)\b[^,.;:=：\n]*(?!.*[:=：]))"
-            r"|(?m:^)\W*(step )?[1-5][.:)] (?=[^\d\n]\D*\d)"
-            rf"|\bbetween {AMOUNT} and {AMOUNT}(?=[^\n]*\d)")
+            rf"|\bbetween (0 and {AMOUNT}|{AMOUNT} and {AMOUNT}(?=,[^\n]*\d))")
 # Numbers of the prompt, which some replies repeat before they answer
 REPEATED = rf"""(?ix)
     # its sentence on the value: "If the user stays and goes on as before, the value is 10.00"
@@ -1262,10 +1267,10 @@ REPEATED = rf"""(?ix)
   | ( \b {AMOUNT} [ ] if [ ] the [ ] user [ ] leaves \b
     | \b {AMOUNT} [ ] (similar | (on[ ])? average) \b   # "8 similar situations", "8.12 on average"
     # "an average of 8.12", "slightly above 8.12"
-    | \b (average[ ]of | above | below | under | than | close[ ]to) [ ] {AMOUNT}
+    | \b (average[ ]of | above | below | under | than) [ ] {AMOUNT}
     )
     # but these only if the value follows: ", 7.5", ", so 7.5", ", I estimate 7.5"
-    (?= [^\n]* ,[ ] ((so|say|else|I|about|around|at|perhaps)\b [^\n]*)? \d )
+    (?= [^\n]* ,[ ] ((so|say|else|I|about|around|perhaps|at(?=[ ]\d))\b [^\n]*)? \d )
   """
 
 
@@ -1573,7 +1578,7 @@ KINDS = (
     # nobody listens, an unknown host, a certificate that is not trusted
     Kind("no server", 3, "start the server, or check --base-url, the proxy and SSL_CERT_FILE",
          r"ConnectError|ConnectTimeout|ProxyError|Unicode\w*Error"),
-    # These two may come from one prompt alone. With patience 4 the run gets past it: the ask and its
+    # These two may come from one prompt alone. With patience 4 the run gets past it: an ask and its
     # two retries may fail.
     Kind("slow", 2, "raise --timeout", r"\w*Timeout", patience=4),
     Kind("failure", 7, RESUME, "", patience=4),         # 408, 409, 5xx, a lost connection
@@ -1960,7 +1965,7 @@ def adapt(route: Route, sent: dict, fault: Fault) -> bool:
     """
     if fault.moved_to:
         if "moved" not in route.topics:
-            route.url = fault.moved_to          # before the topic is noted, which other threads read
+            route.url = fault.moved_to          # first, because other threads read the topics
             tell(route, "moved", fault.reason)
         return route.url == fault.moved_to      # also if another thread has changed it
     if fault.kind.name != "request":

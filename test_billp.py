@@ -608,7 +608,7 @@ def test_a_planner_that_repeats_a_category_is_asked_again(thought, is_usable):
 
 def test_a_later_line_may_tell_what_should_come_next():
     tastes = prompts.Tastes(("War",), ("Comedy",), ())
-    chatty = "War was shown lately.\n\n**Comedy** should come next."
+    chatty = "War was shown lately.\nComedy was not.\n\n**Comedy** should come next."
     assert prompts.parse_planner(chatty, tastes) == "Comedy should come next."
     assert isinstance(prompts.parse_planner(f"Thought: {chatty}", tastes), Malformed)
 
@@ -862,6 +862,7 @@ Jaws | I'm sorry, I can't find a perfect match, but Jaws is the closest. |
 Jaws | 1. **Alien**\n2. **Jaws**\n\nOf these, Jaws fits best. ; Alien was rated low. Jaws is fine. |
 Jaws | jaws, because Alien was liked ; My pick: jaws, because Alien was liked |
 Jaws | - Alien [Horror]\n- Heat [Crime]\n\nBest fit: Jaws ; Alien is good. I'd opt for Jaws. |
+Jaws | I'd go for a film like Alien, but Jaws is better. ; Jaws is old. Alien is the second best |
 Jaws | They liked Heat, so Alien may do. But the answer is Jaws. ; Alien is old. Jaws is my pick. |
 Jaws | Sorry, but there is no War. The closest is Jaws. ; Since you liked Alien, watch Jaws |
 Jaws | 1. Alien (1979)\n2. Jaws (1975)\n3. Up (2009) ; After Alien the user will like Jaws. | Alien
@@ -935,6 +936,7 @@ reflector | - Lesson: He left.\n- Better next: Up | He left. Better next: Up
 reflector | Sad.\n### Better next\nUp ; Sad.\n**Better next:**\nUp | Sad. Better next: Up
 reflector | Reflection: Sad.\nNext category: Up | Sad. Next category: Up
 planner | Next category: Comedy\nMy reasoning: War was shown | Comedy
+reflector | Reflection: Sad. Best category: Up | Sad. Best category: Up
 reflector | Sad.\nBetter choice: Up | Sad. Better choice: Up
 reflector | Sad.\n\nA better category: Up | Sad. A better category: Up
 reflector | Lesson: Sad.\n\n**Better next:** Action: fun | Sad. Better next: Action, fun
@@ -956,7 +958,8 @@ critic | Value: 7.5 on average ; Value: 7.5 if the user leaves ; Value: 7.5 aver
 critic | 3 films rated 5. Value 7.5 ; 2 more steps, value 7.5. ; Of 3 I'd give it 7.5 | 7.5
 critic | Value: between 6.95 and 10.00, say 7.5 ; Value: slightly above 7.25, about 7.5 | 7.5
 critic | 1. The mean is 7.25.\n2. He rated 5.\n\nI set the value at 7.5. ; It lies around 7.5 | 7.5
-critic | The average is 7.25, the value lies around 7.5 ; 1. He stays.\n\n7.5 fits | 7.5
+critic | The average is 7.25, the value lies around 7.5 ; Value: between 7.5 and 8 (step 4) | 7.5
+critic | The value at 3 steps before the end is 7.5 ; Value: more than 7.5, at step 4 | 7.5
 critic | Considering the average of 7.25, a slightly higher value of 7.5 seems right. | 7.5
 critic | Value: −3 ; Value: -3 = 4 - 7 | -3.0
 """))
