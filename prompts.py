@@ -343,7 +343,7 @@ CONCLUDED = (r"(?m:^|[,;.] )(?:so|therefore|thus|hence),? "
              r"|[,;] but (?=[^.;\n]*\b(?:better|best)\b)")
 # Words behind a choice: "Jaws fits the thought best", "Jaws is old. Up is tense. It is the best."
 IS_BEST = (r"(?i)\b(?:(?:fits?|suits?|matches)\b[^,.;:!?\n]*\b(?:best|most closely)"
-           r"|(?:is|be|seems) (?:the (?:best|closest)|my (?:\w+ )?(?:pick|choice)))\b")
+           r"|(?<!not )(?:is|be|seems) (?:the (?:best|closest)|my (?:pick|choice)))\b")
 # A title may begin like a refusal, "Sorry, Wrong Number": so more of the sentence is needed.
 I_AM = "(i am|i ?['’]?m)"
 I_CANNOT = f"({I_AM} afraid (that )?)?({I_AM} not|i (can(not|['’]?t| not)|won['’]?t))"
@@ -426,7 +426,8 @@ def labelled(text: str, labels: str) -> str:
     if re.match(REFUSAL, after_label or text):
         return ""
     # "Thought: War was shown. Next category: Comedy": the text after the second label counts
-    answer = segment(after_label, labels) or after_label
+    second = "next[ ]category" if labels == THOUGHT_LABELS else "reflection"
+    answer = segment(after_label, second) or after_label
     first_label = IN_LINE.search(text)
     before_labels = text[:first_label.start("name")] if first_label else text
     # After a label a line such as "Comedy!" is an answer and no preamble.
@@ -1112,7 +1113,8 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     """
     plan = plan_of(thought)
     first_sentence = re.split(r"[.;!?]\s", plan)[0]
-    names = "|".join(map(re.escape, tags))
+    longest_first = sorted(tags, key=len, reverse=True)     # "War & Politics" before "War"
+    names = "|".join(map(re.escape, longest_first))
     begun = re.match(rf"(?i)([^\w.;!?]*(and |or )?({names})s?\b)+", first_sentence)
     if begun:                       # "Comedy, Drama" of "Comedy, Drama to balance War"
         first_sentence = begun[0]
@@ -1249,7 +1251,7 @@ GUESS = rf"""(?ix)
     (?: is | it | it['’]s | at | about | around | would[ ]be | the[ ]value | [\s:=*_$] )* {NUMBER}
     """
 # a number at the end: alone in its line, or after a colon, "value" or "it", as in "Step 3: 7.5"
-NUMBER_AT_END = rf"(?imx) (^ | [:=≈：] | \b(value|it)\b) [\s*_$`]* {NUMBER} [ *_$`.]* \Z"
+NUMBER_AT_END = rf"(?imx) (^ | [:=≈：] | \b(value|it)\b) [\s*_$`]{{0,20}} {NUMBER} [ *_$`.]* \Z"
 # a number that is not the answer; NUMBER has a name, so a pattern can hold it only once
 AMOUNT = r"\d+([.,]\d+)?"
 # What is left out: "7.5 out of 10" becomes "7.5", "7.5 because we are at step 4" becomes "7.5",
@@ -1270,7 +1272,8 @@ REPEATED = rf"""(?ix)
     | \b (average[ ]of | above | below | under | than) [ ] {AMOUNT}
     )
     # but these only if the value follows: ", 7.5", ", so 7.5", ", I estimate 7.5"
-    (?= [^\n]* ,[ ] ((so|say|else|I|about|around|perhaps|at(?=[ ]\d))\b [^\n]*)? \d )
+    (?= [^\n]{{0,200}}? ,[ ]
+        ((so|say|else|I|about|around|perhaps|at(?=[ ]\d))\b [^\n]{{0,200}}?)? \d )
   """
 
 
@@ -1518,11 +1521,10 @@ KINDS = (
          r"|(enough|out of|no|any|available) credits|credit balance"
          r"|arrearage|overdue|freetieronly|budget.{0,20}exceeded|exceeded.{0,10}budget"
          r"|spend(ing)? limit|api usage limits|exceeded_current_quota)"),
-    # finish_reason or code "content_filter"; "Prompt blocked", "flagged by moderation"; the page of
-    # a firewall with status 403
+    # finish_reason or code "content_filter"; "Prompt blocked", "flagged by moderation"
     Kind("blocked", 1, "look at the prompt, or try another --model",
          r"finish_reason (content_filter|refusal|sensitive|safety|guardrail"
-         r"|missing .*(block|filter))|403 \w* \s*<"
+         r"|missing .*(block|filter))"
          r"|(400|403|422|424) .*(prompt blocked|sensitive.?content|risk.?detect"
          r"|content.?(filter|policy|exists.risk)|moderation|flagged"
          r"|safety(?!_settings)|inappropriate|guardrail|guideline"
@@ -1554,6 +1556,9 @@ KINDS = (
     Kind("reply tokens", 1, "choose another --reply-tokens",
          r"(400|422) (?=.*max_\w*tokens).*\b(too\b|must be|reached|exceed|most|least|less|greater"
          r"|larger|maximum|minimum|range|limit)"),
+    # status 403 with a web page: it may refuse one prompt, or everything for a while
+    Kind("firewall", 1, "a firewall or proxy refuses: wait, or check --base-url and OPENAI_API_KEY",
+         r"403 \w* \s*<", patience=20),
     # status 401; 403, if it is not a rate limit; Google's 400 "API key not valid"
     Kind("key", 1, "check OPENAI_API_KEY, and whether it may use this model",
          r"401|403 (?!.*rate.?limit)|(400|422) .*(api.?key|expired.?key|authorization)"),
@@ -1651,7 +1656,7 @@ def tell(route: Route, topic: str, text: str) -> None:
     """Tell the user something about the route, once per topic."""
     if topic not in route.topics:
         route.topics.add(topic)
-        route.notice(f"{without_query(route.url)}: {text}")
+        route.notice(f"{starred(route, without_query(route.url))}: {text}")
 
 
 def count(stats: dict, name: str) -> None:
@@ -1680,7 +1685,8 @@ def new_fault(route: Route, label: str, shown: str, searched: str = "") -> Fault
 
 def fatal_error(route: Route, fault: Fault) -> EndpointError:
     """The error that ends a run because of this fault."""
-    return EndpointError(f"{without_query(route.url)}: {fault.reason}; {fault.kind.remedy}")
+    url = starred(route, without_query(route.url))
+    return EndpointError(f"{url}: {fault.reason}; {fault.kind.remedy}")
 
 
 # - the connection
@@ -1831,7 +1837,7 @@ def decoded(text: str) -> dict:
     for piece in pieces:
         for choice in piece.get("choices") or ():
             content += as_object(choice.get("delta")).get("content") or ""
-            finish = choice.get("finish_reason")
+            finish = choice.get("finish_reason") or finish
     joined = {"message": {"content": content}, "finish_reason": finish}
     return pieces[-1] | {"choices": [joined]}       # the last piece holds the usage or an error
 
@@ -2193,13 +2199,13 @@ class Log(NamedTuple):
     has_answered: bool              # a reply of the chat model had a text
 
 
-def open_log(path: str | Path, model_id: Any) -> Log:
+def open_log(path: str | Path, model_id: Any, replay: bool = False) -> Log:
     """Read a log; there may be none yet. An incomplete last line gets a line break.
 
     If an ask has several replies, the first with a text counts. Empty replies count only if some
     reply of the chat model had a text. Otherwise the settings were probably wrong, and these asks
     are sent again. Asks that failed or were too slow are sent again, too, unless a text came later:
-    without one the server was probably down.
+    without one the server was probably down. In a replay they count.
     """
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -2213,7 +2219,8 @@ def open_log(path: str | Path, model_id: Any) -> Log:
             record = json.loads(line)
             reply = Reply(record["text"], Usage(*record["usage"]), record.get("reason", ""))
             if reply.text == "":
-                is_failure = reply.reason.startswith(("failure:", "slow:"))     # a Kind's name
+                kind = reply.reason.partition(":")[0]
+                is_failure = kind in ("failure", "slow", "firewall") and not replay
                 group = doubtful if is_failure else empty
                 group[record["ask"]] = reply
             elif isinstance(reply.text, str):

@@ -691,7 +691,7 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
     options = {"key": variable("OPENAI_API_KEY"), "timeout": args.timeout, "headers": headers,
                "notice": say, "sleep": live.stop.wait, "stats": live.stats}
     model_id = [run.model, run.embedding, run.extra]
-    log = prompts.open_log(folder / "calls.jsonl", model_id)
+    log = prompts.open_log(folder / "calls.jsonl", model_id, args.replay)
     live.stats.setdefault("asked", 0)   # the sign for `ledger`, `watched` and `main`: a log is open
     live.stats.setdefault("known", 0)
     llm = embed = prompts.unlogged

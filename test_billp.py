@@ -861,6 +861,7 @@ Jaws | I considered Alien, but it is too similar. I recommend Jaws. ; Not Alien,
 Jaws | I'm sorry, I can't find a perfect match, but Jaws is the closest. |
 Jaws | 1. **Alien**\n2. **Jaws**\n\nOf these, Jaws fits best. ; Alien was rated low. Jaws is fine. |
 Jaws | jaws, because Alien was liked ; My pick: jaws, because Alien was liked |
+Jaws | Alien may not be the best. Jaws is the best. |
 Jaws | - Alien [Horror]\n- Heat [Crime]\n\nBest fit: Jaws ; Alien is good. I'd opt for Jaws. |
 Jaws | I'd go for a film like Alien, but Jaws is better. ; Jaws is old. Alien is the second best |
 Jaws | They liked Heat, so Alien may do. But the answer is Jaws. ; Alien is old. Jaws is my pick. |
@@ -936,6 +937,7 @@ reflector | - Lesson: He left.\n- Better next: Up | He left. Better next: Up
 reflector | Sad.\n### Better next\nUp ; Sad.\n**Better next:**\nUp | Sad. Better next: Up
 reflector | Reflection: Sad.\nNext category: Up | Sad. Next category: Up
 planner | Next category: Comedy\nMy reasoning: War was shown | Comedy
+planner | Next category: Comedy\nBest film: Up ; Next category: Comedy\nDecision: final | Comedy
 reflector | Reflection: Sad. Best category: Up | Sad. Best category: Up
 reflector | Sad.\nBetter choice: Up | Sad. Better choice: Up
 reflector | Sad.\n\nA better category: Up | Sad. A better category: Up
@@ -1943,7 +1945,8 @@ def test_asks_of_a_log_without_texts_are_sent_again(tmp_path):
 
 
 @pytest.mark.parametrize("reason, is_known", [
-    ("failure: 500", False), ("slow: ReadTimeout", False), ("blocked: 403", True)])
+    ("failure: 500", False), ("slow: ReadTimeout", False), ("firewall: 403 <", False),
+    ("blocked: 403", True)])
 def test_failures_at_the_end_of_a_log_are_sent_again(tmp_path, reason, is_known):
     """After a later text they count as empty replies."""
     hello, lost, later = ASKS
@@ -1957,6 +1960,8 @@ def test_failures_at_the_end_of_a_log_are_sent_again(tmp_path, reason, is_known)
         prompts.recorded(replies.get, log, stats)(lost)
         return "known" in stats
     assert known_after(hello, lost) == is_known
+    replay = prompts.open_log(tmp_path / "log", "m", replay=True)
+    assert prompts.recorded(prompts.unlogged, replay)(lost) == replies[lost]
     assert known_after(hello, lost, later)
 
 
