@@ -87,7 +87,7 @@ class Config(NamedTuple):
     # longest reply asked for: enough for a chatty one; models that reason need thousands
     reply_tokens: int = 256
     # How often a malformed reply is asked for again; with -1 the model is not asked at all. Of 70
-    # malformed replies of a 1.5B model the first retry mended 54, the second two more.
+    # malformed first replies of a 1.5B model the first retry mended 54, the second two more.
     retries: int = 2
     repeats: bool = False           # whether an item may come twice or come from the history
 

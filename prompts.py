@@ -433,7 +433,7 @@ def labelled(text: str, labels: str) -> str:
     # After a label a line such as "Comedy!" is an answer and no preamble.
     line = first_line(answer, preamble_ends=":") or first_line(before_labels)
     # A copy holds CATEGORY or "because REASON". Two answers are no copies: "NEXT CATEGORY IS WAR",
-    # hence (?<!NEXT ), and "because REASON: it is new", hence (?!:).
+    # so (?<!NEXT ) leaves it out, and "because REASON: it is new", so (?!:) leaves it out.
     has_placeholder = re.search(r"((?<!NEXT )\bCATEGORY|(?i:because) REASON)\b(?!:)", line)
     return "" if has_placeholder else line
 
@@ -614,8 +614,7 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
 COMPARING_LIKE = (r"(?<!['’]d )(?<!['’]ll )(?<!would )(?<!might )(?<!may )(?<!will )(?<!also )"
                   r"like(?![^.,;\n]* would\b)")
 # Words that begin a reason or a comparison. Case counts: "Than" and "Like" are usually part of a
-# title. "as" needs a pronoun or "the" behind it: "Life as a
-# House" is a title.
+# title. "as" needs a pronoun or "the" behind it: "Life as a House" is a title.
 REASON_OR_COMPARISON = (
     r'(?<![\w-])(?:[Bb]ecause|[Rr]eason["\s*_]*:|[Ee]xplanation["\s*_]*:|unlike|than|since'
     r"|(?<!such )as (?:it|he|she|they|the|this|that|these|you|we|I)|given that|similar to"
@@ -908,7 +907,7 @@ def parse_planner(text: str, tastes: Tastes | None = None) -> str | Malformed:
         plan = plan_of(thought)
         shown_lately = tags_named_in(plan, tastes.recent)
         if shown_lately and not tags_named_in(plan, tastes.other):
-            # the last one: "The others are Comedy and Drama.\nDrama fits."
+            # The last such line counts: "War was shown.\nComedy and Drama were not.\nDrama fits."
             lines = [] if IN_LINE.search(text) else text.splitlines()
             for line in map(unmarked, reversed(lines)):
                 if tags_named_in(plan_of(line), tastes.other):
@@ -1250,7 +1249,8 @@ GUESS = rf"""(?ix)
       | \\boxed\{{ )
     (?: is | it | it['’]s | at | about | around | would[ ]be | the[ ]value | [\s:=*_$] )* {NUMBER}
     """
-# a number at the end: alone in its line, or after a colon, "value" or "it", as in "Step 3: 7.5"
+# A number at the end: alone in its line, or after a colon, "value" or "it", as in "Step 3: 7.5".
+# Here and in REPEATED limits keep a reply that repeats itself from being read for seconds.
 NUMBER_AT_END = rf"(?imx) (^ | [:=≈：] | \b(value|it)\b) [\s*_$`]{{0,20}} {NUMBER} [ *_$`.]* \Z"
 # a number that is not the answer; NUMBER has a name, so a pattern can hold it only once
 AMOUNT = r"\d+([.,]\d+)?"
@@ -1635,7 +1635,8 @@ class Route:
     # "requests", "retries: KIND", "system_fingerprint"
     stats: dict = field(default_factory=dict)
     has_answered: bool = False      # a reply had a text, perhaps in an earlier run
-    answers: int = 0                # how many requests got an answer
+    # How many requests got an answer. Threads may lose a count: it only matters that it grows.
+    answers: int = 0
     refused: set = field(default_factory=set)       # names in INSTEAD
     topics: set = field(default_factory=set)        # those on which the user was told something
 
@@ -1820,7 +1821,7 @@ def asked_wait(headers: Any, text: str) -> float:
 
 
 def decoded(text: str) -> dict:
-    """The JSON object in a body. If a server streams all the same, the pieces are joined.
+    """The JSON object in a body. If a server streams although it must not, the pieces are joined.
 
     A stream has lines such as
         data: {"choices": [{"delta": {"content": "Al"}}]}
@@ -2003,8 +2004,8 @@ def pause(route: Route, fault: Fault, faults: int) -> None:
 def send(route: Route, body: dict, read: Callable) -> Any:
     """Send the request until `read` can use the answer. After the last try return the Fault."""
     charge = CHARGE.get()
-    tried = Counter()
-    faults = 0
+    tried = Counter()           # faults of each kind, for the number of tries
+    faults = 0                  # of all kinds, for the wait
     answers_seen = route.answers
     while True:
         sent = accepted(route, body)
@@ -2051,6 +2052,15 @@ def usage_of(route: Route, ask: Ask, data: dict) -> Usage:
     return Usage(prompt, cached, token_count(counts.get("completion_tokens")))
 
 
+def text_of(content: Any) -> str:
+    """The text in a message: its content, or the texts in its parts without hidden thinking."""
+    if not isinstance(content, list):
+        return content or ""
+    texts = [part.get("text") or "" for part in content
+             if not re.match("think|reason", str(part.get("type")))]
+    return "".join(texts)
+
+
 def read_chat(route: Route, ask: Ask, data: dict) -> Any:
     """The reply in a chat completion, or the Fault that tells why there is none.
 
@@ -2075,12 +2085,7 @@ def read_chat(route: Route, ask: Ask, data: dict) -> Any:
     finish = choice.get("finish_reason")
     message = as_object(choice.get("message"))
     refusal = message.get("refusal")
-    content = message.get("content") or ""
-    if isinstance(content, list):               # of parts: texts, and perhaps hidden thinking
-        texts = [part.get("text") or "" for part in content
-                 if not re.match("think|reason", str(part.get("type")))]
-        content = "".join(texts)
-    text = spoken(starred(route, content))
+    text = spoken(starred(route, text_of(message.get("content"))))
     broken_off = re.match("(?i)(network_)?error|abort|insufficient|content_filter|sensitive|safety"
                           "|guardrail", str(finish))
     if text and not broken_off and not choice.get("error"):

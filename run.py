@@ -349,7 +349,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         word = unknown[0].partition("=")[0]
         what = f"unknown flag {word}"
         if not word.startswith("-"):
-            if len(word) > 12:          # it may be a key
+            if len(word) > 12:          # it may be a key: all known ones are longer
                 word = "a word"
             what = f"{word} stands alone: every value needs its flag, as in --seed 1"
         parser.error(what)
@@ -671,7 +671,7 @@ def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
         live.stop.set()
         raise
     if reply.reason:
-        # cut, because some providers quote the prompt in their reason
+        # cut to a line, because some providers quote the prompt in their reason
         prompts.count(live.stats, f"empty: {reply.reason:.80}")
     with prompts.LOCK:
         counts = live.counts[ask.role]
