@@ -114,7 +114,8 @@ def clean(text: str, limit: int = 600) -> str:
     # Cleaning a long text is slow, so it is cut first. The cut leaves more than `limit`, because
     # runs of spaces become one.
     text = text[:4 * limit]
-    text = "".join(c if c.isprintable() else " " for c in text)
+    if not text.isprintable():          # most texts are, and a loop over characters is slow
+        text = "".join(c if c.isprintable() else " " for c in text)
     return " ".join(text.split())[:limit].rstrip()
 
 
@@ -165,6 +166,8 @@ def unaccented(text: str) -> str:
     >>> unaccented("Amélie")
     'Amelie'
     """
+    if text.isascii():                  # most texts are, and a loop over characters is slow
+        return text
     return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
 

@@ -526,7 +526,7 @@ def test_without_candidates_experience_is_shown_and_nothing_else():
 def test_the_list_is_free_items_and_begins_with_new_categories():
     """New: shares no category with the last four items shown."""
     llm, asks = noting(prompts.offline)
-    steps = [step for _, [t] in learn(30, llm, config=Config(batch=1)) for step in t.steps]
+    steps = [step for _, [t] in learn(20, llm, config=Config(batch=1)) for step in t.steps]
     is_mixed = []
     for step, ask in zip(steps, [ask for ask in asks if ask.role == "actor"], strict=True):
         lines = [item.line for item in step.act.recalled]
@@ -537,7 +537,7 @@ def test_the_list_is_free_items_and_begins_with_new_categories():
         are_new = [shown.isdisjoint(prompts.line_tags(line)) for line in lines]
         assert are_new == sorted(are_new, reverse=True)
         is_mixed.append(len(set(are_new)) == 2)
-    assert sum(is_mixed) > 20
+    assert sum(is_mixed) > 10
 
 
 @pytest.mark.parametrize("method, roles, memories", table("""
@@ -653,6 +653,7 @@ def test_a_value_lies_between_0_and_the_top(reply, ratings, as_before, value):
     assert billp.critic(state, EMPTY, scripted({"critic": ["hm"]}))[0].result == as_before
 
 
+@settings(max_examples=40)
 @given(st.integers(0, 999), st.integers(1, 12))
 def test_a_state_holds_the_last_titles_and_all_taken_items(user, titles):
     llm = scripted({"planner": ["t"], "actor": FILMS.titles[:9]})
@@ -750,8 +751,8 @@ def test_the_run_of_seed_0_keeps_its_golden_numbers():
 
 
 def test_the_stand_in_learns_and_planning_helps():
-    """The mean return of 25 held-out users, after 50 episodes of learning and before."""
-    users, returns = range(500, 525), {}
+    """The mean return of 15 held-out users, after 50 episodes of learning and before."""
+    users, returns = range(500, 515), {}
     agent, _ = learn(50)[-1]
     for label, memories, method in (("after", agent, "billp"), ("before", NOVICE, "billp"),
                                     ("react", NOVICE, "react"), ("act", NOVICE, "act")):
@@ -1601,9 +1602,9 @@ def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times
 200 | {"choices": [{"mess | | breaks off resumes | 7
 429 | Please try again in 7h12m0s | Retry-After: 25920 | 7h12m0s 25920 resumes | 1
 301 ; 307 | | Location: https://b.example/x?k=1 | https://b.example/x; --base-url | 1
-302 | | Location: /again | https://a.example/again; --base-url | 1
-308 | | Location: http://a.example/x | http://a.example/x; --base-url | 1
-308 | | Location: /again | https://a.example/again; --base-url | 2
+302 | | Location: /again | http://a.example/again; --base-url | 1
+308 | | Location: https://a.example/x | https://a.example/x; --base-url | 1
+308 | | Location: /again | http://a.example/again; --base-url | 2
 403 ; 429 ; 503 | You are being rate limited | | limited resumes | 17
 429 | Allocated quota: insufficient_quota ; Rate limit: content policy, API key, max_tokens | | | 17
 200 | {"error": {"message": "busy", "code": 503}} | | 503 busy resumes | 17
@@ -1622,9 +1623,9 @@ def test_a_fatal_fault_ends_in_one_line_that_helps(status, body, header, words, 
     assert seen.ask(ASK) == GOOD and len(seen.requests) == int(times)
     retries = [seen.stats[name] for name in seen.stats if name.startswith("retries: ")]
     assert sum(retries) == int(times) - 1
-    seen = client(*[act] * 20, base="https://a.example")
+    seen = client(*[act] * 20, base="http://a.example")
     line = failure(seen.ask, ASK)
-    assert line.startswith("https://a.example/")
+    assert line.startswith("http://a.example/")
     assert all(word in line for word in words.split()), line
     assert len(seen.requests) == int(times)
 
