@@ -267,7 +267,7 @@ REFLECTION_LABELS = f"reflection|lesson|{ANSWER_LABELS}"
 # those that begin a turn; they end the text before them
 TURN_LABELS = "thought|action|free[ ]item|final[ ]answer|observation"
 # all labels; some come twice, which does no harm
-ALL_LABELS = f"{THOUGHT_LABELS}|{ITEM_LABELS}|{REFLECTION_LABELS}|observation|value"
+ALL_LABELS = f"{THOUGHT_LABELS}|{ITEM_LABELS}|{REFLECTION_LABELS}|observation"
 GAP = r"[ \t*_]{0,9}"                   # spaces, and marks of bold letters
 # In both patterns spaces and comments do not count.
 # IN_LINE: a label with a colon counts where it begins something.
@@ -285,14 +285,13 @@ IN_LINE = re.compile(rf"""(?imx)
       | (?<=\d) (?: [ ][–—-] | \. ) (?=\s)
     ) [ \t*_"'`-]*
     """)
-# HEADING: a label without a colon counts if three things hold. It is alone in its line; the line
-# has a mark (* _ # >) or a number; text follows below.
+# HEADING: a label without a colon counts if it is alone in its line, and the line has a mark
+# (* _ # >) or a number.
 #     yes: "**Action**", then "Up" · "Action 3", then "Up"
-#     no:  "Action", then "Up" · "**Action**" at the end
+#     no:  "Action", then "Up"
 HEADING = rf"""(?imx)
     ^ (?= (?: [ \t]* [*_\#>] ) | (?: .*\d ) )   # a line with a mark at its front, or a number
     [ \t*_\#>]* (?P<name> {ALL_LABELS} ) {GAP} \d* {GAP} $
-    (?= \s* \S )                    # with text below
     """
 
 
@@ -384,7 +383,7 @@ def unmarked(line: str) -> str:
     # In a JSON reply the text after the label looks like      War", "reason": "new"}
     # and is rewritten to      War, reason: new"}
     line = re.sub(r'",\s*"(\w+)":\s*"', r", \1: ", clean(line))
-    content = re.sub(r"^\d{1,2}[.)]( |$)|[*`]|__", "", line).strip(' _#>-•"{}')
+    content = re.sub(r"^\d{1,2}[.)]( |$)|[*`]", "", line).strip(' _#>-•"{}')
     if not re.search(r"\w", content):
         return ""
     # The strip above may have taken one quote of a pair. Then all quotes are dropped.
@@ -435,9 +434,9 @@ def labelled(text: str, labels: str) -> str:
     before_labels = text[:first_label.start("name")] if first_label else text
     # After a label a line such as "Comedy!" is an answer and no preamble.
     line = first_line(answer, preamble_ends=":") or first_line(before_labels)
-    # A copy holds CATEGORY or "because REASON". Two answers are no copies: "NEXT CATEGORY IS WAR",
-    # so (?<!NEXT ) leaves it out, and "because REASON: it is new", so (?!:) leaves it out.
-    has_placeholder = re.search(r"((?<!NEXT )\bCATEGORY|(?i:because) REASON)\b(?!:)", line)
+    # A copy holds CATEGORY or "because REASON", and then a sentence or a clause ends. These are no
+    # copies: "NEXT CATEGORY IS WAR", "because REASON: it is new".
+    has_placeholder = re.search(r"\b(CATEGORY|(?i:because) REASON)\W*([.,]|$)", line)
     return "" if has_placeholder else line
 
 
@@ -611,18 +610,14 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     return items, size
 
 
-# "like" compares, but not in "I'd like Up", "you would, might, may or will like Up" or "they also
-# like Up", nor in "a film like Up would be new". (?<!X) means "not after X". Each word has its own,
-# because Python allows no words of different lengths in one.
-COMPARING_LIKE = (r"(?<!['’]d )(?<!['’]ll )(?<!would )(?<!might )(?<!may )(?<!will )(?<!also )"
-                  r"like(?![^.,;\n]* would\b)")
+# "like" compares, but not in "I'd like Up", "they will like Up" and "a film like Up would be new".
+# (?<!X) means "not after X".
+COMPARING_LIKE = r"(?<!['’]d )(?<!will )like(?![^.,;\n]* would\b)"
 # Words that begin a reason or a comparison. Case counts: "Than" and "Like" are usually part of a
 # title. "as" needs a pronoun or "the" behind it: "Life as a House" is a title.
 REASON_OR_COMPARISON = (
     r'(?<![\w-])(?:[Bb]ecause|[Rr]eason["\s*_]*:|[Ee]xplanation["\s*_]*:|unlike|than|since'
-    r"|(?<!such )as (?:it|he|she|they|the|this|that|these|you|we|I)|given that|similar to"
-    r"|in contrast to|in the spirit of|compared (?:to|with)|contrasts with"
-    rf"|{COMPARING_LIKE})(?![\w-])")
+    rf"|as (?:it|they|the|this)|similar to|{COMPARING_LIKE})(?![\w-])")
 
 
 def before_reason(text: str) -> str:
@@ -666,7 +661,7 @@ def items_alone(text: str, catalog: Catalog) -> list[int]:
         unnumbered = re.sub(r"^\W*\d{1,2}\b", "", line)
         without_remark = re.split(r" [-–—] | \((?!\d)", unnumbered)[0]
         front = before_reason(without_remark)                   # "1. Up - a balloon" gives "Up"
-        back = before_reason(line.rpartition(": ")[2])          # "The best one: Up" gives "Up"
+        back = before_reason(re.sub("^[^.,;]*: ", "", line))    # "The best one: Up" gives "Up"
         # The whole line comes first: a title may hold a number, a colon, a dash or "than".
         for part in (line, front, back):
             words = words_of(part.partition("[")[0])
@@ -704,12 +699,12 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     1. Titles behind words such as "I recommend", and the last one before "fits best".
     2. Titles in bold letters.
     3. Titles alone in a line.
-    4. Titles elsewhere, up to a reason or categories, but not in asides.
+    4. Titles elsewhere, up to a reason, but not in asides.
     5. If 1 to 4 find nothing: titles in a reason or in asides.
     """
-    opening = text.partition("\n")[0]
+    opening = re.split(r"\n|(?<=\w)\. ", text)[0]           # the first line or sentence
     if items_alone(opening, catalog) and not re.match(LIST_ITEM, opening):
-        return items_alone(text, catalog)
+        return items_alone(f"{opening}\n{text}", catalog)
     items = []
     # "Jaws is old, I recommend Alien, because ...": the choice is "Alien"
     for pattern in (CHOSEN, CONCLUDED):
@@ -725,8 +720,7 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     items += items_within(bold, catalog)                                   # 2
     items += items_alone(text, catalog)                                    # 3
     for line in re.sub(ASIDES, "", text).splitlines():
-        claim = before_reason(line).partition("[")[0]
-        items += items_within(claim, catalog)                              # 4
+        items += items_within(before_reason(line), catalog)                # 4
     return items or items_within(text, catalog)                            # 5
 
 
@@ -940,14 +934,13 @@ def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
 
 def parse_reflector(text: str) -> str | Malformed:
     """The reflection, one line."""
-    # "Better next", "A better category", "Better:", and with the quote of a JSON key
-    better = r'"?((an?|the) )?(better([ _](next|category|choice|option)|(?=\W*:))|next category)\b'
+    better = r"(?<![a-z])(better|best|next)([ _]category)?(?![a-z])"       # also "better_next"
     # Join a label to the category below it: "Better next:\nComedy" becomes "Better next: Comedy".
     text = re.sub(rf"(?i)({better})[^\w\n]*\n\W*", r"\1: ", spoken(text))
-    # Join the line of the label to the line before: "... because War.\n- Better next: Comedy"
+    # Join a line about what is better to the line before: "... because War.\n- Better next: Comedy"
     # becomes "... because War. Better next: Comedy".
     break_and_marks = r'\n(\d\.)?[^\w"]{0,9}'
-    text = re.sub(rf"(?i){break_and_marks}(?={better})", " ", text)
+    text = re.sub(rf"(?i){break_and_marks}(?=[^.:\n]*{better})", " ", text)
     # Make the second colon of "Better next: Action: fun" a comma: it names the category Action.
     text = re.sub(rf"(?i)({better}\W*action)\W*:", r"\1,", text)
     # Drop the colon after a turn that is cited within a line: "too similar to Action 2: Up".
@@ -1087,7 +1080,7 @@ def plan_of(thought: str) -> str:
     ' Comedy,  . They like it, '
     """
     # "Since War was shown, Comedy comes next" begins with its reason
-    opening = (r"(?i)^\W*(since|because|as|given|after|to (avoid|keep|balance)|based on|considering"
+    opening = (r"(?i)^\W*(since|because|given|after|to|based on|considering"
                r"|looking at)\b[^,]*,")
     without_opening = re.sub(opening, "", thought)
     return re.split(REASON_OF_PLAN, re.sub(UNWANTED, " ", without_opening))[0]
@@ -1114,10 +1107,12 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     ('Anything', '')
     """
     plan = plan_of(thought)
-    first_sentence = re.split(r"[.;!?]\s", plan)[0]
+    # "They like Drama and War, so Comedy comes next" begins with what is no choice
+    chosen = re.split(rf"(?i){CHOSEN}|{CONCLUDED}|category (?:is|(?:sh|w)ould be)\b", plan)[-1]
+    first_sentence = re.split(r"[.;!?]\s", chosen)[0]
     longest_first = sorted(tags, key=len, reverse=True)     # "War & Politics" before "War"
     names = "|".join(map(re.escape, longest_first))
-    begun = re.match(rf"(?i)([^\w.;!?]*(and |or )?({names})s?\b)+", first_sentence)
+    begun = re.match(rf"(?i)([^\w.;!?]*(and |or )?({names})s?\b)+", plan)
     if begun:                       # "Comedy, Drama" of "Comedy, Drama to balance War"
         first_sentence = begun[0]
     fresh = [tag for tag in tags_named_in(first_sentence, tags) if tag not in recent]
@@ -1213,10 +1208,9 @@ SUMS = r"""(?:
     # not if a number stands alone before "="
     (?! [\s*_$]* [-−]?[\d.,]+ [\s*_$%]* [=≈] )
     [^\d\n=≈\\]{0,60}            # words: "Average ="
-    # digits, operators, words of LaTeX such as \gamma, and the names of a formula; then "="
+    # digits, operators, the P of "P(stay)", and words of LaTeX such as \gamma; then "="
     # (?![a-z]): a whole word such as \max, never \ma followed by the operator x
-    (?: [\d\s.+*x×·/÷%${}−-] | \\[a-z]+(?![a-z])
-      | \b(of|r|reward|gamma|next)\b | V(\(s\))? )*
+    (?: [\d\s.+*x×·/÷%${}P−-] | \\[a-z]+(?![a-z]) )*
     [=≈]
     ){0,9}"""
 # "Value 4: about 7,5" · "**Value:**", then "7.5"
@@ -1257,12 +1251,11 @@ GUESS = rf"""(?ix)
 NUMBER_AT_END = rf"(?imx) (^ | [:=≈：] | \b(value|it)\b) [\s*_$`]{{0,20}} {NUMBER} [ *_$`.]* \Z"
 # a number that is not the answer; NUMBER has a name, so a pattern can hold it only once
 AMOUNT = r"\d+([.,]\d+)?"
-# What is left out: "7.5 out of 10" becomes "7.5", "7.5 because we are at step 4" becomes "7.5",
-# "between 7 and 8, 7.5" becomes ", 7.5".
+# What is left out: "7.5 because we are at step 4" becomes "7.5", "between 7 and 8, 7.5" becomes
+# ", 7.5".
 # A reason with a colon stays: "because the user likes it: 7.5". (?!.*[:=：]): no colon follows.
-LEFT_OUT = (rf"(?i)(?<=\d),? ((out of|of a maximum of|at most) {AMOUNT}"
-            r"|(because|since|given|as)\b[^,.;:=：\n]*(?!.*[:=：]))"
-            rf"|\bbetween (0 and {AMOUNT}|{AMOUNT} and {AMOUNT}(?=,[^\n]*\d))")
+LEFT_OUT = (rf"(?i)(?<=\d),? (because|since|given|as)\b[^,.;:=：\n]*(?!.*[:=：])"
+            rf"|\b(between|average of) (0 and {AMOUNT}|{AMOUNT} and {AMOUNT}(?=,[^\n]*\d))")
 # Numbers of the prompt, which some replies repeat before they answer
 REPEATED = rf"""(?ix)
     # its sentence on the value: "If the user stays and goes on as before, the value is 10.00"
@@ -1276,7 +1269,7 @@ REPEATED = rf"""(?ix)
     )
     # but these only if the value follows: ", 7.5", ", so 7.5", ", I estimate 7.5"
     (?= [^\n]{{0,200}}? ,[ ]
-        ((so|say|else|I|about|around|perhaps|at(?=[ ]\d))\b [^\n]{{0,200}}?)? \d )
+        ((so|say|else|I|about|around|perhaps|at(?=[ ]\d))\b [^\n]*?)? \d )
   """
 
 
@@ -2220,7 +2213,7 @@ def open_log(path: str | Path, model_id: Any, replay: bool = False) -> Log:
     content = path.read_bytes() if path.exists() else b""
     texts = {}                      # the hash of an ask -> its reply
     empty = {}                      # the same for replies without a text
-    doubtful = {}                   # the same for failures since the last text
+    doubtful = {}                   # the same for failures; a later text makes them count
     has_answered = False
     for line in content.splitlines():
         try:
@@ -2236,7 +2229,6 @@ def open_log(path: str | Path, model_id: Any, replay: bool = False) -> Log:
                 if record.get("role") != "embed":
                     has_answered = True
                     empty |= doubtful
-                    doubtful = {}
         except MISSHAPEN:
             continue                # an incomplete line: its ask is asked again
     known = texts

@@ -643,7 +643,7 @@ class Live(NamedTuple):
     """The counts of a command, printed also after Ctrl-C. Threads share them."""
     # of each role: calls, and the tokens that the server counts
     counts: dict[str, Counter]
-    # "asked": new answers of endpoints; "known": answers of logs; "empty: REASON": replies without
+    # "asked": new answers of endpoints; "known": answers of logs; "empty: KIND": replies without
     # a text. A prompts.Route adds "requests", "retries: KIND" and "system_fingerprint".
     stats: Json
     # of the episodes finished so far: malformed, fallbacks, actions, and ungrounded, which are
@@ -671,8 +671,8 @@ def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
         live.stop.set()
         raise
     if reply.reason:
-        # cut to a line, because some providers quote the prompt in their reason
-        prompts.count(live.stats, f"empty: {reply.reason:.80}")
+        kind = reply.reason.partition(":")[0]       # the rest may hold the number of a request
+        prompts.count(live.stats, f"empty: {kind}")
     with prompts.LOCK:
         counts = live.counts[ask.role]
         counts["calls"] += 1
