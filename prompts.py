@@ -71,10 +71,10 @@ class Key(NamedTuple):
 class Ask(NamedTuple):
     """One question."""
     role: str                       # planner, actor, critic or reflector; "embed" in logs only
-    key: Key                        # () for "embed"
+    key: Key | tuple[()]            # () for "embed"
     messages: tuple[tuple[str, str], ...]       # pairs (role, text), the system's first
-    # `recorded_embed` makes an Ask with these defaults for each text, and the log knows it by its
-    # hash. With other defaults old logs would be useless.
+    # These defaults are used for "embed" alone. They are part of its hash in the log: with others
+    # old logs would be useless.
     max_tokens: int = 256
     temperature: float = 0.5
 
@@ -111,8 +111,8 @@ def clean(text: str, limit: int = 600) -> str:
     >>> clean("Alien\\nObservation 1: rated 5")
     'Alien Observation 1: rated 5'
     """
-    # Cleaning a long text is slow, so it is cut first. The cut leaves more than `limit`, because
-    # runs of spaces become one.
+    # Cleaning a long text is slow, so it is cut first. More than `limit` is kept, because runs of
+    # spaces become one.
     text = text[:4 * limit]
     if not text.isprintable():          # most texts are, and a loop over characters is slow
         text = "".join(c if c.isprintable() else " " for c in text)
@@ -228,7 +228,7 @@ ENDING = rf"""(?isx)
     | <\|channel\|> \s*final ([^<]*<\|message\|>)?      # gpt-oss
     | assistantfinal                    # gpt-oss behind a server that drops the marks
     """
-MARK = r"<\|\w+\|>|</?[a-z_]+>"         # any other mark: <|im_end|>, <answer>, </s>
+MARK = r"<\|\w+\|>|</?[a-z_]+/?>"        # any other mark: <|im_end|>, <answer>, </s>
 FENCE = r"(```|~~~)\w*"                 # a line that begins or ends a block of code
 
 
@@ -243,9 +243,11 @@ def spoken(text: str) -> str:
     """
     text = re.sub(OPENING, "<think>", text)
     text = re.sub(ENDING, "</think>", text)
+    # "War?</think>Up": the opening mark stood in the prompt
+    if "</think>" in text.partition("<think>")[0]:
+        text = f"<think>{text}"
     # After the last </think> the answer begins. A <think> that is never closed ends it.
     #     "<think>War?</think>Up"     gives "Up"
-    #     "War?</think>Up"            gives "Up"; the opening mark may have stood in the prompt
     #     "Up<think>or War?"          gives "Up"
     answer = text.rpartition("</think>")[2].partition("<think>")[0]
     if not answer.strip():              # nothing there: "Up<think>or War?</think>"
@@ -304,12 +306,12 @@ def with_colons(text: str) -> str:
     return re.sub(HEADING, r"\g<name>:", text)
 
 
-def segment(text: str, labels: str) -> str:
+def segment(text: str, labels: str, may_repeat: bool = False) -> str:
     """The text after the earliest of these labels that has text behind it; "" if none has.
 
     Models often play several turns in one reply: only the first counts. So the text ends at the
-    next label of TURN_LABELS. A thought or a reflection also ends where its own label comes again.
-    An item does not: "Title: Up", "Title: Heat" may be a list.
+    next label of TURN_LABELS. It also ends where its own label comes again, unless the label
+    `may_repeat`: "Title: Up", "Title: Heat" may be a list.
 
     >>> segment("Thought 1: a comedy. Action 1: Up", THOUGHT_LABELS)
     'a comedy.'
@@ -321,7 +323,7 @@ def segment(text: str, labels: str) -> str:
         name = label["name"].lower()
         if not re.fullmatch(labels, name):
             continue
-        ends = TURN_LABELS if labels == ITEM_LABELS else f"{TURN_LABELS}|{name}"
+        ends = TURN_LABELS if may_repeat else f"{TURN_LABELS}|{name}"
         end = len(text)
         for later in found[place + 1:]:
             if re.fullmatch(ends, later["name"].lower()):
@@ -409,26 +411,24 @@ def first_line(text: str, preamble_ends: str = ":!") -> str:
     return lines[0] if lines else ""
 
 
-def labelled(text: str, labels: str) -> str:
+def labelled(text: str, labels: str, second: str) -> str:
     """The first line after one of these labels.
 
-    Without such a label it is the first line before any other label. A reply without labels is read
-    from its start. The result is ""
+    If the label `second` comes in the text after it, the line after `second` counts: "Thought: War
+    was shown. Next category: Comedy". Without any of `labels` it is the first line before any other
+    label. A reply without labels is read from its start. The result is ""
     - if there is no such line
     - if the text that is read is a refusal
     - if the line is a copy of the form asked for, such as "CATEGORY, because REASON"
 
-    >>> labelled("Thought 3: a comedy\\nAction 3: Up", THOUGHT_LABELS)
-    'a comedy'
-    >>> labelled("Action: Up", THOUGHT_LABELS), labelled("A comedy", THOUGHT_LABELS)
-    ('', 'A comedy')
+    >>> [labelled(text, THOUGHT_LABELS, "next[ ]category")
+    ...  for text in ("Thought 3: a comedy\\nAction 3: Up", "A comedy", "Action: Up")]
+    ['a comedy', 'A comedy', '']
     """
     text = with_colons(text)
     after_label = segment(text, labels)
     if re.match(REFUSAL, after_label or text):
         return ""
-    # "Thought: War was shown. Next category: Comedy": the text after the second label counts
-    second = "next[ ]category" if labels == THOUGHT_LABELS else "reflection"
     answer = segment(after_label, second) or after_label
     first_label = IN_LINE.search(text)
     before_labels = text[:first_label.start("name")] if first_label else text
@@ -559,8 +559,7 @@ def of_year(items: Sequence[int], year: int, catalog: Catalog) -> list[int]:
 def longest_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], int]:
     """The longest title that the words begin with: its items, and its number of words.
 
-    Without a title the answer is [] and 1, the number of words that the caller may skip. A subtitle
-    may be left out if nothing or a year follows.
+    Without a title the answer is [] and 0. A subtitle may be left out if nothing or a year follows.
     """
     for size in range(min(MOST_WORDS, len(words)), 0, -1):
         name = name_of(words[:size])
@@ -570,7 +569,7 @@ def longest_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
             items = catalog.mains.get(name, [])
         if items:
             return items, size
-    return [], 1
+    return [], 0
 
 
 def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], int]:
@@ -581,22 +580,19 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     the words of the title and of its year. Without a title it may skip one word.
         ["Hello"]                           [], 1
         ["Alien", "1979", "is", "old"]      [Alien], 2
-        ["Alien", "2009"]                   [], 1: means a film of 2009
-        ["Toy", "Story", "3"]               [], 2: means a sequel
+        ["Alien", "2009"]                   [], 2: means a film of 2009
+        ["Toy", "Story", "3"]               [], 2: means a sequel of Toy Story
         ["Alien", "Covenant", "2017"]       [], 1: means a film of 2017 with a longer title
     """
     items, size = longest_title(words, catalog)
     if not items:
-        return items, size
+        return [], 1
     behind = words[size:]
     rest = " ".join(behind[:7])         # the patterns read no more words
     year = re.match(rf"{YEAR}\b", rest)
+    if year:                            # "Alien 1979": the year is skipped with the title
+        return of_year(items, int(year[0]), catalog), size + 1
     longer = re.match(LONGER_TITLE, rest)
-    if year:                            # "Alien 1979"
-        items = of_year(items, int(year[0]), catalog)
-        if items:
-            size += 1                   # the year is skipped with the title
-        return items, size
     if longer:
         # A title, more words, a year. If these words begin another title, as in "Alien Jaws 1975",
         # Alien is meant. Otherwise they belong to a longer title, and its year decides: "Léon The
@@ -636,13 +632,14 @@ def items_within(text: str, catalog: Catalog) -> list[int]:
     not "it is set up well".
     """
     words = words_of(text)
-    # if the catalogue lacks Ali, "Ali (2001)" must not name the film 2001
-    years = re.findall(r"\S ?\((\d{4})\)", text)
+    years_in_brackets = re.findall(r"\S ?\((\d{4})\)", text)
     items = []
     while words:
         titled, words_used = leading_title(words, catalog)
-        # a single word that is a title by chance
-        is_ordinary = words_used == 1 and (words[0] in years or words[0].islower())
+        # A single word may be a title by chance: a word such as "up", or the year of another film.
+        # If the catalogue lacks Ali, "Ali (2001)" must not name the film 2001.
+        word = words[0]
+        is_ordinary = words_used == 1 and (word.islower() or word in years_in_brackets)
         if titled and not is_ordinary:
             items += titled
         words = words[words_used:]
@@ -657,21 +654,20 @@ def items_alone(text: str, catalog: Catalog) -> list[int]:
     """
     items = []
     for line in text.splitlines():
-        items_of_line = items_within(before_reason(line), catalog)
+        named_anywhere = items_within(before_reason(line), catalog)
         unnumbered = re.sub(r"^\W*\d{1,2}\b", "", line)
         without_remark = re.split(r" [-–—] | \((?!\d)", unnumbered)[0]
         front = before_reason(without_remark)                   # "1. Up - a balloon" gives "Up"
         back = before_reason(re.sub("^[^.,;]*: ", "", line))    # "The best one: Up" gives "Up"
-        # The whole line comes first: a title may hold a number, a colon, a dash or "than".
+        # The whole line comes first: a title may hold a number, a colon, a dash or "than". A part
+        # counts if the line names its title, or names nothing.
+        #     "My pick: The Lost World: Jurassic Park"    "Jurassic Park" does not count
+        #     "My pick: up"                               "up" counts; `items_within` skips it
         for part in (line, front, back):
             words = words_of(part.partition("[")[0])
             titled, words_used = leading_title(words, catalog)
-            if not titled or words_used < len(words):
-                continue
-            # A part does not count if the whole line names other films: the back of "My pick: The
-            # Lost World: Jurassic Park" is "Jurassic Park". It counts if the line names none: in
-            # "My pick: up" `items_within` skips the ordinary word.
-            if not items_of_line or titled[0] in items_of_line:
+            is_whole = titled and words_used == len(words)
+            if is_whole and (titled[0] in named_anywhere or not named_anywhere):
                 items += titled
                 break
     return items
@@ -694,8 +690,8 @@ ASIDES = r"""(?ix)
 def mentioned(text: str, catalog: Catalog) -> list[int]:
     """The items that a text names, the likeliest first. An item may come several times.
 
-    If the first line holds a title alone, without a bullet or a number, the other lines explain it.
-    Then only titles alone in a line count, from top to bottom. Otherwise the order is:
+    If the first line or sentence is a title alone, without a bullet or a number, the rest explains
+    it. Then only titles alone in a line count, from top to bottom. Otherwise the order is:
     1. Titles behind words such as "I recommend", and the last one before "fits best".
     2. Titles in bold letters.
     3. Titles alone in a line.
@@ -703,8 +699,9 @@ def mentioned(text: str, catalog: Catalog) -> list[int]:
     5. If 1 to 4 find nothing: titles in a reason or in asides.
     """
     opening = re.split(r"\n|(?<=\w)\. ", text)[0]           # the first line or sentence
-    if items_alone(opening, catalog) and not re.match(LIST_ITEM, opening):
-        return items_alone(f"{opening}\n{text}", catalog)
+    titled = items_alone(opening, catalog)
+    if titled and not re.match(LIST_ITEM, opening):
+        return titled + items_alone(text, catalog)
     items = []
     # "Jaws is old, I recommend Alien, because ...": the choice is "Alien"
     for pattern in (CHOSEN, CONCLUDED):
@@ -762,18 +759,19 @@ def ground(text: str, catalog: Catalog, exclude: Collection[int] = (),
       named item come first. They are of its kind. Those near to its title would be spelled like it.
     - If no item is named, or the first named one has no categories: the free items; those nearest
       to the text come first.
-    The first of them that is listed is taken, or else the first.
+    The first of them that is listed is taken, or else the first. A free item that the text names
+    may be one that is not listed.
     """
     items = mentioned(text, catalog)
-    free = [item for item in items if item not in exclude]
-    is_named = bool(free)
+    possible = [item for item in items if item not in exclude]
+    is_named = bool(possible)
     if not is_named:
         tags = line_tags(catalog.lines[items[0]]) if items else ()
-        free = free_by_nearness(in_brackets(tags) if tags else text, catalog, exclude)
+        possible = free_by_nearness(in_brackets(tags) if tags else text, catalog, exclude)
     # Listed items come first, because words may be a title by chance: "It is old. They like Up."
     # names It in a large catalogue.
-    chosen = [item for item in free if catalog.lines[item] in listed] or free
-    return chosen[0], is_named
+    listed_items = [item for item in possible if catalog.lines[item] in listed]
+    return (listed_items or possible)[0], is_named
 
 
 # ---------------------------------------------------------------------- the shared prefix
@@ -889,7 +887,7 @@ def parse_planner(text: str, tastes: Tastes | None = None) -> str | Malformed:
 
     With `tastes` it is malformed if it names one of `tastes.recent` and none of `tastes.other`, as
     long as there are others. Categories in a reason or after words such as "avoid" do not count. In
-    a reply without labels a later line that names one of `tastes.other` is then taken instead.
+    a reply without labels the last line that names one of `tastes.other` is then taken instead.
 
     >>> parse_planner("War, because I like it", Tastes(("War",), ("Comedy", "Drama"), ()))
     Malformed(reason='War came lately, the choice is Comedy, Drama')
@@ -897,14 +895,14 @@ def parse_planner(text: str, tastes: Tastes | None = None) -> str | Malformed:
     # "Action" is a label and a category. "**Action**" is the category if it stands first or after
     # "Next category".
     text = re.sub(r"(?i)(\A|next category)\W*\*action\*+", "Next category: Action", spoken(text))
-    thought = labelled(text, THOUGHT_LABELS)
+    thought = labelled(text, THOUGHT_LABELS, "next[ ]category")
     if not thought:
         return Malformed("the reply held no line 'Next category: ...'")
     if tastes and tastes.other:
         plan = plan_of(thought)
         shown_lately = tags_named_in(plan, tastes.recent)
         if shown_lately and not tags_named_in(plan, tastes.other):
-            # The last such line counts: "War was shown.\nComedy and Drama were not.\nDrama fits."
+            # "War was shown.\nComedy and Drama were not.\nDrama fits."
             lines = [] if IN_LINE.search(text) else text.splitlines()
             for line in map(unmarked, reversed(lines)):
                 if tags_named_in(plan_of(line), tastes.other):
@@ -933,7 +931,7 @@ def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
 
 
 def parse_reflector(text: str) -> str | Malformed:
-    """The reflection, one line."""
+    """The reflection, one line. The rewritings below need this order."""
     better = r"(?<![a-z])(better|best|next)([ _]category)?(?![a-z])"       # also "better_next"
     # Join a label to the category below it: "Better next:\nComedy" becomes "Better next: Comedy".
     text = re.sub(rf"(?i)({better})[^\w\n]*\n\W*", r"\1: ", spoken(text))
@@ -945,7 +943,7 @@ def parse_reflector(text: str) -> str | Malformed:
     text = re.sub(rf"(?i)({better}\W*action)\W*:", r"\1,", text)
     # Drop the colon after a turn that is cited within a line: "too similar to Action 2: Up".
     text = re.sub(r"(?i)(?<=[^\n])\b((thought|action|observation) \d+):", r"\1", text)
-    reflection = labelled(text, REFLECTION_LABELS)
+    reflection = labelled(text, REFLECTION_LABELS, "reflection")
     return reflection or Malformed("the reply held no line 'Reflection: ...'")
 
 
@@ -1091,8 +1089,8 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
 
     What it wants to avoid does not count. If nothing else is left, the result is "". The first of
     these that names a category counts:
-    1. The first sentence before a reason. If it begins with categories, only these count. Those
-       shown lately never count here.
+    1. The categories that the thought begins with, or else the first sentence after its last "so",
+       "I choose" and the like. Those shown lately never count here.
     2. All before the first reason.
     3. The whole thought.
     In 2 and 3 categories shown lately count only if no others are named.
@@ -1107,15 +1105,16 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     ('Anything', '')
     """
     plan = plan_of(thought)
-    # "They like Drama and War, so Comedy comes next" begins with what is no choice
-    chosen = re.split(rf"(?i){CHOSEN}|{CONCLUDED}|category (?:is|(?:sh|w)ould be)\b", plan)[-1]
-    first_sentence = re.split(r"[.;!?]\s", chosen)[0]
     longest_first = sorted(tags, key=len, reverse=True)     # "War & Politics" before "War"
     names = "|".join(map(re.escape, longest_first))
     begun = re.match(rf"(?i)([^\w.;!?]*(and |or )?({names})s?\b)+", plan)
-    if begun:                       # "Comedy, Drama" of "Comedy, Drama to balance War"
-        first_sentence = begun[0]
-    fresh = [tag for tag in tags_named_in(first_sentence, tags) if tag not in recent]
+    if begun:
+        clause = begun[0]           # "Comedy, Drama" of "Comedy, Drama to balance War"
+    else:
+        # " Comedy comes next" of "They like Drama and War, so Comedy comes next"
+        chosen = re.split(rf"(?i){CHOSEN}|{CONCLUDED}|category (?:is|(?:sh|w)ould be)\b", plan)[-1]
+        clause = re.split(r"[.;!?]\s", chosen)[0]
+    fresh = [tag for tag in tags_named_in(clause, tags) if tag not in recent]
     if fresh:
         return in_brackets(fresh)
     plan_and_reason = re.sub(UNWANTED, " ", thought)
@@ -1164,7 +1163,8 @@ def parse_actor(text: str) -> str | Malformed:
     """
     text = with_colons(spoken(text))
     verb = r"(?i)^\W*(i ?)?((would|will|['’]d) )?recommend(ing|ed)?\b[\s:]*"
-    content = segment(text, "free item") or segment(text, ITEM_LABELS) or text
+    content = (segment(text, "free item") or segment(text, ITEM_LABELS, may_repeat=True)
+               or text)
     part = re.sub(verb, "", content).strip()
     if len(part) > 2000:            # the choice stands at the beginning or at the end
         part = f"{part[:1000]}\n{part[-999:]}"
@@ -1480,20 +1480,21 @@ def offline(ask: Ask) -> Reply:
 
 # ---------------------------------------------------------------------- the outside world
 # Endpoints over HTTP, the log of a run and its budget: all effects of this module.
-# A request without a usable answer gives a Fault and raises nothing. The label of a Fault is the
-# HTTP status, the name of an exception, the finish_reason or "embeddings". The label, a server's
-# advice and the body decide its Kind. The Kind says how often such a request is sent, and what the
-# user can do after that.
+# `send_once` raises nothing: a request without a usable answer gives a Fault. Its label is the HTTP
+# status, the name of an exception, "finish_reason X" or "embeddings". The label, a server's advice
+# and the body decide its Kind. The Kind says how often such a request is sent, and what the user
+# can do after that.
 
 
 class Kind(NamedTuple):
     """What is done about one kind of fault."""
     name: str
-    tries: int                      # a request is given up after this many faults of the kind
-    remedy: str                     # what the user can do after the last one
+    tries: int                      # after this many faults of the kind an ask is given up
+    remedy: str                     # what the user can do then
     pattern: str                    # a regular expression for "LABEL ADVICE BODY", see KINDS
-    # The run ends after this many asks with this kind of fault since the last text. All of them
-    # except the last get an empty reply. 1 is for faults that the user must correct first.
+    # The run ends when this many asks in a row were given up for this kind, without a text between
+    # them. All except the last get an empty reply. 1 is for faults that the user must correct
+    # first. `openai` ends a run earlier if there was no text at all.
     patience: int = 1
 
 
@@ -1590,8 +1591,8 @@ INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None,
 # Headers whose values are secrets: Authorization, X-API-Key, Cookie, X-Auth-Token ...
 SECRET = "(?i)auth|key|cookie|token|secret|password"
 LONGEST_WAIT = 120.0                # seconds; after 408, 409, 429, 5xx a longer wait ends the run
-# "retryDelay": "36s", "Please try again in 2.5s"
-DELAY = r"(?i)(retryDelay|(try again|retry) in)\W*(?P<seconds>\d+(\.\d+)?) ?s"
+# "retryDelay": "36s", "Please try again in 1m2.5s"
+DELAY = r"(?i)(retryDelay|(try again|retry) in)\W*((?P<minutes>\d+)m)?(?P<seconds>\d+(\.\d+)?) ?s"
 LOOPBACK = r"(([\w-]+\.)*localhost|127\.[\d.]+|0\.0\.0\.0|\[?::1)(?![\w.-])"
 # servers without https: on this machine, names without a dot, and private addresses
 PRIVATE = (rf"{LOOPBACK}|[\w-]+(:|/|$)|(10|192\.168|172\.(1[6-9]|2\d|3[01]))\."
@@ -1631,8 +1632,8 @@ class Route:
     # "requests", "retries: KIND", "system_fingerprint"
     stats: dict = field(default_factory=dict)
     has_answered: bool = False      # a reply had a text, perhaps in an earlier run
-    # How many requests got an answer. Threads may lose a count: it only matters that it grows.
-    answers: int = 0
+    # Threads may lose a count: it only matters that the number grows.
+    requests_answered: int = 0
     refused: set = field(default_factory=set)       # names in INSTEAD
     topics: set = field(default_factory=set)        # those on which the user was told something
 
@@ -1800,8 +1801,8 @@ def asked_wait(headers: Any, text: str) -> float:
 
     >>> asked_wait({"retry-after": "20"}, ""), asked_wait({"retry-after-ms": "1500"}, "")
     (20.0, 1.5)
-    >>> asked_wait({}, "Rate limit. Please try again in 2.5s."), asked_wait({}, "busy")
-    (2.5, 0.0)
+    >>> asked_wait({}, "Rate limit. Please try again in 1m2.5s."), asked_wait({}, "busy")
+    (62.5, 0.0)
     """
     milliseconds = headers.get("retry-after-ms", "")
     after = headers.get("retry-after", "")
@@ -1813,7 +1814,9 @@ def asked_wait(headers: Any, text: str) -> float:
     except MISSHAPEN:
         pass                    # no header, or no date in it
     in_body = re.search(DELAY, text)
-    return float(in_body["seconds"]) if in_body else 0.0
+    if not in_body:
+        return 0.0
+    return 60 * int(in_body["minutes"] or 0) + float(in_body["seconds"])
 
 
 def decoded(text: str) -> dict:
@@ -1830,7 +1833,8 @@ def decoded(text: str) -> dict:
         if isinstance(data, list) and data:     # Gemini puts an error into a list
             data = data[0]
         return as_object(data)
-    content, finish = "", None
+    content = ""
+    finish = "stop" if "[DONE]" in text else "missing"      # the stream may break off
     for piece in pieces:
         for choice in piece.get("choices") or ():
             content += as_object(choice.get("delta")).get("content") or ""
@@ -1867,11 +1871,11 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
             return read(data)       # it raises one of MISSHAPEN if the shape is wrong
     except MISSHAPEN:
         stripped = text.strip()
-        is_cut = stripped.startswith("{") and not stripped.endswith("}")
+        is_cut = stripped.startswith(("{", "data:")) and not stripped.endswith("}")
         if response.is_success and is_cut:
             # a lost connection: httpx cannot see it without Content-Length
             return new_fault(route, "RemoteProtocolError", f"the answer breaks off: {stripped}")
-        data = {}       # a sign for `fault_of_response` that the body cannot be used
+        data = {}       # `fault_of_response` must not take a useless body for an error
     # an error status, an error in the body, or a body that `read` cannot use
     return fault_of_response(route, response, data, text)
 
@@ -1893,7 +1897,7 @@ def redirected(route: Route, response: Any) -> Fault:
 
 
 def fault_of_response(route: Route, response: Any, data: dict, text: str) -> Fault:
-    """The Fault in a response that is not an answer. `data` is {} if the body cannot be used.
+    """The Fault in a response that is not an answer. `data` is {} if the body is of no use.
 
     KINDS is matched with "STATUS ADVICE BODY". The advice tells whether to ask again: true, false,
     or nothing if it is not known, as in "429  {...}".
@@ -1901,8 +1905,7 @@ def fault_of_response(route: Route, response: Any, data: dict, text: str) -> Fau
     error = as_object(data.get("error")) or data        # some servers put its fields at the top
     status = str(response.status_code)
     # A status of success with an error in the body: the error's own code counts, or else 500.
-    # `send_once` gives {} for a body that it could not use. Then the status stays, and 200 is of
-    # the Kind "page".
+    # Without an error the status stays, and 200 is of the Kind "page".
     if response.is_success and error:
         code = str(error.get("code"))
         status = code if re.fullmatch("[45][0-9][0-9]", code) else "500"
@@ -1929,7 +1932,8 @@ CHARGE = ContextVar("CHARGE", default=lambda: None)
 def limited(llm: LLM, max_calls: int) -> LLM:
     """The same model, which sends at most `max_calls` chat requests, repeats included.
 
-    The next request raises BudgetSpent.
+    The next request raises BudgetSpent. `answer` calls the model, this calls `send`, and `send`
+    calls `charge`.
     `recorded` wraps this model, so a reply from the log costs nothing: see `open_model` in run.py.
     """
     budget = Semaphore(max_calls)
@@ -1985,7 +1989,8 @@ def adapt(route: Route, sent: dict, fault: Fault) -> bool:
 def pause(route: Route, fault: Fault, faults: int) -> None:
     """Wait as long as the server asks, at most LONGEST_WAIT, and never less than our own wait.
 
-    After 408, 409, 429 and 5xx a longer wait has ended the run before.
+    The limit matters for other statuses than 408, 409, 429 and 5xx: with these a longer wait has
+    made the fault one of the Kind "too late".
     Ours is 0.5 s after the first fault. It doubles with each fault, up to 8 s. Up to a quarter of
     it is taken off at random, so that threads do not all come back at once.
     """
@@ -2002,20 +2007,20 @@ def send(route: Route, body: dict, read: Callable) -> Any:
     charge = CHARGE.get()
     tried = Counter()           # faults of each kind, for the number of tries
     faults = 0                  # of all kinds, for the wait
-    answers_seen = route.answers
+    answered_before = route.requests_answered
     while True:
         sent = accepted(route, body)
         got = send_once(route, sent, read)
         if not isinstance(got, Fault):
-            route.answers += 1
+            route.requests_answered += 1
             return got
         is_adapted = adapt(route, sent, got)    # at most once for each name, and for the address
         if not is_adapted:
             faults += 1
             # The server has answered other requests since the last fault. So it will get to this
             # one, too, and its tries start again.
-            if got.kind.name == "busy" and route.answers > answers_seen:
-                answers_seen = route.answers
+            if got.kind.name == "busy" and route.requests_answered > answered_before:
+                answered_before = route.requests_answered
                 tried.clear()
             tried[got.kind] += 1
             if tried[got.kind] == got.kind.tries:
@@ -2082,8 +2087,8 @@ def read_chat(route: Route, ask: Ask, data: dict) -> Any:
     message = as_object(choice.get("message"))
     refusal = message.get("refusal")
     text = spoken(starred(route, text_of(message.get("content"))))
-    broken_off = re.match("(?i)(network_)?error|abort|insufficient|content_filter|sensitive|safety"
-                          "|guardrail", str(finish))
+    broken_off = re.match("(?i)(network_)?error|abort|insufficient|missing|content_filter|sensitive"
+                          "|safety|guardrail", str(finish))
     if text and not broken_off and not choice.get("error"):
         if finish == "length":
             tell(route, "length", "a reply was cut, because it is longer than --reply-tokens")
@@ -2124,8 +2129,8 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
             silent.clear()
             return got
         silent[got.kind] += 1
-        is_suspect = got.kind.name in ("request", "failure", "slow") or silent.total() >= 10
-        has_wrong_settings = is_suspect and not route.has_answered
+        looks_wrong = got.kind.name in ("request", "failure", "slow") or silent.total() >= 10
+        has_wrong_settings = looks_wrong and not route.has_answered
         if has_wrong_settings or silent[got.kind] >= got.kind.patience:
             raise fatal_error(route, got)
         reason = f"{got.kind.name}: {got.reason}"
@@ -2213,7 +2218,7 @@ def open_log(path: str | Path, model_id: Any, replay: bool = False) -> Log:
     content = path.read_bytes() if path.exists() else b""
     texts = {}                      # the hash of an ask -> its reply
     empty = {}                      # the same for replies without a text
-    doubtful = {}                   # the same for failures; a later text makes them count
+    failed = {}                     # the same for failures; they count once a text comes later
     has_answered = False
     for line in content.splitlines():
         try:
@@ -2222,13 +2227,13 @@ def open_log(path: str | Path, model_id: Any, replay: bool = False) -> Log:
             if reply.text == "":
                 kind = reply.reason.partition(":")[0]
                 is_failure = kind in ("failure", "slow", "firewall") and not replay
-                group = doubtful if is_failure else empty
+                group = failed if is_failure else empty
                 group[record["ask"]] = reply
             elif isinstance(reply.text, str):
                 texts.setdefault(record["ask"], reply)
                 if record.get("role") != "embed":
                     has_answered = True
-                    empty |= doubtful
+                    empty |= failed
         except MISSHAPEN:
             continue                # an incomplete line: its ask is asked again
     known = texts

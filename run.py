@@ -591,8 +591,8 @@ def memory_text(run: Settings, agent: Agent, met: dict[tuple[str, int], int]) ->
 def read_memory(path: Path | None) -> Json:
     """What `memory_text` wrote, with each row made a Record, and a digest of the file.
 
-    `path` is the file or its run directory. UserError for any other. Without a path nothing was
-    learned before: the three memories are missing.
+    `path` is a run directory or its memory.json. UserError for any other. Without a path nothing
+    was learned before: the three memories are missing.
     """
     if path is None:
         return {"met": {}, "digest": ""}
@@ -649,7 +649,7 @@ class Live(NamedTuple):
     # of the episodes finished so far: malformed, fallbacks, actions, and ungrounded, which are
     # actions that named no free item
     replies: Counter
-    failures: list[Exception]   # the first error of a model's call, if there was one
+    failures: list[Exception]   # errors of the model's calls; the first is the cause
     stop: Event                 # set when no further call shall begin
 
 
@@ -665,7 +665,7 @@ def counted(llm: LLM, live: Live, ask: Ask) -> Reply:
     try:
         reply = llm(ask)
     except (prompts.EndpointError, OSError) as error:       # OSError: the log cannot be written
-        # Once `stop` is set, other calls fail because of it. Only the failure before that is kept.
+        # once `stop` is set, other calls fail because of it
         if not live.stop.is_set():
             live.failures.append(error)
         live.stop.set()
@@ -1329,7 +1329,7 @@ def do_jobs(args: Namespace, jobs: Sequence[Job], folder: Path, live: Live) -> d
             if name not in models:
                 models[name] = open_model(args, job.run, folder / quote(name, safe=""), live)
             llm, embed = models[name]
-            # fig4 also plays sessions that belong to no phase, so no progress is shown.
+            # fig4 also plays sessions of no phase of a run, so no progress is shown.
             job_map = pmap if job.measure == "errors" else watched(pmap, job.run, live)
             finish(job, measure_job(job, partial(counted, llm, live), embed, job_map))
     return samples_of

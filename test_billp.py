@@ -172,7 +172,7 @@ def response(status, body="", header=""):
     """
     if status.endswith(("Error", "Timeout")):
         return getattr(httpx, status, UnicodeError)(body)
-    if body and body[0] not in "{[<":
+    if body and not body.startswith(("{", "[", "<", "data:")):
         body = json.dumps({"error": {"message": body}})
     headers = dict([header.split(": ", 1)]) if header else {}
     return httpx.Response(int(status), text=body, headers=headers)
@@ -1006,6 +1006,7 @@ def test_a_refusal_or_unfilled_form_is_malformed(role, reply):
     "<|channel|>analysis<|message|>Jaws?<|end|><|start|>assistant<|channel|>final<|message|>{}"])
 def test_hidden_thinking_is_never_read(hidden):
     assert "Jaws" not in prompts.spoken(hidden)
+    assert prompts.spoken(hidden.format("")) == ""
     assert prompts.parse_planner(hidden.format("Thought 1: Alien")) == "Alien"
     assert prompts.parse_actor(hidden.format("Action 1: recommend Alien")) == "Alien"
 
@@ -1568,6 +1569,7 @@ ACTS = [
 200 | {"choices": [{"message": {"content": "<think>so</think>"}}]} | no text | 2
 200 | {"choices": [{"message": {"content": null}}]} | no text | 2
 200 | {"choices": [{"message": {"content": "a"}, "finish_reason": "error"}]} | error | 4
+200 | data: {"choices": [{"delta": {"content": "a"}}]} | missing and half a text | 4
 400 | {"error": {"code": "tool_use_failed"}} ; output_parse_failed | failed | 4
 400 | Model unloaded. | unloaded | 4
 """))
@@ -1607,7 +1609,7 @@ def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times
 200 | [] ; | | 200 /v1? | 2
 200 | [{"error": {"message": "who?", "code": 401}}] | | 401 who? OPENAI_API_KEY | 1
 429 | {"error": {"details": [{"retryDelay": "25862s"}]}} | | 25862 resumes | 1
-200 | {"choices": [{"mess | | breaks off resumes | 7
+200 | {"choices": [{"mess ; data: {"choices": [{"del | | breaks off resumes | 7
 429 | Please try again in 7h12m0s | Retry-After: 25920 | 7h12m0s 25920 resumes | 1
 301 ; 307 | | Location: https://b.example/x?k=1 | https://b.example/x; --base-url | 1
 302 | | Location: /again | http://a.example/again; --base-url | 1
