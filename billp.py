@@ -64,14 +64,14 @@ class Config(NamedTuple):
     k_lessons: int = 2              # reflections recalled; the paper's K
     # nearest records of M_A that are counted by item; films has 200 items, so about five for each
     k_experience: int = 1000
-    k_actions: int = 10             # remembered items shown if candidates is 0, as many as there
+    k_actions: int = 10             # remembered items shown if candidates is 0
     k_values: int = 8               # values recalled for the critic, enough to average
     # Free items to choose from. With ten a 1.5B model names a free item in 97 % of its actions.
     # 0: no list, the actor sees remembered items and may name any.
     candidates: int = 10
-    # weight of an item's whole line in its nearness to a query; its categories alone have the
-    # weight 1 - line_weight. At 1 the letters of titles would often outweigh the evidence. At 0
-    # titles would not count. README compares 0, 0.5 and 1
+    # Weight of an item's whole line when items are ranked, see `prompts.closest`; its categories
+    # alone have the weight 1 - line_weight. At 1 the letters of titles would often outweigh the
+    # evidence. At 0 titles would not count. README compares 0, 0.5 and 1.
     line_weight: float = 0.5
     # how many steps the category tool looks back, at least 1; as in the released code
     lately: int = 4
@@ -351,6 +351,7 @@ def planner(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) ->
     tastes = state.tastes
     question = prompts.render_planner(lessons, tastes, config.lately)
     fallback = tastes.other[0] if tastes.other else ""
+    # without tastes the parser takes any thought
     parse = partial(prompts.parse_planner, tastes=tastes if config.fresh_thoughts else None)
     answer = consult(llm, "planner", state, question, parse, config, fallback)
     return answer._replace(recalled=lessons), memory
@@ -414,9 +415,7 @@ def actor(state: State, memory: Memory, llm: LLM, catalog: Catalog,
     question = prompts.render_actor(state.key.step + 1, state.thought, listed, form)
     answer = consult(llm, "actor", state, question, prompts.parse_actor, config, "")
     if not answer.fallback:
-        # A reply that names no free item often names a recent one. The nearest of all free items
-        # would be too similar to that, so `ground` then takes the nearest of the listed ones. With
-        # `candidates` 0 the actor may choose any free item.
+        # with `candidates` 0 the actor may choose any free item, so `ground` prefers none
         listed_lines = {candidate.line for candidate in listed} if config.candidates else ()
         item, exact = prompts.ground(answer.result, catalog, state.taken, listed_lines)
     elif listed:
@@ -535,9 +534,9 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
             # if the user left, the last state has no future, and the critic is not asked
             with_future = states[:-1] if trajectory.terminated else states
             answers = tuple(critic(state, agent.critic, llm, config)[0] for state in with_future)
-        # V(s_1) .. V(s_{N+1}); 0 where the critic was not asked
-        not_asked = len(states) - len(answers)
-        values = [answer.result for answer in answers] + [0.0] * not_asked
+        # V(s_1) .. V(s_{N+1}): 0 if the user left, and everywhere without the critic
+        values = [answer.result for answer in answers]
+        values += [0.0] * (len(states) - len(values))
         for step, value, next_value in zip(steps, values, values[1:]):
             state = step.state
             left = trajectory.terminated and step is steps[-1]      # users leave at the last step

@@ -37,7 +37,7 @@ Rng = np.random.Generator
 Location = str | Path                   # of a folder of data files
 
 # For each seed each of these purposes has its own random stream; the first three are for run.py.
-# The numbers must not change, so that a seed gives the same users in every version.
+# The numbers must not change, so that a seed gives the same users in every version; 4 is unused.
 BRANCHES = {"learners": 0, "held-out users": 1, "policy": 2, "actor-critic": 3, "data": 5,
             "bandit": 6}
 
@@ -144,10 +144,10 @@ def distance_to_recent(env: Env, state: EnvState, item: Array) -> Array:
     """
     smallest = np.full(np.broadcast(state.user, item).shape, np.inf)
     # one place after the other: all at once is slower with many items
-    for other in np.moveaxis(state.recent, -1, 0):      # [B], or [B, 1] after `with_every_item`
+    for earlier in np.moveaxis(state.recent, -1, 0):        # an item for each session, as `user`
         # an empty place is -1, which indexes the last item: that distance is dropped
-        distance = env.distance(state.user, other, item)
-        smallest = np.minimum(smallest, np.where(other < 0, np.inf, distance))
+        distance = env.distance(state.user, earlier, item)
+        smallest = np.minimum(smallest, np.where(earlier < 0, np.inf, distance))
     return smallest
 
 
@@ -513,20 +513,10 @@ def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
     chance = np.exp(log_chance)
     entropy = -(chance * log_chance).sum(1, keepdims=True)
     picked = np.eye(len(items))[pick]           # [B, k]: 1 at the pick, 0 elsewhere
-    # First the derivatives by fit [B, k], see `log_chances`.
-    # (a) The chances are a softmax:
-    #     d chance_i / d fit_j = chance_i * ([i is j] - chance_j)
-    # (b) d log(p) is dp / p. So with i = pick in (a), divided by the chance of the pick:
-    #     d log_chance[pick] / d fit_j = [j is the pick] - chance_j
-    of_pick = picked - chance
-    # (c) entropy is -(sum over i of chance_i * log_chance_i). By the product rule d entropy is
-    #     -(sum over i of d chance_i * log_chance_i + chance_i * d log_chance_i).
-    #     By (b) the second terms are d chance_i. They add up to 0, because the chances add up to 1.
-    #     By (a) the first give
-    #     d entropy / d fit_j = -(sum over i of chance_i * ([i is j] - chance_j) * log_chance_i)
-    #     = -chance_j * log_chance_j + chance_j * (sum over i of chance_i * log_chance_i)
-    #     = -chance_j * log_chance_j - chance_j * entropy
-    of_entropy = -chance * (log_chance + entropy)
+    # First the derivatives by fit [B, k], see `log_chances`. Both follow from that of a softmax,
+    # d chance_i / d fit_j = chance_i * ([i is j] - chance_j):
+    of_pick = picked - chance                           # d log_chance[pick] / d fit
+    of_entropy = -chance * (log_chance + entropy)       # d entropy / d fit
     by_fit = td_error[:, None] * of_pick + ENTROPY * of_entropy
     # Then the derivatives by the weights.
     # fit_j = x @ match @ vector_j + appeal_j, so d fit_j / d match is outer(x, vector_j)
@@ -792,11 +782,11 @@ def films(seed: int = 0) -> Env:
 
     Titles, years and categories are facts; ratings are made up. A rating is mostly taste: how much
     the user likes the film's categories. A user's taste is that of one of six archetypes, changed
-    at random. The film's general appeal counts less, and noise least. About one pair of films in 25
-    is too similar: those that share at least half of their combined categories, and 17 pairs with
-    one common category out of three. A history is ten films, drawn without replacement with weights
-    exp(rating); the order of the draw counts as the order of time. The agent learns from half of
-    the users.
+    at random. The film's general appeal counts less, and noise least. Two films are too similar if
+    the cosine of their weighted categories is above 0.595. That is about one pair in 25, mostly
+    pairs that share at least half of their combined categories. A history is ten films, drawn
+    without replacement with weights exp(rating); the order of the draw counts as the order of time.
+    The agent learns from half of the users.
     """
     titles, years, letters = zip(*re.findall(r"(\S.*?) (\d{4}) ([A-Z]+)[;\n]", FILMS))
     tags = [[CODES[letter] for letter in word] for word in letters]
@@ -876,7 +866,9 @@ def in_one_line(place: Location, advice: str) -> Iterator[None]:
 def encoding(file: Path) -> str:
     """UTF-8, with or without a byte order mark, if the whole file is valid; otherwise cp1252."""
     try:
-        file.read_text("utf-8-sig")
+        with file.open(encoding="utf-8-sig") as stream:
+            for _ in stream:        # line by line, because files may be large
+                pass
     except UnicodeDecodeError:
         return "cp1252"             # latin-1 with typographic quotes, dashes and trademarks
     return "utf-8-sig"
@@ -886,7 +878,7 @@ def columns(header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
     """The places of the columns in a header; ValueError if a needed one is missing.
 
     A column may have any of its ALIASES; if there are several, the first in ALIASES counts. Case
-    and punctuation do not matter.
+    and punctuation do not matter. Ratings need no title: there a column "id" numbers the lines.
 
     >>> columns(["Title", "Movie_ID"], ["item"])
     {'item': 1, 'title': 0}
@@ -897,15 +889,15 @@ def columns(header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
     plain = [re.sub(r"[\W_]", "", text).lower() for text in header]
     places = {}
     for name, aliases in ALIASES.items():
-        # Ratings need no title. There a column "id" numbers the lines, so it is not the item.
-        if "title" not in needed:
-            aliases = aliases.replace(" id ", " ")
-        present = [alias for alias in aliases.split() if alias in plain]
+        known = aliases.split()
+        if name == "item" and "title" not in needed:
+            known.remove("id")
+        present = [alias for alias in known if alias in plain]
         if present:
             places[name] = plain.index(present[0])
         elif name in needed:
-            raise ValueError(f"no column for the {name} ({aliases}) in the first line, the header: "
-                             f"{str(header):.80}")
+            raise ValueError(f"no column for the {name} ({' '.join(known)}) in the first line, the "
+                             f"header: {str(header):.80}")
     return places
 
 
@@ -1031,25 +1023,25 @@ def groups(keys: Array) -> list[Array]:
     return np.split(order, starts_of_new_keys)
 
 
-def ridge(own: Array, other: Array, ratings: Array, fixed: Array, count: int) -> Array:
+def ridge(rows: Array, fixed_rows: Array, ratings: Array, fixed: Array, count: int) -> Array:
     """Fit the rows of one side, users or items, while the rows `fixed` of the other side stay.
 
-    float32 [count, k + 1]: k factors and then a bias for each row. ratings[i] belongs to row own[i]
-    of the fitted side and to row other[i] of the fixed side. Ratings come without the global
-    offset.
+    float32 [count, k + 1]: k factors and then a bias for each row. ratings[i] belongs to row
+    rows[i] of the fitted side and to row fixed_rows[i] of the fixed side. Ratings come without the
+    global offset.
     The penalty on a bias is 3, that on a factor 3 + a tenth of the row's number of ratings.
     """
     # rating - fixed bias = [fixed factors, 1] @ [fitted factors, fitted bias]
-    targets = ratings - fixed[other, -1]
+    targets = ratings - fixed[fixed_rows, -1]
     inputs = fixed.copy()
     inputs[:, -1] = 1
     width = fixed.shape[1]
     fitted = np.zeros((count, width), np.float32)
-    for group in groups(own):                   # the ratings of one row
-        x = inputs[other[group]]
+    for group in groups(rows):                  # the ratings of one row
+        x = inputs[fixed_rows[group]]
         penalty = np.full(width, 3 + len(group) / 10)
         penalty[-1] = 3
-        row = own[group[0]]
+        row = rows[group[0]]
         fitted[row] = np.linalg.solve(x.T @ x + np.diag(penalty), x.T @ targets[group])
     return fitted
 
@@ -1141,7 +1133,7 @@ def similarity(belongs: Array, factors: Array, fitted: bool, one: Array,
     """What makes items similar, in words; the items' vectors [m, d] for it; and beta.
 
     `belongs` is that of `Env`; `factors` [m, k] are fitted to the ratings. `one` and `other`, both
-    [n], are random pairs of items.
+    [pairs], are random pairs of items.
     """
     if belongs.any() and not fitted:
         return "categories", unit(belongs), 0.9         # the beta of `films`
@@ -1149,7 +1141,7 @@ def similarity(belongs: Array, factors: Array, fitted: bool, one: Array,
     vectors = unit(factors)
     beta = float(np.quantile(length_between(vectors, 0, one, other), 0.2))
     words = "fitted vectors"
-    if not belongs.any():               # say so: their column may have an unknown name
+    if not belongs.any():               # perhaps the column of categories was not recognised
         words += ", no item has a category"
     return words, vectors, beta
 
@@ -1163,11 +1155,12 @@ def predicted_world(entries: Sequence[tuple], votes: Array, n: int, seed: int, f
     """
     rng = branch(seed, "data")
     m, size = len(entries), len(votes)
-    # A copy, sorted by user, then by time: the last key counts most. Below users get new numbers,
-    # but the votes of each stay in the order of time.
+    # a copy, sorted by user, then by time: for lexsort the last key counts most
     votes = votes[np.lexsort((votes["time"], votes["user"]))]
+    # Users get random numbers, because the first half is learned from. The votes of each user stay
+    # in the order of time.
+    votes["user"] = rng.permutation(n)[votes["user"]]
     votes["rating"], note = rescaled(votes["rating"])
-    votes["user"] = rng.permutation(n)[votes["user"]]   # random: the first half is learned from
     is_test = rng.permutation(size) < size // 10            # true for a random tenth
     train, test = votes[~is_test], votes[is_test]
     model = als(train, n, m, rank=12)
@@ -1264,7 +1257,7 @@ def distance_by_half(learners: int, train: Array, test: Array, users: Array, a: 
     return np.where(users < learners, train[a, b], test[a, b])
 
 
-def released(path: Location, name: str) -> Env:
+def released(path: Location, world: str) -> Env:
     """The authors' world "steam" or "amazon", from their files anywhere under path.
 
     The agent learns from the users of train.json; those of test.json are held out. Only `a2c` sees
@@ -1273,20 +1266,20 @@ def released(path: Location, name: str) -> Env:
     """
     halves = ("train", "test")
     with in_one_line(path, AUTHORS):
-        predicted = [load(path, name, f"{name}_{half}.npy") for half in halves]
-        distances = [load(path, name, f"{half}_distance_mat.pickle") for half in halves]
+        predicted = [load(path, world, f"{world}_{half}.npy") for half in halves]
+        distances = [load(path, world, f"{half}_distance_mat.pickle") for half in halves]
         m = predicted[0].shape[1]
         for matrix in distances:
             demand(matrix.shape == (m, m), f"the distances do not fit {m} items")
-        names = load(path, name, "datamaps.json")["id2item_dict"]
+        names = load(path, world, "datamaps.json")["id2item_dict"]
         titles = [html.unescape(names[str(item)]) for item in range(m)]
-        sources = load(path, name, "list_genre.json")   # lists of genres, written as Python source
+        sources = load(path, world, "list_genre.json")   # lists of genres, written as Python source
         genres = {html.unescape(title): ast.literal_eval(sources[title]) for title in sources}
         categories, belongs = category_table([genres.get(title, []) for title in titles])
         item_called = {title: item for item, title in enumerate(titles)}
         ratings, histories = [], []
         for half, matrix in zip(halves, predicted):
-            people = load(path, name, f"{half}.json")
+            people = load(path, world, f"{half}.json")
             rows = [int(person["userid_encoded"]) for person in people]     # of the matrix
             ratings.append(matrix[rows])
             for person in people:
@@ -1301,5 +1294,5 @@ def released(path: Location, name: str) -> Env:
             rate=table(np.clip(np.concatenate(ratings), 1, 5)),
             distance=partial(distance_by_half, learners, *distances),
             histories=histories, learners=learners,
-            beta={"steam": 50.0, "amazon": 15.0}[name],         # the paper's
+            beta={"steam": 50.0, "amazon": 15.0}[world],        # the paper's
             grace=1)                # in the authors' code the first item ends no session

@@ -512,6 +512,17 @@ def items_by_name(names_of_items: Iterable[Sequence[str]]) -> dict[str, list[int
     return items_of
 
 
+def name_tables(titles: Sequence[str]) -> tuple[dict, dict]:
+    """The names and the mains of a Catalog."""
+    all_names = [spellings(title) for title in titles]
+    whole_names = [forms[:2] for forms in all_names]        # these two have all words of the title
+    # The second dict wins: "heat" is Heat. Without a film Heat it is The Heat.
+    names = items_by_name(all_names) | items_by_name(whole_names)
+    # "Terminator 2: Judgment Day" is also called "Terminator 2".
+    main_titles = [re.split(r":| - | \(", title)[0] for title in titles]
+    return names, items_by_name(map(spellings, main_titles))
+
+
 def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
     """A world as language. It embeds each line and each set of categories once.
 
@@ -520,19 +531,13 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
     """
     check(env)
     titles = [clean(title, TITLE_CHARACTERS) for title in env.titles]
-    all_names = [spellings(title) for title in titles]
-    times_named = Counter(forms[0] for forms in all_names)
+    plain_titles = [name_of(words_of(title)) for title in titles]
+    times_used = Counter(plain_titles)
     lines = []
-    for title, forms, year, belongs in zip(titles, all_names, env.years, env.belongs):
+    for title, plain, year, belongs in zip(titles, plain_titles, env.years, env.belongs):
         # A year costs a model about six tokens. It stands only where titles alone are not enough.
-        year_shown = year if times_named[forms[0]] > 1 else None
+        year_shown = year if times_used[plain] > 1 else None
         lines.append(item_line(title, year_shown, compress(env.categories, belongs)))
-    whole_names = [forms[:2] for forms in all_names]        # these two have all words of the title
-    # The second dict wins: "heat" is Heat. Without a film Heat it is The Heat.
-    by_name = items_by_name(all_names) | items_by_name(whole_names)
-    # "Terminator 2: Judgment Day" is also called "Terminator 2".
-    mains = [re.split(r":| - | \(", title)[0] for title in titles]
-    by_main = items_by_name(map(spellings, mains))
     all_tags = [in_brackets(line_tags(line)) for line in lines]
     distinct = list(dict.fromkeys(all_tags))                # usually far fewer than items
     row_of = {tags: row for row, tags in enumerate(distinct)}
@@ -544,7 +549,7 @@ def catalog(env: Env, embed: Embed = hashed_ngrams) -> Catalog:
     demand(squared_lengths == [1.0] * len(texts), "embed must give a row of length 1 for each text")
     tag_rows = np.array([row_of[tags] for tags in all_tags])
     return Catalog(env, embed, tuple(lines), vectors[:len(lines)], vectors[len(lines):], tag_rows,
-                   by_name, by_main)
+                   *name_tables(titles))
 
 
 def of_year(items: Sequence[int], year: int, catalog: Catalog) -> list[int]:
@@ -768,8 +773,8 @@ def ground(text: str, catalog: Catalog, exclude: Collection[int] = (),
     if not is_named:
         tags = line_tags(catalog.lines[items[0]]) if items else ()
         possible = free_by_nearness(in_brackets(tags) if tags else text, catalog, exclude)
-    # Listed items come first, because words may be a title by chance: "It is old. They like Up."
-    # names It in a large catalogue.
+    # Listed items come first. Words may be a title by chance: "It is old. They like Up." names It
+    # in a large catalogue. And what is nearest to a title shown lately would be too similar to it.
     listed_items = [item for item in possible if catalog.lines[item] in listed]
     return (listed_items or possible)[0], is_named
 
@@ -1362,8 +1367,8 @@ def offline_planner(history: str, transcript: str, question: str, draw: int) -> 
         options = options[:1]       # the tool names the most liked first
     category = options[draw % len(options)]
     keep_away = ", ".join(sorted(unwanted - {category})) or "nothing"
-    # The actor reads this by PLAN, the reflector by APART. "Avoid" is for people: it shows which
-    # categories the lessons warn of.
+    # The actor reads this by PLAN, the reflector by APART. The "Avoid" here is for people alone: it
+    # shows which categories the lessons warn of.
     return (f"Next category: {category}, because similar items go {counted_steps(apart)} apart."
             f"{spelled_avoid(warned)} Keep away from {keep_away}.")
 
@@ -1423,23 +1428,19 @@ def offline_reflector(history: str, transcript: str, question: str, draw: int) -
     """Why the user left (similar items too close together, or a disappointment), and a rule.
 
     A gap is the number of steps from an item back to the nearest similar one.
-        safe_gap    the smallest gap of all items except the last. The user stayed at all of
-                    those, so no larger gap is needed. `gaps_between` gives 9 where it sees no
-                    similar item.
-        advised     the gap that the session's thoughts asked for, but at most `safe_gap`. If the
-                    last gap is below `safe_gap`, it is taken for the cause: then at least one step
-                    more than the last gap is advised.
     """
     liked = Counter(tags_listed_in(history, LIKED_LINES))
     titles, tags = zip(*item_lines_in(transcript))
     *earlier_gaps, last_gap = gaps_between(tags)
-    safe_gap = min(earlier_gaps, default=9)
+    # The user stayed at all items before the last, so the smallest of their gaps was large enough.
+    safe_gap = min(earlier_gaps, default=9)         # 9: no similar item, see `gaps_between`
+    # the gap that the session's thoughts asked for, but no larger than was needed
     advised = min(apart_in(transcript), safe_gap)
     warned = set()
     if "the user left" not in question:             # the last observation is in `question`
         why = f"The user stayed for all {counted_steps(len(titles))}"
     elif last_gap < safe_gap:                       # it came too soon after a similar item
-        advised = max(advised, last_gap + 1)        # at most `safe_gap`, because last_gap is below
+        advised = max(advised, last_gap + 1)
         why = (f"The user left because {titles[-1]} came {counted_steps(last_gap)} after "
                f"{titles[-1 - last_gap]}, which is similar")
     else:
@@ -1883,7 +1884,7 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
 def redirected(route: Route, response: Any) -> Fault:
     """The Fault in a redirect.
 
-    `moved_to` is set if `adapt` may follow it: to another path of the same server, because the key
+    `moved_to` is set if `follow` may use it: it is another path of the same server, because the key
     must not go to a server that the user did not give. Some redirects turn POST into GET, which is
     of no use.
     """
@@ -1964,17 +1965,19 @@ def accepted(route: Route, body: dict) -> dict:
     return sent | route.extra
 
 
-def adapt(route: Route, sent: dict, fault: Fault) -> bool:
-    """From now on use another address, or replace or drop the first parameter that a refusal names.
+def follow(route: Route, fault: Fault) -> bool:
+    """From now on use the address that a redirect names. False for another fault.
 
-    False if there is nothing to adapt. The address changes only once, because a server may send us
-    in a circle.
+    The address changes only once, because a server may send us in a circle.
     """
-    if fault.moved_to:
-        if "moved" not in route.topics:
-            route.url = fault.moved_to          # first, because other threads read the topics
-            tell(route, "moved", fault.reason)
-        return route.url == fault.moved_to      # also if another thread has changed it
+    if fault.moved_to and "moved" not in route.topics:
+        route.url = fault.moved_to          # first, because other threads read the topics
+        tell(route, "moved", fault.reason)
+    return fault.moved_to == route.url      # also if another thread has changed it
+
+
+def adapt(route: Route, sent: dict, fault: Fault) -> bool:
+    """From now on replace or drop the first parameter that a refusal names. False if none is."""
     if fault.kind.name != "request":
         return False
     # The first one is the refused one; later ones may be suggestions.
@@ -2005,8 +2008,8 @@ def pause(route: Route, fault: Fault, faults: int) -> None:
 def send(route: Route, body: dict, read: Callable) -> Any:
     """Send the request until `read` can use the answer. After the last try return the Fault."""
     charge = CHARGE.get()
-    tried = Counter()           # faults of each kind, for the number of tries
-    faults = 0                  # of all kinds, for the wait
+    faults_of_kind = Counter()      # for the number of tries
+    faults_in_all = 0               # for the wait
     answered_before = route.requests_answered
     while True:
         sent = accepted(route, body)
@@ -2014,22 +2017,23 @@ def send(route: Route, body: dict, read: Callable) -> Any:
         if not isinstance(got, Fault):
             route.requests_answered += 1
             return got
-        is_adapted = adapt(route, sent, got)    # at most once for each name, and for the address
+        # at most once for the address and for each parameter
+        is_adapted = follow(route, got) or adapt(route, sent, got)
         if not is_adapted:
-            faults += 1
+            faults_in_all += 1
             # The server has answered other requests since the last fault. So it will get to this
             # one, too, and its tries start again.
             if got.kind.name == "busy" and route.requests_answered > answered_before:
                 answered_before = route.requests_answered
-                tried.clear()
-            tried[got.kind] += 1
-            if tried[got.kind] == got.kind.tries:
+                faults_of_kind.clear()
+            faults_of_kind[got.kind] += 1
+            if faults_of_kind[got.kind] == got.kind.tries:
                 return got
         # It is sent again. `limited` has paid for the first request only.
         charge()
         count(route.stats, f"retries: {got.kind.name}")
         if not is_adapted:
-            pause(route, got, faults)
+            pause(route, got, faults_in_all)
 
 
 # - chat

@@ -286,7 +286,7 @@ def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
     if "model" not in varied:
         yield ["models"], "without --experiment table6"
     # If all experiments vary the same flag, its value is never used. --model is an exception: it is
-    # the one model of table6 if --models is missing.
+    # the one model of table6 if --models is missing. "" stands for experiments that vary none.
     if len(varied) == 1:
         yield varied - {"model"}, "here: the experiment varies it"
     if args.experiment == ["fig4"]:
@@ -449,6 +449,9 @@ def settings(args: Namespace, saved: Json) -> Settings:
 # ---------------------------------------------------------------------------------- world
 
 
+released = cache(envs.released)         # its large files are the same for all seeds
+
+
 @cache                  # fitting ratings is slow: runs of one world and seed do it once
 def load_world(name: str, seed: int) -> envs.Env:
     """A world by its name on the command line. UserError if there is none of this name."""
@@ -459,7 +462,7 @@ def load_world(name: str, seed: int) -> envs.Env:
         say(f"reading {folder}")    # millions of ratings take a while
         if kind in OF_RATINGS:
             return envs.ratings_folder(folder, seed, kind == "fitted")
-        return envs.released(folder, kind)
+        return released(folder, kind)
     raise UserError(f"no world {name!r}; choose from {WORLDS}")
 
 
@@ -543,34 +546,32 @@ def default_directory(args: Namespace, config: Json) -> Path:
     return Path("runs", f"{name}-{digest(dumps(config))[:6]}")
 
 
-def run_directory(args: Namespace, config: Json) -> Path:
-    """The directory of this run, made if need be.
+def run_directory(args: Namespace, content: Json) -> Path:
+    """The directory of this run, made if need be. `content` is for its config.json.
 
     UserError if it holds another run or the files of another program, or no log to replay. A run
     that got no answer, such as one with a mistyped model, may be replaced: it left only its
     config.json.
     """
-    path = args.out or default_directory(args, config)
+    path = args.out or default_directory(args, content)
     # names with a dot in front are drafts, or those of the file manager, such as .DS_Store
     names = {file.name for file in path.rglob("[!.]*") if file.is_file()}
     earlier = read_object(path / "config.json")
-    is_run = set(Settings._fields) <= earlier.keys()
-    holds_log_at_most = names <= {"calls.jsonl"}        # a log may have been copied there
-    if not is_run and not holds_log_at_most:
+    if set(Settings._fields) <= earlier.keys():         # there is a run
+        # an experiment has fields that a run lacks, so the fields of both are compared
+        fields, earlier_fields = flattened(content), flattened(earlier)
+        changed = [field for field in {**earlier_fields, **fields}
+                   if earlier_fields.get(field) != fields.get(field)]
+        if changed and names != {"config.json"}:        # it left a log or results
+            raise UserError(f"{path} holds another configuration ({', '.join(changed)}); choose "
+                            "another --out")
+    elif not names <= {"calls.jsonl"}:                  # a log may have been copied there
         raise UserError(f"{path} is not empty and holds no run; choose another --out")
-    # an experiment has fields that a run lacks, so the fields of both are compared
-    fields, earlier_fields = flattened(config), flattened(earlier)
-    changed = [field for field in {**earlier_fields, **fields}
-               if earlier_fields.get(field) != fields.get(field)]
-    holds_more = names != {"config.json"}       # a log or results
-    if is_run and changed and holds_more:
-        raise UserError(f"{path} holds another configuration ({', '.join(changed)}); choose "
-                        "another --out")
     if args.replay and "calls.jsonl" not in names:
         raise UserError(f"{path} holds no log to replay: run without --replay, or give the "
                         "directory of the log as --out")
     path.mkdir(parents=True, exist_ok=True)
-    write(path / "config.json", dumps(config, indent=1) + "\n")
+    write(path / "config.json", dumps(content, indent=1) + "\n")
     return path
 
 
@@ -614,10 +615,8 @@ def learners_met(saved: Json, world: str, seed: int) -> int:
 
     UserError if the memory may have learned from users that this seed holds out.
     """
-    # In worlds of ratings the seed decides who is held out, so a memory of another seed may know
-    # them. The names of the folders do not matter, because two may hold the same ratings.
-    # In films each seed has users of its own. In steam and amazon the files decide who is held out.
-    # So in these three a memory cannot know a held-out user.
+    # Only in worlds of ratings does the seed choose who is held out. There a memory of another seed
+    # may know them. The names of the folders do not matter: two may hold the same ratings.
     for earlier_world, earlier_seed in saved["met"]:
         kinds = {name.partition(":")[0] for name in (world, earlier_world)}
         if kinds.issubset(OF_RATINGS) and seed != earlier_seed:
@@ -1364,7 +1363,7 @@ def rows_of(series: str, x: Any, samples: dict[Cell, Array], measure: str) -> It
     if measure == "shares":
         for n, share in enumerate(envs.intervals(share_of, own), 1):
             yield Row(series, n, {"share": share})
-    if measure == "errors":
+    if measure == "errors":             # six columns, see `critic_errors`
         names = ("bias", "variance", "MSE")
         intervals = envs.intervals(partial(np.mean, axis=-2), own)
         yield Row("one return", x, dict(zip(names, intervals[:3])))
