@@ -554,7 +554,7 @@ def test_a_method_asks_its_roles_and_writes_its_memories(method, roles, memories
     """And no two asks share role and key."""
     llm, asks = noting(prompts.offline)
     config = Config(**billp.METHODS[method])
-    agent, trajectories = learn(llm=llm, config=config, seed=np.int64(0))[-1]
+    agent, trajectories = learn(10, llm, config=config, seed=np.int64(0))[-1]
     assert {ask.role for ask in asks} == set(roles.split())
     assert {role for role, memory in agent._asdict().items() if memory} == set(memories.split())
     for t in trajectories:
@@ -751,9 +751,9 @@ def test_the_run_of_seed_0_keeps_its_golden_numbers():
 
 
 def test_the_stand_in_learns_and_planning_helps():
-    """The mean return of 15 held-out users, after 50 episodes of learning and before."""
+    """The mean return of 15 held-out users, after 30 episodes of learning and before."""
     users, returns = range(500, 515), {}
-    agent, _ = learn(50)[-1]
+    agent, _ = learn(30)[-1]
     for label, memories, method in (("after", agent, "billp"), ("before", NOVICE, "billp"),
                                     ("react", NOVICE, "react"), ("act", NOVICE, "act")):
         config = Config(**billp.METHODS[method])
