@@ -143,8 +143,9 @@ def distance_to_recent(env: Env, state: EnvState, item: Array) -> Array:
     for what `with_every_item` returns.
     """
     smallest = np.full(np.broadcast(state.user, item).shape, np.inf)
-    # one place after the other: all at once is slower with many items
-    for earlier in np.moveaxis(state.recent, -1, 0):        # an item for each session, as `user`
+    # One place after the other: all at once is slower with many items. `earlier` has the shape of
+    # state.user: [B], or [B, 1] after `with_every_item`.
+    for earlier in np.moveaxis(state.recent, -1, 0):
         # an empty place is -1, which indexes the last item: that distance is dropped
         distance = env.distance(state.user, earlier, item)
         smallest = np.minimum(smallest, np.where(earlier < 0, np.inf, distance))
@@ -913,11 +914,10 @@ def read_rows(file: Path, needed: Sequence[str], parse: Callable) -> Iterator:
             tabbed = (line.replace("::", "\t") for line in stream)
             lines = csv.reader(tabbed, delimiter="\t", quoting=csv.QUOTE_NONE)
         try:
-            header = HEADERS.get(file.name) or next(lines, [])
+            rows = (cells for cells in lines if "".join(cells).strip())
+            header = HEADERS.get(file.name) or next(rows, [])
             places = columns(header, needed)
-            for cells in lines:
-                if not "".join(cells).strip():
-                    continue
+            for cells in rows:
                 is_whole = len(cells) == len(header)
                 demand(is_whole, f"{len(cells)} fields instead of {len(header)}")
                 yield parse(**{name: cells[place].strip() for name, place in places.items()})
@@ -954,10 +954,11 @@ def parse_entry(items: dict, item: str, title: str, year: str = "", categories: 
     demand(item and title, "an item without id or title")
     demand(item not in items, f"item {item} is listed twice")
     items[item] = len(items)
-    name, when = split_title(title)
+    name, when = split_title(html.unescape(title))
     digits = re.search(r"\d{4}", year)
     if digits:
         when = int(digits.group())
+    categories = html.unescape(categories)      # "Children&#39;s"
     wrong_separator = re.search(r"^[\[{]|;", categories)        # ['War', 'Drama'] or War;Drama
     demand(not wrong_separator, 'separate categories by "|", as in War|Drama')
     tags = [tag.strip() for tag in categories.split("|")]

@@ -415,8 +415,9 @@ def labelled(text: str, labels: str, second: str) -> str:
     """The first line after one of these labels.
 
     If the label `second` comes in the text after it, the line after `second` counts: "Thought: War
-    was shown. Next category: Comedy". Without any of `labels` it is the first line before any other
-    label. A reply without labels is read from its start. The result is ""
+    was shown. Next category: Comedy". Without any of `labels`, or with only marks behind them, it
+    is the first line before any label. A reply without labels is read from its start. The result is
+    ""
     - if there is no such line
     - if the text that is read is a refusal
     - if the line is a copy of the form asked for, such as "CATEGORY, because REASON"
@@ -433,7 +434,9 @@ def labelled(text: str, labels: str, second: str) -> str:
     first_label = IN_LINE.search(text)
     before_labels = text[:first_label.start("name")] if first_label else text
     # After a label a line such as "Comedy!" is an answer and no preamble.
-    line = first_line(answer, preamble_ends=":") or first_line(before_labels)
+    line = first_line(answer, preamble_ends=":")
+    if not line:                        # no such label, or only marks behind it
+        line = first_line(before_labels)
     # A copy holds CATEGORY or "because REASON", and then a sentence or a clause ends. These are no
     # copies: "NEXT CATEGORY IS WAR", "because REASON: it is new".
     has_placeholder = re.search(r"\b(CATEGORY|(?i:because) REASON)\W*([.,]|$)", line)
@@ -445,10 +448,8 @@ def labelled(text: str, labels: str, second: str) -> str:
 ARTICLES = "the a an le la les l un une il lo el los las der das".split()
 MOST_WORDS = 40                     # words of a title that are compared; few titles have more
 YEAR = "(1[89]|20)[0-9]{2}"
-# Words after a title that mean a sequel: "Frozen II", "Jaws 2 (1978)", "Dune: Part Two",
-# "Toy Story 3, because ...". It is matched with the words after the title, without punctuation.
-SEQUEL = (r"(II|III|IV|VI{0,3}|(Part|Episode) ([\dIV]+|Two|Three|Four|Five|Six)"
-          rf"|[2-9]( {YEAR}| because| since| as|$))\b")
+# Words after a title that mean a sequel: "Frozen II", "Jaws 2", "Dune: Part Two"
+SEQUEL = r"(II|III|IV|VI{0,3}|[2-9](?! of)|(Part|Episode) ([\dIV]+|Two|Three|Four|Five|Six))\b"
 # More words of another film's title, then its year: "[The Matrix] Reloaded (2003)"
 LONGER_TITLE = rf"((in|of|on|the|to|[A-Z0-9]\w*) ){{1,6}}(?P<year>{YEAR})\b"
 LIST_ITEM = r"\s*[-*•] |\W*\d{1,2}[.)]"       # "- Up", "* Up", "1. Up"
@@ -607,7 +608,10 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
             items = of_year(items, int(longer["year"]), catalog)
         return items, size
     if re.match(SEQUEL, rest):          # "Frozen II" means another film
-        return [], size
+        # in "1. Alien 2. Jaws" the 2 belongs to a list
+        next_items, _ = leading_title(behind[1:], catalog)
+        if not next_items:
+            return [], size
     return items, size
 
 
@@ -664,15 +668,14 @@ def items_alone(text: str, catalog: Catalog) -> list[int]:
         without_remark = re.split(r" [-–—] | \((?!\d)", unnumbered)[0]
         front = before_reason(without_remark)                   # "1. Up - a balloon" gives "Up"
         back = before_reason(re.sub("^[^.,;]*: ", "", line))    # "The best one: Up" gives "Up"
-        # The whole line comes first: a title may hold a number, a colon, a dash or "than". A part
-        # counts if the line names its title, or names nothing.
-        #     "My pick: The Lost World: Jurassic Park"    "Jurassic Park" does not count
-        #     "My pick: up"                               "up" counts; `items_within` skips it
+        # the whole line first: a title may hold a number, a colon, a dash or "than"
         for part in (line, front, back):
             words = words_of(part.partition("[")[0])
             titled, words_used = leading_title(words, catalog)
             is_whole = titled and words_used == len(words)
-            if is_whole and (titled[0] in named_anywhere or not named_anywhere):
+            # "Jurassic Park" in "My pick: The Lost World: Jurassic Park"
+            is_end_of_title = is_whole and named_anywhere and titled[0] not in named_anywhere
+            if is_whole and not is_end_of_title:
                 items += titled
                 break
     return items
@@ -1235,9 +1238,10 @@ VALUE_LINE = rf"""(?imx)
 VALUE_IS = rf"""(?ix)
     # the word, but not in "the average value of such states"
     (?<! average[ ] ) (?<! mean[ ] ) value\b
-    # words without another "value", without an if-clause and without the end of a sentence; at most
-    # 300 characters, so that a reply that repeats itself is read in time
-    (?: (?! \b(?:value|if)\b | [.!?;]\s ) [^:=：\n] ){{0,300}}?
+    # words, among them "at t=4", but without another "value", without an if-clause and without the
+    # end of a sentence; at most 300 characters, so that a reply that repeats itself is read in time
+    (?: \b (?:t|n|s|step|state) [ ]?=[ ]? \d+\b
+      | (?! \b(?:value|if)\b | [.!?;]\s ) [^:=：\n] ){{0,300}}?
     # ":", "is", "be", or "at 7.5." and "around 7.5" at the end of a sentence
     (?: [:=：] | \b(?:is|be)\b | \b(?:at|around)(?= [ ] [\d.,]*\d ( \.?\s*$ | \.?\n | \.[ ] ) ) )
     # a calculation or a few words, then the number
@@ -1434,7 +1438,8 @@ def offline_reflector(history: str, transcript: str, question: str, draw: int) -
     *earlier_gaps, last_gap = gaps_between(tags)
     # The user stayed at all items before the last, so the smallest of their gaps was large enough.
     safe_gap = min(earlier_gaps, default=9)         # 9: no similar item, see `gaps_between`
-    # the gap that the session's thoughts asked for, but no larger than was needed
+    # The advice is the gap that the session's thoughts asked for, but at most `safe_gap`. If the
+    # last item came too soon, it becomes at least one more than its gap.
     advised = min(apart_in(transcript), safe_gap)
     warned = set()
     if "the user left" not in question:             # the last observation is in `question`
@@ -2214,8 +2219,8 @@ def open_log(path: str | Path, model_id: Any, replay: bool = False) -> Log:
 
     If an ask has several replies, the first with a text counts. Empty replies count only if some
     reply of the chat model had a text. Otherwise the settings were probably wrong, and these asks
-    are sent again. Asks that failed or were too slow are sent again, too, unless a text came later:
-    without one the server was probably down. In a replay they count.
+    are sent again. Asks that failed, were too slow or met a firewall are sent again, too, unless a
+    text came later: without one the server was probably down. In a replay they count.
     """
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -303,6 +303,11 @@ def base_url_of(args: Namespace) -> str:
     return args.base_url or variable("OPENAI_BASE_URL") or variable("OPENAI_API_BASE")
 
 
+def defaults_of(given: Json) -> Json:
+    """DEFAULTS for these flags: experiments learn from 100 episodes."""
+    return DEFAULTS | {"episodes": 100} if "experiment" in given else DEFAULTS
+
+
 def parts(names: str) -> list[str]:
     """The names in a text such as "a, b"."""
     return [name.strip() for name in names.split(",")]
@@ -354,10 +359,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
             what = f"{word} stands alone: every value needs its flag, as in --seed 1"
         parser.error(what)
     given = {name: value for name, value in vars(args).items() if value is not None}
-    values = dict.fromkeys(vars(args)) | DEFAULTS | given
+    values = dict.fromkeys(vars(args)) | defaults_of(given) | given
     args = Namespace(**values, given=given)
-    if args.experiment and "episodes" not in given:
-        args.episodes = 100
     args.experiment = parts(args.experiment) if args.experiment else []
     check_values(args)
     if "all" in args.experiment:
@@ -540,7 +543,7 @@ def default_directory(args: Namespace, config: Json) -> Path:
     name += f"-seed{args.seed}"
     given = given_of(args, ["episodes", "users", *Config._fields, *envs.RULE])
     for field, value in given.items():
-        if value != DEFAULTS.get(field):
+        if value != defaults_of(args.given).get(field):
             name += f"-{field}{value}"
     name = name[:200]                   # a file system takes names of at most 255 bytes
     return Path("runs", f"{name}-{digest(dumps(config))[:6]}")

@@ -888,7 +888,8 @@ SABRINA (1954) | Sabrina (1955) ; **Sabrina** (1954) ; Action 1: recommend "Sabr
 SABRINA (1954) | Sabrina | Sabrina (1953)
 nothing | Alien (2009) ; Fargo (2001) ; The up side ; Frozen II ; Dune: Part Two ; Toy Story 3 |
 nothing | Jaws 2 (1978) ; Alien: Covenant (2017) ; Jaws 2, as it is fun ; 2001 ideas for tonight |
-nothing | Scream VI ; The Matrix Reloaded (2003) |
+nothing | Scream VI ; The Matrix Reloaded (2003) ; Jaws 2 is fun ; Jaws 3: The Return |
+Jaws | 1. Jaws 2. Alien ; Jaws (2 of 3) |
 """))
 def test_a_reply_names_what_a_person_reads(name, reply, taken):
     """Nothing: another film of this name, by its year, a sequel, or ordinary words."""
@@ -970,6 +971,7 @@ critic | The average is 7.25, the value lies around 7.5 ; Value: between 7.5 and
 critic | The value at 3 steps before the end is 7.5 ; Value: more than 7.5, at step 4 | 7.5
 critic | Considering the average of 7.25, a slightly higher value of 7.5 seems right. | 7.5
 critic | Value: 8.67 × P(stay) = 7.5 ; The value is the average of 7 and 8, which is 7.5 | 7.5
+critic | The value at t=4: 7.5 ; The value of state s=4 is 7.5 | 7.5
 critic | Value: −3 ; Value: -3 = 4 - 7 | -3.0
 """))
 def test_an_answer_is_read_without_its_wrapping(role, reply, value):
@@ -1395,8 +1397,9 @@ ITEMS = "movieId,title,genres\n" + "".join(f'{i},"{title}",{tags}\n' for i, titl
 RATINGS = "userId,movieId,rating,timestamp\n" + "".join(
     f"{u},{i},{r},{t}\n" for u, i, r, t in VOTES)
 NUMBERED = "id," + RATINGS.rstrip().replace("rating,", "Stars,", 1).replace("\n", "\n0,")
-REORDERED = "ISBN,Year,Genre,NAME,ID\n" + "".join(
+REORDERED = "\n\nISBN,Year,Genre,NAME,ID\n" + "".join(
     f'x,,{tags},"{title}",{i}\n\n' for i, title, tags in MOVIES)
+REORDERED = REORDERED.replace("é", "&#233;").replace("Sci-Fi", "Sci&#45;Fi")
 
 
 def dat(rows):
@@ -2250,6 +2253,10 @@ def test_flags_reach_what_they_name():
     assert args.models_asked == ["a/b"]
     name = run.default_directory(args, {"model": "a/b"}).name
     assert name.startswith("films-billp-a%2Fb-seed0-users9-beta0.5-")
+    for episodes, shown in ((50, "-episodes50"), (100, "")):
+        args = run.parse(f"--experiment table3 --episodes {episodes}".split())
+        name = run.default_directory(args, {"model": "offline"}).name
+        assert re.fullmatch(f"films-table3-seed0{shown}-[0-9a-f]{{6}}", name)
     assert run.parse("--experiment table6 --base-url x --model m".split()).models_asked == ["m"]
     config = settings_of("--method act --thoughts --lessons latest").config
     assert config == billp.Config(lessons="latest", experience=False)._asdict()
