@@ -287,13 +287,14 @@ IN_LINE = re.compile(rf"""(?imx)
       | (?<=\d) (?: [ ][–—-] | \. ) (?=\s)
     ) [ \t*_"'`-]*
     """)
-# HEADING: a label without a colon counts if it is alone in its line, and the line has a mark
-# (* _ # >) or a number.
+# HEADING: a label without a colon counts if three things hold. It is alone in its line; the line
+# has a mark (* _ # >) or a number; text follows below.
 #     yes: "**Action**", then "Up" · "Action 3", then "Up"
-#     no:  "Action", then "Up"
+#     no:  "Action", then "Up" · "**Action**" at the end
 HEADING = rf"""(?imx)
     ^ (?= (?: [ \t]* [*_\#>] ) | (?: .*\d ) )   # a line with a mark at its front, or a number
     [ \t*_\#>]* (?P<name> {ALL_LABELS} ) {GAP} \d* {GAP} $
+    (?= \s* \S )                    # with text below
     """
 
 
@@ -385,7 +386,7 @@ def unmarked(line: str) -> str:
     # In a JSON reply the text after the label looks like      War", "reason": "new"}
     # and is rewritten to      War, reason: new"}
     line = re.sub(r'",\s*"(\w+)":\s*"', r", \1: ", clean(line))
-    content = re.sub(r"^\d{1,2}[.)]( |$)|[*`]", "", line).strip(' _#>-•"{}')
+    content = re.sub(r"^\d{1,2}[.)]( |$)|[*`]|__", "", line).strip(' _#>-•"{}')
     if not re.search(r"\w", content):
         return ""
     # The strip above may have taken one quote of a pair. Then all quotes are dropped.
@@ -437,9 +438,9 @@ def labelled(text: str, labels: str, second: str) -> str:
     line = first_line(answer, preamble_ends=":")
     if not line:                        # no such label, or only marks behind it
         line = first_line(before_labels)
-    # A copy holds CATEGORY or "because REASON", and then a sentence or a clause ends. These are no
-    # copies: "NEXT CATEGORY IS WAR", "because REASON: it is new".
-    has_placeholder = re.search(r"\b(CATEGORY|(?i:because) REASON)\W*([.,]|$)", line)
+    # A copy holds CATEGORY or "because REASON". Two answers are no copies: "NEXT CATEGORY IS WAR",
+    # so (?<!NEXT ) leaves it out, and "because REASON: it is new", so (?!:) leaves it out.
+    has_placeholder = re.search(r"((?<!NEXT )\bCATEGORY|(?i:because) REASON)\b(?!:)", line)
     return "" if has_placeholder else line
 
 
@@ -448,8 +449,11 @@ def labelled(text: str, labels: str, second: str) -> str:
 ARTICLES = "the a an le la les l un une il lo el los las der das".split()
 MOST_WORDS = 40                     # words of a title that are compared; few titles have more
 YEAR = "(1[89]|20)[0-9]{2}"
-# Words after a title that mean a sequel: "Frozen II", "Jaws 2", "Dune: Part Two"
-SEQUEL = r"(II|III|IV|VI{0,3}|[2-9](?! of)|(Part|Episode) ([\dIV]+|Two|Three|Four|Five|Six))\b"
+# Words after a title that mean a sequel: "Frozen II", "Jaws 2 (1978)", "Dune: Part Two",
+# "Toy Story 3, because ...". A number alone may be a rating: "Alien, 5 stars". The pattern is
+# matched with the words after the title, without punctuation.
+SEQUEL = (r"(II|III|IV|VI{0,3}|(Part|Episode) ([\dIV]+|Two|Three|Four|Five|Six)"
+          rf"|[2-9]( {YEAR}| because| since| as|$))\b")
 # More words of another film's title, then its year: "[The Matrix] Reloaded (2003)"
 LONGER_TITLE = rf"((in|of|on|the|to|[A-Z0-9]\w*) ){{1,6}}(?P<year>{YEAR})\b"
 LIST_ITEM = r"\s*[-*•] |\W*\d{1,2}[.)]"       # "- Up", "* Up", "1. Up"
@@ -586,7 +590,7 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     the words of the title and of its year. Without a title it may skip one word.
         ["Hello"]                           [], 1
         ["Alien", "1979", "is", "old"]      [Alien], 2
-        ["Alien", "2009"]                   [], 2: means a film of 2009
+        ["Alien", "2009"]                   [], 1: means a film of 2009, or 2009 is a title
         ["Toy", "Story", "3"]               [], 2: means a sequel of Toy Story
         ["Alien", "Covenant", "2017"]       [], 1: means a film of 2017 with a longer title
     """
@@ -596,8 +600,11 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     behind = words[size:]
     rest = " ".join(behind[:7])         # the patterns read no more words
     year = re.match(rf"{YEAR}\b", rest)
-    if year:                            # "Alien 1979": the year is skipped with the title
-        return of_year(items, int(year[0]), catalog), size + 1
+    if year:                            # "Alien 1979"
+        items = of_year(items, int(year[0]), catalog)
+        if items:
+            size += 1                   # the year is skipped with the title
+        return items, size
     longer = re.match(LONGER_TITLE, rest)
     if longer:
         # A title, more words, a year. If these words begin another title, as in "Alien Jaws 1975",
@@ -608,21 +615,21 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
             items = of_year(items, int(longer["year"]), catalog)
         return items, size
     if re.match(SEQUEL, rest):          # "Frozen II" means another film
-        # in "1. Alien 2. Jaws" the 2 belongs to a list
-        next_items, _ = leading_title(behind[1:], catalog)
-        if not next_items:
-            return [], size
+        return [], size
     return items, size
 
 
-# "like" compares, but not in "I'd like Up", "they will like Up" and "a film like Up would be new".
-# (?<!X) means "not after X".
-COMPARING_LIKE = r"(?<!['’]d )(?<!will )like(?![^.,;\n]* would\b)"
+# "like" compares, but not in "I'd like Up", "you would, might, may or will like Up" or "they also
+# like Up", nor in "a film like Up would be new". (?<!X) means "not after X". Each word has its own,
+# because Python allows no words of different lengths in one.
+COMPARING_LIKE = (r"(?<!['’]d )(?<!['’]ll )(?<!would )(?<!might )(?<!may )(?<!will )(?<!also )"
+                  r"like(?![^.,;\n]* would\b)")
 # Words that begin a reason or a comparison. Case counts: "Than" and "Like" are usually part of a
 # title. "as" needs a pronoun or "the" behind it: "Life as a House" is a title.
 REASON_OR_COMPARISON = (
     r'(?<![\w-])(?:[Bb]ecause|[Rr]eason["\s*_]*:|[Ee]xplanation["\s*_]*:|unlike|than|since'
-    rf"|as (?:it|they|the|this)|similar to|{COMPARING_LIKE})(?![\w-])")
+    r"|(?<!such )as (?:it|he|she|they|the|this|that|these|you|we|I)|given that|in contrast to"
+    rf"|similar to|{COMPARING_LIKE})(?![\w-])")
 
 
 def before_reason(text: str) -> str:
@@ -667,7 +674,7 @@ def items_alone(text: str, catalog: Catalog) -> list[int]:
         unnumbered = re.sub(r"^\W*\d{1,2}\b", "", line)
         without_remark = re.split(r" [-–—] | \((?!\d)", unnumbered)[0]
         front = before_reason(without_remark)                   # "1. Up - a balloon" gives "Up"
-        back = before_reason(re.sub("^[^.,;]*: ", "", line))    # "The best one: Up" gives "Up"
+        back = before_reason(line.rpartition(": ")[2])          # "The best one: Up" gives "Up"
         # the whole line first: a title may hold a number, a colon, a dash or "than"
         for part in (line, front, back):
             words = words_of(part.partition("[")[0])
@@ -698,18 +705,17 @@ ASIDES = r"""(?ix)
 def mentioned(text: str, catalog: Catalog) -> list[int]:
     """The items that a text names, the likeliest first. An item may come several times.
 
-    If the first line or sentence is a title alone, without a bullet or a number, the rest explains
-    it. Then only titles alone in a line count, from top to bottom. Otherwise the order is:
+    If the first line is a title alone, without a bullet or a number, the other lines explain it.
+    Then only titles alone in a line count, from top to bottom. Otherwise the order is:
     1. Titles behind words such as "I recommend", and the last one before "fits best".
     2. Titles in bold letters.
     3. Titles alone in a line.
     4. Titles elsewhere, up to a reason, but not in asides.
     5. If 1 to 4 find nothing: titles in a reason or in asides.
     """
-    opening = re.split(r"\n|(?<=\w)\. ", text)[0]           # the first line or sentence
-    titled = items_alone(opening, catalog)
-    if titled and not re.match(LIST_ITEM, opening):
-        return titled + items_alone(text, catalog)
+    opening = text.partition("\n")[0]
+    if items_alone(opening, catalog) and not re.match(LIST_ITEM, opening):
+        return items_alone(text, catalog)
     items = []
     # "Jaws is old, I recommend Alien, because ...": the choice is "Alien"
     for pattern in (CHOSEN, CONCLUDED):
@@ -942,10 +948,10 @@ def parse_reflector(text: str) -> str | Malformed:
     """The reflection, one line. The rewritings below need this order."""
     better = r"(?<![a-z])(better|best|next)([ _]category)?(?![a-z])"       # also "better_next"
     # Join a label to the category below it: "Better next:\nComedy" becomes "Better next: Comedy".
-    text = re.sub(rf"(?i)({better})[^\w\n]*\n\W*", r"\1: ", spoken(text))
+    text = re.sub(rf"(?i)({better})[^\w\n]*\n\W*(?!\W|reflection|lesson)", r"\1: ", spoken(text))
     # Join a line about what is better to the line before: "... because War.\n- Better next: Comedy"
     # becomes "... because War. Better next: Comedy".
-    break_and_marks = r'\n(\d\.)?[^\w"]{0,9}'
+    break_and_marks = r'(?<![:!])\n(\d\.)?[^\w"]{0,9}'          # a preamble ends in : or !
     text = re.sub(rf"(?i){break_and_marks}(?=[^.:\n]*{better})", " ", text)
     # Make the second colon of "Better next: Action: fun" a comma: it names the category Action.
     text = re.sub(rf"(?i)({better}\W*action)\W*:", r"\1,", text)
@@ -1086,10 +1092,39 @@ def plan_of(thought: str) -> str:
     ' Comedy,  . They like it, '
     """
     # "Since War was shown, Comedy comes next" begins with its reason
-    opening = (r"(?i)^\W*(since|because|given|after|to|based on|considering"
+    opening = (r"(?i)^\W*(since|because|as|given|after|to (avoid|keep|balance)|based on|considering"
                r"|looking at)\b[^,]*,")
     without_opening = re.sub(opening, "", thought)
     return re.split(REASON_OF_PLAN, re.sub(UNWANTED, " ", without_opening))[0]
+
+
+def fresh_tags_in(text: str, tags: Sequence[str], recent: Sequence[str]) -> list[str]:
+    """The categories that a text names and that were not shown lately."""
+    return [tag for tag in tags_named_in(text, tags) if tag not in recent]
+
+
+def choice_in(plan: str, tags: Sequence[str], recent: Sequence[str]) -> str:
+    """The part of a plan that tells what comes next: the first of these.
+
+    - The categories that it begins with: "Comedy, Drama" of "Comedy, Drama to balance War".
+    - The first clause behind words such as "I choose" or "so" that names one category not shown
+      lately: " Comedy is next" of "They like Drama and War, so Comedy is next".
+    - The first sentence.
+    """
+    longest_first = sorted(tags, key=len, reverse=True)     # "War & Politics" before "War"
+    names = "|".join(map(re.escape, longest_first))
+    begun = re.match(rf"(?i)([^\w.;!?]*(and |or )?({names})s?\b)+", plan)
+    if begun:
+        return begun[0]
+    # a category must follow "so", because "so that they stay" is no choice
+    before_choice = (rf"(?i){CHOSEN}|(?:{CONCLUDED})(?=(?:an? |the )?(?:{names}))"
+                     r"|(?<!this )category (?:is|(?:sh|w)ould be)\b")
+    sentence_end = r"[.;!?]\s"
+    for part in re.split(before_choice, plan)[1:]:
+        clause = re.split(sentence_end, part)[0]
+        if len(fresh_tags_in(clause, tags, recent)) == 1:
+            return clause
+    return re.split(sentence_end, plan)[0]
 
 
 def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
@@ -1097,8 +1132,7 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
 
     What it wants to avoid does not count. If nothing else is left, the result is "". The first of
     these that names a category counts:
-    1. The categories that the thought begins with, or else the first sentence after its last "so",
-       "I choose" and the like. Those shown lately never count here.
+    1. What `choice_in` finds before a reason. Categories shown lately never count here.
     2. All before the first reason.
     3. The whole thought.
     In 2 and 3 categories shown lately count only if no others are named.
@@ -1113,24 +1147,14 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     ('Anything', '')
     """
     plan = plan_of(thought)
-    longest_first = sorted(tags, key=len, reverse=True)     # "War & Politics" before "War"
-    names = "|".join(map(re.escape, longest_first))
-    begun = re.match(rf"(?i)([^\w.;!?]*(and |or )?({names})s?\b)+", plan)
-    if begun:
-        clause = begun[0]           # "Comedy, Drama" of "Comedy, Drama to balance War"
-    else:
-        # " Comedy comes next" of "They like Drama and War, so Comedy comes next"
-        chosen = re.split(rf"(?i){CHOSEN}|{CONCLUDED}|category (?:is|(?:sh|w)ould be)\b", plan)[-1]
-        clause = re.split(r"[.;!?]\s", chosen)[0]
-    fresh = [tag for tag in tags_named_in(clause, tags) if tag not in recent]
+    fresh = fresh_tags_in(choice_in(plan, tags, recent), tags, recent)
     if fresh:
         return in_brackets(fresh)
     plan_and_reason = re.sub(UNWANTED, " ", thought)
     for part in (plan, plan_and_reason):
         named = tags_named_in(part, tags)
-        fresh = [tag for tag in named if tag not in recent]
         if named:
-            return in_brackets(fresh or named)
+            return in_brackets(fresh_tags_in(part, tags, recent) or named)
     # a sentence that was left out leaves its full stop
     return clean(plan_and_reason).strip(" .")
 
@@ -1216,9 +1240,10 @@ SUMS = r"""(?:
     # not if a number stands alone before "="
     (?! [\s*_$]* [-−]?[\d.,]+ [\s*_$%]* [=≈] )
     [^\d\n=≈\\]{0,60}            # words: "Average ="
-    # digits, operators, the P of "P(stay)", and words of LaTeX such as \gamma; then "="
+    # digits, operators, words of LaTeX such as \gamma, and the names of a formula; then "="
     # (?![a-z]): a whole word such as \max, never \ma followed by the operator x
-    (?: [\d\s.+*x×·/÷%${}P−-] | \\[a-z]+(?![a-z]) )*
+    (?: [\d\s.+*x×·/÷%${}−-] | \\[a-z]+(?![a-z])
+      | \b(of|r|reward|gamma|next)\b | P | V(\(s\))? )*
     [=≈]
     ){0,9}"""
 # "Value 4: about 7,5" · "**Value:**", then "7.5"
@@ -1260,10 +1285,11 @@ GUESS = rf"""(?ix)
 NUMBER_AT_END = rf"(?imx) (^ | [:=≈：] | \b(value|it)\b) [\s*_$`]{{0,20}} {NUMBER} [ *_$`.]* \Z"
 # a number that is not the answer; NUMBER has a name, so a pattern can hold it only once
 AMOUNT = r"\d+([.,]\d+)?"
-# What is left out: "7.5 because we are at step 4" becomes "7.5", "between 7 and 8, 7.5" becomes
-# ", 7.5".
+# What is left out: "7.5 out of 10" becomes "7.5", "7.5 because we are at step 4" becomes "7.5",
+# "between 7 and 8, 7.5" becomes ", 7.5".
 # A reason with a colon stays: "because the user likes it: 7.5". (?!.*[:=：]): no colon follows.
-LEFT_OUT = (rf"(?i)(?<=\d),? (because|since|given|as)\b[^,.;:=：\n]*(?!.*[:=：])"
+LEFT_OUT = (rf"(?i)(?<=\d),? ((out of|of a maximum of|at most) {AMOUNT}"
+            r"|(because|since|given|as)\b[^,.;:=：\n]*(?!.*[:=：]))"
             rf"|\b(between|average of) (0 and {AMOUNT}|{AMOUNT} and {AMOUNT}(?=,[^\n]*\d))")
 # Numbers of the prompt, which some replies repeat before they answer
 REPEATED = rf"""(?ix)
@@ -1839,14 +1865,15 @@ def decoded(text: str) -> dict:
         if isinstance(data, list) and data:     # Gemini puts an error into a list
             data = data[0]
         return as_object(data)
-    content = ""
-    finish = "stop" if "[DONE]" in text else "missing"      # the stream may break off
+    content, last = "", pieces[-1]
+    is_whole = "[DONE]" in text or (last.get("usage") and not last.get("choices"))
+    finish = "stop" if is_whole else "missing"      # unless a piece tells it
     for piece in pieces:
         for choice in piece.get("choices") or ():
-            content += as_object(choice.get("delta")).get("content") or ""
+            content += text_of(as_object(choice.get("delta")).get("content"))
             finish = choice.get("finish_reason") or finish
     joined = {"message": {"content": content}, "finish_reason": finish}
-    return pieces[-1] | {"choices": [joined]}       # the last piece holds the usage or an error
+    return last | {"choices": [joined]}             # the last piece holds the usage or an error
 
 
 def send_once(route: Route, body: dict, read: Callable) -> Any:
@@ -1877,7 +1904,7 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
             return read(data)       # it raises one of MISSHAPEN if the shape is wrong
     except MISSHAPEN:
         stripped = text.strip()
-        is_cut = stripped.startswith(("{", "data:")) and not stripped.endswith("}")
+        is_cut = stripped.startswith(("{", "data:")) and not stripped.endswith(("}", "[DONE]"))
         if response.is_success and is_cut:
             # a lost connection: httpx cannot see it without Content-Length
             return new_fault(route, "RemoteProtocolError", f"the answer breaks off: {stripped}")

@@ -869,8 +869,7 @@ Jaws | They liked Heat, so Alien may do. But the answer is Jaws. ; Alien is old.
 Jaws | Sorry, but there is no War. The closest is Jaws. ; Since you liked Alien, watch Jaws |
 Jaws | 1. Alien (1979)\n2. Jaws (1975)\n3. Up (2009) ; After Alien the user will like Jaws. | Alien
 Jaws | Alien was shown. A film like Jaws would be a change. | Alien
-Jaws | Free item: Jaws. Alternative: Alien ; Jaws. It is as tense as Alien. |
-Jaws | Alien is old. Best: Jaws |
+Jaws | Shown lately: Alien. Next: Jaws. ; Alien is old. Best: Jaws |
 Jaws | 1. Alien (Horror)\n2. Jaws (Horror)\n3. Up ; 1. Alien - a monster\n2. Jaws - a shark | Alien
 The Matrix | Action 1: recommend Matrix, The (1999) ; matrix, the (1999) ; THE MATRIX (1998) |
 Up | **Thought 3:** fun **Action 3:** recommend **Up (2009)** ; - Up (2009)\n- Jaws (1975) |
@@ -888,8 +887,10 @@ SABRINA (1954) | Sabrina (1955) ; **Sabrina** (1954) ; Action 1: recommend "Sabr
 SABRINA (1954) | Sabrina | Sabrina (1953)
 nothing | Alien (2009) ; Fargo (2001) ; The up side ; Frozen II ; Dune: Part Two ; Toy Story 3 |
 nothing | Jaws 2 (1978) ; Alien: Covenant (2017) ; Jaws 2, as it is fun ; 2001 ideas for tonight |
-nothing | Scream VI ; The Matrix Reloaded (2003) ; Jaws 2 is fun ; Jaws 3: The Return |
-Jaws | 1. Jaws 2. Alien ; Jaws (2 of 3) |
+nothing | Scream VI ; The Matrix Reloaded (2003) |
+Jaws | 1. Jaws 2. Alien ; Jaws (2 of 3) ; Jaws (5 stars) ; You liked Alien, so you may like Jaws. |
+Jaws | They liked Alien. My suggestion: Jaws ; Alien.\nJaws, as you like tension | Alien
+2001: A Space Odyssey | Alien, 2001: A Space Odyssey or Up | Alien
 """))
 def test_a_reply_names_what_a_person_reads(name, reply, taken):
     """Nothing: another film of this name, by its year, a sequel, or ordinary words."""
@@ -946,6 +947,7 @@ reflector | Reflection: Sad. Best category: Up | Sad. Best category: Up
 reflector | Sad.\nBetter choice: Up | Sad. Better choice: Up
 reflector | Sad.\n\nA better category: Up | Sad. A better category: Up
 reflector | Sad.\nNext: Up | Sad. Next: Up
+reflector | What would be better?\n\n**Reflection**\n\nSad. ; Certainly!\n\nSad. | Sad.
 reflector | Sad.\n\nWar would have been better. | Sad. War would have been better.
 reflector | {"reflection": "Sad.", "better_next": "Up"} | Sad., better_next: Up
 reflector | Lesson: Sad.\n\n**Better next:** Action: fun | Sad. Better next: Action, fun
@@ -1108,6 +1110,8 @@ def test_the_category_tool_by_hand():
 [Comedy, Drama] | Comedy and Drama, to balance Sci-Fi
 [War & Politics] | War & Politics to balance Drama
 [Comedy] | They like Drama and Sci-Fi, so Comedy is next ; They like Drama. I suggest Comedy
+[Comedy] | The next category should be Comedy. The second choice is Drama
+[Comedy] | A good Comedy is fun. This category is no Drama ; As they like Drama, Comedy could follow
 [Comedy] | Why not Comedy? It was liked ; I have no doubt that Comedy fits best
 [War] | War again ; War again, because Comedy was liked ; Something new, because War was liked
 [Drama] | Drama next, not Sci-Fi. Keep away from: War, Sci-Fi.
@@ -1610,6 +1614,7 @@ def test_a_blocked_or_empty_answer_is_an_empty_reply(status, body, reason, times
 400 | {"error": {"message": "error", "metadata": {"raw": "bad tea"}}} | | bad tea | 1
 200 | <html> sk-Quite5ecretKey42 | | 200 <html> *** /v1? | 2
 200 | [] ; | | 200 /v1? | 2
+200 | data: [DONE] | | 200 /v1? | 2
 200 | [{"error": {"message": "who?", "code": 401}}] | | 401 who? OPENAI_API_KEY | 1
 429 | {"error": {"details": [{"retryDelay": "25862s"}]}} | | 25862 resumes | 1
 200 | {"choices": [{"mess ; data: {"choices": [{"del | | breaks off resumes | 7
@@ -1661,6 +1666,10 @@ def test_answers_in_odd_forms_are_read():
     for text in ("".join(lines), ": comment\n\n" + "".join(lines) + "data: [DONE]\n\n"):
         seen = client(httpx.Response(200, text=text))
         assert seen.ask(ASK) == GOOD and "--reply-tokens" in seen.notices[0]
+    del pieces[2]["choices"][0]["finish_reason"]            # the count of tokens ends the stream
+    pieces[2]["choices"][0]["delta"]["content"] = [{"type": "text", "text": "lo"}]
+    lines = [f"data: {json.dumps(piece)}\n\n" for piece in pieces]
+    assert client(httpx.Response(200, text="".join(lines))).ask(ASK) == GOOD
     error = httpx.Response(200, text='data: {"choices": []}\ndata: {"error": {"code": 401}}')
     assert "OPENAI_API_KEY" in failure(client(error).ask, ASK)
 
