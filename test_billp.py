@@ -890,6 +890,7 @@ nothing | Jaws 2 (1978) ; Alien: Covenant (2017) ; Jaws 2, as it is fun ; 2001 i
 nothing | Scream VI ; The Matrix Reloaded (2003) |
 Jaws | 1. Jaws 2. Alien ; Jaws (2 of 3) ; Jaws (5 stars) ; You liked Alien, so you may like Jaws. |
 Jaws | They liked Alien. My suggestion: Jaws ; Alien.\nJaws, as you like tension | Alien
+Jaws | Title: Alien\nTitle: Jaws | Alien
 2001: A Space Odyssey | Alien, 2001: A Space Odyssey or Up | Alien
 """))
 def test_a_reply_names_what_a_person_reads(name, reply, taken):
@@ -947,7 +948,9 @@ reflector | Reflection: Sad. Best category: Up | Sad. Best category: Up
 reflector | Sad.\nBetter choice: Up | Sad. Better choice: Up
 reflector | Sad.\n\nA better category: Up | Sad. A better category: Up
 reflector | Sad.\nNext: Up | Sad. Next: Up
-reflector | What would be better?\n\n**Reflection**\n\nSad. ; Certainly!\n\nSad. | Sad.
+reflector | What would be better?\n\n**Reflection**\n\nSad. ; Lesson: one\nReflection: Sad. | Sad.
+reflector | Certainly!\n\nThe next one was sad. | The next one was sad.
+reflector | Sad.\nBetter category: Action: fun | Sad. Better category: Action, fun
 reflector | Sad.\n\nWar would have been better. | Sad. War would have been better.
 reflector | {"reflection": "Sad.", "better_next": "Up"} | Sad., better_next: Up
 reflector | Lesson: Sad.\n\n**Better next:** Action: fun | Sad. Better next: Action, fun
@@ -1111,7 +1114,10 @@ def test_the_category_tool_by_hand():
 [War & Politics] | War & Politics to balance Drama
 [Comedy] | They like Drama and Sci-Fi, so Comedy is next ; They like Drama. I suggest Comedy
 [Comedy] | The next category should be Comedy. The second choice is Drama
-[Comedy] | A good Comedy is fun. This category is no Drama ; As they like Drama, Comedy could follow
+[Comedy, Drama] | A light Comedy, so that they get a break from Drama
+[Comedy] | They saw Sci-Fi, so Comedy fits, or Drama. I choose Comedy
+[Comedy] | A good Comedy is fun. This category is lighter than Drama
+[Comedy] | As they like Drama, Comedy could follow
 [Comedy] | Why not Comedy? It was liked ; I have no doubt that Comedy fits best
 [War] | War again ; War again, because Comedy was liked ; Something new, because War was liked
 [Drama] | Drama next, not Sci-Fi. Keep away from: War, Sci-Fi.
@@ -1669,7 +1675,10 @@ def test_answers_in_odd_forms_are_read():
     del pieces[2]["choices"][0]["finish_reason"]            # the count of tokens ends the stream
     pieces[2]["choices"][0]["delta"]["content"] = [{"type": "text", "text": "lo"}]
     lines = [f"data: {json.dumps(piece)}\n\n" for piece in pieces]
-    assert client(httpx.Response(200, text="".join(lines))).ask(ASK) == GOOD
+    for text, reply in (("".join(lines), GOOD),
+                        ("".join(lines[:4]) + "data: [DONE]\n\n", Reply("hello"))):
+        seen = client(httpx.Response(200, text=text))
+        assert seen.ask(ASK) == reply and len(seen.requests) == 1
     error = httpx.Response(200, text='data: {"choices": []}\ndata: {"error": {"code": 401}}')
     assert "OPENAI_API_KEY" in failure(client(error).ask, ASK)
 
@@ -1763,7 +1772,7 @@ def test_a_redirect_to_a_path_of_the_server_is_followed():
     assert [request.url.raw_path for request in seen.requests[1:]] == [b"/x/?k=1"] * 2
     assert seen.requests[1].content == seen.requests[0].content
     assert len(seen.notices) == 1 and "http://a:1/x/" in seen.notices[0]
-    chain = [response("308", "", f"Location: /{path}") for path in "xyy"]
+    chain = [response("308", "", f"Location: /{path}") for path in "xyx"]
     assert "redirects to" in failure(client(*chain).ask, ASK)
 
 
