@@ -366,13 +366,13 @@ def ranked_lines(state: State, evidence: Evidence, catalog: Catalog, config: Con
     to the liked categories not shown lately, see `prompts.query`.
     """
     average = prompts.average_chance(evidence)
-    # the keys of `evidence` are pairs (item line, verdict)
-    bonus = {line: prompts.chance(line, evidence, average) - average for line, _ in evidence}
+    # The keys of `evidence` are pairs (item line, verdict), those of the nearest records first.
+    tried = dict.fromkeys(line for line, _ in evidence)
+    bonus = {line: prompts.chance(line, evidence, average) - average for line in tried}
     if not config.candidates:
         in_catalog = set(catalog.lines)             # a loaded memory may come from another world
-        known = [line for line in bonus if line in in_catalog]
-        # `evidence` begins with the nearest record, and `sorted` keeps the order of equals
-        return sorted(known, key=bonus.get, reverse=True)
+        known = [line for line in tried if line in in_catalog]
+        return sorted(known, key=bonus.get, reverse=True)       # equals stay nearest first
     # "[War]", what the thought asks for, and "[Comedy, Drama]", liked and not shown lately
     texts = prompts.query(state.thought, catalog.env.categories, state.tastes)
     items = prompts.closest(texts, catalog, bonus, config.line_weight)
@@ -536,7 +536,8 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
             answers = tuple(critic(state, agent.critic, llm, config)[0] for state in with_future)
         # V(s_1) .. V(s_{N+1}): 0 if the user left, and everywhere without the critic
         values = [answer.result for answer in answers]
-        values += [0.0] * (len(states) - len(values))
+        missing = len(states) - len(values)     # 1 if the user left, all without the critic
+        values += [0.0] * missing
         for step, value, next_value in zip(steps, values, values[1:]):
             state = step.state
             left = trajectory.terminated and step is steps[-1]      # users leave at the last step

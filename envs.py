@@ -57,9 +57,10 @@ class Env(NamedTuple):
     """A world of n users, m items and c categories. `check` reports what does not fit together.
 
     `rate(users, items)` gives ratings from 1 to 5, none missing. `distance(users, a, b)` tells how
-    unlike the items a and b are to these users. Both take int arrays that broadcast together and
-    return an array of that shape. If distances are the same for all users, the result may have the
-    shape of a and b alone. `table` and `euclidean` make such functions.
+    unlike the items a and b are to these users. Both take ints or int arrays that broadcast
+    together, and return numbers of that shape. If distances are the same for all users, the result
+    may have the shape of a and b alone. Item a may be -1, no item: then any number will do. `table`
+    and `euclidean` make such functions.
     """
     titles: tuple[str, ...]             # [m], without the year
     years: tuple[int | None, ...]       # [m]
@@ -211,7 +212,8 @@ def check_functions(env: Env) -> None:
     except (IndexError, TypeError) as error:
         raise ValueError(f"rate or distance does not fit {n} users, {m} items: {error}; "
                          "`table` and `euclidean` make such functions") from None
-    demand(np.shape(ratings) == (len(users), m), "rate does not return the shape of its arguments")
+    is_table = isinstance(ratings, np.ndarray) and ratings.shape == (len(users), m)
+    demand(is_table, "rate does not return an array of the shape of its arguments")
     is_row = np.shape(distances) == (m,) and not np.isnan(distances).any()
     demand(is_row, "distance does not return a number for each of its arguments")
     low, high = ratings.min(), ratings.max()            # both are NaN if a rating is
@@ -233,7 +235,8 @@ def check(env: Env) -> None:
     demand(env.vectors.ndim == 2 and len(env.vectors) == m, f"vectors is no matrix of {m} rows")
     demand(np.isfinite(env.vectors).all(), "vectors holds a number that is not finite")
     strangers = set().union(*env.histories) - set(range(m))
-    demand(not strangers, f"the histories hold items outside 0..{m - 1}: {list(strangers)[:9]}")
+    examples = ", ".join(map(str, list(strangers)[:9]))
+    demand(not strangers, f"the histories hold items outside 0..{m - 1}: {examples}")
     check_functions(env)
 
 
@@ -840,7 +843,7 @@ def find_file(path: Location, *names: str, world: str = "") -> Path:
     demand(folder.is_dir(), "it is no folder")
     files = []
     for name in names:
-        files += sorted(folder.rglob(name))
+        files += [file for file in sorted(folder.rglob(name)) if file.is_file()]
     demand(files, f"no {' or '.join(names)} in {folder} or below")
 
     def rank(file: Path) -> tuple[bool, int]:
@@ -1075,8 +1078,8 @@ def star_limits(model: Factorisation, votes: Array) -> Array:
     limits = np.quantile(predict(model, votes["user"], votes["item"]), shares_below)
     # Predictions for other pairs may be lower or higher than those for the votes. Infinite limits
     # keep their ratings between the lowest and the highest vote.
-    limits[shares_below == 0] = -np.inf     # no vote is below this edge: all predictions reach it
-    limits[shares_below == 1] = np.inf      # all votes are below it: no prediction reaches it
+    limits[shares_below == 0] = -np.inf     # edges with no vote below: all predictions reach them
+    limits[shares_below == 1] = np.inf      # edges with all votes below: no prediction reaches them
     return limits
 
 

@@ -431,13 +431,11 @@ def labelled(text: str, labels: str, second: str) -> str:
     after_label = segment(text, labels)
     if re.match(REFUSAL, after_label or text):
         return ""
-    answer = segment(after_label, second) or after_label
-    first_label = IN_LINE.search(text)
-    before_labels = text[:first_label.start("name")] if first_label else text
     # After a label a line such as "Comedy!" is an answer and no preamble.
-    line = first_line(answer, preamble_ends=":")
+    line = first_line(segment(after_label, second) or after_label, preamble_ends=":")
     if not line:                        # no such label, or only marks behind it
-        line = first_line(before_labels)
+        first_label = IN_LINE.search(text)
+        line = first_line(text[:first_label.start("name")] if first_label else text)
     # A copy holds CATEGORY or "because REASON". Two answers are no copies: "NEXT CATEGORY IS WAR",
     # so (?<!NEXT ) leaves it out, and "because REASON: it is new", so (?!:) leaves it out.
     has_placeholder = re.search(r"((?<!NEXT )\bCATEGORY|(?i:because) REASON)\b(?!:)", line)
@@ -521,7 +519,8 @@ def name_tables(titles: Sequence[str]) -> tuple[dict, dict]:
     """The names and the mains of a Catalog."""
     all_names = [spellings(title) for title in titles]
     whole_names = [forms[:2] for forms in all_names]        # these two have all words of the title
-    # The second dict wins: "heat" is Heat. Without a film Heat it is The Heat.
+    # The second dict wins: a title's whole name beats another title's short form. "heat" is Heat;
+    # without a film Heat it is The Heat.
     names = items_by_name(all_names) | items_by_name(whole_names)
     # "Terminator 2: Judgment Day" is also called "Terminator 2".
     main_titles = [re.split(r":| - | \(", title)[0] for title in titles]
@@ -606,15 +605,12 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
             size += 1                   # the year is skipped with the title
         return items, size
     longer = re.match(LONGER_TITLE, rest)
-    if longer:
-        # A title, more words, a year. If these words begin another title, as in "Alien Jaws 1975",
-        # Alien is meant. Otherwise they belong to a longer title, and its year decides: "Léon The
-        # Professional 1994", "Star Wars Episode IV A New Hope 1977".
-        next_items, _ = leading_title(behind, catalog)
-        if not next_items:
-            items = of_year(items, int(longer["year"]), catalog)
-        return items, size
-    if re.match(SEQUEL, rest):          # "Frozen II" means another film
+    # A title, more words, a year. If these words begin another title, as in "Alien Jaws 1975",
+    # Alien is meant. Otherwise they belong to a longer title, and its year decides: "Léon The
+    # Professional 1994", "Star Wars Episode IV A New Hope 1977".
+    if longer and not leading_title(behind, catalog)[0]:
+        return of_year(items, int(longer["year"]), catalog), size
+    if not longer and re.match(SEQUEL, rest):       # "Frozen II" means another film
         return [], size
     return items, size
 
@@ -670,7 +666,7 @@ def items_alone(text: str, catalog: Catalog) -> list[int]:
     """
     items = []
     for line in text.splitlines():
-        named_anywhere = items_within(before_reason(line), catalog)
+        named_in_line = items_within(before_reason(line), catalog)
         unnumbered = re.sub(r"^\W*\d{1,2}\b", "", line)
         without_remark = re.split(r" [-–—] | \((?!\d)", unnumbered)[0]
         front = before_reason(without_remark)                   # "1. Up - a balloon" gives "Up"
@@ -679,12 +675,13 @@ def items_alone(text: str, catalog: Catalog) -> list[int]:
         for part in (line, front, back):
             words = words_of(part.partition("[")[0])
             titled, words_used = leading_title(words, catalog)
-            is_whole = titled and words_used == len(words)
-            # "Jurassic Park" in "My pick: The Lost World: Jurassic Park"
-            is_end_of_title = is_whole and named_anywhere and titled[0] not in named_anywhere
-            if is_whole and not is_end_of_title:
-                items += titled
-                break
+            if not titled or words_used < len(words):
+                continue                # no title, or not a title alone
+            # "Jurassic Park" is the end of a title in "My pick: The Lost World: Jurassic Park".
+            if named_in_line and titled[0] not in named_in_line:
+                continue
+            items += titled
+            break
     return items
 
 
@@ -912,18 +909,19 @@ def parse_planner(text: str, tastes: Tastes | None = None) -> str | Malformed:
     thought = labelled(text, THOUGHT_LABELS, "next[ ]category")
     if not thought:
         return Malformed("the reply held no line 'Next category: ...'")
-    if tastes and tastes.other:
-        plan = plan_of(thought)
-        shown_lately = tags_named_in(plan, tastes.recent)
-        if shown_lately and not tags_named_in(plan, tastes.other):
-            # "War was shown.\nComedy and Drama were not.\nDrama fits."
-            lines = [] if IN_LINE.search(text) else text.splitlines()
-            for line in map(unmarked, reversed(lines)):
-                if tags_named_in(plan_of(line), tastes.other):
-                    return line
-            names = " and ".join(shown_lately)
-            return Malformed(f"{names} came lately, the choice is {offered(tastes)}")
-    return thought
+    if not (tastes and tastes.other):
+        return thought
+    plan = plan_of(thought)
+    shown_lately = tags_named_in(plan, tastes.recent)
+    if not shown_lately or tags_named_in(plan, tastes.other):
+        return thought
+    if not IN_LINE.search(text):        # no label tells which line is the answer
+        # "War was shown.\nComedy and Drama were not.\nDrama fits."
+        for line in map(unmarked, reversed(text.splitlines())):
+            if tags_named_in(plan_of(line), tastes.other):
+                return line
+    names = " and ".join(shown_lately)
+    return Malformed(f"{names} came lately, the choice is {offered(tastes)}")
 
 
 REFLECTOR = """
@@ -945,12 +943,13 @@ def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
 
 
 def parse_reflector(text: str) -> str | Malformed:
-    """The reflection, one line. The rewritings below need this order."""
+    """The reflection, one line."""
     better = r"(?<![a-z])(better|best|next)([ _]category)?(?![a-z])"       # also "better_next"
     # Join a label to the category below it: "Better next:\nComedy" becomes "Better next: Comedy".
+    # But "Better next:\nReflection: ..." stays.
     text = re.sub(rf"(?i)({better})[^\w\n]*\n\W*(?!\W|reflection|lesson)", r"\1: ", spoken(text))
-    # Join a line about what is better to the line before: "... because War.\n- Better next: Comedy"
-    # becomes "... because War. Better next: Comedy".
+    # Then join a line about what is better to the line before: "... because War.\n- Better next:
+    # Comedy" becomes "... because War. Better next: Comedy".
     break_and_marks = r'(?<![:!])\n(\d\.)?[^\w"]{0,9}'          # a preamble ends in : or !
     text = re.sub(rf"(?i){break_and_marks}(?=[^.:\n]*{better})", " ", text)
     # Make the second colon of "Better next: Action: fun" a comma: it names the category Action.
@@ -1116,12 +1115,13 @@ def choice_in(plan: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     begun = re.match(rf"(?i)([^\w.;!?]*(and |or )?({names})s?\b)+", plan)
     if begun:
         return begun[0]
-    # a category must follow "so", because "so that they stay" is no choice
-    before_choice = (rf"(?i){CHOSEN}|(?:{CONCLUDED})(?=(?:an? |the )?(?:{names}))"
-                     r"|(?<!this )category (?:is|(?:sh|w)ould be)\b")
+    # behind "so" a category must follow: "so that they stay" is no choice
+    concluded = rf"(?:{CONCLUDED})(?=(?:an? |the )?(?:{names}))"
+    category_is = r"(?<!this )category (?:is|(?:sh|w)ould be)\b"
+    _, *behind_choices = re.split(rf"(?i){CHOSEN}|{concluded}|{category_is}", plan)
     sentence_end = r"[.;!?]\s"
-    for part in re.split(before_choice, plan)[1:]:
-        clause = re.split(sentence_end, part)[0]
+    for behind in behind_choices:
+        clause = re.split(sentence_end, behind)[0]
         if len(fresh_tags_in(clause, tags, recent)) == 1:
             return clause
     return re.split(sentence_end, plan)[0]
@@ -1134,7 +1134,7 @@ def wish_of(thought: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     these that names a category counts:
     1. What `choice_in` finds before a reason. Categories shown lately never count here.
     2. All before the first reason.
-    3. The whole thought.
+    3. The thought with its reasons.
     In 2 and 3 categories shown lately count only if no others are named.
 
     >>> wish_of("Comedy to balance War", ["Comedy", "War"], [])
@@ -1322,6 +1322,7 @@ def parse_critic(text: str) -> float | Malformed:
     # "so the value is 7.5", "I would say 7.5", "\boxed{7.5}": of these the last is the conclusion
     sentences = [*re.finditer(VALUE_IS, outside), *re.finditer(GUESS, outside)]
     conclusion = max(sentences, key=lambda match: match.start("number"), default=None)
+    # matches, the most reliable first
     attempts = (re.search(VALUE_LINE, outside),                 # "Value: 7.5"
                 re.match(rf"[\s*_$`]*{NUMBER}[ *_$`.]*\n", outside),    # "7.5", then a reason
                 conclusion,
@@ -1466,12 +1467,13 @@ def offline_reflector(history: str, transcript: str, question: str, draw: int) -
     safe_gap = min(earlier_gaps, default=9)         # 9: no similar item, see `gaps_between`
     # The advice is the gap that the session's thoughts asked for, but at most `safe_gap`. If the
     # last item came too soon, it becomes at least one more than its gap.
-    advised = min(apart_in(transcript), safe_gap)
+    planned = min(apart_in(transcript), safe_gap)
+    advised = planned
     warned = set()
     if "the user left" not in question:             # the last observation is in `question`
         why = f"The user stayed for all {counted_steps(len(titles))}"
     elif last_gap < safe_gap:                       # it came too soon after a similar item
-        advised = max(advised, last_gap + 1)
+        advised = max(planned, last_gap + 1)
         why = (f"The user left because {titles[-1]} came {counted_steps(last_gap)} after "
                f"{titles[-1 - last_gap]}, which is similar")
     else:
@@ -1695,19 +1697,18 @@ def count(stats: dict, name: str) -> None:
         stats[name] = stats.get(name, 0) + 1
 
 
-def new_fault(route: Route, label: str, shown: str, searched: str = "") -> Fault:
-    """The Fault with this label. `shown` is the message for the user.
+def new_fault(route: Route, label: str, message: str, matched: str | None = None) -> Fault:
+    """The Fault with this label and message for the user.
 
-    KINDS is matched with the label and `searched`, which holds advice and body: a code such as
-    "insufficient_quota" may stand outside the message. If `searched` is empty, KINDS is matched
-    with the label and `shown`.
+    KINDS is matched with the label and the text `matched`, by default the message. A response gives
+    advice and body for it: a code such as "insufficient_quota" may stand outside the message.
     """
-    reason = clean(starred(route, f"{label} {shown}"), 300)
+    reason = clean(starred(route, f"{label} {message}"), 300)
     # In messages the key is starred even if it is an ordinary word. A key of up to three characters
     # would star parts of words, and an empty one would star everything.
     if len(route.key) > 3:
         reason = reason.replace(route.key, "***")
-    text = f"{label} {searched or shown}"
+    text = f"{label} {message if matched is None else matched}"
     # the last kind fits all
     kind = next(kind for kind in KINDS if re.match(f"(?is){kind.pattern}", text))
     return Fault(kind, reason)
@@ -1939,7 +1940,8 @@ def fault_of_response(route: Route, response: Any, data: dict, text: str) -> Fau
     status = str(response.status_code)
     # A status of success with an error in the body: the error's own code counts, or else 500.
     # Without an error the status stays, and 200 is of the Kind "page".
-    if response.is_success and error:
+    is_hidden_error = response.is_success and error
+    if is_hidden_error:
         code = str(error.get("code"))
         status = code if re.fullmatch("[45][0-9][0-9]", code) else "500"
     message = error.get("message") or text or "an empty body"
@@ -1957,8 +1959,9 @@ def fault_of_response(route: Route, response: Any, data: dict, text: str) -> Fau
 # - requests until there is an answer
 
 # One ask may need several requests, and --max-calls limits the requests. `limited` pays for the
-# first one and puts its function `charge` into CHARGE. `send` calls that function for each
-# repetition. By default it does nothing. A ContextVar has a value of its own in each thread.
+# first one, `send` for each repetition. A model takes nothing but an Ask. So `limited` cannot pass
+# its function `charge` to `send`, and puts it into CHARGE. A ContextVar has a value of its own in
+# each thread. By default its function does nothing.
 CHARGE = ContextVar("CHARGE", default=lambda: None)
 
 
@@ -2002,10 +2005,13 @@ def follow(route: Route, fault: Fault) -> bool:
 
     The address changes only once, because a server may send us in a circle.
     """
-    if fault.moved_to and "moved" not in route.topics:
-        route.url = fault.moved_to          # first, because other threads read the topics
-        tell(route, "moved", fault.reason)
-    return fault.moved_to == route.url      # also if another thread has changed it
+    if not fault.moved_to:
+        return False
+    with LOCK:                          # other threads may be redirected at the same time
+        if "moved" not in route.topics:
+            tell(route, "moved", fault.reason)
+            route.url = fault.moved_to
+    return fault.moved_to == route.url
 
 
 def adapt(route: Route, sent: dict, fault: Fault) -> bool:
@@ -2037,9 +2043,15 @@ def pause(route: Route, fault: Fault, faults: int) -> None:
         raise EndpointError("stopped")
 
 
+def pay_again(route: Route, fault: Fault) -> None:
+    """Count a repetition and charge for it: `limited` has paid for the first request only."""
+    charge = CHARGE.get()
+    charge()
+    count(route.stats, f"retries: {fault.kind.name}")
+
+
 def send(route: Route, body: dict, read: Callable) -> Any:
     """Send the request until `read` can use the answer. After the last try return the Fault."""
-    charge = CHARGE.get()
     faults_of_kind = Counter()      # for the number of tries
     faults_in_all = 0               # for the wait
     answered_before = route.requests_answered
@@ -2050,22 +2062,20 @@ def send(route: Route, body: dict, read: Callable) -> Any:
             route.requests_answered += 1
             return got
         # at most once for the address and for each parameter
-        is_adapted = follow(route, got) or adapt(route, sent, got)
-        if not is_adapted:
-            faults_in_all += 1
-            # The server has answered other requests since the last fault. So it will get to this
-            # one, too, and its tries start again.
-            if got.kind.name == "busy" and route.requests_answered > answered_before:
-                answered_before = route.requests_answered
-                faults_of_kind.clear()
-            faults_of_kind[got.kind] += 1
-            if faults_of_kind[got.kind] == got.kind.tries:
-                return got
-        # It is sent again. `limited` has paid for the first request only.
-        charge()
-        count(route.stats, f"retries: {got.kind.name}")
-        if not is_adapted:
-            pause(route, got, faults_in_all)
+        if follow(route, got) or adapt(route, sent, got):
+            pay_again(route, got)
+            continue
+        # The server has answered other requests since the last fault. So it will get to this one,
+        # too, and its tries start again.
+        if got.kind.name == "busy" and route.requests_answered > answered_before:
+            answered_before = route.requests_answered
+            faults_of_kind.clear()
+        faults_in_all += 1
+        faults_of_kind[got.kind] += 1
+        if faults_of_kind[got.kind] == got.kind.tries:
+            return got
+        pay_again(route, got)
+        pause(route, got, faults_in_all)
 
 
 # - chat
@@ -2222,10 +2232,12 @@ def embeddings(base_url: str, model: str, key: str | None = None, **options: Any
             is_too_much = got.kind.name in ("request", "context") or "batch" in got.reason.lower()
             if len(texts) <= 1 or not is_too_much:
                 raise fatal_error(route, got)
+        # more than 64 texts, or more than the server takes
         half = len(texts) // 2
         first, second = answer(texts[:half]), answer(texts[half:])
         if first.shape[1] != second.shape[1]:
-            raise EndpointError(f"{without_query(route.url)}: embeddings of different sizes")
+            url = starred(route, without_query(route.url))
+            raise EndpointError(f"{url}: embeddings of different sizes")
         return np.concatenate([first, second])
     return answer
 
@@ -2254,7 +2266,7 @@ def open_log(path: str | Path, model_id: Any, replay: bool = False) -> Log:
     content = path.read_bytes() if path.exists() else b""
     texts = {}                      # the hash of an ask -> its reply
     empty = {}                      # the same for replies without a text
-    failed = {}                     # the same for failures; they count once a text comes later
+    unsure = {}                     # the same for failures that no text has followed yet
     has_answered = False
     for line in content.splitlines():
         try:
@@ -2263,18 +2275,16 @@ def open_log(path: str | Path, model_id: Any, replay: bool = False) -> Log:
             if reply.text == "":
                 kind = reply.reason.partition(":")[0]
                 is_failure = kind in ("failure", "slow", "firewall") and not replay
-                group = failed if is_failure else empty
+                group = unsure if is_failure else empty
                 group[record["ask"]] = reply
             elif isinstance(reply.text, str):
                 texts.setdefault(record["ask"], reply)
                 if record.get("role") != "embed":
                     has_answered = True
-                    empty |= failed
+                    empty |= unsure         # the server was up: the failures so far count
         except MISSHAPEN:
             continue                # an incomplete line: its ask is asked again
-    known = texts
-    if has_answered:
-        known = empty | texts           # the second dict wins
+    known = empty | texts if has_answered else texts        # the second dict wins
     if content and not content.endswith(b"\n"):
         with path.open("ab") as file:
             file.write(b"\n")       # so that the next record begins a line of its own

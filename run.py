@@ -155,13 +155,13 @@ NOTES = {
     "rule of leaving": "default: the world's own value; films has window 4, beta 0.9, floor 2, "
                        "grace 0 and 50 steps"}
 MANY = 10**9                            # more than anybody asks for
-LOWEST = {                              # the lowest number that a flag takes, if it is not 0
-    "users": 1, "workers": 1, "seeds": 1, "timeout": 0.001, "lately": 1, "titles": 1, "batch": 1,
-    "transcript": 1000, "reply_tokens": 1, "window": 1, "max_steps": 1}
-# The highest, if it is not MANY. A window or a session far longer than any world's is only slow.
-HIGHEST = {
-    "seed": 10**18, "workers": 1000, "gamma": 1, "line_weight": 1, "temperature": 2,
-    "retries": 100, "window": 1000, "max_steps": 10_000}
+# The lowest and the highest number that a flag takes, if they are not 0 and MANY. A window or a
+# session far longer than any world's is only slow.
+LIMITS = {
+    "users": (1, MANY), "workers": (1, 1000), "seed": (0, 10**18), "seeds": (1, MANY),
+    "timeout": (0.001, MANY), "gamma": (0, 1), "line_weight": (0, 1), "lately": (1, MANY),
+    "titles": (1, MANY), "batch": (1, MANY), "transcript": (1000, MANY), "temperature": (0, 2),
+    "reply_tokens": (1, MANY), "retries": (0, 100), "window": (1, 1000), "max_steps": (1, 10_000)}
 # A flag that is missing here, such as --out, --model or --gamma, is None if it is not given. Config
 # and Env then use their own defaults.
 DEFAULTS = {
@@ -245,7 +245,7 @@ def check_values(args: Namespace) -> None:
     for name, value in args.given.items():
         if value == "":                 # often a variable of the shell that is not set
             raise UserError(f"{flag(name)} is given without a value")
-        low, high = LOWEST.get(name, 0), HIGHEST.get(name, MANY)
+        low, high = LIMITS.get(name, (0, MANY))
         if type(value) in (int, float) and not low <= value <= high:
             raise UserError(f"{flag(name)} takes a number from {low} to {high}")
     for name in args.experiment:
@@ -285,10 +285,11 @@ def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
     varied = {EXPERIMENTS[name].varied for name in args.experiment}
     if "model" not in varied:
         yield ["models"], "without --experiment table6"
-    # If all experiments vary the same flag, its value is never used. --model is an exception: it is
-    # the one model of table6 if --models is missing. "" stands for experiments that vary none.
-    if len(varied) == 1:
-        yield varied - {"model"}, "here: the experiment varies it"
+    # If all experiments vary the same flag, its value is never used; "" stands for no flag. --model
+    # is an exception: it is the one model of table6 if --models is missing.
+    vary_the_same = len(varied) == 1
+    if vary_the_same and varied != {"model"}:
+        yield varied, "here: the experiment varies it"
     if args.experiment == ["fig4"]:
         yield ["users"], "here: the experiment takes two users"
 
@@ -328,12 +329,13 @@ def models_of(args: Namespace) -> list[str]:
     names = [args.model or variable("OPENAI_MODEL")]
     if args.models:
         names = parts(args.models)
+    nothing_named = names == [""]
     if names == ["offline"]:
         return names
     # A replay needs no endpoint: its log stands for one.
     has_endpoint = args.replay or base_url_of(args)
     has_key = variable("OPENAI_API_KEY")
-    if names == [""] and not has_endpoint:
+    if nothing_named and not has_endpoint:
         if has_key:                 # many people have one in their environment
             say("OPENAI_API_KEY is set without a model: the stand-in answers")
         return ["offline"]
@@ -560,15 +562,18 @@ def run_directory(args: Namespace, content: Json) -> Path:
     # names with a dot in front are drafts, or those of the file manager, such as .DS_Store
     names = {file.name for file in path.rglob("[!.]*") if file.is_file()}
     earlier = read_object(path / "config.json")
-    if set(Settings._fields) <= earlier.keys():         # there is a run
+    holds_run = set(Settings._fields) <= earlier.keys()
+    got_no_answer = names == {"config.json"}
+    is_empty = names <= {"calls.jsonl"}                 # a log may have been copied there
+    if holds_run and not got_no_answer:
         # an experiment has fields that a run lacks, so the fields of both are compared
         fields, earlier_fields = flattened(content), flattened(earlier)
         changed = [field for field in {**earlier_fields, **fields}
                    if earlier_fields.get(field) != fields.get(field)]
-        if changed and names != {"config.json"}:        # it left a log or results
+        if changed:
             raise UserError(f"{path} holds another configuration ({', '.join(changed)}); choose "
                             "another --out")
-    elif not names <= {"calls.jsonl"}:                  # a log may have been copied there
+    if not holds_run and not is_empty:
         raise UserError(f"{path} is not empty and holds no run; choose another --out")
     if args.replay and "calls.jsonl" not in names:
         raise UserError(f"{path} holds no log to replay: run without --replay, or give the "
@@ -622,7 +627,8 @@ def learners_met(saved: Json, world: str, seed: int) -> int:
     # may know them. The names of the folders do not matter: two may hold the same ratings.
     for earlier_world, earlier_seed in saved["met"]:
         kinds = {name.partition(":")[0] for name in (world, earlier_world)}
-        if kinds.issubset(OF_RATINGS) and seed != earlier_seed:
+        both_of_ratings = kinds <= set(OF_RATINGS)
+        if both_of_ratings and seed != earlier_seed:
             raise UserError(f"--load: this memory may know users that --seed {seed} holds out; "
                             f"use its own --seed {earlier_seed}")
     return saved["met"].get((world, seed), 0)
@@ -961,7 +967,7 @@ def phases_of(run: Settings) -> tuple[str, ...]:
 
 def batch_workers(run: Settings) -> int:
     """How many sessions with an endpoint are played at once, unless --workers is given: a batch."""
-    return min(run.config["batch"], HIGHEST["workers"])
+    return min(run.config["batch"], LIMITS["workers"][1])
 
 
 def one_run(args: Namespace, live: Live) -> None:
@@ -1239,8 +1245,8 @@ def critic_errors(run: Settings, place: Place, llm: LLM, embed: Embed, pmap: Cal
     users = place.held_out[:2]
     errors = np.zeros((agents, len(users), 2))
     for number in range(agents):
-        # No two seeds of a table share a learning run: seed 0 uses 1000, 2000, ..., seed 1 uses
-        # 1001, 2001, ...
+        # Up to 1000 seeds of a table share no learning run: seed 0 uses 1000, 2000, ..., seed 1
+        # uses 1001, 2001, ...
         seed = run.seed + 1000 * (number + 1)
         # the same world and users, but the learners in another order
         learners = envs.branch(seed, "learners").permutation(place.learners).tolist()
