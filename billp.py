@@ -320,7 +320,7 @@ def consult(llm: LLM, role: str, state: State, question: str, parse: Callable, c
 def are_alike(a: str, b: str) -> bool:
     """Whether two texts share more than 4/5 of their combined words, for example 9 of 11.
 
-    Small models write one lesson several times with few words changed.
+    Small models write one lesson several times with a few words changed.
     """
     words_a, words_b = set(a.split()), set(b.split())
     return 5 * len(words_a & words_b) > 4 * len(words_a | words_b)
@@ -534,7 +534,7 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
             # if the user left, the last state has no future, and the critic is not asked
             with_future = states[:-1] if trajectory.terminated else states
             answers = tuple(critic(state, agent.critic, llm, config)[0] for state in with_future)
-        # V(s_1) .. V(s_{N+1}): 0 if the user left, and everywhere without the critic
+        # V(s_1) .. V(s_{N+1}); the last is 0 if the user left, all are 0 without the critic
         values = [answer.result for answer in answers]
         missing = len(states) - len(values)     # 1 if the user left, all without the critic
         values += [0.0] * missing
@@ -594,7 +594,7 @@ def train(catalog: Catalog, users: Sequence[int], llm: LLM, seed: int = 0, agent
           first: int = 0) -> Iterator[tuple[Agent, tuple]]:
     """Learn from users in batches: yields (agent, trajectories) after each batch.
 
-    It is the paper's algorithm, apart from what the README lists. Each batch plays with the agent
+    This is the paper's algorithm, except for what the README lists. Each batch plays with the agent
     that the batch before it produced.
     `first` is the number of episodes learned before, so that learning can go on where it stopped.
     """

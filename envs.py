@@ -232,7 +232,7 @@ def check(env: Env) -> None:
         demand(isinstance(getattr(env, name), np.ndarray), f"{name} is not an array")
     shape = env.belongs.shape
     demand(shape == (m, c), f"belongs has the shape {shape} instead of {(m, c)}")
-    demand(env.vectors.ndim == 2 and len(env.vectors) == m, f"vectors is no matrix of {m} rows")
+    demand(env.vectors.ndim == 2 and len(env.vectors) == m, f"vectors is not a matrix of {m} rows")
     demand(np.isfinite(env.vectors).all(), "vectors holds a number that is not finite")
     strangers = set().union(*env.histories) - set(range(m))
     examples = ", ".join(map(str, list(strangers)[:9]))
@@ -253,7 +253,7 @@ class Rollout(NamedTuple):
 
 
 def unseen(env: Env, users: Array) -> Array:
-    """bool [B, m]: the items that are not in each user's history."""
+    """bool [B, m]: for each user the items outside the history."""
     free = np.ones((len(users), len(env.titles)), bool)
     for row, user in enumerate(users):
         # An empty list would make an array of floats, which cannot be an index.
@@ -339,12 +339,15 @@ def popularity(env: Env) -> Array:
 
 
 def popular(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
-    """The free item of most appeal [m]. `partial(popular, popularity(env))` is a `Policy`."""
+    """The free item with the most appeal [m]. `partial(popular, popularity(env))` is a `Policy`."""
     return best(appeal, free)
 
 
 def one_list(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
-    """The item of most appeal [m] among the free ones not too similar, or else among all free."""
+    """The item with the most appeal [m] among the free ones that are not too similar.
+
+    If all free items are too similar, it is the one with the most appeal among them.
+    """
     sessions, every = with_every_item(env, state)
     different = ~too_similar(env, distance_to_recent(env, sessions, every))
     return best(appeal, preferred(different, free))
@@ -395,7 +398,7 @@ def varied(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
 
 
 def common_sense(env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
-    """The `fresh` item of the highest affinity."""
+    """The `fresh` item with the highest affinity."""
     return best_at_random(affinity(env, state), fresh(env, state, free), rng)
 
 
@@ -436,7 +439,7 @@ def features(env: Env, state: EnvState) -> Array:
 
 
 def bandit(weights: Array, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
-    """The free item of the highest predicted reward. `partial(bandit, weights)` is a `Policy`."""
+    """The free item with the highest predicted reward. `partial(bandit, weights)` is a `Policy`."""
     return best_at_random(features(env, state) @ weights, free, rng)
 
 
@@ -517,8 +520,8 @@ def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
     chance = np.exp(log_chance)
     entropy = -(chance * log_chance).sum(1, keepdims=True)
     picked = np.eye(len(items))[pick]           # [B, k]: 1 at the pick, 0 elsewhere
-    # First the derivatives by fit [B, k], see `log_chances`. Both follow from that of a softmax,
-    # d chance_i / d fit_j = chance_i * ([i is j] - chance_j):
+    # First the derivatives by fit [B, k], see `log_chances`. Both follow from the derivative of a
+    # softmax, d chance_i / d fit_j = chance_i * ([i is j] - chance_j):
     of_pick = picked - chance                           # d log_chance[pick] / d fit
     of_entropy = -chance * (log_chance + entropy)       # d entropy / d fit
     by_fit = td_error[:, None] * of_pick + ENTROPY * of_entropy
@@ -533,7 +536,7 @@ def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
 
 
 def a2c(weights: Weights, env: Env, state: EnvState, free: Array, rng: Rng) -> Array:
-    """The free item of the highest chance. `partial(a2c, weights)` is a `Policy`."""
+    """The free item with the highest chance. `partial(a2c, weights)` is a `Policy`."""
     every = np.arange(len(env.titles))
     return best(log_chances(env, weights, observe(env, state), every, free), free)
 
@@ -1193,7 +1196,7 @@ def ratings_folder(path: Location, seed: int = 0, fitted: bool = False) -> Env:
 
     items.csv: id, title, optional year, optional categories separated by "|". ratings.csv: user,
     item, rating, optional time. The header names the columns by any of ALIASES, in any order; other
-    columns are ignored. Ids are any text. Ratings of another scale are mapped: see `rescaled`.
+    columns are ignored. An id may be any text. Ratings of another scale are mapped: see `rescaled`.
     Two items are too similar if the cosine of their categories is above 0.595 (a distance below
     0.9), or if neither has a category. With `fitted`, or if no item of the world has a category,
     vectors fitted to the ratings decide instead.
@@ -1280,7 +1283,7 @@ def released(path: Location, world: str) -> Env:
         sources = load(path, world, "list_genre.json")   # lists of genres, written as Python source
         genres = {html.unescape(title): ast.literal_eval(sources[title]) for title in sources}
         categories, belongs = category_table([genres.get(title, []) for title in titles])
-        item_called = {title: item for item, title in enumerate(titles)}
+        item_of_title = {title: item for item, title in enumerate(titles)}
         ratings, histories = [], []
         for half, matrix in zip(halves, predicted):
             people = load(path, world, f"{half}.json")
@@ -1288,7 +1291,7 @@ def released(path: Location, world: str) -> Env:
             ratings.append(matrix[rows])
             for person in people:
                 seen = map(html.unescape, person["pos_seq_name"])       # titles, oldest first
-                items = [item_called[title] for title in seen if title in item_called]
+                items = [item_of_title[title] for title in seen if title in item_of_title]
                 histories.append(last_distinct(items))
         learners = len(ratings[0])          # the users of train.json
         return Env(

@@ -182,7 +182,7 @@ def hashed_ngrams(texts: Sequence[str]) -> np.ndarray:
     for row, text in zip(rows, texts):
         # without case and accents, and one number for each character
         plain = f" {unaccented(text.casefold())} "
-        codes = np.frombuffer(plain.encode("utf-32-le", "replace"), np.uint32)
+        codes = np.frombuffer(plain.encode("utf-32-le", "replace"), "<u4")
         # These products wrap at 2^32 on purpose. The factor in `mixed` is from Knuth's hash.
         trigrams = (codes[:-2] * 31 * 31) + (codes[1:-1] * 31) + codes[2:]
         mixed = (trigrams * 2654435761) >> 16       # the upper 16 bits
@@ -413,12 +413,14 @@ def first_line(text: str, preamble_ends: str = ":!") -> str:
 
 
 def labelled(text: str, labels: str, second: str) -> str:
-    """The first line after one of these labels.
+    """The line that answers: the first line of the first of these texts that has one.
 
-    If the label `second` comes in the text after it, the line after `second` counts: "Thought: War
-    was shown. Next category: Comedy". Without any of `labels`, or with only marks behind them, it
-    is the first line before any label. A reply without labels is read from its start. The result is
-    ""
+    1. The text after the label `second`, if it comes in text 2: "Comedy" of "Thought: War was
+       shown. Next category: Comedy".
+    2. The text after one of `labels`.
+    3. The text before the first label of any kind: without labels the whole reply.
+
+    The result is ""
     - if there is no such line
     - if the text that is read is a refusal
     - if the line is a copy of the form asked for, such as "CATEGORY, because REASON"
@@ -589,7 +591,7 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     the words of the title and of its year. Without a title it may skip one word.
         ["Hello"]                           [], 1
         ["Alien", "1979", "is", "old"]      [Alien], 2
-        ["Alien", "2009"]                   [], 1: means a film of 2009, or 2009 is a title
+        ["Alien", "2009"]                   [], 1: a film of 2009, or the next title is 2009
         ["Toy", "Story", "3"]               [], 2: means a sequel of Toy Story
         ["Alien", "Covenant", "2017"]       [], 1: means a film of 2017 with a longer title
     """
@@ -677,7 +679,8 @@ def items_alone(text: str, catalog: Catalog) -> list[int]:
             titled, words_used = leading_title(words, catalog)
             if not titled or words_used < len(words):
                 continue                # no title, or not a title alone
-            # "Jurassic Park" is the end of a title in "My pick: The Lost World: Jurassic Park".
+            # A part may be the end of a longer title that the line names: "Jurassic Park" in "My
+            # pick: The Lost World: Jurassic Park".
             if named_in_line and titled[0] not in named_in_line:
                 continue
             items += titled
@@ -764,12 +767,12 @@ def ground(text: str, catalog: Catalog, exclude: Collection[int] = (),
     """The item that a text stands for, and whether the text names it.
 
     `exclude` holds the items that are taken. `listed` holds the lines that the model was to choose
-    from; it is empty if any free item was allowed. The possible items, the likeliest first:
-    - The items named and not excluded.
-    - If all items named are excluded: the free items; those nearest to the categories of the first
-      named item come first. They are of its kind. Those near to its title would be spelled like it.
-    - If no item is named, or the first named one has no categories: the free items; those nearest
-      to the text come first.
+    from; it is empty if any free item was allowed. The possible items are
+    - if free items are named: these, the likeliest first
+    - if only excluded items are named: all free items, those nearest to the categories of the first
+      named item first. They are of its kind. Those near to its title would be spelled like it
+    - if no item is named, or the first named one has no categories: all free items, those nearest
+      to the text first
     The first of them that is listed is taken, or else the first. A free item that the text names
     may be one that is not listed.
     """
@@ -947,7 +950,8 @@ def parse_reflector(text: str) -> str | Malformed:
     better = r"(?<![a-z])(better|best|next)([ _]category)?(?![a-z])"       # also "better_next"
     # Join a label to the category below it: "Better next:\nComedy" becomes "Better next: Comedy".
     # But "Better next:\nReflection: ..." stays.
-    text = re.sub(rf"(?i)({better})[^\w\n]*\n\W*(?!\W|reflection|lesson)", r"\1: ", spoken(text))
+    to_category = r"[^\w\n]*\n\W*(?=\w)(?!reflection|lesson)"
+    text = re.sub(rf"(?i)({better}){to_category}", r"\1: ", spoken(text))
     # Then join a line about what is better to the line before: "... because War.\n- Better next:
     # Comedy" becomes "... because War. Better next: Comedy".
     break_and_marks = r'(?<![:!])\n(\d\.)?[^\w"]{0,9}'          # a preamble ends in : or !
@@ -1061,7 +1065,7 @@ def tags_named_in(text: str, tags: Sequence[str]) -> list[str]:
         name = name_of(words_of(tag))                       # "comedy"; "" for symbols alone
         if not name:
             continue
-        # "comedies"; for a name without y it is usually no word
+        # "comedies"; for a name that does not end in y this is usually not a word
         plural_of_y = name.removesuffix("y") + "ies"
         rest, times = re.subn(rf"\b({name}s?|{plural_of_y})\b", "", rest)
         if times:
@@ -1106,8 +1110,8 @@ def choice_in(plan: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     """The part of a plan that tells what comes next: the first of these.
 
     - The categories that it begins with: "Comedy, Drama" of "Comedy, Drama to balance War".
-    - The first clause behind words such as "I choose" or "so" that names one category not shown
-      lately: " Comedy is next" of "They like Drama and War, so Comedy is next".
+    - The first clause behind words such as "I choose" or "so" that names exactly one category not
+      shown lately: " Comedy is next" of "They like Drama and War, so Comedy is next".
     - The first sentence.
     """
     longest_first = sorted(tags, key=len, reverse=True)     # "War & Politics" before "War"
@@ -1374,7 +1378,7 @@ def counted_steps(count: int) -> str:
     return f"{count} step" if count == 1 else f"{count} steps"
 
 
-def spelled_avoid(categories: set[str]) -> str:
+def warning_text(categories: set[str]) -> str:
     """A warning in the form of WARNING, " Avoid Drama, War."; "" for no category."""
     return f" Avoid {', '.join(sorted(categories))}." if categories else ""
 
@@ -1401,7 +1405,7 @@ def offline_planner(history: str, transcript: str, question: str, draw: int) -> 
     # The actor reads this by PLAN, the reflector by APART. The "Avoid" here is for people alone: it
     # shows which categories the lessons warn of.
     return (f"Next category: {category}, because similar items go {counted_steps(apart)} apart."
-            f"{spelled_avoid(warned)} Keep away from {keep_away}.")
+            f"{warning_text(warned)} Keep away from {keep_away}.")
 
 
 def offline_actor(history: str, transcript: str, question: str, draw: int) -> str:
@@ -1484,7 +1488,7 @@ def offline_reflector(history: str, transcript: str, question: str, draw: int) -
             why += f": begin with the {MOST_LIKED} categories"
     fans = ", ".join(tag for tag, _ in liked.most_common(3))
     return (f"Reflection: {why}. Keep similar items {counted_steps(advised)} apart "
-            f"for those who like {fans}.{spelled_avoid(warned)}")
+            f"for those who like {fans}.{warning_text(warned)}")
 
 
 READERS = {"planner": offline_planner, "actor": offline_actor,
@@ -1568,7 +1572,7 @@ KINDS = (
          r"|(400|422) .*((tool_use|parse|json_validate)_failed|model (unloaded|has crashed))",
          patience=100),
     # all tokens went into hidden thinking
-    Kind("overrun", 1, "raise --reply-tokens, or switch reasoning off by --extra-body",
+    Kind("overrun", 1, "raise --reply-tokens, or switch reasoning off with --extra-body",
          # OpenAI: "Could not finish ... because max_tokens or model output limit was reached"
          "finish_reason (length|max_tokens)|400 .*output limit was reached", patience=20),
     # any other finish_reason, such as "stop", and an empty text
@@ -1601,7 +1605,7 @@ KINDS = (
     # a web page instead of JSON, or anything else that came with a status of success
     Kind("page", 2, "does --base-url lack its /v1?", "2.."),
     Kind("vectors", 2, "choose another --embed-model", "embeddings"),
-    Kind("too late", 1, RESUME, "(408|409|429|5..) false"),     # it is useless to ask again
+    Kind("too late", 1, RESUME, "(408|409|429|5..) false"),     # asking again is pointless
     # the waits come to 75 s and more
     Kind("busy", 17, "wait or give fewer --workers, then run the same command: it resumes",
          "403|429|503"),
@@ -1918,8 +1922,8 @@ def redirected(route: Route, response: Any) -> Fault:
     """The Fault in a redirect.
 
     `moved_to` is set if `follow` may use it: it is another path of the same server, because the key
-    must not go to a server that the user did not give. Some redirects turn POST into GET, which is
-    of no use.
+    must not go to a server that the user did not give. Some redirects turn POST into GET, which
+    does not help.
     """
     request, old = response.next_request, response.request.url
     new = request.url
@@ -1931,7 +1935,9 @@ def redirected(route: Route, response: Any) -> Fault:
 
 
 def fault_of_response(route: Route, response: Any, data: dict, text: str) -> Fault:
-    """The Fault in a response that is not an answer. `data` is {} if the body is of no use.
+    """The Fault in a response that is not an answer. `data` is its body, or {} if that is no use.
+
+    With a status of success `data` holds an error or nothing.
 
     KINDS is matched with "STATUS ADVICE BODY". The advice tells whether to ask again: true, false,
     or nothing if it is not known, as in "429  {...}".
@@ -1947,7 +1953,7 @@ def fault_of_response(route: Route, response: Any, data: dict, text: str) -> Fau
     message = error.get("message") or text or "an empty body"
     advice = response.headers.get("x-should-retry", "")
     wait = asked_wait(response.headers, text)
-    if wait > LONGEST_WAIT:             # it would be useless to ask again
+    if wait > LONGEST_WAIT:             # asking again would be pointless
         advice = "false"
         message = f"{message} (it asks to wait {wait:.0f} s)"
     # what the provider behind OpenRouter says; the name of a refused parameter; a gateway's cause
@@ -1968,8 +1974,8 @@ CHARGE = ContextVar("CHARGE", default=lambda: None)
 def limited(llm: LLM, max_calls: int) -> LLM:
     """The same model, which sends at most `max_calls` chat requests, repeats included.
 
-    The next request raises BudgetSpent. `answer` calls the model, this calls `send`, and `send`
-    calls `charge`.
+    The next request raises BudgetSpent. `answer` calls the model, the model calls `send`, and
+    `send` calls `charge`.
     `recorded` wraps this model, so a reply from the log costs nothing: see `open_model` in run.py.
     """
     budget = Semaphore(max_calls)
@@ -2030,8 +2036,7 @@ def adapt(route: Route, sent: dict, fault: Fault) -> bool:
 def pause(route: Route, fault: Fault, faults: int) -> None:
     """Wait as long as the server asks, at most LONGEST_WAIT, and never less than our own wait.
 
-    The limit matters for other statuses than 408, 409, 429 and 5xx: with these a longer wait has
-    made the fault one of the Kind "too late".
+    After 408, 409, 429 and 5xx a longer wait never gets here: it gives the Kind "too late".
     Ours is 0.5 s after the first fault. It doubles with each fault, up to 8 s. Up to a quarter of
     it is taken off at random, so that threads do not all come back at once.
     """
@@ -2281,7 +2286,7 @@ def open_log(path: str | Path, model_id: Any, replay: bool = False) -> Log:
                 texts.setdefault(record["ask"], reply)
                 if record.get("role") != "embed":
                     has_answered = True
-                    empty |= unsure         # the server was up: the failures so far count
+                    empty |= unsure         # the server was up: all failures so far count
         except MISSHAPEN:
             continue                # an incomplete line: its ask is asked again
     known = empty | texts if has_answered else texts        # the second dict wins
@@ -2327,7 +2332,7 @@ def recorded(llm: LLM, log: Log, stats: dict | None = None) -> LLM:
 
 
 def unlogged(asked: Any) -> Any:
-    """What a replay has instead of model and embedding. `asked` is an Ask or a list of texts.
+    """Stands in for the model and the embedding in a replay. `asked` is an Ask or a list of texts.
 
     It is reached only if the log lacks an answer, and raises an EndpointError.
     """

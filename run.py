@@ -285,11 +285,11 @@ def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
     varied = {EXPERIMENTS[name].varied for name in args.experiment}
     if "model" not in varied:
         yield ["models"], "without --experiment table6"
-    # If all experiments vary the same flag, its value is never used; "" stands for no flag. --model
-    # is an exception: it is the one model of table6 if --models is missing.
-    vary_the_same = len(varied) == 1
-    if vary_the_same and varied != {"model"}:
-        yield varied, "here: the experiment varies it"
+    # If all experiments vary the same flag, its value is never used. But table6 without --models
+    # plays --model.
+    varied_flags = varied - {""}            # "": an experiment that varies no flag
+    if len(varied) == 1 and varied_flags != {"model"}:
+        yield varied_flags, "here: the experiment varies it"
     if args.experiment == ["fig4"]:
         yield ["users"], "here: the experiment takes two users"
 
@@ -356,7 +356,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         word = unknown[0].partition("=")[0]
         what = f"unknown flag {word}"
         if not word.startswith("-"):
-            if len(word) > 12:          # it may be a key: all known ones are longer
+            if len(word) > 12:          # it may be an API key: all known ones are longer
                 word = "a word"
             what = f"{word} stands alone: every value needs its flag, as in --seed 1"
         parser.error(what)
@@ -537,15 +537,18 @@ def flattened(content: Json) -> Json:
 def default_directory(args: Namespace, config: Json) -> Path:
     """runs/WORLD-METHOD-MODEL-seedN-FLAGS-DIGEST, without MODEL for the stand-in.
 
-    In place of METHOD experiments have their names. FLAGS are given flags that shape the result.
+    In place of METHOD experiments have their names. FLAGS are the flags that shape the result and
+    do not have their default values.
     """
     name = args.world.partition(":")[0] + "-" + ("+".join(args.experiment) or args.method)
     if config["model"] != "offline":
         name += "-" + quote(config["model"], safe="")
     name += f"-seed{args.seed}"
+    defaults = (Config._field_defaults | billp.METHODS.get(args.method, {})
+                | defaults_of(args.given))
     given = given_of(args, ["episodes", "users", *Config._fields, *envs.RULE])
     for field, value in given.items():
-        if value != defaults_of(args.given).get(field):
+        if value != defaults.get(field):
             name += f"-{field}{value}"
     name = name[:200]                   # a file system takes names of at most 255 bytes
     return Path("runs", f"{name}-{digest(dumps(config))[:6]}")
@@ -869,7 +872,7 @@ def summarise(run: Settings, outcome: Outcome, live: Live, began: float) -> Json
         "seconds": round(time.perf_counter() - began, 2)}
 
 
-def spelled(figures: dict[str, Sequence[float]]) -> dict[str, str]:
+def interval_cells(figures: dict[str, Sequence[float]]) -> dict[str, str]:
     """Means with their intervals, as cells of a `grid`."""
     form = "{:.2f} [{:.2f}, {:.2f}]"
     return {f"{name} [95 %]": form.format(*figure) for name, figure in figures.items()}
@@ -947,7 +950,7 @@ def report(summary: Json, about: str, agent: Agent, live: Live) -> Iterator[str]
     yield ""
     # without learning episodes "after" is a copy of "before"
     phases = ("before", "after", "difference") if summary["difference"] else ("before",)
-    yield from grid({phase: spelled(summary[phase]) for phase in phases})
+    yield from grid({phase: interval_cells(summary[phase]) for phase in phases})
     if summary["users"] == 1:
         yield "one user: the intervals have no width and say nothing"
     yield ""
@@ -991,7 +994,7 @@ def one_run(args: Namespace, live: Live) -> None:
                           watched(pmap, run, live), phases_of(run))
     summary = summarise(run, outcome, live, began)
     episodes = [dumps(describe(place.env, played)) + "\n" for played in outcome.trajectories]
-    run_directory(args, run._asdict())      # refused if it meanwhile belongs to another run
+    run_directory(args, run._asdict())      # it fails if another run has taken the folder meanwhile
     write(folder / "episodes.jsonl", "".join(episodes))
     write(folder / "memory.json", memory_text(run, outcome.agent, saved["met"]))
     write(folder / "summary.json", dumps(summary, indent=1) + "\n")
@@ -1205,7 +1208,7 @@ def shares(env: envs.Env, sessions: Sequence[Session]) -> list[list[int]]:
 
 
 def shortened(env: envs.Env, gamma: float) -> envs.Env:
-    """The world with sessions cut where later rewards count below a thousandth of the first."""
+    """The world with sessions cut where a reward counts for less than 0.001 of the first one."""
     discounts = gamma ** np.arange(env.max_steps)           # of the first reward, the second, ...
     return env._replace(max_steps=int(np.sum(discounts >= 0.001)))
 
@@ -1487,12 +1490,12 @@ def publish(name: str, base: Settings, samples: dict[Cell, Array], folder: Path)
     content = {"experiment": name, "settings": base._asdict(),
                "rows": [row._asdict() for row in rows], "cells": raw}
     write(folder / f"{name}.json", dumps(content) + "\n")
-    figures = {label_of(row): spelled(row.figures) for row in rows}
+    figures = {label_of(row): interval_cells(row.figures) for row in rows}
     print(heading, "", *grid(figures), "", sep="\n")
     gains = {}
     for row in rows:
         if row.gain:
-            cells = spelled({"R_traj minus billp's": row.gain})
+            cells = interval_cells({"R_traj minus billp's": row.gain})
             gains[label_of(row)] = cells | {"": comparison(row.gain)}
     if gains:
         print(*grid(gains), "", sep="\n")

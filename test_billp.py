@@ -2273,7 +2273,8 @@ def test_flags_reach_what_they_name():
     place = run.build_place(run_settings)
     assert [getattr(place.env, name) for name in envs.RULE] == [2, 0.3, 0, 3, 7]
     assert len(place.held_out) == 9
-    args = run.parse("--base-url x --model a/b --users 9 --episodes 50 --beta 0.5".split())
+    given = "--base-url x --model a/b --users 9 --episodes 50 --beta 0.5 --gamma 0.5"
+    args = run.parse(given.split())
     assert args.models_asked == ["a/b"]
     name = run.default_directory(args, {"model": "a/b"}).name
     assert name.startswith("films-billp-a%2Fb-seed0-users9-beta0.5-")
