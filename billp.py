@@ -24,8 +24,9 @@ arXiv 2403.00843). Four roles share one model. All that is learned lies in three
 A record (s_n, a_n, encouraged) makes a_n more likely to be listed and chosen in similar states
 (`prompts.chance`). A policy-gradient step has the same aim. But it changes weights, and in
 proportion to A; a record keeps only the sign of A.
-We add two things. The actor chooses from a list of free items; `candidates=0` gives no list. The
-planner is told which categories were shown lately. The README lists all differences from the paper.
+We add two things. The actor chooses from a list of free items; with `candidates=0` only remembered
+items are listed, and any may be named. The planner is told which categories were shown lately. The
+README lists all differences from the paper.
 
 All functions are pure, apart from the model and an embedding that asks an endpoint. The model is
 the argument `llm`. The embedding is part of the catalogue.
@@ -67,7 +68,7 @@ class Config(NamedTuple):
     k_actions: int = 10             # remembered items shown if candidates is 0
     k_values: int = 8               # values recalled for the critic, enough to average
     # Free items to choose from. With ten a 1.5B model names a free item in 97 % of its actions.
-    # 0: no list, the actor sees remembered items and may name any.
+    # 0: only remembered items are listed, and any may be named.
     candidates: int = 10
     # Weight of an item's whole line when items are ranked, see `prompts.closest`; its categories
     # alone have the weight 1 - line_weight. At 1 the letters of titles would often outweigh the

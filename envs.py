@@ -5,7 +5,7 @@ one user, or B users at once. Batches are for speed: policies without language n
 steps.
 
     n, m, c, d   numbers of users, items and categories, and the size of an item's vector
-    user, item   indices into the world's arrays; item -1 is an empty place
+    user, item   indices into the world's arrays; item -1 is an empty slot
     window, W    how many recommended items a user remembers
     too similar  nearer than `beta` to one of the last W recommended items
     left, cut    the user left; the step cap was reached. Never both
@@ -144,10 +144,10 @@ def distance_to_recent(env: Env, state: EnvState, item: Array) -> Array:
     for what `with_every_item` returns.
     """
     smallest = np.full(np.broadcast(state.user, item).shape, np.inf)
-    # One place after the other: all at once is slower with many items. `earlier` has the shape of
-    # state.user: [B], or [B, 1] after `with_every_item`.
+    # One slot of the window at a time: all at once is slower with many items. `earlier` has the
+    # shape of state.user: [B], or [B, 1] after `with_every_item`.
     for earlier in np.moveaxis(state.recent, -1, 0):
-        # an empty place is -1, which indexes the last item: that distance is dropped
+        # an empty slot is -1, which indexes the last item: that distance is dropped
         distance = env.distance(state.user, earlier, item)
         smallest = np.minimum(smallest, np.where(earlier < 0, np.inf, distance))
     return smallest
@@ -357,8 +357,8 @@ def one_list(appeal: Array, env: Env, state: EnvState, free: Array, rng: Rng) ->
 
 
 def rows_of_recent(rows: Array, state: EnvState) -> Array:
-    """[B, W, k]: the rows [m, k] of the last W items; zeros for an empty place."""
-    # an empty place is -1, which indexes the last row: it is replaced by zeros
+    """[B, W, k]: the rows [m, k] of the last W items; zeros for an empty slot."""
+    # an empty slot is -1, which indexes the last row: it is replaced by zeros
     filled = (state.recent >= 0)[..., None]
     return np.where(filled, rows[state.recent], 0)
 
@@ -457,8 +457,8 @@ def learn_bandit(env: Env, episodes: int, seed: int = 0) -> Policy:
         while len(free) > 0:
             x = features(env, state)
             predicted = x @ np.linalg.solve(square, product)
-            # scores of 0 are all equal, so `best_at_random` takes any
             explores = rng.random((len(x), 1)) < 0.1
+            # scores of 0 are all equal, so `best_at_random` takes any
             item = best_at_random(np.where(explores, 0, predicted), free, rng)
             state, reward, left, cut = step(env, state, item)
             chosen = x[np.arange(len(x)), item]
@@ -885,7 +885,7 @@ def columns(header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
     """The places of the columns in a header; ValueError if a needed one is missing.
 
     A column may have any of its ALIASES; if there are several, the first in ALIASES counts. Case
-    and punctuation do not matter. Ratings need no title: there a column "id" numbers the lines.
+    and punctuation do not matter. Files of ratings need no title.
 
     >>> columns(["Title", "Movie_ID"], ["item"])
     {'item': 1, 'title': 0}
@@ -897,8 +897,9 @@ def columns(header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
     places = {}
     for name, aliases in ALIASES.items():
         known = aliases.split()
-        if name == "item" and "title" not in needed:
-            known.remove("id")
+        is_ratings_file = "title" not in needed
+        if name == "item" and is_ratings_file:
+            known.remove("id")          # there it numbers the lines
         present = [alias for alias in known if alias in plain]
         if present:
             places[name] = plain.index(present[0])
@@ -1030,25 +1031,26 @@ def groups(keys: Array) -> list[Array]:
     return np.split(order, starts_of_new_keys)
 
 
-def ridge(rows: Array, fixed_rows: Array, ratings: Array, fixed: Array, count: int) -> Array:
+def ridge(row_of_rating: Array, fixed_row_of_rating: Array, ratings: Array, fixed: Array,
+          count: int) -> Array:
     """Fit the rows of one side, users or items, while the rows `fixed` of the other side stay.
 
-    float32 [count, k + 1]: k factors and then a bias for each row. ratings[i] belongs to row
-    rows[i] of the fitted side and to row fixed_rows[i] of the fixed side. Ratings come without the
-    global offset.
+    float32 [count, k + 1]: k factors and then a bias for each row. Rating i belongs to row
+    row_of_rating[i] of the fitted side and to row fixed_row_of_rating[i] of the fixed side. Ratings
+    come without the global offset.
     The penalty on a bias is 3, that on a factor 3 + a tenth of the row's number of ratings.
     """
     # rating - fixed bias = [fixed factors, 1] @ [fitted factors, fitted bias]
-    targets = ratings - fixed[fixed_rows, -1]
+    targets = ratings - fixed[fixed_row_of_rating, -1]
     inputs = fixed.copy()
     inputs[:, -1] = 1
     width = fixed.shape[1]
     fitted = np.zeros((count, width), np.float32)
-    for group in groups(rows):                  # the ratings of one row
-        x = inputs[fixed_rows[group]]
+    for group in groups(row_of_rating):         # the ratings of one row
+        x = inputs[fixed_row_of_rating[group]]
         penalty = np.full(width, 3 + len(group) / 10)
         penalty[-1] = 3
-        row = rows[group[0]]
+        row = row_of_rating[group[0]]
         fitted[row] = np.linalg.solve(x.T @ x + np.diag(penalty), x.T @ targets[group])
     return fitted
 

@@ -123,7 +123,10 @@ BRACKETS_TO_PARENTHESES = str.maketrans("[]", "()")
 
 
 def tag_of(category: str) -> str:
-    """A category as it stands in item lines: commas and brackets have a meaning there."""
+    """A category as it stands in item lines: without commas, and with parentheses for brackets.
+
+    Commas and brackets have a meaning there.
+    """
     return clean(category, 100).translate(BRACKETS_TO_PARENTHESES).replace(",", "")
 
 
@@ -216,9 +219,10 @@ OPENING = rf"""(?isx)
     | ^ analysis (?= .*assistantfinal)  # gpt-oss behind a server that drops the marks
     """
 ENDING = rf"""(?isx)
-    # </think>, <|/think|>, <|end_of_thought|>
-    # <|thought_end|>: (?= \w+_end) only looks ahead, then THINKING reads "thought" and "_end"
-    <\|? (/ \|? | end_ (of_)? | (?= \w+_end)) {THINKING} \b [^<>]* >
+    <\|? ( / \|?                        # </think>, <|/think|>
+          | end_ (of_)?                 # <|end_of_thought|>
+          # <|thought_end|>: this only looks ahead, then THINKING reads "thought" and "_end"
+          | (?= \w+_end) ) {THINKING} \b [^<>]* >
     | [\[◁] /(think|reason)(ing)? [\]▷]     # Mistral, Kimi
     | <unused95>                        # MedGemma
     # Granite has no opening mark: "Here is my thought process: ... Here is my response:"
@@ -276,16 +280,22 @@ GAP = r"[ \t*_]{0,9}"                   # spaces, and marks of bold letters
 #     yes: "Action: Up" · "Comedy. Action 3: Up" · "Comedy next Action 3: recommend Up"
 #     no:  "I like Action: it is fast"
 IN_LINE = re.compile(rf"""(?imx)
+    # 1. where a label may stand
     (?: ^                           # where a line begins
       | [^\w\s,] | _                # after a mark, but not after a comma
-      | (?=\baction[ ]\d+:[ ]recommend)
+      | (?=\baction[ ]\d+:[ ]recommend)     # "Comedy next Action 3: recommend Up"
     ) [ \t]*
-    (?P<name> {ALL_LABELS} ) {GAP} \#?\d*   # "Thought 3", "Thought #3", "Final Answer", "item"
-    (?: [ ]\([^()\n]{{1,20}}\) )?       # "Thought 3 (planning)"
-    (?: [ \t*_"')]{{0,9}} [:：]         # then a colon,
-      # or behind a number a dash or a dot: "Action 3 - Up", "Action 3. Up"
-      | (?<=\d) (?: [ ][–—-] | \. ) (?=\s)
-    ) [ \t*_"'`-]*
+    # 2. the label, with or without a number and a remark
+    (?P<name> {ALL_LABELS} )        # "Thought", "Final Answer", "item"
+    {GAP} \#?\d*                    # "Thought 3", "Thought #3"
+    (?: [ ]\([^()\n]{{1,20}}\) )?   # "Thought 3 (planning)"
+    # 3. what ends it
+    (?: [ \t*_"')]{{0,9}} [:：]     # a colon: "Action: Up", "**Action**: Up"
+      | (?<=\d) [ ][–—-] (?=\s)     # behind a number a dash: "Action 3 - Up"
+      | (?<=\d) \. (?=\s)           # behind a number a dot: "Action 3. Up"
+    )
+    # 4. marks before the text
+    [ \t*_"'`-]*
     """)
 # HEADING: a label without a colon counts if three things hold. It is alone in its line; the line
 # has a mark (* _ # >) or a number; text follows below.
@@ -352,29 +362,42 @@ IS_BEST = (r"(?i)\b(?:(?:fits?|suits?|matches)\b[^,.;:!?\n]*\b(?:best|most close
 # A title may begin like a refusal, "Sorry, Wrong Number": so more of the sentence is needed.
 I_AM = "(i am|i ?['’]?m)"
 I_CANNOT = f"({I_AM} afraid (that )?)?({I_AM} not|i (can(not|['’]?t| not)|won['’]?t))"
+REFUSALS = (
+    # "I'm really sorry, but", "Sorry, I can't"
+    rf"({I_AM} (\w+ )?)?sorry(\W*$|\W+(but|that|as)\b|\W+i(['’]m| (am|can|could|do|won)))",
+    # "My apologies, but"
+    r"(my )?apologies\W+(but|i)\b",
+    # "I must respectfully decline"
+    r"i ((must|have to) (\w+ )?)?(apologi[sz]e|decline|regret|refuse)\b",
+    # "Your request was rejected"
+    r"((the|this|your) )?(content|prompt|question|request) ((is|was) )?"
+    r"(blocked|denied|refused|rejected|goes against|violates)\b",
+    # "N/A", "None of these."
+    r"(n/?a|null|none( of (the above|these|them))?)\W*$",
+    # "As an AI", "I'm just a language model"
+    rf"(as|{I_AM}( just| only)?) an? (\w+ )?(ai|language model|assistant)\b",
+    # "I'm unable to", "Unable to"
+    rf"({I_AM} )?unable to\b",
+    # "Cannot comply", "I'd rather not"
+    r"(cannot|i['’]d rather not)\b",
+    # "It is not possible for me"
+    r"it (is|would be) (not possible|impossible|inappropriate) for me\b",
+    # "I don't have enough information"
+    r"i (do not|don['’]?t) (feel comfortable|have (enough|access|any)|know\W*$|think i can\b)",
+    # "I can't."
+    rf"{I_CANNOT}\W*$",
+    # "I'm afraid I can't provide", "I'm not able"
+    rf"{I_CANNOT} (be )?(able|assist|answer|choose|comfortable|comply|determine|fulfill?"
+    r"|programmed|provide|recommend|suggest)\b",
+    # "I can't help with", but not "I can't help but recommend Up"
+    rf"{I_CANNOT} help(?! but (recommend|suggest|choose|pick))\b",
+    # "I can't discuss this"
+    rf"{I_CANNOT} (create|generate|discuss|share|do|continue( with)?) (this|that|such|so)\b",
+)
 # (?!.*X) means "without X": "Sorry, but no War is left; I'd pick Up" holds a choice, so it is no
 # refusal.
-REFUSAL = (
-    rf"(?is)(?!.*({CHOSEN}|is the (best|closest)))\W*(unfortunately\W+)?("
-    # "I'm really sorry, but", "Sorry, I can't"
-    rf"({I_AM} (\w+ )?)?sorry(\W*$|\W+(but|that|as)\b|\W+i(['’]m| (am|can|could|do|won)))"
-    r"|(my )?apologies\W+(but|i)\b"
-    # "I must respectfully decline"
-    r"|i ((must|have to) (\w+ )?)?(apologi[sz]e|decline|regret|refuse)\b"
-    r"|((the|this|your) )?(content|prompt|question|request) ((is|was) )?"
-    r"(blocked|denied|refused|rejected|goes against|violates)\b"
-    r"|(n/?a|null|none( of (the above|these|them))?)\W*$"
-    # "As an AI", "I'm just a language model"
-    rf"|(as|{I_AM}( just| only)?) an? (\w+ )?(ai|language model|assistant)\b"
-    rf"|({I_AM} )?unable to\b|(cannot|i['’]d rather not)\b"
-    r"|it (is|would be) (not possible|impossible|inappropriate) for me\b"
-    r"|i (do not|don['’]?t) (feel comfortable|have (enough|access|any)|know\W*$|think i can\b)"
-    rf"|{I_CANNOT}(\W*$"
-    r"| (be )?(able|assist|answer|choose|comfortable|comply|determine|fulfill?"
-    r"|programmed|provide|recommend|suggest)\b"
-    # not "I can't help but recommend Up"
-    r"| help(?! but (recommend|suggest|choose|pick))\b"
-    r"| (create|generate|discuss|share|do|continue( with)?) (this|that|such|so)\b))")
+REFUSAL = (rf"(?is)(?!.*({CHOSEN}|is the (best|closest)))"
+           rf"\W*(unfortunately\W+)?({'|'.join(REFUSALS)})")
 
 
 def unmarked(line: str) -> str:
@@ -413,17 +436,15 @@ def first_line(text: str, preamble_ends: str = ":!") -> str:
 
 
 def labelled(text: str, labels: str, second: str) -> str:
-    """The line that answers: the first line of the first of these texts that has one.
+    """The line that answers: the first line of a part of the reply.
 
-    1. The text after the label `second`, if it comes in text 2: "Comedy" of "Thought: War was
-       shown. Next category: Comedy".
-    2. The text after one of `labels`.
-    3. The text before the first label of any kind: without labels the whole reply.
+    The part is the text after one of `labels`. If this text holds the label `second`, only what
+    follows that counts: "Comedy" of "Thought: War was shown. Next category: Comedy". If this gives
+    no line, the part is the text before the first label of any kind; without labels it is the whole
+    reply.
 
-    The result is ""
-    - if there is no such line
-    - if the text that is read is a refusal
-    - if the line is a copy of the form asked for, such as "CATEGORY, because REASON"
+    The result is "" if there is no line, if the part is a refusal, or if the line is a copy of the
+    form asked for, such as "CATEGORY, because REASON".
 
     >>> [labelled(text, THOUGHT_LABELS, "next[ ]category")
     ...  for text in ("Thought 3: a comedy\\nAction 3: Up", "A comedy", "Action: Up")]
@@ -492,7 +513,8 @@ def spellings(title: str) -> list[str]:
 
     The first two have all words of the title. The last puts "the" in front. So "The Terminator 2"
     names Terminator 2. Otherwise it would be read as The Terminator and the number of a sequel, see
-    SEQUEL. A title of one word has no such form, because "the up side" does not name Up.
+    SEQUEL. A title that is one word without its article has no such form, because "the up side"
+    does not name Up.
 
     >>> spellings("The Matrix"), spellings("Blade Runner")[-1]
     (['the matrix', 'matrix the', 'matrix'], 'the blade runner')
@@ -607,12 +629,14 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
             size += 1                   # the year is skipped with the title
         return items, size
     longer = re.match(LONGER_TITLE, rest)
-    # A title, more words, a year. If these words begin another title, as in "Alien Jaws 1975",
-    # Alien is meant. Otherwise they belong to a longer title, and its year decides: "Léon The
-    # Professional 1994", "Star Wars Episode IV A New Hope 1977".
-    if longer and not leading_title(behind, catalog)[0]:
+    if longer:                          # a title, more words, a year
+        next_items, _ = leading_title(behind, catalog)
+        if next_items:                  # "Alien Jaws 1975": two titles
+            return items, size
+        # The words belong to a longer title, and its year decides: "Léon The Professional 1994",
+        # "Star Wars Episode IV A New Hope 1977".
         return of_year(items, int(longer["year"]), catalog), size
-    if not longer and re.match(SEQUEL, rest):       # "Frozen II" means another film
+    if re.match(SEQUEL, rest):          # "Frozen II" means another film
         return [], size
     return items, size
 
@@ -677,14 +701,13 @@ def items_alone(text: str, catalog: Catalog) -> list[int]:
         for part in (line, front, back):
             words = words_of(part.partition("[")[0])
             titled, words_used = leading_title(words, catalog)
-            if not titled or words_used < len(words):
-                continue                # no title, or not a title alone
+            is_alone = titled and words_used == len(words)
             # A part may be the end of a longer title that the line names: "Jurassic Park" in "My
             # pick: The Lost World: Jurassic Park".
-            if named_in_line and titled[0] not in named_in_line:
-                continue
-            items += titled
-            break
+            is_tail = titled and named_in_line and titled[0] not in named_in_line
+            if is_alone and not is_tail:
+                items += titled
+                break
     return items
 
 
@@ -783,7 +806,8 @@ def ground(text: str, catalog: Catalog, exclude: Collection[int] = (),
         tags = line_tags(catalog.lines[items[0]]) if items else ()
         possible = free_by_nearness(in_brackets(tags) if tags else text, catalog, exclude)
     # Listed items come first. Words may be a title by chance: "It is old. They like Up." names It
-    # in a large catalogue. And what is nearest to a title shown lately would be too similar to it.
+    # in a large catalogue. And if only a taken item is named, the item nearest to it may be so
+    # similar that the user leaves; those listed are chosen with more care.
     listed_items = [item for item in possible if catalog.lines[item] in listed]
     return (listed_items or possible)[0], is_named
 
@@ -947,19 +971,24 @@ def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
 
 def parse_reflector(text: str) -> str | Malformed:
     """The reflection, one line."""
-    better = r"(?<![a-z])(better|best|next)([ _]category)?(?![a-z])"       # also "better_next"
-    # Join a label to the category below it: "Better next:\nComedy" becomes "Better next: Comedy".
-    # But "Better next:\nReflection: ..." stays.
+    # "Better next", "best category"; the look to both sides lets "better_next" pass
+    better = r"(?<![a-z])(?:better|best|next)(?:[ _]category)?(?![a-z])"
+    # A label is joined to the category below it:
+    #     "Better next:\nComedy"                      becomes "Better next: Comedy"
+    #     "Better next:\nReflection: ..."             stays
     to_category = r"[^\w\n]*\n\W*(?=\w)(?!reflection|lesson)"
     text = re.sub(rf"(?i)({better}){to_category}", r"\1: ", spoken(text))
-    # Then join a line about what is better to the line before: "... because War.\n- Better next:
-    # Comedy" becomes "... because War. Better next: Comedy".
-    break_and_marks = r'(?<![:!])\n(\d\.)?[^\w"]{0,9}'          # a preamble ends in : or !
+    # A line about what is better is joined to the line before, unless that is a preamble:
+    #     "... as War.\n- Better next: Comedy"        becomes "... as War. Better next: Comedy"
+    #     "My lesson:\nBetter next: Comedy"           stays
+    break_and_marks = r'(?<![:!])\n(?:\d\.)?[^\w"]{0,9}'
     text = re.sub(rf"(?i){break_and_marks}(?=[^.:\n]*{better})", " ", text)
-    # Make the second colon of "Better next: Action: fun" a comma: it names the category Action.
+    # The category Action is no label:
+    #     "Better next: Action: fun"                  becomes "Better next: Action, fun"
     text = re.sub(rf"(?i)({better}\W*action)\W*:", r"\1,", text)
-    # Drop the colon after a turn that is cited within a line: "too similar to Action 2: Up".
-    text = re.sub(r"(?i)(?<=[^\n])\b((thought|action|observation) \d+):", r"\1", text)
+    # A turn that is cited within a line is no label:
+    #     "too similar to Action 2: Up"               becomes "too similar to Action 2 Up"
+    text = re.sub(r"(?i)(?<=[^\n])\b((?:thought|action|observation) \d+):", r"\1", text)
     reflection = labelled(text, REFLECTION_LABELS, "reflection")
     return reflection or Malformed("the reply held no line 'Reflection: ...'")
 
@@ -1110,8 +1139,9 @@ def choice_in(plan: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     """The part of a plan that tells what comes next: the first of these.
 
     - The categories that it begins with: "Comedy, Drama" of "Comedy, Drama to balance War".
-    - The first clause behind words such as "I choose" or "so" that names exactly one category not
-      shown lately: " Comedy is next" of "They like Drama and War, so Comedy is next".
+    - The first clause behind words such as "I choose", "the category is" or "so" that names exactly
+      one category not shown lately: "Comedy is next" of "They like Drama and War, so Comedy is
+      next". Behind "so" a category must follow directly: "so that they stay" is no choice.
     - The first sentence.
     """
     longest_first = sorted(tags, key=len, reverse=True)     # "War & Politics" before "War"
@@ -1119,12 +1149,12 @@ def choice_in(plan: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     begun = re.match(rf"(?i)([^\w.;!?]*(and |or )?({names})s?\b)+", plan)
     if begun:
         return begun[0]
-    # behind "so" a category must follow: "so that they stay" is no choice
-    concluded = rf"(?:{CONCLUDED})(?=(?:an? |the )?(?:{names}))"
+    so_category = rf"(?:{CONCLUDED})(?=(?:an? |the )?(?:{names}))"
     category_is = r"(?<!this )category (?:is|(?:sh|w)ould be)\b"
-    _, *behind_choices = re.split(rf"(?i){CHOSEN}|{concluded}|{category_is}", plan)
+    words_before_choice = rf"(?i){CHOSEN}|{so_category}|{category_is}"
     sentence_end = r"[.;!?]\s"
-    for behind in behind_choices:
+    # no pattern here has a capturing group, so `split` returns the texts between its matches
+    for behind in re.split(words_before_choice, plan)[1:]:
         clause = re.split(sentence_end, behind)[0]
         if len(fresh_tags_in(clause, tags, recent)) == 1:
             return clause
@@ -1199,7 +1229,7 @@ def parse_actor(text: str) -> str | Malformed:
     """
     text = with_colons(spoken(text))
     verb = r"(?i)^\W*(i ?)?((would|will|['’]d) )?recommend(ing|ed)?\b[\s:]*"
-    content = (segment(text, "free item") or segment(text, ITEM_LABELS, may_repeat=True)
+    content = (segment(text, "free[ ]item") or segment(text, ITEM_LABELS, may_repeat=True)
                or text)
     part = re.sub(verb, "", content).strip()
     if len(part) > 2000:            # the choice stands at the beginning or at the end
@@ -1236,6 +1266,9 @@ def render_critic(targets: Sequence[tuple[str, float]], expected: float, as_befo
 # In the patterns with (?ix) or (?imx), and in SUMS, spaces and comments do not count.
 # "7", "7.5", "7,5", "-1", ".5"
 NUMBER = r"(?P<number>[-−]?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
+# a number that is not the answer; NUMBER has a name, so a pattern can hold it only once
+AMOUNT = r"\d+([.,]\d+)?"
+AT_STEP = r"\b(?:t|n|s|step|state)[ ]?=[ ]?\d+\b"      # "t=4", "step = 4"
 # SUMS skips a calculation: words, a formula and "=", all this up to nine times. It ends after the
 # last "=":
 #     "V = 4 + 0.5 * 5 = 6.5"        skips "V =", then "4 + 0.5 * 5 ="
@@ -1243,39 +1276,48 @@ NUMBER = r"(?P<number>[-−]?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
 SUMS = r"""(?:
     # not if a number stands alone before "="
     (?! [\s*_$]* [-−]?[\d.,]+ [\s*_$%]* [=≈] )
-    [^\d\n=≈\\]{0,60}            # words: "Average ="
-    # digits, operators, words of LaTeX such as \gamma, and the names of a formula; then "="
-    # (?![a-z]): a whole word such as \max, never \ma followed by the operator x
-    (?: [\d\s.+*x×·/÷%${}−-] | \\[a-z]+(?![a-z])
-      | \b(of|r|reward|gamma|next)\b | P | V(\(s\))? )*
+    # words: "Average"
+    [^\d\n=≈\\]{0,60}
+    # a formula: "4 + 0.5 * 5"
+    (?: [\d\s.+*x×·/÷%${}−-]        # digits and operators
+      # words of LaTeX such as \gamma. (?![a-z]): a whole word such as \max, never \ma followed by
+      # the operator x
+      | \\[a-z]+(?![a-z])
+      | \b(of|r|reward|gamma|next)\b | P | V(\(s\))?             # names
+    )*
     [=≈]
     ){0,9}"""
 # "Value 4: about 7,5" · "**Value:**", then "7.5"
 # "Value: 4 + 0.5 * 5 = about 6.5": SUMS takes "4 + 0.5 * 5 =", then come words and the number
 VALUE_LINE = rf"""(?imx)
+    # 1. at the front of a line, after marks: "Value", "Final value"
     ^ ([^\w\n] | _)* ((final|estimated)[ ])? value\b
-    # words, among them "at t=4"
-    # but not "Value if the user stays:", "Value range:"
-    (?: \b (?:t|n|s|step|state) [ ]?=[ ]? \d+\b
-      | (?! \b(?:if|range|staying|leaving)\b ) [^:=：\n] )* [:=：]
-    {SUMS} (
-        [\s*_]*                     # line breaks and marks: the number is in the next line
-      | [^\d\n]*?                   # words: "about"
-    ) {NUMBER}
+    # 2. other words, among them "at t=4", but not "Value if the user stays:", "Value range:"
+    (?: {AT_STEP} | (?! \b(?:if|range|staying|leaving)\b ) [^:=：\n] )*
+    # 3. a colon, then perhaps a calculation
+    [:=：] {SUMS}
+    # 4. line breaks and marks, if the number is in the next line; or words: "about"
+    ( [\s*_]* | [^\d\n]*? )
+    {NUMBER}
     """
 # "The value of state 4 is 7.5"
 VALUE_IS = rf"""(?ix)
-    # the word, but not in "the average value of such states"
+    # 1. the word, but not in "the average value of such states"
     (?<! average[ ] ) (?<! mean[ ] ) value\b
-    # words, among them "at t=4", but without another "value", without an if-clause and without the
-    # end of a sentence; at most 300 characters, so that a reply that repeats itself is read in time
-    (?: \b (?:t|n|s|step|state) [ ]?=[ ]? \d+\b
-      | (?! \b(?:value|if)\b | [.!?;]\s ) [^:=：\n] ){{0,300}}?
-    # ":", "is", "be", or "at 7.5." and "around 7.5" at the end of a sentence
-    (?: [:=：] | \b(?:is|be)\b | \b(?:at|around)(?= [ ] [\d.,]*\d ( \.?\s*$ | \.?\n | \.[ ] ) ) )
-    # a calculation or a few words, then the number
-    {SUMS} (?: (?! value\b | [.!?;]\s ) [^\d\n] )*? {NUMBER}
-    (?! [\d.,]*[ ]if\b )            # not "is 10.00 if the user stays, but"
+    # 2. other words, among them "at t=4", but without another "value", without an if-clause and
+    #    without the end of a sentence; at most 300 characters, so that a reply that repeats itself
+    #    is read in time
+    (?: {AT_STEP} | (?! \b(?:value|if)\b | [.!?;]\s ) [^:=：\n] ){{0,300}}?
+    # 3. what announces the number
+    (?: [:=：]                      # "value: 7.5"
+      | \b(?:is|be)\b              # "value is 7.5"
+      # "value at 7.5." and "value around 7.5", at the end of a sentence
+      | \b(?:at|around)(?= [ ] [\d.,]*\d ( \.?\s*$ | \.?\n | \.[ ] ) )
+    )
+    # 4. a calculation and words, but no other "value" and no end of a sentence
+    {SUMS} (?: (?! value\b | [.!?;]\s ) [^\d\n] )*?
+    # 5. the number, but not "10.00" of "is 10.00 if the user stays, but"
+    {NUMBER} (?! [\d.,]*[ ]if\b )
     """
 # "So I'd say 7.5", "..., so 7.5", "\boxed{7.5}"
 GUESS = rf"""(?ix)
@@ -1287,29 +1329,33 @@ GUESS = rf"""(?ix)
 # A number at the end: alone in its line, or after a colon, "value" or "it", as in "Step 3: 7.5".
 # Here and in REPEATED limits keep a reply that repeats itself from being read for seconds.
 NUMBER_AT_END = rf"(?imx) (^ | [:=≈：] | \b(value|it)\b) [\s*_$`]{{0,20}} {NUMBER} [ *_$`.]* \Z"
-# a number that is not the answer; NUMBER has a name, so a pattern can hold it only once
-AMOUNT = r"\d+([.,]\d+)?"
-# What is left out: "7.5 out of 10" becomes "7.5", "7.5 because we are at step 4" becomes "7.5",
-# "between 7 and 8, 7.5" becomes ", 7.5".
-# A reason with a colon stays: "because the user likes it: 7.5". (?!.*[:=：]): no colon follows.
-LEFT_OUT = (rf"(?i)(?<=\d),? ((out of|of a maximum of|at most) {AMOUNT}"
-            r"|(because|since|given|as)\b[^,.;:=：\n]*(?!.*[:=：]))"
-            rf"|\b(between|average of) (0 and {AMOUNT}|{AMOUNT} and {AMOUNT}(?=,[^\n]*\d))")
+# Words with numbers that are left out
+LEFT_OUT = rf"""(?ix)
+    # limits: "7.5 out of 10" becomes "7.5"
+    (?<=\d) ,?[ ] (out[ ]of | of[ ]a[ ]maximum[ ]of | at[ ]most) [ ] {AMOUNT}
+    # reasons: "7.5 because we are at step 4" becomes "7.5". But if a colon follows, as in "for step
+    # 4 because the user likes it: 7.5", the reason stays.
+  | (?<=\d) ,?[ ] (because|since|given|as)\b [^,.;:=：\n]* (?! .*[:=：] )
+    # ranges: "between 0 and 10"; "between 7 and 8, 7.5" becomes ", 7.5"
+  | \b (between | average[ ]of) [ ] 0[ ]and[ ]{AMOUNT}
+  | \b (between | average[ ]of) [ ] {AMOUNT}[ ]and[ ]{AMOUNT} (?= , [^\n]*\d )
+    """
 # Numbers of the prompt, which some replies repeat before they answer
 REPEATED = rf"""(?ix)
     # its sentence on the value: "If the user stays and goes on as before, the value is 10.00"
     \b if [ ] the [ ] user [ ] (stays|leaves) \b ((?! [ ]but[ ]) [^;.\n])*?
         \b (value|it) [ ] is [ ] {AMOUNT}
-    # or one of these three
-  | ( \b {AMOUNT} [ ] if [ ] the [ ] user [ ] leaves \b
-    | \b {AMOUNT} [ ] (similar | (on[ ])? average) \b   # "8 similar situations", "8.12 on average"
-    # "an average of 8.12", "slightly above 8.12"
-    | \b (average[ ]of | above | below | under | than) [ ] {AMOUNT}
+    # or one of these
+  | ( \b {AMOUNT} [ ] if [ ] the [ ] user [ ] leaves \b         # "0 if the user leaves"
+    | \b {AMOUNT} [ ] similar \b                               # "8 similar situations"
+    | \b {AMOUNT} [ ] (on[ ])? average \b                      # "8.12 on average"
+    | \b average[ ]of [ ] {AMOUNT}                             # "an average of 8.12"
+    | \b (above | below | under | than) [ ] {AMOUNT}           # "slightly above 8.12"
     )
     # but these only if the value follows: ", 7.5", ", so 7.5", ", I estimate 7.5"
     (?= [^\n]{{0,200}}? ,[ ]
         ((so|say|else|I|about|around|perhaps|at(?=[ ]\d))\b [^\n]*?)? \d )
-  """
+    """
 
 
 def parse_critic(text: str) -> float | Malformed:
@@ -1470,7 +1516,8 @@ def offline_reflector(history: str, transcript: str, question: str, draw: int) -
     # The user stayed at all items before the last, so the smallest of their gaps was large enough.
     safe_gap = min(earlier_gaps, default=9)         # 9: no similar item, see `gaps_between`
     # The advice is the gap that the session's thoughts asked for, but at most `safe_gap`. If the
-    # last item came too soon, it becomes at least one more than its gap.
+    # last item came too soon, it becomes at least one more than its gap. For example: earlier gaps
+    # 9 and 4, so `safe_gap` is 4; the thoughts asked for 1; the last gap is 2; the advice is 3.
     planned = min(apart_in(transcript), safe_gap)
     advised = planned
     warned = set()
@@ -1712,10 +1759,11 @@ def new_fault(route: Route, label: str, message: str, matched: str | None = None
     # would star parts of words, and an empty one would star everything.
     if len(route.key) > 3:
         reason = reason.replace(route.key, "***")
-    text = f"{label} {message if matched is None else matched}"
-    # the last kind fits all
-    kind = next(kind for kind in KINDS if re.match(f"(?is){kind.pattern}", text))
-    return Fault(kind, reason)
+    if matched is None:
+        matched = message
+    for kind in KINDS:                  # the last kind fits all
+        if re.match(f"(?is){kind.pattern}", f"{label} {matched}"):
+            return Fault(kind, reason)
 
 
 def fatal_error(route: Route, fault: Fault) -> EndpointError:
@@ -1787,7 +1835,7 @@ def secrets_of(url: Any, headers: dict) -> list[str]:
     for secret in tuple(secrets):
         escaped = json.dumps(secret)[1:-1]              # as it stands in a JSON body
         secrets += [escaped, escaped.replace("/", r"\/")]
-    # Shorter ones are ordinary words, such as "none", EMPTY or "message", and may stand in answers.
+    # Shorter secrets are ordinary words, such as "none", EMPTY or "message". Answers may hold them.
     long_enough = []
     for secret in secrets:
         shortest = 16 if secret.isalpha() else 6        # letters alone may be a word
@@ -1935,9 +1983,10 @@ def redirected(route: Route, response: Any) -> Fault:
 
 
 def fault_of_response(route: Route, response: Any, data: dict, text: str) -> Fault:
-    """The Fault in a response that is not an answer. `data` is its body, or {} if that is no use.
+    """The Fault in a response that is not an answer.
 
-    With a status of success `data` holds an error or nothing.
+    `text` is its body and `data` what the JSON in it holds, {} if that cannot be used. With a
+    status of success `data` has an error or is empty.
 
     KINDS is matched with "STATUS ADVICE BODY". The advice tells whether to ask again: true, false,
     or nothing if it is not known, as in "429  {...}".
@@ -1974,8 +2023,8 @@ CHARGE = ContextVar("CHARGE", default=lambda: None)
 def limited(llm: LLM, max_calls: int) -> LLM:
     """The same model, which sends at most `max_calls` chat requests, repeats included.
 
-    The next request raises BudgetSpent. `answer` calls the model, the model calls `send`, and
-    `send` calls `charge`.
+    The next request raises BudgetSpent. `answer` calls `charge` for the first request of an ask.
+    The model calls `send`, which calls `charge` through `pay_again` before each repetition.
     `recorded` wraps this model, so a reply from the log costs nothing: see `open_model` in run.py.
     """
     budget = Semaphore(max_calls)
@@ -1987,11 +2036,11 @@ def limited(llm: LLM, max_calls: int) -> LLM:
 
     def answer(ask: Ask) -> Reply:
         charge()
-        before = CHARGE.set(charge)
+        token = CHARGE.set(charge)      # a token restores the earlier value
         try:
             return llm(ask)
         finally:
-            CHARGE.reset(before)
+            CHARGE.reset(token)
     return answer
 
 
@@ -2007,9 +2056,10 @@ def accepted(route: Route, body: dict) -> dict:
 
 
 def follow(route: Route, fault: Fault) -> bool:
-    """From now on use the address that a redirect names. False for another fault.
+    """From now on use the address that a redirect names.
 
-    The address changes only once, because a server may send us in a circle.
+    Return whether to send the request again: not after another fault, and not to a third address,
+    because a server may send us in a circle.
     """
     if not fault.moved_to:
         return False
@@ -2021,7 +2071,10 @@ def follow(route: Route, fault: Fault) -> bool:
 
 
 def adapt(route: Route, sent: dict, fault: Fault) -> bool:
-    """From now on replace or drop the first parameter that a refusal names. False if none is."""
+    """From now on replace or drop the first parameter that a refusal names.
+
+    Return whether to send the request again: not if the refusal names none.
+    """
     if fault.kind.name != "request":
         return False
     # The first one is the refused one; later ones may be suggestions.
@@ -2167,7 +2220,7 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
 
     An EndpointError ends the run after `Kind.patience` asks with one kind of fault since the last
     text. As long as there was no text at all, a wrong setting is the likely cause. Then the run
-    ends at the first ask that was refused or failed, or at the tenth ask without a text.
+    ends at the first ask that was refused, failed or too slow, or at the tenth ask without a text.
     The seed is a hint: only a recorded log repeats a run. No stop sequences are sent.
     """
     route = connect(base_url, "chat/completions", key, **options)
@@ -2269,9 +2322,10 @@ def open_log(path: str | Path, model_id: Any, replay: bool = False) -> Log:
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.exists() else b""
-    texts = {}                      # the hash of an ask -> its reply
-    empty = {}                      # the same for replies without a text
-    unsure = {}                     # the same for failures that no text has followed yet
+    # each dict maps the hash of an ask to its reply
+    texts = {}                      # the first text; it always counts
+    empty = {}                      # no text; it counts if another ask got one
+    failed = {}                     # a failure; it becomes one of `empty` when a text follows
     has_answered = False
     for line in content.splitlines():
         try:
@@ -2280,16 +2334,18 @@ def open_log(path: str | Path, model_id: Any, replay: bool = False) -> Log:
             if reply.text == "":
                 kind = reply.reason.partition(":")[0]
                 is_failure = kind in ("failure", "slow", "firewall") and not replay
-                group = unsure if is_failure else empty
+                group = failed if is_failure else empty
                 group[record["ask"]] = reply
             elif isinstance(reply.text, str):
                 texts.setdefault(record["ask"], reply)
                 if record.get("role") != "embed":
                     has_answered = True
-                    empty |= unsure         # the server was up: all failures so far count
+                    empty |= failed         # the server was up: all failures so far count
         except MISSHAPEN:
             continue                # an incomplete line: its ask is asked again
-    known = empty | texts if has_answered else texts        # the second dict wins
+    known = texts
+    if has_answered:
+        known = empty | texts       # the second dict wins
     if content and not content.endswith(b"\n"):
         with path.open("ab") as file:
             file.write(b"\n")       # so that the next record begins a line of its own

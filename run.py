@@ -126,7 +126,8 @@ FLAGS = {                               # group -> flag -> what it does
         "k_experience": "nearest records of M_A recalled for the actor, of all items together",
         "k_actions": "remembered items shown to the actor if --candidates is 0",
         "k_values": "values recalled for the critic",
-        "candidates": "free items to choose from; 0: no list, the actor may name any item",
+        "candidates": "free items to choose from; 0: only remembered items are listed, and any may "
+                      "be named",
         "line_weight": "weight of an item's whole line in its nearness to a query; its categories "
                        "alone have the weight 1 - N",
         "lately": "how many steps back the category tool looks",
@@ -285,11 +286,10 @@ def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
     varied = {EXPERIMENTS[name].varied for name in args.experiment}
     if "model" not in varied:
         yield ["models"], "without --experiment table6"
-    # If all experiments vary the same flag, its value is never used. But table6 without --models
-    # plays --model.
-    varied_flags = varied - {""}            # "": an experiment that varies no flag
-    if len(varied) == 1 and varied_flags != {"model"}:
-        yield varied_flags, "here: the experiment varies it"
+    # If all experiments vary the same flag, its value is never used. --model is not among these
+    # flags, because table6 without --models plays it.
+    if varied in ({"episodes"}, {"window"}):
+        yield varied, "here: the experiment varies it"
     if args.experiment == ["fig4"]:
         yield ["users"], "here: the experiment takes two users"
 
@@ -317,25 +317,21 @@ def parts(names: str) -> list[str]:
 def models_of(args: Namespace) -> list[str]:
     """The models that the flags or the environment name, the main one first.
 
-    - A policy asks no model and counts as offline, the stand-in.
-    - The name offline, or no name and no endpoint: the stand-in.
-    - A name and an endpoint: the model there.
-    - A name and a key alone: OpenAI's model.
-    - Anything else is a UserError.
+    "offline" is the stand-in. UserError if a model is named without an endpoint or a key, or an
+    endpoint without a model.
     """
-    if args.method in envs.POLICIES:
+    if args.method in envs.POLICIES:            # a policy asks no model
         return ["offline"]
     # A missing name is "". Only --models is split at commas.
     names = [args.model or variable("OPENAI_MODEL")]
     if args.models:
         names = parts(args.models)
-    nothing_named = names == [""]
     if names == ["offline"]:
         return names
     # A replay needs no endpoint: its log stands for one.
     has_endpoint = args.replay or base_url_of(args)
-    has_key = variable("OPENAI_API_KEY")
-    if nothing_named and not has_endpoint:
+    has_key = variable("OPENAI_API_KEY")        # with a key alone the endpoint is OpenAI's
+    if names == [""] and not has_endpoint:
         if has_key:                 # many people have one in their environment
             say("OPENAI_API_KEY is set without a model: the stand-in answers")
         return ["offline"]
@@ -361,7 +357,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
             what = f"{word} stands alone: every value needs its flag, as in --seed 1"
         parser.error(what)
     given = {name: value for name, value in vars(args).items() if value is not None}
-    values = dict.fromkeys(vars(args)) | defaults_of(given) | given
+    values = vars(args) | defaults_of(given) | given        # the last dict wins
     args = Namespace(**values, given=given)
     args.experiment = parts(args.experiment) if args.experiment else []
     check_values(args)
@@ -535,9 +531,9 @@ def flattened(content: Json) -> Json:
 
 
 def default_directory(args: Namespace, config: Json) -> Path:
-    """runs/WORLD-METHOD-MODEL-seedN-FLAGS-DIGEST, without MODEL for the stand-in.
+    """runs/WORLD-METHOD-MODEL-seedN-CHANGES-DIGEST, without MODEL for the stand-in.
 
-    In place of METHOD experiments have their names. FLAGS are the flags that shape the result and
+    In place of METHOD experiments have their names. CHANGES are the flags that shape the result and
     do not have their default values.
     """
     name = args.world.partition(":")[0] + "-" + ("+".join(args.experiment) or args.method)
@@ -566,18 +562,18 @@ def run_directory(args: Namespace, content: Json) -> Path:
     names = {file.name for file in path.rglob("[!.]*") if file.is_file()}
     earlier = read_object(path / "config.json")
     holds_run = set(Settings._fields) <= earlier.keys()
-    got_no_answer = names == {"config.json"}
     is_empty = names <= {"calls.jsonl"}                 # a log may have been copied there
+    if not holds_run and not is_empty:
+        raise UserError(f"{path} is not empty and holds no run; choose another --out")
+    got_no_answer = names == {"config.json"}
     if holds_run and not got_no_answer:
         # an experiment has fields that a run lacks, so the fields of both are compared
         fields, earlier_fields = flattened(content), flattened(earlier)
-        changed = [field for field in {**earlier_fields, **fields}
+        changed = [field for field in earlier_fields | fields
                    if earlier_fields.get(field) != fields.get(field)]
         if changed:
             raise UserError(f"{path} holds another configuration ({', '.join(changed)}); choose "
                             "another --out")
-    if not holds_run and not is_empty:
-        raise UserError(f"{path} is not empty and holds no run; choose another --out")
     if args.replay and "calls.jsonl" not in names:
         raise UserError(f"{path} holds no log to replay: run without --replay, or give the "
                         "directory of the log as --out")
@@ -703,7 +699,8 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
                "notice": say, "sleep": live.stop.wait, "stats": live.stats}
     model_id = [run.model, run.embedding, run.extra]
     log = prompts.open_log(folder / "calls.jsonl", model_id, args.replay)
-    live.stats.setdefault("asked", 0)   # the sign for `ledger`, `watched` and `main`: a log is open
+    # "asked" tells `ledger`, `watched` and `main` that a log is open
+    live.stats.setdefault("asked", 0)
     live.stats.setdefault("known", 0)
     llm = embed = prompts.unlogged
     if not args.replay:
