@@ -1484,6 +1484,7 @@ ratings.csv | user,item,rating\na,77,4 | line 2: item 77 is not
 ratings.csv | user,item,rating\na,1, | line 2: a line without rating
 ratings.csv | user,item,rating\na,1,4 | fewer than two users
 ratings.csv | user,item,rating\na,1,9\nb,1,9 | every rating is 9
+ratings.csv | user,item,rating\na,1,4\nb,1,5 | fewer than two items
 """))
 def test_bad_ratings_are_refused_in_one_line(tmp_path, name, text, words):
     lay(tmp_path, {"items.csv": ITEMS, "ratings.csv": RATINGS} | {name: text})
@@ -1875,12 +1876,13 @@ def test_a_bad_address_key_or_header_is_not_shown(words, options):
 
 
 @pytest.mark.parametrize("secret", [SECRET, f"{SECRET}-more", f"Bearer {SECRET}", "sk-abc",
-                                    "id=1234", "url/key-42", "url%2Fkey-42"])
+                                    "id=1234", "url/key-42", "url%2Fkey-42", r"url\/key-42"])
 @pytest.mark.parametrize("status", ["200", "400", "401", "500", "ConnectError", "302"])
 def test_no_secret_is_in_errors_and_notices(secret, status):
     """No part of one is there, either: "***-more" would show how the longer one ends."""
     act = response(status, f"<p>{secret}", f"Location: http://b/{secret.split()[-1]}")
-    headers = {"X-Token": f"{SECRET}-more", "Authorization": "Bearer sk-abc", "Cookie": "id=1234"}
+    headers = {"X-Token": f"{SECRET}-more", "Authorization": "Bearer sk-abc", "Cookie": "id=1234",
+               "X-Secret": SECRET}
     base = f"localhost/{SECRET}-more/v1?k=url%2Fkey-42"
     seen = client(*[act] * 9, base=base, headers=headers)
     line = failure(seen.ask, ASK)
