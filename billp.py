@@ -433,10 +433,7 @@ def critic(state: State, memory: Memory, llm: LLM, config: Config = DEFAULT) -> 
     """
     recalled = recall(memory, state.vector, config.k_values)
     targets = tuple((record.item, record.content) for record in recalled)
-    # If every step of a session earns the same, its value is proportional to that reward, and
-    # `state.top` is the value at 5. The user is expected to go on with the mean reward so far, or 3
-    # before the first step. Late in a session fewer steps are left, but with a small gamma this
-    # hardly matters.
+    # A session of equal rewards r is worth r / 5 of `top`. Before the first step r counts as 3.
     mean_reward = fmean(state.rewards or [3.0])
     as_before = state.top * mean_reward / 5
     expected = fmean([target for _, target in targets] or [as_before])
@@ -531,14 +528,12 @@ def study(trajectory: Trajectory, agent: Agent, llm: LLM, config: Config = DEFAU
     m_p, m_a, m_c = EMPTY, EMPTY, EMPTY             # what this episode adds to the three memories
     if config.experience:
         states = [step.state for step in steps] + [trajectory.last]
+        values = [0.0] * len(states)                # V(s_1) .. V(s_{N+1}) without the critic
         if config.baseline:
-            # if the user left, the last state has no future, and the critic is not asked
+            # if the user left, the last state has no future: its value is 0 and nothing is asked
             with_future = states[:-1] if trajectory.terminated else states
             answers = tuple(critic(state, agent.critic, llm, config)[0] for state in with_future)
-        # V(s_1) .. V(s_{N+1}); the last is 0 if the user left, all are 0 without the critic
-        values = [answer.result for answer in answers]
-        missing = len(states) - len(values)     # 1 if the user left, all without the critic
-        values += [0.0] * missing
+            values[:len(answers)] = [answer.result for answer in answers]
         for step, value, next_value in zip(steps, values, values[1:]):
             state = step.state
             left = trajectory.terminated and step is steps[-1]      # users leave at the last step

@@ -144,9 +144,9 @@ def distance_to_recent(env: Env, state: EnvState, item: Array) -> Array:
     for what `with_every_item` returns.
     """
     smallest = np.full(np.broadcast(state.user, item).shape, np.inf)
-    # One slot of the window at a time: all at once is slower with many items. `earlier` has the
-    # shape of state.user: [B], or [B, 1] after `with_every_item`.
-    for earlier in np.moveaxis(state.recent, -1, 0):
+    slots = np.moveaxis(state.recent, -1, 0)        # W slots, each [B] or [B, 1], as state.user
+    # one slot at a time: all at once is slower with many items
+    for earlier in slots:
         # an empty slot is -1, which indexes the last item: that distance is dropped
         distance = env.distance(state.user, earlier, item)
         smallest = np.minimum(smallest, np.where(earlier < 0, np.inf, distance))
@@ -521,9 +521,13 @@ def gradient(env: Env, x: Array, items: Array, log_chance: Array, pick: Array,
     entropy = -(chance * log_chance).sum(1, keepdims=True)
     picked = np.eye(len(items))[pick]           # [B, k]: 1 at the pick, 0 elsewhere
     # First the derivatives by fit [B, k], see `log_chances`. Both follow from the derivative of a
-    # softmax, d chance_i / d fit_j = chance_i * ([i is j] - chance_j):
+    # softmax, d chance_i / d fit_j = chance_i * ([i is j] - chance_j).
     of_pick = picked - chance                           # d log_chance[pick] / d fit
-    of_entropy = -chance * (log_chance + entropy)       # d entropy / d fit
+    # entropy = -sum_i chance_i * log_chance_i, so d entropy / d fit_j
+    #     = -sum_i (log_chance_i + 1) * d chance_i / d fit_j
+    #     = -chance_j * (log_chance_j + 1) + chance_j * sum_i chance_i * (log_chance_i + 1)
+    #     = -chance_j * (log_chance_j + 1) + chance_j * (1 - entropy)
+    of_entropy = -chance * (log_chance + entropy)
     by_fit = td_error[:, None] * of_pick + ENTROPY * of_entropy
     # Then the derivatives by the weights.
     # fit_j = x @ match @ vector_j + appeal_j, so d fit_j / d match is outer(x, vector_j)
@@ -894,12 +898,12 @@ def columns(header: Sequence[str], needed: Sequence[str]) -> dict[str, int]:
     """
     demand(header, "the file is empty")
     plain = [re.sub(r"[\W_]", "", text).lower() for text in header]
+    is_ratings_file = "title" not in needed
     places = {}
     for name, aliases in ALIASES.items():
         known = aliases.split()
-        is_ratings_file = "title" not in needed
         if name == "item" and is_ratings_file:
-            known.remove("id")          # there it numbers the lines
+            known.remove("id")          # among ratings it is the number of the line, not an item
         present = [alias for alias in known if alias in plain]
         if present:
             places[name] = plain.index(present[0])
@@ -1083,8 +1087,8 @@ def star_limits(model: Factorisation, votes: Array) -> Array:
     limits = np.quantile(predict(model, votes["user"], votes["item"]), shares_below)
     # Predictions for other pairs may be lower or higher than those for the votes. Infinite limits
     # keep their ratings between the lowest and the highest vote.
-    limits[shares_below == 0] = -np.inf     # edges with no vote below: all predictions reach them
-    limits[shares_below == 1] = np.inf      # edges with all votes below: no prediction reaches them
+    limits[shares_below == 0] = -np.inf     # if nobody voted 1, no prediction becomes 1
+    limits[shares_below == 1] = np.inf      # if nobody voted 5, no prediction becomes 5
     return limits
 
 

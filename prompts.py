@@ -219,10 +219,9 @@ OPENING = rf"""(?isx)
     | ^ analysis (?= .*assistantfinal)  # gpt-oss behind a server that drops the marks
     """
 ENDING = rf"""(?isx)
-    <\|? ( / \|?                        # </think>, <|/think|>
-          | end_ (of_)?                 # <|end_of_thought|>
-          # <|thought_end|>: this only looks ahead, then THINKING reads "thought" and "_end"
-          | (?= \w+_end) ) {THINKING} \b [^<>]* >
+    <\|? / \|? {THINKING} \b [^<>]* >           # </think>, <|/think|>
+    | <\|? end_ (of_)? {THINKING} \b [^<>]* >  # <|end_of_thought|>
+    | <\|? {THINKING} (?<=_end) \b [^<>]* >    # <|thought_end|>; THINKING reads "_end", too
     | [\[◁] /(think|reason)(ing)? [\]▷]     # Mistral, Kimi
     | <unused95>                        # MedGemma
     # Granite has no opening mark: "Here is my thought process: ... Here is my response:"
@@ -354,7 +353,7 @@ CHOSEN = (r"\b(?:I|we|let me|let['’]s)(?:['’]d| would| will|['’]ll| should
           r"|\bbest:|\bof these,|\\boxed")
 # More words before a choice, but a refusal may hold these: "Rocky is old, so Jaws", "..., but Jaws
 # is better"
-CONCLUDED = (r"(?m:^|[,;.] )(?:so|therefore|thus|hence),? "
+CONCLUDED = (r"(?:^|\n|[,;.] )(?:so|therefore|thus|hence),? "
              r"|[,;] but (?=[^.;\n]*\b(?:better|best)\b)")
 # Words behind a choice: "Jaws fits the thought best", "Jaws is old. Up is tense. It is the best."
 IS_BEST = (r"(?i)\b(?:(?:fits?|suits?|matches)\b[^,.;:!?\n]*\b(?:best|most closely)"
@@ -511,10 +510,14 @@ def name_of(words: Sequence[str]) -> str:
 def spellings(title: str) -> list[str]:
     """The names of a title: as it is, with its article at the end, without it, and with "the".
 
-    The first two have all words of the title. The last puts "the" in front. So "The Terminator 2"
-    names Terminator 2. Otherwise it would be read as The Terminator and the number of a sequel, see
-    SEQUEL. A title that is one word without its article has no such form, because "the up side"
-    does not name Up.
+        The Matrix          the matrix · matrix the · matrix
+        The Good Place      the good place · good place the · good place · the good place
+        Terminator 2        terminator 2, three times · the terminator 2
+        Up                  up, three times
+
+    The first two names have all words of the title. The last lets "The Terminator 2" name
+    Terminator 2: otherwise it would be The Terminator and the number of a sequel, see SEQUEL. A
+    title that is one word without its article lacks it, because "the up side" does not name Up.
 
     >>> spellings("The Matrix"), spellings("Blade Runner")[-1]
     (['the matrix', 'matrix the', 'matrix'], 'the blade runner')
@@ -624,14 +627,14 @@ def leading_title(words: Sequence[str], catalog: Catalog) -> tuple[list[int], in
     rest = " ".join(behind[:7])         # the patterns read no more words
     year = re.match(rf"{YEAR}\b", rest)
     if year:                            # "Alien 1979"
-        items = of_year(items, int(year[0]), catalog)
-        if items:
-            size += 1                   # the year is skipped with the title
-        return items, size
+        of_this_year = of_year(items, int(year[0]), catalog)
+        if of_this_year:
+            return of_this_year, size + 1       # the year is skipped with the title
+        return [], size                 # "Alien 2009": 2009 may begin the next title
     longer = re.match(LONGER_TITLE, rest)
     if longer:                          # a title, more words, a year
-        next_items, _ = leading_title(behind, catalog)
-        if next_items:                  # "Alien Jaws 1975": two titles
+        next_title, _ = leading_title(behind, catalog)
+        if next_title:                  # "Alien Jaws 1975": two titles
             return items, size
         # The words belong to a longer title, and its year decides: "Léon The Professional 1994",
         # "Star Wars Episode IV A New Hope 1977".
@@ -684,6 +687,20 @@ def items_within(text: str, catalog: Catalog) -> list[int]:
     return items
 
 
+def possible_titles(line: str) -> tuple[str, str, str]:
+    """What may be the title in a line: the whole line, its front and its back.
+
+    The whole line comes first, because a title may hold a number, a colon, a dash or "than".
+
+    >>> possible_titles("1. Up - a balloon")[1], possible_titles("The best: Up, as it is fun")[2]
+    ('Up', 'Up, ')
+    """
+    unnumbered = re.sub(r"^\W*\d{1,2}\b\W*", "", line)
+    without_remark = re.split(r" [-–—] | \((?!\d)", unnumbered)[0]
+    behind_colon = line.rpartition(": ")[2]
+    return line, before_reason(without_remark), before_reason(behind_colon)
+
+
 def items_alone(text: str, catalog: Catalog) -> list[int]:
     """The items of lines that hold a title and nothing else, in order.
 
@@ -693,12 +710,7 @@ def items_alone(text: str, catalog: Catalog) -> list[int]:
     items = []
     for line in text.splitlines():
         named_in_line = items_within(before_reason(line), catalog)
-        unnumbered = re.sub(r"^\W*\d{1,2}\b", "", line)
-        without_remark = re.split(r" [-–—] | \((?!\d)", unnumbered)[0]
-        front = before_reason(without_remark)                   # "1. Up - a balloon" gives "Up"
-        back = before_reason(line.rpartition(": ")[2])          # "The best one: Up" gives "Up"
-        # the whole line first: a title may hold a number, a colon, a dash or "than"
-        for part in (line, front, back):
+        for part in possible_titles(line):
             words = words_of(part.partition("[")[0])
             titled, words_used = leading_title(words, catalog)
             is_alone = titled and words_used == len(words)
@@ -793,23 +805,27 @@ def ground(text: str, catalog: Catalog, exclude: Collection[int] = (),
     from; it is empty if any free item was allowed. The possible items are
     - if free items are named: these, the likeliest first
     - if only excluded items are named: all free items, those nearest to the categories of the first
-      named item first. They are of its kind. Those near to its title would be spelled like it
+      named item first. They are of its kind; items near to its whole line might only have a title
+      that is spelled like its own
     - if no item is named, or the first named one has no categories: all free items, those nearest
       to the text first
     The first of them that is listed is taken, or else the first. A free item that the text names
     may be one that is not listed.
     """
-    items = mentioned(text, catalog)
-    possible = [item for item in items if item not in exclude]
-    is_named = bool(possible)
-    if not is_named:
-        tags = line_tags(catalog.lines[items[0]]) if items else ()
-        possible = free_by_nearness(in_brackets(tags) if tags else text, catalog, exclude)
+    named = mentioned(text, catalog)
+    named_and_free = [item for item in named if item not in exclude]
+    tags = line_tags(catalog.lines[named[0]]) if named else ()
+    if named_and_free:
+        possible = named_and_free
+    elif tags:
+        possible = free_by_nearness(in_brackets(tags), catalog, exclude)
+    else:
+        possible = free_by_nearness(text, catalog, exclude)
     # Listed items come first. Words may be a title by chance: "It is old. They like Up." names It
     # in a large catalogue. And if only a taken item is named, the item nearest to it may be so
     # similar that the user leaves; those listed are chosen with more care.
     listed_items = [item for item in possible if catalog.lines[item] in listed]
-    return (listed_items or possible)[0], is_named
+    return (listed_items or possible)[0], bool(named_and_free)
 
 
 # ---------------------------------------------------------------------- the shared prefix
@@ -969,26 +985,32 @@ def render_reflector(line: str, tastes: Tastes, left: bool) -> str:
     return REFLECTOR.format(line=line, better=better, ended=ended)
 
 
-def parse_reflector(text: str) -> str | Malformed:
-    """The reflection, one line."""
-    # "Better next", "best category"; the look to both sides lets "better_next" pass
-    better = r"(?<![a-z])(?:better|best|next)(?:[ _]category)?(?![a-z])"
-    # A label is joined to the category below it:
+# "better", "Better next", "best category". Letters may not touch it, but a _ may: "better_next".
+BETTER = r"(?<![a-z])(?:better|best|next)(?:[ _]category)?(?![a-z])"
+# How a reflection becomes one line: patterns, and what is written for what they match
+TO_ONE_LINE = (
+    # a label is joined to the category below it:
     #     "Better next:\nComedy"                      becomes "Better next: Comedy"
     #     "Better next:\nReflection: ..."             stays
-    to_category = r"[^\w\n]*\n\W*(?=\w)(?!reflection|lesson)"
-    text = re.sub(rf"(?i)({better}){to_category}", r"\1: ", spoken(text))
-    # A line about what is better is joined to the line before, unless that is a preamble:
+    (rf"(?i)({BETTER})[^\w\n]*\n\W*(?=\w)(?!reflection|lesson)", r"\1: "),
+    # a line about what is better is joined to the line before, unless that is a preamble:
     #     "... as War.\n- Better next: Comedy"        becomes "... as War. Better next: Comedy"
     #     "My lesson:\nBetter next: Comedy"           stays
-    break_and_marks = r'(?<![:!])\n(?:\d\.)?[^\w"]{0,9}'
-    text = re.sub(rf"(?i){break_and_marks}(?=[^.:\n]*{better})", " ", text)
-    # The category Action is no label:
+    (rf'(?i)(?<![:!])\n(?:\d\.)?[^\w"]{{0,9}}(?=[^.:\n]*{BETTER})', " "),
+    # the category Action is no label:
     #     "Better next: Action: fun"                  becomes "Better next: Action, fun"
-    text = re.sub(rf"(?i)({better}\W*action)\W*:", r"\1,", text)
-    # A turn that is cited within a line is no label:
+    (rf"(?i)({BETTER}\W*action)\W*:", r"\1,"),
+    # a turn that is cited within a line is no label:
     #     "too similar to Action 2: Up"               becomes "too similar to Action 2 Up"
-    text = re.sub(r"(?i)(?<=[^\n])\b((?:thought|action|observation) \d+):", r"\1", text)
+    (r"(?i)(?<=[^\n])\b((?:thought|action|observation) \d+):", r"\1"),
+)
+
+
+def parse_reflector(text: str) -> str | Malformed:
+    """The reflection, one line."""
+    text = spoken(text)
+    for pattern, written in TO_ONE_LINE:
+        text = re.sub(pattern, written, text)
     reflection = labelled(text, REFLECTION_LABELS, "reflection")
     return reflection or Malformed("the reply held no line 'Reflection: ...'")
 
@@ -1269,6 +1291,7 @@ NUMBER = r"(?P<number>[-−]?(?:\d{1,9}(?:[.,]\d{1,9})?|[.,]\d{1,9}))"
 # a number that is not the answer; NUMBER has a name, so a pattern can hold it only once
 AMOUNT = r"\d+([.,]\d+)?"
 AT_STEP = r"\b(?:t|n|s|step|state)[ ]?=[ ]?\d+\b"      # "t=4", "step = 4"
+NUMBER_ENDS_SENTENCE = r"(?=[ ][\d.,]*\d(\.?\s*$|\.?\n|\.[ ]))"
 # SUMS skips a calculation: words, a formula and "=", all this up to nine times. It ends after the
 # last "=":
 #     "V = 4 + 0.5 * 5 = 6.5"        skips "V =", then "4 + 0.5 * 5 ="
@@ -1278,12 +1301,13 @@ SUMS = r"""(?:
     (?! [\s*_$]* [-−]?[\d.,]+ [\s*_$%]* [=≈] )
     # words: "Average"
     [^\d\n=≈\\]{0,60}
-    # a formula: "4 + 0.5 * 5"
+    # a formula: "4 + 0.5 * 5", "reward + gamma * V(s)"
     (?: [\d\s.+*x×·/÷%${}−-]        # digits and operators
       # words of LaTeX such as \gamma. (?![a-z]): a whole word such as \max, never \ma followed by
       # the operator x
       | \\[a-z]+(?![a-z])
-      | \b(of|r|reward|gamma|next)\b | P | V(\(s\))?             # names
+      | \b(of|r|reward|gamma|next)\b | V(\(s\))?                 # names
+      | P                                                       # a chance, "P(stay)"
     )*
     [=≈]
     ){0,9}"""
@@ -1311,8 +1335,7 @@ VALUE_IS = rf"""(?ix)
     # 3. what announces the number
     (?: [:=：]                      # "value: 7.5"
       | \b(?:is|be)\b              # "value is 7.5"
-      # "value at 7.5." and "value around 7.5", at the end of a sentence
-      | \b(?:at|around)(?= [ ] [\d.,]*\d ( \.?\s*$ | \.?\n | \.[ ] ) )
+      | \b(?:at|around)\b {NUMBER_ENDS_SENTENCE}          # "I see the value at 7.5."
     )
     # 4. a calculation and words, but no other "value" and no end of a sentence
     {SUMS} (?: (?! value\b | [.!?;]\s ) [^\d\n] )*?
@@ -1327,7 +1350,7 @@ GUESS = rf"""(?ix)
     (?: is | it | it['’]s | at | about | around | would[ ]be | the[ ]value | [\s:=*_$] )* {NUMBER}
     """
 # A number at the end: alone in its line, or after a colon, "value" or "it", as in "Step 3: 7.5".
-# Here and in REPEATED limits keep a reply that repeats itself from being read for seconds.
+# Here and in REPEATED_NUMBER limits keep a reply that repeats itself from being read for seconds.
 NUMBER_AT_END = rf"(?imx) (^ | [:=≈：] | \b(value|it)\b) [\s*_$`]{{0,20}} {NUMBER} [ *_$`.]* \Z"
 # Words with numbers that are left out
 LEFT_OUT = rf"""(?ix)
@@ -1340,19 +1363,21 @@ LEFT_OUT = rf"""(?ix)
   | \b (between | average[ ]of) [ ] 0[ ]and[ ]{AMOUNT}
   | \b (between | average[ ]of) [ ] {AMOUNT}[ ]and[ ]{AMOUNT} (?= , [^\n]*\d )
     """
-# Numbers of the prompt, which some replies repeat before they answer
-REPEATED = rf"""(?ix)
-    # its sentence on the value: "If the user stays and goes on as before, the value is 10.00"
+# Some replies repeat numbers of the prompt before they answer.
+# Its sentence on the value: "If the user stays and goes on as before, the value is 10.00"
+REPEATED_SENTENCE = rf"""(?ix)
     \b if [ ] the [ ] user [ ] (stays|leaves) \b ((?! [ ]but[ ]) [^;.\n])*?
-        \b (value|it) [ ] is [ ] {AMOUNT}
-    # or one of these
-  | ( \b {AMOUNT} [ ] if [ ] the [ ] user [ ] leaves \b         # "0 if the user leaves"
+    \b (value|it) [ ] is [ ] {AMOUNT}
+    """
+# Other numbers, if the value follows
+REPEATED_NUMBER = rf"""(?ix)
+    ( \b {AMOUNT} [ ] if [ ] the [ ] user [ ] leaves \b         # "0 if the user leaves"
     | \b {AMOUNT} [ ] similar \b                               # "8 similar situations"
     | \b {AMOUNT} [ ] (on[ ])? average \b                      # "8.12 on average"
     | \b average[ ]of [ ] {AMOUNT}                             # "an average of 8.12"
     | \b (above | below | under | than) [ ] {AMOUNT}           # "slightly above 8.12"
     )
-    # but these only if the value follows: ", 7.5", ", so 7.5", ", I estimate 7.5"
+    # what follows: ", 7.5", ", so 7.5", ", I estimate 7.5"
     (?= [^\n]{{0,200}}? ,[ ]
         ((so|say|else|I|about|around|perhaps|at(?=[ ]\d))\b [^\n]*?)? \d )
     """
@@ -1368,7 +1393,9 @@ def parse_critic(text: str) -> float | Malformed:
     text = re.sub(LEFT_OUT, " ", text)
     # Remarks in brackets and words of the prompt often hold another number. So most attempts read
     # the text without them.
-    outside = re.sub(r"[(（][^()（）\n]*[)）]", " ", re.sub(REPEATED, " ", text))
+    outside = text
+    for pattern in (REPEATED_SENTENCE, REPEATED_NUMBER, r"[(（][^()（）\n]*[)）]"):
+        outside = re.sub(pattern, " ", outside)
     # "so the value is 7.5", "I would say 7.5", "\boxed{7.5}": of these the last is the conclusion
     sentences = [*re.finditer(VALUE_IS, outside), *re.finditer(GUESS, outside)]
     conclusion = max(sentences, key=lambda match: match.start("number"), default=None)
@@ -1515,16 +1542,13 @@ def offline_reflector(history: str, transcript: str, question: str, draw: int) -
     *earlier_gaps, last_gap = gaps_between(tags)
     # The user stayed at all items before the last, so the smallest of their gaps was large enough.
     safe_gap = min(earlier_gaps, default=9)         # 9: no similar item, see `gaps_between`
-    # The advice is the gap that the session's thoughts asked for, but at most `safe_gap`. If the
-    # last item came too soon, it becomes at least one more than its gap. For example: earlier gaps
-    # 9 and 4, so `safe_gap` is 4; the thoughts asked for 1; the last gap is 2; the advice is 3.
-    planned = min(apart_in(transcript), safe_gap)
-    advised = planned
+    # the gap to keep: what the session's thoughts asked for, but not more than was safe
+    advised = min(apart_in(transcript), safe_gap)
     warned = set()
     if "the user left" not in question:             # the last observation is in `question`
         why = f"The user stayed for all {counted_steps(len(titles))}"
     elif last_gap < safe_gap:                       # it came too soon after a similar item
-        advised = max(planned, last_gap + 1)
+        advised = max(advised, last_gap + 1)
         why = (f"The user left because {titles[-1]} came {counted_steps(last_gap)} after "
                f"{titles[-1 - last_gap]}, which is similar")
     else:
@@ -1579,7 +1603,7 @@ class Kind(NamedTuple):
     pattern: str                    # a regular expression for "LABEL ADVICE BODY", see KINDS
     # The run ends when this many asks in a row were given up for this kind, without a text between
     # them. All except the last get an empty reply. 1 is for faults that the user must correct
-    # first. `openai` ends a run earlier if there was no text at all.
+    # first. A run without any text ends earlier, see `must_end`.
     patience: int = 1
 
 
@@ -1751,19 +1775,19 @@ def count(stats: dict, name: str) -> None:
 def new_fault(route: Route, label: str, message: str, matched: str | None = None) -> Fault:
     """The Fault with this label and message for the user.
 
-    KINDS is matched with the label and the text `matched`, by default the message. A response gives
-    advice and body for it: a code such as "insufficient_quota" may stand outside the message.
+    KINDS is matched with the label and the text `matched`, by default the message. For a response
+    `matched` is its advice and body: a code such as "insufficient_quota" may stand outside the
+    message.
     """
     reason = clean(starred(route, f"{label} {message}"), 300)
     # In messages the key is starred even if it is an ordinary word. A key of up to three characters
     # would star parts of words, and an empty one would star everything.
     if len(route.key) > 3:
         reason = reason.replace(route.key, "***")
-    if matched is None:
-        matched = message
-    for kind in KINDS:                  # the last kind fits all
-        if re.match(f"(?is){kind.pattern}", f"{label} {matched}"):
-            return Fault(kind, reason)
+    text = f"{label} {matched or message}"
+    # the last kind fits all
+    kind = next(kind for kind in KINDS if re.match(f"(?is){kind.pattern}", text))
+    return Fault(kind, reason)
 
 
 def fatal_error(route: Route, fault: Fault) -> EndpointError:
@@ -1956,12 +1980,12 @@ def send_once(route: Route, body: dict, read: Callable) -> Any:
         if response.is_success and not data.get("error"):
             return read(data)       # it raises one of MISSHAPEN if the shape is wrong
     except MISSHAPEN:
-        stripped = text.strip()
-        is_cut = stripped.startswith(("{", "data:")) and not stripped.endswith(("}", "[DONE]"))
-        if response.is_success and is_cut:
-            # a lost connection: httpx cannot see it without Content-Length
-            return new_fault(route, "RemoteProtocolError", f"the answer breaks off: {stripped}")
-        data = {}       # `fault_of_response` must not take a useless body for an error
+        data = {}                   # no use
+    stripped = text.strip()
+    is_cut = stripped.startswith(("{", "data:")) and not stripped.endswith(("}", "[DONE]"))
+    if response.is_success and not data and is_cut:
+        # a lost connection: httpx cannot see it without Content-Length
+        return new_fault(route, "RemoteProtocolError", f"the answer breaks off: {stripped}")
     # an error status, an error in the body, or a body that `read` cannot use
     return fault_of_response(route, response, data, text)
 
@@ -2215,16 +2239,28 @@ def chat_body(model: str, ask: Ask) -> dict:
             "temperature": ask.temperature, "seed": seed_of(ask.key), "stream": False}
 
 
+def must_end(route: Route, kind: Kind, silent: Counter) -> bool:
+    """Whether the run must end, after an ask that met this kind of fault.
+
+    `silent` counts the asks without a text since the last text, by their kind of fault.
+    """
+    if silent[kind] >= kind.patience:
+        return True
+    if route.has_answered:
+        return False
+    # There was no text at all yet. A wrong setting is the likely cause, which a request that was
+    # refused, failed or took too long shows at once.
+    return kind.name in ("request", "failure", "slow") or silent.total() >= 10
+
+
 def openai(base_url: str, model: str, key: str | None = None, **options: Any) -> LLM:
     """A model behind any OpenAI-compatible endpoint. The options are those of `connect`.
 
-    An EndpointError ends the run after `Kind.patience` asks with one kind of fault since the last
-    text. As long as there was no text at all, a wrong setting is the likely cause. Then the run
-    ends at the first ask that was refused, failed or too slow, or at the tenth ask without a text.
+    An ask that gets no text has an empty reply, or an EndpointError ends the run: see `must_end`.
     The seed is a hint: only a recorded log repeats a run. No stop sequences are sent.
     """
     route = connect(base_url, "chat/completions", key, **options)
-    silent = Counter()              # asks without a text since the last text, of each kind
+    silent = Counter()              # see `must_end`
 
     def answer(ask: Ask) -> Reply:
         got = send(route, chat_body(model, ask), lambda data: read_chat(route, ask, data))
@@ -2233,9 +2269,7 @@ def openai(base_url: str, model: str, key: str | None = None, **options: Any) ->
             silent.clear()
             return got
         silent[got.kind] += 1
-        looks_wrong = got.kind.name in ("request", "failure", "slow") or silent.total() >= 10
-        has_wrong_settings = looks_wrong and not route.has_answered
-        if has_wrong_settings or silent[got.kind] >= got.kind.patience:
+        if must_end(route, got.kind, silent):
             raise fatal_error(route, got)
         reason = f"{got.kind.name}: {got.reason}"
         tell(route, "empty", f"an empty reply, {reason}; {got.kind.remedy}")
@@ -2311,6 +2345,19 @@ class Log(NamedTuple):
     has_answered: bool              # a reply of the chat model had a text
 
 
+def logged_replies(content: bytes) -> Iterator[tuple[str, bool, Reply]]:
+    """The hash, whether the chat model was asked, and the reply of each whole line of a log."""
+    for line in content.splitlines():
+        try:
+            record = json.loads(line)
+            reason = str(record.get("reason", ""))
+            reply = Reply(record["text"], Usage(*record["usage"]), reason)
+            if isinstance(reply.text, str):
+                yield str(record["ask"]), record.get("role") != "embed", reply
+        except MISSHAPEN:
+            continue                # an incomplete line: its ask is asked again
+
+
 def open_log(path: str | Path, model_id: Any, replay: bool = False) -> Log:
     """Read a log; there may be none yet. An incomplete last line gets a line break.
 
@@ -2322,27 +2369,22 @@ def open_log(path: str | Path, model_id: Any, replay: bool = False) -> Log:
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.exists() else b""
-    # each dict maps the hash of an ask to its reply
+    # each dict maps the hash of an ask, its name in the log, to a reply
     texts = {}                      # the first text; it always counts
     empty = {}                      # no text; it counts if another ask got one
     failed = {}                     # a failure; it becomes one of `empty` when a text follows
     has_answered = False
-    for line in content.splitlines():
-        try:
-            record = json.loads(line)
-            reply = Reply(record["text"], Usage(*record["usage"]), record.get("reason", ""))
-            if reply.text == "":
-                kind = reply.reason.partition(":")[0]
-                is_failure = kind in ("failure", "slow", "firewall") and not replay
-                group = failed if is_failure else empty
-                group[record["ask"]] = reply
-            elif isinstance(reply.text, str):
-                texts.setdefault(record["ask"], reply)
-                if record.get("role") != "embed":
-                    has_answered = True
-                    empty |= failed         # the server was up: all failures so far count
-        except MISSHAPEN:
-            continue                # an incomplete line: its ask is asked again
+    for name, is_of_chat, reply in logged_replies(content):
+        kind = reply.reason.partition(":")[0]
+        if reply.text:
+            texts.setdefault(name, reply)
+            if is_of_chat:
+                has_answered = True
+                empty |= failed     # the server was up: all failures so far count
+        elif kind in ("failure", "slow", "firewall") and not replay:
+            failed[name] = reply
+        else:
+            empty[name] = reply
     known = texts
     if has_answered:
         known = empty | texts       # the second dict wins

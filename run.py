@@ -708,11 +708,11 @@ def open_model(args: Namespace, run: Settings, folder: Path, live: Live) -> tupl
         llm = prompts.openai(url, run.model, extra=args.extra_body, has_answered=log.has_answered,
                              **options)
         llm = prompts.limited(llm, args.max_calls)
-        if run.embedding != "hashed_ngrams":
-            embed = prompts.embeddings(url, run.embedding, **options)
     llm = prompts.recorded(llm, log, live.stats)
     if run.embedding == "hashed_ngrams":
         return llm, prompts.hashed_ngrams
+    if not args.replay:
+        embed = prompts.embeddings(url, run.embedding, **options)
     return llm, prompts.recorded_embed(embed, log)
 
 
@@ -1512,10 +1512,10 @@ def experiments(args: Namespace, live: Live) -> None:
     # both groups those with more episodes come first.
     jobs.sort(key=lambda job: (job.run.method in envs.POLICIES, -job.run.episodes))
     # The first job needs the most learners. Its world is built before anything is written, so a
-    # lack of users leaves no files.
-    about = build_place(jobs[0].run).env.about
-    if about:
-        say(f"world {about}")
+    # lack of users leaves no files. The world is cached.
+    place = build_place(jobs[0].run)
+    if place.env.about:
+        say(f"world {place.env.about}")
     flags = {name: getattr(args, name) for name in ("experiment", "seeds", "models", "rows")}
     folder = run_directory(args, base._asdict() | flags)
     samples_of = do_jobs(args, jobs, folder, live)
