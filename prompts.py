@@ -450,14 +450,16 @@ def labelled(text: str, labels: str, second: str) -> str:
     ['a comedy', 'A comedy', '']
     """
     text = with_colons(text)
-    after_label = segment(text, labels)
-    if re.match(REFUSAL, after_label or text):
+    part = segment(text, labels)                    # "War was shown. Next category: Comedy"
+    if re.match(REFUSAL, part or text):
         return ""
+    part = segment(part, second) or part            # "Comedy"
     # After a label a line such as "Comedy!" is an answer and no preamble.
-    line = first_line(segment(after_label, second) or after_label, preamble_ends=":")
+    line = first_line(part, preamble_ends=":")
     if not line:                        # no such label, or only marks behind it
         first_label = IN_LINE.search(text)
-        line = first_line(text[:first_label.start("name")] if first_label else text)
+        front = text[:first_label.start("name")] if first_label else text
+        line = first_line(front)
     # A copy holds CATEGORY or "because REASON". Two answers are no copies: "NEXT CATEGORY IS WAR",
     # so (?<!NEXT ) leaves it out, and "because REASON: it is new", so (?!:) leaves it out.
     has_placeholder = re.search(r"((?<!NEXT )\bCATEGORY|(?i:because) REASON)\b(?!:)", line)
@@ -1168,9 +1170,9 @@ def choice_in(plan: str, tags: Sequence[str], recent: Sequence[str]) -> str:
     """
     longest_first = sorted(tags, key=len, reverse=True)     # "War & Politics" before "War"
     names = "|".join(map(re.escape, longest_first))
-    begun = re.match(rf"(?i)([^\w.;!?]*(and |or )?({names})s?\b)+", plan)
-    if begun:
-        return begun[0]
+    opening_list = re.match(rf"(?i)([^\w.;!?]*(and |or )?({names})s?\b)+", plan)
+    if opening_list:
+        return opening_list[0]
     so_category = rf"(?:{CONCLUDED})(?=(?:an? |the )?(?:{names}))"
     category_is = r"(?<!this )category (?:is|(?:sh|w)ould be)\b"
     words_before_choice = rf"(?i){CHOSEN}|{so_category}|{category_is}"

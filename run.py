@@ -257,6 +257,23 @@ def check_values(args: Namespace) -> None:
             raise UserError("--header takes NAME=VALUE")
 
 
+def idle_in_experiments(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
+    """`idle_flags` for the experiments asked for."""
+    # each row sets its method and these switches, and starts without memories
+    yield ["method", "load", "thoughts", "lessons", "experience", "baseline"], "with --experiment"
+    if args.cluster:
+        yield ["workers"], "with --cluster"
+    varied = {EXPERIMENTS[name].varied for name in args.experiment}
+    if "model" not in varied:
+        yield ["models"], "without --experiment table6"
+    # If all experiments vary the same flag, its value is never used. --model is not among these
+    # flags, because table6 without --models plays it.
+    if varied in ({"episodes"}, {"window"}):
+        yield varied, "here: the experiment varies it"
+    if args.experiment == ["fig4"]:
+        yield ["users"], "here: the experiment takes two users"
+
+
 def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
     """Flags that have no effect here, each group with the reason. `parse` refuses them."""
     of_show = FLAGS["look at a finished run"].keys()
@@ -276,22 +293,10 @@ def idle_flags(args: Namespace) -> Iterator[tuple[Iterable[str], str]]:
         if args.method == "a2c":
             unused.remove("gamma")
         yield unused, f"with {args.method}"
-    if not args.experiment:
+    if args.experiment:
+        yield from idle_in_experiments(args)
+    else:
         yield FLAGS["experiments"], "without --experiment"
-        return
-    # each row sets its method and these switches, and starts without memories
-    yield ["method", "load", "thoughts", "lessons", "experience", "baseline"], "with --experiment"
-    if args.cluster:
-        yield ["workers"], "with --cluster"
-    varied = {EXPERIMENTS[name].varied for name in args.experiment}
-    if "model" not in varied:
-        yield ["models"], "without --experiment table6"
-    # If all experiments vary the same flag, its value is never used. --model is not among these
-    # flags, because table6 without --models plays it.
-    if varied in ({"episodes"}, {"window"}):
-        yield varied, "here: the experiment varies it"
-    if args.experiment == ["fig4"]:
-        yield ["users"], "here: the experiment takes two users"
 
 
 def variable(name: str) -> str:
@@ -331,7 +336,8 @@ def models_of(args: Namespace) -> list[str]:
     # A replay needs no endpoint: its log stands for one.
     has_endpoint = args.replay or base_url_of(args)
     has_key = variable("OPENAI_API_KEY")        # with a key alone the endpoint is OpenAI's
-    if names == [""] and not has_endpoint:
+    names_no_model = names == [""]
+    if names_no_model and not has_endpoint:
         if has_key:                 # many people have one in their environment
             say("OPENAI_API_KEY is set without a model: the stand-in answers")
         return ["offline"]
@@ -563,10 +569,11 @@ def run_directory(args: Namespace, content: Json) -> Path:
     earlier = read_object(path / "config.json")
     holds_run = set(Settings._fields) <= earlier.keys()
     is_empty = names <= {"calls.jsonl"}                 # a log may have been copied there
-    if not holds_run and not is_empty:
+    got_no_answer = holds_run and names == {"config.json"}
+    may_be_taken = is_empty or got_no_answer
+    if not may_be_taken and not holds_run:
         raise UserError(f"{path} is not empty and holds no run; choose another --out")
-    got_no_answer = names == {"config.json"}
-    if holds_run and not got_no_answer:
+    if not may_be_taken:
         # an experiment has fields that a run lacks, so the fields of both are compared
         fields, earlier_fields = flattened(content), flattened(earlier)
         changed = [field for field in earlier_fields | fields
