@@ -2039,19 +2039,25 @@ def fault_of_response(route: Route, response: Any, data: dict, text: str) -> Fau
 
 # - requests until there is an answer
 
-# One ask may need several requests, and --max-calls limits the requests. `limited` pays for the
-# first one, `send` for each repetition. A model takes nothing but an Ask. So `limited` cannot pass
-# its function `charge` to `send`, and puts it into CHARGE. A ContextVar has a value of its own in
-# each thread. By default its function does nothing.
+# One ask may need several requests, and --max-calls limits the requests. So `limited` charges for
+# the first one, and `send` for each repetition, by `pay_again`. A model takes nothing but an Ask.
+# So `limited` cannot pass its function `charge` to `send`, and puts it into CHARGE instead. A
+# ContextVar has a value of its own in each thread. By default its function does nothing.
 CHARGE = ContextVar("CHARGE", default=lambda: None)
+
+
+def pay_again(route: Route, fault: Fault) -> None:
+    """Charge for a repetition, and count it."""
+    charge = CHARGE.get()
+    charge()
+    count(route.stats, f"retries: {fault.kind.name}")
 
 
 def limited(llm: LLM, max_calls: int) -> LLM:
     """The same model, which sends at most `max_calls` chat requests, repeats included.
 
-    The next request raises BudgetSpent. `answer` calls `charge` for the first request of an ask.
-    The model calls `send`, which calls `charge` through `pay_again` before each repetition.
-    `recorded` wraps this model, so a reply from the log costs nothing: see `open_model` in run.py.
+    The next request raises BudgetSpent. `recorded` wraps this model, so a reply from the log costs
+    nothing: see `open_model` in run.py.
     """
     budget = Semaphore(max_calls)
 
@@ -2125,13 +2131,6 @@ def pause(route: Route, fault: Fault, faults: int) -> None:
         tell(route, "wait", f"{fault.reason}; waiting {wait:.0f} s")
     if route.sleep(wait) is True:       # run.py passes Event.wait: True if the Event is set
         raise EndpointError("stopped")
-
-
-def pay_again(route: Route, fault: Fault) -> None:
-    """Count a repetition and charge for it: `limited` has paid for the first request only."""
-    charge = CHARGE.get()
-    charge()
-    count(route.stats, f"retries: {fault.kind.name}")
 
 
 def send(route: Route, body: dict, read: Callable) -> Any:
